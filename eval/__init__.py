@@ -1,0 +1,1 @@
+import harness  # noqa: F401  (declares torchvision's operators before anything here imports it)

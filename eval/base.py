@@ -1,0 +1,147 @@
+"""What a metric is given, what it gives back, and the registry that finds it.
+
+A metric is a function of `Evidence` in any module of this folder (or of a package with the entry point group
+`ditbench.metrics`), marked with `@metric(...)`. It returns a `Measurement`, or raises `MetricSkipped` with the reason
+and the command that would help. It never returns a placeholder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import Tensor, nn
+
+from harness.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images as they are saved: images_NHWC uint8 0–255 (C = 3); labels_N int64; latents_NChw float32."""
+
+    images_NHWC: Tensor
+    labels_N: Tensor | None = None
+    latents_NChw: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images_NHWC)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images that generated ones are compared with. sha256 is that of images_NHWC's bytes."""
+
+    name: str
+    images_NHWC: Tensor
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FeatureModel:
+    """A judge: module.features(uint8 N3HW) → (N, width), module(uint8 N3HW) → logits (N, num_classes)."""
+
+    name: str
+    module: nn.Module
+    width: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything a metric may look at. `float_model` has the same noise and labels as `generated`, row by row."""
+
+    generated: ImageSet
+    float_model: ImageSet | None = None
+    reference: Reference | None = None
+    judge: FeatureModel | None = None
+    seed: int = 0  # of resampling
+    resamples: int = 200
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A value with its 95 % interval, the number of samples it rests on and the settings that made it."""
+
+    value: float
+    ci95: tuple[float, float] | None
+    n: int
+    passport: dict[str, Any] = field(default_factory=dict)
+
+
+class MetricSkipped(Exception):
+    """The metric cannot run here; the message says why and what would help."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """better: "higher" | "lower"; paired: compares with the float model sample by sample (has no noise floor)."""
+
+    name: str
+    compute: Callable[[Evidence], Measurement]
+    better: str
+    paired: bool
+    unit: str
+    summary: str
+
+
+_METRICS: dict[str, Metric] = {}
+
+
+def metric(name: str, *, better: str, paired: bool = False, unit: str = "") -> Callable:
+    """Register a function of Evidence under name; the first line of its docstring is its summary."""
+
+    def register(compute: Callable[[Evidence], Measurement]) -> Callable[[Evidence], Measurement]:
+        summary = (compute.__doc__ or "").strip().split("\n")[0]
+        _METRICS[name] = Metric(name, compute, better, paired, unit, summary)
+        return compute
+
+    return register
+
+
+@cache
+def known_metrics() -> dict[str, Metric]:
+    """Every metric of this folder and of installed plugins, by name."""
+    import eval as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"eval.{module.name}")
+    for plugin in entry_points(group="ditbench.metrics"):
+        plugin.load()
+    return dict(sorted(_METRICS.items()))
+
+
+def evaluate(names: Iterable[str], evidence: Evidence) -> dict[str, dict[str, Any]]:
+    """Run the named metrics → the record's `metrics` field. One that cannot run is recorded as skipped."""
+    known = known_metrics()
+    for name in names:
+        if name not in known:
+            raise unknown_name("metric", name, known)
+    return {name: _entry(known[name], evidence) for name in names}
+
+
+def _entry(metric: Metric, evidence: Evidence) -> dict[str, Any]:
+    common = {"better": metric.better, "paired": metric.paired, "unit": metric.unit, "noise_floor": None}
+    try:
+        result = metric.compute(evidence)
+    except MetricSkipped as reason:
+        return {
+            "value": None,
+            "ci95": None,
+            "n": 0,
+            "status": "skipped",
+            "reason": str(reason),
+            "passport": {},
+        } | common
+    return {
+        "value": result.value,
+        "ci95": list(result.ci95) if result.ci95 else None,
+        "n": result.n,
+        "status": "ok",
+        "reason": None,
+        "passport": result.passport,
+    } | common

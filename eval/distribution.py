@@ -1,0 +1,140 @@
+"""FID, KID, IS, precision and recall: how the generated images, as a set, differ from the reference.
+
+Every metric here exists once per library and once per feature space. `<library>/<metric>_judge` looks through the
+judge that comes with the model, `<library>/<metric>` (eval/inception.py) through Inception; the two are never mixed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from eval import libraries, spread
+from eval.base import Evidence, Measurement, MetricSkipped, metric
+from eval.features import Pair, judge_pair, need_judge, outputs
+from eval.passport import need_samples, passport
+from eval.statistics import NORMAL_BOOTSTRAP, WILSON, around, bootstrap_sd, share_with_ci
+
+
+@dataclass(frozen=True)
+class View:
+    """What a feature space hands to a metric: the features, and the passport fields that name where they come from."""
+
+    pair: Callable[[Evidence], Pair]
+    logits: Callable[[Evidence], Tensor]
+    origin: Callable[[Evidence], dict[str, Any]]
+
+
+def fid(library: str, view: View, evidence: Evidence) -> Measurement:
+    pair = view.pair(evidence)
+    n, width = pair.generated_NF.shape
+    value, settings = libraries.FID[library](pair.generated_NF, pair.reference_MF, evidence.seed)
+    resamples = spread.frechet_resamples(width, evidence.resamples)
+    sd = pair.once("fid sd", lambda: _frechet_sd(pair, evidence.seed, resamples))
+    if n <= width:
+        settings["note"] = f"n = {n} is not above the feature width {width}: compare at equal n only"
+    settings |= {"ci_method": NORMAL_BOOTSTRAP, "resamples": resamples}
+    return _measurement(library, "fid", view, evidence, value, around(value, sd), settings)
+
+
+def kid(library: str, view: View, evidence: Evidence) -> Measurement:
+    pair = view.pair(evidence)
+    value, settings = libraries.KID[library](pair.generated_NF, pair.reference_MF, evidence.seed)
+    sd = pair.once(
+        "kid sd",
+        lambda: spread.kernel_sd(
+            pair.generated_NF.numpy(), pair.reference_MF.numpy(), evidence.seed, evidence.resamples
+        ),
+    )
+    settings |= {"ci_method": NORMAL_BOOTSTRAP, "resamples": evidence.resamples}
+    return _measurement(library, "kid", view, evidence, value, around(value, sd), settings)
+
+
+def inception_score(library: str, view: View, evidence: Evidence) -> Measurement:
+    need_samples(evidence, 2)
+    logits_NK = view.logits(evidence)
+    value, settings = libraries.IS[library](logits_NK, evidence.seed)
+    sd = spread.inception_score_sd(logits_NK.numpy(), settings["splits"], evidence.seed, evidence.resamples)
+    settings |= {"ci_method": NORMAL_BOOTSTRAP, "resamples": evidence.resamples}
+    return _measurement(library, "is", view, evidence, value, around(value, sd), settings)
+
+
+def precision(library: str, view: View, evidence: Evidence) -> Measurement:
+    pair = view.pair(evidence)
+    value, _, settings = pair.once("prc", lambda: libraries.torch_fidelity_prc(pair.generated_NF, pair.reference_MF))
+    n = len(pair.generated_NF)
+    _, ci95 = share_with_ci(round(value * n), n)
+    return _measurement(library, "precision", view, evidence, value, ci95, settings | {"ci_method": WILSON})
+
+
+def recall(library: str, view: View, evidence: Evidence) -> Measurement:
+    pair = view.pair(evidence)
+    n = need_samples(evidence, 4)  # half of them must still have a neighbour
+    _, value, settings = pair.once("prc", lambda: libraries.torch_fidelity_prc(pair.generated_NF, pair.reference_MF))
+    if n > libraries.PRC_WHOLE_MATRIX:
+        settings = settings | {"ci_method": f"none: too slow above {libraries.PRC_WHOLE_MATRIX} images"}
+        return _measurement(library, "recall", view, evidence, value, None, settings)
+    recall_of = spread.recall(pair.generated_NF, pair.reference_MF, settings["neighbours"])
+    low, high = around(value, spread.halves_sd(recall_of, n, evidence.seed))
+    settings = settings | {"ci_method": spread.HALVES_METHOD, "resamples": spread.HALVES}
+    return _measurement(library, "recall", view, evidence, value, (max(low, 0.0), min(high, 1.0)), settings)
+
+
+def register(views: dict[str, View], suffix: str, seen_by: str) -> None:
+    """Every metric of every library that has it, under `<library>/<metric><suffix>`."""
+    for kind, compute, better, its_libraries, text in (
+        ("fid", fid, "lower", tuple(libraries.FID), "Fréchet distance to the reference"),
+        ("kid", kid, "lower", tuple(libraries.KID), "Kernel distance (unbiased MMD²) to the reference"),
+        ("is", inception_score, "higher", tuple(libraries.IS), "Inception score"),
+        ("precision", precision, "higher", ("torch_fidelity",), "Share of generated images near reference images"),
+        ("recall", recall, "higher", ("torch_fidelity",), "Share of reference images near generated images"),
+    ):
+        for library in its_libraries:
+            summary = f"{text}, {seen_by}, by {libraries.PACKAGES[library]}."
+            metric(f"{library}/{kind}{suffix}", better=better)(_bound(compute, library, views[library], summary))
+
+
+def _bound(compute: Callable[..., Measurement], library: str, view: View, summary: str) -> Callable:
+    def bound(evidence: Evidence) -> Measurement:
+        return compute(library, view, evidence)
+
+    bound.__doc__ = summary
+    return bound
+
+
+def _measurement(
+    library: str,
+    kind: str,
+    view: View,
+    evidence: Evidence,
+    value: float,
+    ci95: tuple[float, float] | None,
+    settings: dict[str, Any],
+) -> Measurement:
+    if not math.isfinite(value):
+        raise MetricSkipped(f"{library} gave {value} for {kind}: too few or degenerate images")
+    package = libraries.PACKAGES[library]
+    fields = {"reference": None if kind == "is" else evidence.reference, **view.origin(evidence), **settings}
+    return Measurement(value, ci95, len(evidence.generated), passport(f"{package} {kind}", package, **fields))
+
+
+def _frechet_sd(pair: Pair, seed: int, resamples: int) -> float:
+    distance = spread.frechet(pair.generated_NF.numpy(), pair.reference_MF.numpy())
+    return bootstrap_sd(distance, len(pair.generated_NF), seed, resamples)
+
+
+def _judge_logits(evidence: Evidence) -> Tensor:
+    return outputs(evidence.generated.images_NHWC, need_judge(evidence).module, "logits")
+
+
+def _judge_origin(evidence: Evidence) -> dict[str, Any]:
+    judge = need_judge(evidence)
+    return {"weights_sha256": judge.sha256, "dtype": "float32", "features": f"judge {judge.name}"}
+
+
+_JUDGE = View(judge_pair, _judge_logits, _judge_origin)
+register(dict.fromkeys(libraries.PACKAGES, _JUDGE), "_judge", "in the judge's features")

@@ -1,0 +1,122 @@
+"""What a network sees in a set of images: computed once per set, then shared by every metric that asks.
+
+A sweep scores many runs against one reference, so results are remembered by the identity of the image tensor and of
+the network, and forgotten with them. A tensor changed in place is computed anew.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from eval.base import Evidence, FeatureModel, MetricSkipped, Reference
+from eval.passport import need_samples
+
+BATCH = 512
+
+_outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # images_NHWC → {network: {output's name: (version, tensor)}}
+_pairs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # evidence → {network: Pair}
+
+
+@dataclass(eq=False)
+class Pair:
+    """Features of both sets, float32 on the CPU; `shared` holds results that several metrics need."""
+
+    generated_NF: Tensor
+    reference_MF: Tensor
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        if name not in self.shared:
+            self.shared[name] = compute()
+        return self.shared[name]
+
+
+def judge_pair(evidence: Evidence) -> Pair:
+    """The judge's features of the generated and the reference images."""
+    judge = need_judge(evidence)
+
+    def features(images_NHWC: Tensor) -> Tensor:
+        return outputs(images_NHWC, judge.module, "features")
+
+    return pair_of(evidence, judge.module, features)
+
+
+def pair_of(evidence: Evidence, network: object, features: Callable[[Tensor], Tensor]) -> Pair:
+    """features(images_NHWC) of both sets; the same Pair each time the same evidence and network come."""
+    need_samples(evidence, 2)
+    reference = need_reference(evidence)
+    known = _pairs.setdefault(evidence, WeakIdKeyDictionary())
+    if network not in known:
+        known[network] = Pair(features(evidence.generated.images_NHWC), features(reference.images_NHWC))
+    return known[network]
+
+
+def outputs(images_NHWC: Tensor, judge: nn.Module, name: str) -> Tensor:
+    """The judge's "features" (N, width) or "logits" (N, num_classes) of uint8 images, float32 on the CPU."""
+    compute = {"features": judge.features, "logits": judge}[name]
+    device = next((tensor.device for tensor in judge.parameters()), torch.device("cpu"))
+
+    def all_batches() -> Tensor:
+        was_training = judge.training
+        judge.eval()
+        batches = [compute(batch_NCHW.to(device)).float().cpu() for batch_NCHW in channels_first(images_NHWC, BATCH)]
+        judge.train(was_training)
+        return torch.cat(batches)
+
+    return remembered(images_NHWC, judge, name, all_batches)
+
+
+def remembered(images_NHWC: Tensor, network: object, name: str, compute: Callable[[], Any]) -> Any:
+    """compute() without gradients, unless this network's output of these very images is known already."""
+    by_name = _outputs.setdefault(images_NHWC, WeakIdKeyDictionary()).setdefault(network, {})
+    now = 0 if images_NHWC.is_inference() else images_NHWC._version  # inference tensors do not count their changes
+    version, output = by_name.get(name, (None, None))
+    if version != now:
+        with torch.no_grad():
+            output = compute()
+        by_name[name] = (now, output)
+    return output
+
+
+def channels_first(images_NHWC: Tensor, batch: int) -> Iterator[Tensor]:
+    """uint8 batches (B, 3, H, W)."""
+    for images in images_NHWC.split(batch):
+        yield images.permute(0, 3, 1, 2).contiguous()
+
+
+def need_judge(evidence: Evidence) -> FeatureModel:
+    if evidence.judge is None:
+        raise MetricSkipped("this model has no judge; use the Inception metrics, or embed a judge beside its weights")
+    return evidence.judge
+
+
+def need_reference(evidence: Evidence) -> Reference:
+    if evidence.reference is None:
+        raise MetricSkipped("no reference images; set protocol.reference to a known set, an .npz or a folder of images")
+    if len(evidence.reference.images_NHWC) < 2:
+        raise MetricSkipped(f"reference {evidence.reference.name} has fewer than 2 images")
+    return evidence.reference
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global CPU generators the libraries draw from, silences their advice, and puts the states back."""
+    numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()
+    try:
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)

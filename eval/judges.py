@@ -1,0 +1,25 @@
+"""Judges: small classifiers that come with an embedded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from eval.base import FeatureModel
+from harness.errors import UserError
+from harness.files import file_sha256
+from harness.models.zoo import judge
+
+
+def load_judge(folder: Path) -> FeatureModel:
+    """The judge saved in folder (config.json, model.safetensors); its name is that of the folder and its parent."""
+    try:
+        module = judge.load(folder)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: expected a judge (config.json and model.safetensors), came {type(error).__name__}: {error}; "
+            "reinstall ditbench or train the embedded model again"
+        ) from error
+    name = "/".join(folder.resolve().parts[-2:])
+    return FeatureModel(name, module, judge.FEATURE_WIDTH, file_sha256(folder / "model.safetensors"))

@@ -1,0 +1,69 @@
+"""The contract of a backend, and the choice of one per layer.
+
+A backend module has NAME, KIND ("measured" or "simulated"), PRIORITY (the highest capable one is chosen),
+`unsupported(recipe, device) -> str | None` (the reason why not) and `make_kernel(recipe, weight_OC) -> Kernel`.
+Backends never know methods; they see a recipe and the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import UserError, unknown_name
+from harness.quant.recipe import LayerRecipe
+
+AUTO = "auto"
+
+
+class Kernel(nn.Module):
+    """forward(x', step) → x' · Ŵᵀ without bias, where x' (…, C) is the transformed input.
+
+    Everything that has to be stored to run the layer is a buffer, so that bytes can be counted.
+    """
+
+    def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class Backend(Protocol):
+    NAME: str
+    KIND: str
+    PRIORITY: int
+    SUMMARY: str
+
+    def unsupported(self, recipe: LayerRecipe, device: torch.device) -> str | None: ...
+
+    def make_kernel(self, recipe: LayerRecipe, weight_OC: Tensor) -> Kernel: ...
+
+
+@cache
+def known_backends() -> dict[str, Backend]:
+    """Every backend module of this folder, the fastest first."""
+    import harness.backends as package
+
+    modules = [importlib.import_module(f"harness.backends.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    found = [module for module in modules if hasattr(module, "PRIORITY")]
+    return {module.NAME: module for module in sorted(found, key=lambda module: -module.PRIORITY)}  # type: ignore[misc]
+
+
+def choose(recipe: LayerRecipe, device: torch.device, wanted: str = AUTO) -> Backend:
+    """The backend for one layer.
+
+    Raises:
+        UserError: the wanted backend is unknown, or cannot run this recipe on this device.
+    """
+    backends = known_backends()
+    if wanted == AUTO:
+        return next(b for b in backends.values() if b.unsupported(recipe, device) is None)
+    if wanted not in backends:
+        raise unknown_name("backend", wanted, [AUTO, *backends])
+    reason = backends[wanted].unsupported(recipe, device)
+    if reason is not None:
+        raise UserError(f"backend={wanted} cannot run this: {reason}; use backend=auto or backend=simulate")
+    return backends[wanted]

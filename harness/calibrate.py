@@ -1,0 +1,102 @@
+"""Calibration: one pass of the float model's sampler, recorded once, kept on disk under the hash of what made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from harness.errors import UserError
+from harness.files import atomic_path, canonical_sha256
+from harness.models.base import Conditions, LoadedModel, Sampler
+from harness.quant.build import float_copy
+from harness.seeds import sample_seeds
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The transformer's inputs at every denoising step.
+
+    per_step[s]: {argument name: tensor with one row per model-call row}, the steps in sampling order (high noise first).
+    With guidance, each recorded call has its conditional rows first, then as many with the null label. `key` is the
+    content address; `cache` the folder where statistics derived from it are kept (None: nowhere).
+    """
+
+    per_step: tuple[dict[str, Tensor], ...]
+    key: str
+    cache: Path | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.per_step)
+
+    def num_batches(self, batch_size: int = 64) -> int:
+        return sum(-(-len(next(iter(inputs.values()))) // batch_size) for inputs in self.per_step)
+
+    def batches(self, batch_size: int = 64) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(step, inputs) in step order, at most batch_size rows at a time."""
+        for step, inputs in enumerate(self.per_step):
+            rows = len(next(iter(inputs.values())))
+            for start in range(0, rows, batch_size):
+                yield step, {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}
+
+
+def calibrate(
+    model: LoadedModel,
+    sampler: Sampler,
+    n: int,
+    seed: int,
+    *,
+    batch_size: int = 64,
+    cache: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Calibration:
+    """Record n samples with classes drawn at random, or read the recording of the same arguments from the cache.
+
+    Raises:
+        UserError: n < 1, or the model produces NaN.
+    """
+    if n < 1:
+        raise UserError(f"calibration.n must be at least 1, got {n}")
+    classes = model.adapter.num_classes(model.transformer)
+    key = canonical_sha256(
+        {"model": model.fingerprint, "sampler": vars(sampler), "n": n, "seed": seed, "batch_size": batch_size}
+    )
+    path = None if cache is None else cache / "calibration" / key / "inputs.safetensors"
+    if path is not None and path.exists():
+        return Calibration(_read(path), key, path.parent)
+
+    labels = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
+    conditions = Conditions(labels, sample_seeds(seed, n, stream="calibration"))
+    steps: list[list[dict[str, Tensor]]] = [[] for _ in range(sampler.steps)]
+    transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device)
+    with torch.no_grad(), tqdm(total=sampler.steps * -(-n // batch_size), desc="calibrate", leave=False) as progress:
+
+        def record(step: int, inputs: dict[str, Tensor]) -> None:
+            steps[step].append({name: tensor.detach().cpu().clone() for name, tensor in inputs.items()})
+            progress.update()
+
+        for start in range(0, n, batch_size):
+            model.adapter.sample(
+                model.pipe, transformer, conditions.rows(start, min(start + batch_size, n)), sampler, on_call=record
+            )
+    per_step = tuple({name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in steps)
+    if not all(tensor.isfinite().all() for tensor in per_step[-1].values()):
+        raise UserError(f"model {model.spec.name}: NaN in the float model's own samples; check the checkpoint and sampler")
+    if path is not None:
+        with atomic_path(path) as part:
+            save_file({f"{s:04d}/{n}": t.contiguous() for s, i in enumerate(per_step) for n, t in i.items()}, part)
+    return Calibration(per_step, key, None if path is None else path.parent)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], ...]:
+    steps: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        step, name = key.split("/", 1)
+        steps.setdefault(step, {})[name] = tensor
+    return tuple(steps[step] for step in sorted(steps))

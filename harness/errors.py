@@ -1,0 +1,19 @@
+"""The one exception that means "the user can mend this": printed as one or two lines, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Says where, what was expected, what came and what to do. The command line exits with code 2."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """no method 'lrqdit'; did you mean 'lrq_dit'? known: clq, htg, ..."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    guess = f"; did you mean {close[0]!r}?" if close else ";"
+    listed = ", ".join(known) if len(known) <= 24 else f"{', '.join(known[:24])}, … ({len(known)} in all)"
+    return UserError(f"no {kind} {name!r}{guess} known: {listed}")

@@ -1,0 +1,103 @@
+"""Finding methods and checking their shape.
+
+A method is a module with: a docstring whose first line names it and its paper; `Params`, a frozen dataclass;
+`fit(target, calibration, bits, params) -> {str: Tensor}`; `apply(target, state, bits, params) -> ModelRecipe`.
+Optional: `check_bits(bits)` raises UserError for formats it does not define;
+`select_calibration(calibration, params, seed) -> Calibration` chooses what it is calibrated on (PTQ4DM, Q-Diffusion);
+`correct_step(state, params, step, noise) -> noise` corrects the sampler's guided noise estimate (PTQD).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import pkgutil
+from dataclasses import asdict, fields
+from functools import cache
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+from harness.errors import UserError, unknown_name
+from harness.quant.spec import Bits
+
+ENTRY_POINTS = "ditbench.methods"
+FLOAT = "fp"  # the 16-bit reference: it ignores bits
+
+
+@cache
+def known_methods() -> dict[str, ModuleType]:
+    """{name: module}, from methods/ and from installed packages.
+
+    Raises:
+        UserError: a plugin cannot be imported or lacks a part, or two have the same name.
+    """
+    import methods as package
+
+    found: dict[str, ModuleType] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        found[module.name] = importlib.import_module(f"methods.{module.name}")
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name in found:
+            raise UserError(f"method {point.name!r} of {point.value} has the name of another method; rename it")
+        try:
+            found[point.name] = point.load()
+        except Exception as error:
+            raise UserError(f"method {point.name!r}: {point.value} cannot be imported: {error}") from error
+    for name, module in found.items():
+        _check_shape(name, module)
+    return dict(sorted(found.items()))
+
+
+def method(name: str) -> ModuleType:
+    known = known_methods()
+    if name not in known:
+        raise unknown_name("method", name, known)
+    return known[name]
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """What Hydra is given as the method's configuration node: its name and the defaults of its Params."""
+    return {"name": name, **asdict(method(name).Params())}
+
+
+def params_of(config: dict[str, Any]) -> Any:
+    """The frozen Params of a method's configuration node.
+
+    Raises:
+        UserError: an unknown field, or a value that Params refuses.
+    """
+    values = dict(config)
+    name = values.pop("name")
+    params_class = method(name).Params
+    unknown = set(values) - {field.name for field in fields(params_class)}
+    if unknown:
+        raise unknown_name(f"parameter of method {name}", sorted(unknown)[0], [f.name for f in fields(params_class)])
+    try:
+        return params_class(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def check_bits(name: str, bits: Bits) -> None:
+    check = getattr(method(name), "check_bits", None)
+    if check is not None:
+        check(bits)
+
+
+def source_sha256(name: str) -> str:
+    """Hash of the method's source: editing a method makes new runs of it."""
+    return hashlib.sha256(inspect.getsource(method(name)).encode()).hexdigest()
+
+
+def summary(name: str) -> str:
+    return (method(name).__doc__ or "").strip().split("\n")[0]
+
+
+def _check_shape(name: str, module: ModuleType) -> None:
+    for part in ("Params", "fit", "apply"):
+        if not hasattr(module, part):
+            raise UserError(f"method {name!r} ({module.__name__}) has no {part}; see docs/add-a-method.md")
+    if not module.Params.__dataclass_params__.frozen:
+        raise UserError(f"method {name!r}: Params must be a frozen dataclass")

@@ -1,0 +1,252 @@
+"""What the harness asks of a model family, and how a model is loaded.
+
+Everything particular to a family (pipeline class, blocks, where a transform can be folded, sampling loop, decoding) is in
+its adapter, `harness/models/<family>.py`, found by file name. The rest of the harness sees `LoadedModel` only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import UserError, unknown_name
+from harness.files import tensors_sha256
+from harness.models.zoo import WEIGHTS
+from harness.quant.target import QUANTIZABLE, Site, Target
+
+OnCall = Callable[[int, dict[str, Tensor]], None]
+CorrectStep = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One file of conf/model/.
+
+    source: "zoo:<name>" (shipped), a local pipeline folder, or a hub id "<owner>/<name>" with `revision`.
+    random: instead of source, arguments of the family's transformer class; weights are drawn with `seed`.
+    stress: {channels, log2_factor, seed}: function-preserving rescaling that gives the activations outliers.
+    """
+
+    name: str
+    family: str
+    source: str | None = None
+    revision: str | None = None
+    random: dict[str, Any] | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    stress: dict[str, Any] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are drawn: the same for every method of one protocol."""
+
+    kind: str  # ddim | ddpm
+    steps: int
+    guidance: float
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"protocol.steps must be at least 1, got {self.steps}")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is to be drawn, one row per sample: class labels (and, in later families, prompts)."""
+
+    labels_N: Tensor
+    seeds: tuple[int, ...]  # one per sample: noise does not depend on the batch size
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def rows(self, start: int, stop: int) -> Conditions:
+        return Conditions(self.labels_N[start:stop], self.seeds[start:stop])
+
+
+class Adapter(Protocol):
+    """One model family. Module-level functions of harness/models/<family>.py."""
+
+    BLOCKS: str  # attribute of the transformer that lists its blocks
+    FLOAT_IN_BLOCKS: str  # regex: linears inside the blocks that the default protocol leaves in float
+    SAMPLERS: tuple[str, ...]
+
+    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any: ...
+
+    def random_pipeline(self, arguments: dict[str, Any], dtype: torch.dtype) -> Any: ...
+
+    def sites(self, transformer: nn.Module) -> list[Site]: ...
+
+    def attention(self, transformer: nn.Module) -> list[str]: ...
+
+    def num_classes(self, transformer: nn.Module) -> int: ...
+
+    def sample(
+        self,
+        pipe: Any,
+        transformer: nn.Module,
+        conditions: Conditions,
+        sampler: Sampler,
+        *,
+        on_call: OnCall | None = None,
+        correct: CorrectStep | None = None,
+    ) -> Tensor: ...
+
+    def decode(self, pipe: Any, latents: Tensor) -> Tensor: ...
+
+    def step_inputs(self, transformer: nn.Module, batch: int) -> dict[str, Tensor]: ...
+
+    def stress(self, transformer: nn.Module, channels: int, log2_factor: int, seed: int) -> None: ...
+
+
+@dataclass
+class LoadedModel:
+    """A pipeline in float, its adapter, and a hash of its weights."""
+
+    spec: ModelSpec
+    pipe: Any
+    adapter: Adapter
+    extras: dict[str, Path] = field(default_factory=dict)  # files beside the weights: the judge's folder
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.pipe.transformer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights of the transformer (and VAE, if any)."""
+        tensors = {f"transformer.{n}": t for n, t in self.transformer.state_dict().items()}
+        if getattr(self.pipe, "vae", None) is not None:
+            tensors |= {f"vae.{n}": t for n, t in self.pipe.vae.state_dict().items()}
+        return tensors_sha256(tensors)
+
+    def target(self, scope: str = "blocks", skip: Iterable[str] = (), attention: bool = False) -> Target:
+        """What a protocol quantizes.
+
+        scope: "blocks" (linears inside the blocks, without embedders and adaLN) or "all" (every Linear and Conv2d).
+        skip: regular expressions of layer names to leave in float.
+        """
+        if scope not in ("blocks", "all"):
+            raise UserError(f"protocol.scope={scope!r}; expected blocks or all")
+        inside = re.compile(rf"^{self.adapter.BLOCKS}\.\d+\.(?!.*(?:{self.adapter.FLOAT_IN_BLOCKS}))")
+        names = [n for n, m in self.transformer.named_modules() if isinstance(m, QUANTIZABLE)]
+        if scope == "blocks":
+            names = [n for n in names if inside.match(n)]
+        patterns = [re.compile(pattern) for pattern in skip]
+        names = [n for n in names if not any(pattern.search(n) for pattern in patterns)]
+        if not names:
+            raise UserError(f"model {self.spec.name}: protocol.scope={scope} and protocol.skip leave no layer to quantize")
+        sites = self.adapter.sites(self.transformer)
+        known = {consumer for site in sites for consumer in site.consumers}
+        sites += [Site(name, (name,)) for name in names if name not in known]
+        operands = tuple(self.adapter.attention(self.transformer)) if attention else ()
+        return Target(self.transformer, tuple(names), tuple(sites), operands)
+
+
+def family(name: str) -> Adapter:
+    import harness.models as package
+
+    families = {m.name for m in pkgutil.iter_modules(package.__path__)} - {"base", "zoo"}
+    if name not in families:
+        raise unknown_name("model family", name, families)
+    return importlib.import_module(f"harness.models.{name}")  # type: ignore[return-value]
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """Load (or draw) a model, check its weights, apply the stress rescaling if asked for.
+
+    Raises:
+        UserError: no such weights, unreadable or truncated weights, another architecture, NaN in the weights.
+    """
+    adapter = family(spec.family)
+    dtype = getattr(torch, spec.dtype)
+    extras: dict[str, Path] = {}
+    if spec.random is not None:
+        with _private_seed(spec.seed):
+            pipe = adapter.random_pipeline(dict(spec.random), dtype)
+    else:
+        folder = _source_folder(spec)
+        pipe = _load_pipeline(adapter, spec, folder, dtype)
+        if (Path(folder) / "judge").is_dir():
+            extras["judge"] = Path(folder) / "judge"
+    pipe.transformer.eval().requires_grad_(False)
+    for name, tensor in pipe.transformer.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"model {spec.name}: NaN or infinity in {name}; the checkpoint is damaged, fetch it again")
+    if spec.stress:
+        adapter.stress(pipe.transformer, **spec.stress)
+    return LoadedModel(spec, pipe, adapter, extras)
+
+
+def _source_folder(spec: ModelSpec) -> str:
+    assert spec.source is not None, "a model has a source or random weights"
+    if spec.source.startswith("zoo:"):
+        folder = WEIGHTS / spec.source.removeprefix("zoo:")
+        if not (folder / "model_index.json").exists():
+            raise UserError(f"model {spec.name}: {folder} is missing; make it with `ditbench zoo train {folder.name}`")
+        return str(folder)
+    local = Path(spec.source).expanduser()
+    if local.is_dir():
+        if not (local / "model_index.json").exists():
+            raise UserError(f"model {spec.name}: {local} is no diffusers pipeline folder (no model_index.json in it)")
+        return str(local)
+    if local.is_absolute() or spec.source.startswith((".", "~")):
+        raise UserError(f"model {spec.name}: no folder {local}; set model.source to a diffusers pipeline folder")
+    return spec.source
+
+
+def _load_pipeline(adapter: Adapter, spec: ModelSpec, folder: str, dtype: torch.dtype) -> Any:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from safetensors import SafetensorError
+
+    where = f"model {spec.name} ({folder})"
+    try:
+        return adapter.load(folder, spec.revision, dtype)
+    except SafetensorError as error:
+        raise UserError(f"{where}: weights cannot be read ({error}); the file is corrupt or truncated, fetch it again")
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        raise _missing_weights(spec) from error
+    except OSError as error:
+        if not Path(folder).is_dir():
+            raise _missing_weights(spec) from error
+        raise UserError(f"{where}: {_first_line(error)}") from error
+    except (ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{where}: not a checkpoint of family {spec.family!r}: {_first_line(error)}; choose the matching model="
+        ) from error
+
+
+def _missing_weights(spec: ModelSpec) -> UserError:
+    folder = f"./weights/{str(spec.source).rsplit('/', 1)[-1]}"
+    return UserError(
+        f"model {spec.name}: weights of {spec.source} are not on this machine and cannot be downloaded now.\n"
+        f"Where there is a network: `hf download {spec.source} --local-dir {folder}`; then add model.source={folder}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+class _private_seed:
+    """Seeds torch inside the block and gives the global random state back after it."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_rng_state(self.state)

@@ -1,0 +1,133 @@
+"""Observers: what each layer's input looks like, per denoising step and per channel, in one pass over the calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from harness.calibrate import Calibration
+from harness.files import atomic_path, canonical_sha256
+from harness.quant.build import float_copy
+from harness.quant.target import Target
+
+
+@dataclass(frozen=True)
+class ChannelStats:
+    """Of one layer's input, per step s and channel c, over samples and tokens; float32. count_S: tokens seen."""
+
+    min_SC: Tensor
+    max_SC: Tensor
+    sumsq_SC: Tensor
+    count_S: Tensor
+
+    @property
+    def absmax_SC(self) -> Tensor:
+        return torch.maximum(self.min_SC.abs(), self.max_SC.abs())
+
+    @property
+    def absmax_C(self) -> Tensor:
+        """Largest |x| over all steps."""
+        return self.absmax_SC.amax(0)
+
+
+def channel_stats(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
+    """Statistics of the input of every linear site → {layer name: stats}; consumers of a site share one object.
+
+    Cached beside the calibration, so that a sweep over methods pays for it once.
+
+    Raises:
+        RuntimeError: a layer saw no calibration batch.
+    """
+    sites = target.linear_sites()
+    path = None
+    if calibration.cache is not None:
+        path = calibration.cache / f"stats-{canonical_sha256([site.name for site in sites])[:16]}.safetensors"
+    if path is not None and path.exists():
+        by_site = _read(path)
+    else:
+        by_site = _observe_sites(target, calibration)
+        if path is not None:
+            flat = {f"{s}/{f.name}": getattr(stats, f.name) for s, stats in by_site.items() for f in fields(stats)}
+            with atomic_path(path) as part:
+                save_file(flat, part)
+    return {consumer: by_site[site.name] for site in sites for consumer in site.consumers}
+
+
+def _observe_sites(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
+    steps = calibration.num_steps
+    model = float_copy(target, dtype=_dtype_of(target.transformer))
+    running: dict[str, dict[str, Tensor]] = {}
+
+    def observe(site: str, step: int, x: Tensor) -> None:
+        x_TC = x.detach().float().flatten(0, -2)
+        width = x_TC.shape[1]
+        if site not in running:
+            running[site] = {
+                "min_SC": torch.full((steps, width), torch.inf),
+                "max_SC": torch.full((steps, width), -torch.inf),
+                "sumsq_SC": torch.zeros(steps, width),
+                "count_S": torch.zeros(steps),
+            }
+        stats = running[site]
+        torch.minimum(stats["min_SC"][step], x_TC.amin(0), out=stats["min_SC"][step])
+        torch.maximum(stats["max_SC"][step], x_TC.amax(0), out=stats["max_SC"][step])
+        stats["sumsq_SC"][step] += x_TC.square().sum(0)
+        stats["count_S"][step] += len(x_TC)
+
+    sites = target.linear_sites()
+    with inputs_observed(model, {site.consumers[0]: site.name for site in sites}, observe) as set_step:
+        run_calibration(model, calibration, set_step, "observe")
+    missing = [site.name for site in sites if site.name not in running]
+    if missing:
+        raise RuntimeError(f"{missing[0]} saw no calibration batch; is it skipped at every step you calibrate?")
+    return {site.name: ChannelStats(**running[site.name]) for site in sites}
+
+
+@contextmanager
+def inputs_observed(model: nn.Module, names: dict[str, str], observe: Callable[[str, int, Tensor], None]):
+    """Hooks that call observe(label, step, input) for modules {name: label}; yields the setter of the step."""
+    current = {"step": 0}
+
+    def hook(label: str) -> Callable:
+        return lambda module, inputs: observe(label, current["step"], inputs[0])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(label)) for name, label in names.items()]
+    try:
+        yield lambda step: current.update(step=step)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def run_calibration(
+    model: nn.Module, calibration: Calibration, set_step: Callable[[int], None], title: str, device: str = "cpu"
+) -> None:
+    """Feed every recorded call to model, with its clock and set_step on the step of the call."""
+    dtype = _dtype_of(model)
+    for step, inputs in tqdm(calibration.batches(), total=calibration.num_batches(), desc=title, leave=False):
+        model.clock.set(step, calibration.num_steps)
+        set_step(step)
+        model(**{name: _cast(tensor, dtype).to(device) for name, tensor in inputs.items()})
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _read(path) -> dict[str, ChannelStats]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        site, name = key.rsplit("/", 1)
+        parts.setdefault(site, {})[name] = tensor
+    return {site: ChannelStats(**values) for site, values in parts.items()}

@@ -1,0 +1,1 @@
+"""The quantization algebra that every method uses: specs, quantizers, transforms, recipes, layers, accounting."""

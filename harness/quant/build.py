@@ -1,0 +1,85 @@
+"""A recipe becomes a model: a copy of the float transformer with its layers rebuilt; the original is left alone."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from harness.backends.base import AUTO
+from harness.quant.attention import QuantAttnProcessor
+from harness.quant.effective import effective_linear, touched_layers
+from harness.quant.layer import QuantLinear, QuantPatchEmbed
+from harness.quant.recipe import LayerRecipe, ModelRecipe
+from harness.quant.steps import StepClock
+from harness.quant.target import Target
+
+
+def build(
+    target: Target,
+    recipe: ModelRecipe,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    backend: str = AUTO,
+) -> nn.Module:
+    """The quantized copy of target.transformer; float parts in dtype, everything on device.
+
+    The model carries `clock` (a StepClock): whoever samples sets the step before each call.
+    """
+    device = torch.device(device)
+    clock = StepClock(recipe.num_steps).to(device)
+    transforms = {name: layer.transform for name, layer in recipe.layers.items()}
+    folded_layers = {name for site in target.sites if site.name in recipe.folded for name in site.consumers}
+    model = _copy_without(target.transformer, touched_layers(target, recipe))
+    nn.Module.to(model, device=device, dtype=dtype)  # not diffusers' own .to, which warns about every cast
+    for name in touched_layers(target, recipe):
+        original = target.module(name)
+        linear = QuantLinear(
+            recipe.layers.get(name, LayerRecipe()),
+            effective_linear(target, name, transforms, recipe.folded),
+            folded=name in folded_layers,
+            clock=clock,
+            dtype=dtype,
+            device=device,
+            backend=backend if name in recipe.layers and recipe.layers[name].weight else AUTO,
+        ).to(device)
+        set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
+    for name, attention in recipe.attention.items():
+        model.get_submodule(name).set_processor(QuantAttnProcessor(attention, clock))
+    model.clock = clock
+    return model.eval().requires_grad_(False)
+
+
+def float_copy(target: Target, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """The float transformer in another dtype, with a clock like a quantized one."""
+    return build(target, ModelRecipe(layers={}), dtype=dtype, device=device)
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The QuantLinears of a built model by the names of the layers they stand for."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found[name.removesuffix(".linear") if _is_patch_part(model, name) else name] = module
+    return found
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if child.isdigit():
+        owner[int(child)] = module  # type: ignore[operator]
+    else:
+        setattr(owner, child, module)
+
+
+def _is_patch_part(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), QuantPatchEmbed)
+
+
+def _copy_without(model: nn.Module, names: list[str]) -> nn.Module:
+    """A deep copy in which the named layers' tensors are shared, not copied: they are replaced right after."""
+    shared = {id(p): p for name in names for p in model.get_submodule(name).parameters()}
+    return copy.deepcopy(model, memo=dict(shared))

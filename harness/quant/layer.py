@@ -1,0 +1,100 @@
+"""`QuantLinear`: a linear layer built from a recipe and run by a backend."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.backends.base import AUTO, choose
+from harness.quant.effective import EffectiveLinear
+from harness.quant.recipe import LayerRecipe
+from harness.quant.steps import StepClock, StepTable
+from harness.quant.transforms import Transform
+
+
+class QuantLinear(nn.Module):
+    """y = kernel(transform(x)) + low-rank branch + bias, in the dtype of x.
+
+    Args:
+        recipe: of the layer.
+        effective: weight (O, C) and bias table after transforms and folds, before rounding.
+        folded: the transform's shift and scale live in the producer; only its rotations run here.
+        clock: the denoising step, shared by all layers of the model.
+        dtype: of the float parts (bias, float weight, low-rank branch).
+    """
+
+    def __init__(
+        self,
+        recipe: LayerRecipe,
+        effective: EffectiveLinear,
+        *,
+        folded: bool,
+        clock: StepClock,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str = AUTO,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = effective.weight_OC.shape
+        self.clock = clock
+        online = recipe.transform.rotations_only() if folded else recipe.transform
+        precision = torch.promote_types(dtype, torch.float32)
+        self.transform: Transform | None = None if online.is_identity else copy.deepcopy(online).to(precision)
+        self.upstream: Transform | None = (
+            copy.deepcopy(recipe.transform.shift_and_scale_only()).to(precision) if folded else None
+        )
+        chosen = choose(recipe, device, backend)
+        self.backend, self.kind = chosen.NAME, chosen.KIND
+        self.weight_spec = recipe.weight.spec if recipe.weight else None
+        self.act_spec = recipe.act.spec if recipe.act else None
+        self.kernel = chosen.make_kernel(recipe, effective.weight_OC.to(dtype))
+        self.bias: StepTable | None = None if effective.bias is None else effective.bias.map(lambda b: b.to(dtype))
+        if recipe.low_rank is not None:
+            self.register_buffer("down_rC", recipe.low_rank.down_rC.to(dtype))
+            self.register_buffer("up_Or", recipe.low_rank.up_Or.to(dtype))
+        self.has_low_rank = recipe.low_rank is not None
+
+    def stored(self) -> list[nn.Module]:
+        """The parts whose buffers have to be kept to run this layer (a folded transform costs nothing here)."""
+        return [part for part in (self.kernel, self.transform, self.bias) if part is not None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.clock.step
+        dtype = x.dtype
+        if self.transform is not None:
+            x = self.transform(x if dtype == torch.float64 else x.float(), step)
+        y = self.kernel(x, step)
+        if self.has_low_rank:
+            y = y + F.linear(F.linear(x.to(self.down_rC.dtype), self.down_rC), self.up_Or)
+        if self.bias is not None:
+            y = y + self.bias.at(step)
+        return y.to(dtype)
+
+    def local(self, float_input: Tensor) -> Tensor:
+        """The layer on an input of the *float* model: what is folded upstream is applied here first."""
+        if self.upstream is not None:
+            float_input = self.upstream(float_input, self.clock.step)
+        return self(float_input)
+
+
+class QuantPatchEmbed(nn.Module):
+    """A patch embedding (Conv2d with stride = kernel) as a QuantLinear on flattened patches."""
+
+    def __init__(self, conv: nn.Conv2d, linear: QuantLinear) -> None:
+        super().__init__()
+        if conv.stride != conv.kernel_size or conv.padding != (0, 0) or conv.groups != 1:
+            raise ValueError(f"only patch embeddings (stride = kernel, no padding) can be quantized, got {conv}")
+        self.kernel_size, self.linear = conv.kernel_size, linear
+
+    def patches(self, x: Tensor) -> Tensor:
+        return F.unfold(x, self.kernel_size, stride=self.kernel_size).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2] // self.kernel_size[0], x.shape[-1] // self.kernel_size[1]
+        return self.linear(self.patches(x)).transpose(1, 2).unflatten(2, (height, width))
+
+    def local(self, float_input: Tensor) -> Tensor:
+        return self(float_input)

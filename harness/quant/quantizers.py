@@ -1,0 +1,164 @@
+"""Uniform quantizers: ranges → scale and zero_point → codes, for weights and activations.
+
+x ≈ (code − zero_point) · scale. Zero is always inside the range, so that it is represented exactly and a one-sided
+group such as [5, 10] keeps an integer zero_point without being clipped (the raw-min/max form used in some releases
+clips such a group by half its range).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from harness.quant.spec import QuantSpec
+from harness.quant.steps import StepTable
+
+MSE_PERCENTILES = (0.999, 0.9999, 0.99999)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """codes_OC int16-safe integers (int8 or uint8); scale_OG float32; zero_point_OG float32 or None (symmetric).
+
+    G = 1 for per_channel and per_tensor, C / group_size for per_group.
+    """
+
+    codes_OC: Tensor
+    scale_OG: Tensor
+    zero_point_OG: Tensor | None
+    spec: QuantSpec
+
+    def dequantize(self) -> Tensor:
+        """weight_OC, float32."""
+        groups = self.scale_OG.shape[1]
+        codes_OGg = self.codes_OC.float().unflatten(1, (groups, -1))
+        if self.zero_point_OG is not None:
+            codes_OGg = codes_OGg - self.zero_point_OG[..., None]
+        return (codes_OGg * self.scale_OG[..., None]).flatten(1)
+
+
+@dataclass(frozen=True)
+class ActQuant:
+    """An activation quantizer. Static ones carry a table of scales (and zero_points) by denoising step.
+
+    scale, zero_point: rows of shape () for per_tensor.
+    """
+
+    spec: QuantSpec
+    scale: StepTable | None = field(default=None)
+    zero_point: StepTable | None = field(default=None)
+
+
+def affine_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Ends of ranges → (scale, zero_point or None); an empty range gets scale 1."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if spec.symmetric:
+        scale = torch.maximum(-low, high) / spec.quant_max
+        return torch.where(scale > 0, scale, torch.ones_like(scale)), None
+    scale = (high - low) / spec.quant_max
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, torch.round(-low / scale).clamp(spec.quant_min, spec.quant_max)
+
+
+def to_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Float-valued integer codes, clamped to the range of the spec."""
+    codes = torch.round(x / scale)
+    if zero_point is not None:
+        codes = codes + zero_point
+    return codes.clamp(spec.quant_min, spec.quant_max)
+
+
+def from_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    return (codes if zero_point is None else codes - zero_point) * scale
+
+
+def quantize_weight(weight_OC: Tensor, spec: QuantSpec, *, ranges: str = "minmax") -> QuantizedWeight:
+    """Round to nearest.
+
+    ranges: "minmax", or "mse": the best of three percentile ranges by squared error (as RepQ-ViT and PTQ4DiT
+        initialise: quantile(1 − p) … quantile(p) for p in 0.999, 0.9999, 0.99999).
+    """
+    weight_OC = weight_OC.float()
+    rows = _as_rows(weight_OC, spec)
+    low, high = _mse_range(rows, spec) if ranges == "mse" else (rows.amin(-1), rows.amax(-1))
+    scale, zero_point = affine_from_range(low, high, spec)
+    codes = to_codes(rows, scale[..., None], None if zero_point is None else zero_point[..., None], spec)
+    if spec.granularity == "per_tensor":
+        scale = scale.expand(len(weight_OC), 1)
+        zero_point = None if zero_point is None else zero_point.expand(len(weight_OC), 1)
+    return QuantizedWeight(
+        codes.reshape(weight_OC.shape).to(torch.int8 if spec.symmetric else torch.uint8),
+        scale.reshape(len(weight_OC), -1).contiguous(),
+        None if zero_point is None else zero_point.reshape(len(weight_OC), -1).contiguous(),
+        spec,
+    )
+
+
+def activation_affine(x: Tensor, quant: ActQuant, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """scale and zero_point that broadcast against x (…, C), or (…, G, g) for per_group; float32."""
+    spec = quant.spec
+    if not spec.dynamic:
+        assert quant.scale is not None
+        return quant.scale.at(step), None if quant.zero_point is None else quant.zero_point.at(step)
+    if spec.granularity == "per_tensor":
+        return affine_from_range(x.amin(), x.amax(), spec)
+    if spec.symmetric:
+        absmax = x.abs().amax(-1, keepdim=True)
+        return affine_from_range(-absmax, absmax, spec)
+    return affine_from_range(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), spec)
+
+
+def fake_quantize_activation(x: Tensor, quant: ActQuant, step: Tensor | None = None) -> Tensor:
+    """Quantize and dequantize x (…, C) in float32 (float64 stays float64)."""
+    shape = x.shape
+    x = x if x.dtype == torch.float64 else x.float()
+    if quant.spec.granularity == "per_group":
+        x = x.unflatten(-1, (-1, quant.spec.group_size))
+    scale, zero_point = activation_affine(x, quant, step)
+    return from_codes(to_codes(x, scale, zero_point, quant.spec), scale, zero_point).reshape(shape)
+
+
+def static_quant(low: StepTable, high: StepTable, spec: QuantSpec) -> ActQuant:
+    """A static per-tensor quantizer from tables of range ends."""
+    scale, zero_point = affine_from_range(low.rows, high.rows, spec)
+    return ActQuant(
+        spec,
+        StepTable(scale, low.group_of_step),
+        None if zero_point is None else StepTable(zero_point, low.group_of_step),
+    )
+
+
+def mse_percentile_range(values_N: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The percentile range of a flat sample with the least squared rounding error → two scalars."""
+    low, high = _mse_range(values_N[None].float(), spec)
+    return low[0], high[0]
+
+
+def _as_rows(weight_OC: Tensor, spec: QuantSpec) -> Tensor:
+    """(…, elements that share a scale)."""
+    if spec.granularity == "per_tensor":
+        return weight_OC.reshape(1, -1)
+    if spec.granularity == "per_group":
+        return weight_OC.unflatten(1, (-1, spec.group_size))
+    if spec.granularity == "per_channel":
+        return weight_OC
+    raise ValueError(f"weights cannot be quantized {spec.granularity}")
+
+
+def _mse_range(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    ordered = rows.sort(dim=-1).values
+    last = rows.shape[-1] - 1
+    best_low, best_high = ordered[..., 0], ordered[..., -1]
+    best_error = torch.full(rows.shape[:-1], torch.inf)
+    for percentile in MSE_PERCENTILES:
+        low = ordered[..., round((1 - percentile) * last)]
+        high = ordered[..., round(percentile * last)]
+        scale, zero_point = affine_from_range(low, high, spec)
+        scale, zero_point = scale[..., None], None if zero_point is None else zero_point[..., None]
+        error = (from_codes(to_codes(rows, scale, zero_point, spec), scale, zero_point) - rows).square().sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)
+    return best_low, best_high

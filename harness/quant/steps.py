@@ -1,0 +1,83 @@
+"""The denoising step as data: a clock that the sampling loop sets and tables whose row depends on it.
+
+A step-dependent quantity (shift, bias, activation range) is a small table with one row per group of steps. Layers read
+the step from a tensor and pick their row by index, so a compiled model does not recompile from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class StepClock:
+    """The index of the current denoising step, 0 … num_steps − 1, as a tensor shared by all layers of a model."""
+
+    def __init__(self, num_steps: int | None) -> None:
+        self.num_steps = num_steps  # None: nothing in the model depends on the step
+        self.step = torch.zeros((), dtype=torch.long)
+
+    def to(self, device: torch.device | str) -> StepClock:
+        self.step = self.step.to(device)
+        return self
+
+    def set(self, step: int, num_steps: int) -> None:
+        """Called by the sampling loop once per model call.
+
+        Raises:
+            ValueError: the recipe's tables were made for another number of steps.
+        """
+        if self.num_steps is not None and num_steps != self.num_steps:
+            raise ValueError(
+                f"this recipe has tables for {self.num_steps} denoising steps, the sampler runs {num_steps}; "
+                "calibrate with the same protocol.steps"
+            )
+        self.step.fill_(step)
+
+
+class StepTable(nn.Module):
+    """rows: (G, …), one per group of steps; group_of_step: int64 (S,), or None when all steps share row 0."""
+
+    rows: Tensor
+    group_of_step: Tensor | None
+
+    def __init__(self, rows: Tensor, group_of_step: Tensor | None = None) -> None:
+        super().__init__()
+        if group_of_step is None and len(rows) != 1:
+            raise ValueError(f"a table of {len(rows)} rows needs group_of_step")
+        self.register_buffer("rows", rows)
+        self.register_buffer("group_of_step", group_of_step)
+
+    @staticmethod
+    def constant(row: Tensor) -> StepTable:
+        return StepTable(row[None])
+
+    @property
+    def num_steps(self) -> int | None:
+        return None if self.group_of_step is None else len(self.group_of_step)
+
+    def at(self, step: Tensor | None) -> Tensor:
+        """The row of one step; step: int64 scalar tensor."""
+        if self.group_of_step is None:
+            return self.rows[0]
+        if step is None:
+            raise ValueError("this table depends on the denoising step, and no step was given")
+        return self.rows[self.group_of_step[step]]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> StepTable:
+        """Apply function to all rows (G, …) at once."""
+        return StepTable(function(self.rows), self.group_of_step)
+
+    def combine(self, other: StepTable, function: Callable[[Tensor, Tensor], Tensor]) -> StepTable:
+        """Row by row over the common refinement of both groupings."""
+        if self.group_of_step is None:
+            return other.map(lambda rows: function(self.rows, rows))
+        if other.group_of_step is None:
+            return self.map(lambda rows: function(rows, other.rows))
+        if len(self.group_of_step) != len(other.group_of_step):
+            raise ValueError(f"tables of {self.num_steps} and {other.num_steps} steps cannot be combined")
+        pairs = torch.stack([self.group_of_step, other.group_of_step], dim=1)
+        unique, group_of_step = torch.unique(pairs, dim=0, return_inverse=True)
+        return StepTable(function(self.rows[unique[:, 0]], other.rows[unique[:, 1]]), group_of_step)

@@ -1,0 +1,166 @@
+"""Records: one JSON file per run, written once, never edited; a run's folder appears whole or not at all.
+
+    <results_dir>/runs/<experiment>/<run_id>/record.json      the first attempt
+    <results_dir>/runs/<experiment>/<run_id>.2/record.json    again (after a failure, or with --force)
+
+`run_id` is the hash of everything that can change a number (`harness.run.identity`). Fields get added, never renamed;
+old records stay readable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.files import write_json
+
+SCHEMA = 1
+_ATTEMPT = re.compile(r"^(?P<run_id>[0-9a-f]{12})(?:\.(?P<attempt>\d+))?$")
+
+
+@dataclass
+class Record:
+    """The result of one run.
+
+    metrics: {name: {value, ci95, n, better, paired, noise_floor, status, reason, passport}}; `value` is None when
+        `status` is "skipped".
+    efficiency: {kind, backend, device, latency_ms{median, p10, p90}, baseline_latency_ms{…}, speedup, model_bytes,
+        baseline_model_bytes, compression, peak_memory_bytes, …}; `kind` is "measured" (an integer kernel, or the
+        16-bit reference, ran on this device) or "simulated" (then latency, speedup and peak memory are None).
+    bits: {label, weight_bits_effective, act_bits_effective, mac_share_quantized, float_layers, …}.
+    """
+
+    run_id: str
+    status: str  # ok | failed | skipped
+    config: dict[str, Any]
+    method: str
+    model: str
+    experiment: str
+    schema: int = SCHEMA
+    error: str | None = None
+    bits: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    efficiency: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    timings_s: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, Any] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)  # name → path relative to the record's folder
+    folder: Path | None = None  # where it was read from; not stored
+
+
+def experiment_folder(results_dir: Path, experiment: str) -> Path:
+    return Path(results_dir) / "runs" / experiment
+
+
+@contextmanager
+def run_folder(results_dir: Path, experiment: str, run_id: str) -> Iterator[Path]:
+    """A scratch folder that becomes `<run_id>` (or the next free `<run_id>.N`) when the block ends well.
+
+    An interrupted run leaves only a hidden `.…part` folder, which the next attempt of the same run removes.
+    """
+    home = experiment_folder(results_dir, experiment)
+    home.mkdir(parents=True, exist_ok=True)
+    for stale in home.glob(f".{run_id}.part-*"):
+        if not _alive(int(stale.name.rsplit("-", 1)[1])):
+            shutil.rmtree(stale, ignore_errors=True)
+    part = home / f".{run_id}.part-{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        while True:
+            target = home / _next_name(home, run_id)
+            try:
+                os.rename(part, target)  # fails if another process took the name meanwhile: never overwrites
+                break
+            except OSError:
+                if not target.exists():
+                    raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write(record: Record, folder: Path) -> None:
+    values = asdict(record)
+    values.pop("folder")
+    write_json(folder / "record.json", values)
+
+
+def read(path: Path) -> Record:
+    """The record in a record.json.
+
+    Raises:
+        UserError: unreadable JSON, not a record, or written by a newer ditbench.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable record ({error}); move that folder away to go on") from error
+    if not isinstance(values, dict) or "schema" not in values:
+        raise UserError(f"{path}: not a ditbench record (no field 'schema'); move that folder away to go on")
+    if values["schema"] > SCHEMA:
+        raise UserError(
+            f"{path}: record schema {values['schema']} is newer than this ditbench reads ({SCHEMA}); "
+            "upgrade ditbench, or point results_dir elsewhere"
+        )
+    known = set(Record.__dataclass_fields__) - {"folder"}
+    return Record(**{name: value for name, value in values.items() if name in known}, folder=path.parent)
+
+
+def attempts(results_dir: Path, experiment: str, run_id: str) -> list[Record]:
+    """Every finished attempt of one run, oldest first."""
+    home = experiment_folder(results_dir, experiment)
+    found = []
+    for folder in home.glob(f"{run_id}*"):
+        match = _ATTEMPT.match(folder.name)
+        if match and match["run_id"] == run_id and (folder / "record.json").exists():
+            found.append((int(match["attempt"] or 1), read(folder / "record.json")))
+    return [record for _, record in sorted(found, key=lambda pair: pair[0])]
+
+
+def finished(results_dir: Path, experiment: str, run_id: str) -> Record | None:
+    """The newest attempt that ended ok, if any."""
+    ok = [record for record in attempts(results_dir, experiment, run_id) if record.status == "ok"]
+    return ok[-1] if ok else None
+
+
+def read_all(results_dir: Path, experiment: str | None = None) -> list[Record]:
+    """The newest attempt of every run (an ok one before a failed one), of one experiment or of all."""
+    root = Path(results_dir) / "runs"
+    homes = [root / experiment] if experiment else sorted(p for p in root.glob("*") if p.is_dir())
+    records: list[Record] = []
+    for home in homes:
+        run_ids = {m["run_id"] for p in home.glob("*") if (m := _ATTEMPT.match(p.name))}
+        for run_id in sorted(run_ids):
+            tries = attempts(results_dir, home.name, run_id)
+            ok = [record for record in tries if record.status == "ok"]
+            records += (ok or tries)[-1:]
+    return records
+
+
+def _next_name(home: Path, run_id: str) -> str:
+    if not (home / run_id).exists():
+        return run_id
+    attempt = 2
+    while (home / f"{run_id}.{attempt}").exists():
+        attempt += 1
+    return f"{run_id}.{attempt}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()

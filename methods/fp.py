@@ -1,0 +1,25 @@
+"""The 16-bit float model: the reference that every other row is compared with. It ignores `bits`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from harness.calibrate import Calibration
+from harness.quant.recipe import ModelRecipe
+from harness.quant.spec import Bits
+from harness.quant.target import Target
+
+
+@dataclass(frozen=True)
+class Params:
+    """Nothing to choose."""
+
+
+def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
+    return {}
+
+
+def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:
+    return ModelRecipe(layers={})

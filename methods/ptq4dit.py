@@ -1,0 +1,113 @@
+"""PTQ4DiT (Wu et al. 2024, arXiv:2405.16005): balance salient channels between X and W, for all timesteps at once.
+
+CSB (Eq. 4–7): salience is the largest magnitude of a channel; both sides meet at their geometric mean
+
+    s̃_j = √(s(X_j) s(W_j)),   B^X = diag(s̃ / s(X)),   B^W = diag(s̃ / s(W)),   (X B^X)(B^W W) = X W
+
+SSC (Eq. 10–11): activation salience as a mean over timesteps, weighted towards those where X and W complement each other
+
+    s_ρ(X) = Σ_t η_t s(X^(t)),   η_t = exp(−ρ_t) / Σ_t' exp(−ρ_t'),   ρ_t = Spearman(s(X^(t)), s(W))
+
+    paper      here                meaning
+    s(X^(t))   act_salience_SC     largest |x| per step and channel
+    s(W)       weight_salience_C   largest |w| per input channel, over all layers that read the input
+    ρ_t        spearman_S          rank correlation over channels (0 where a side is constant)
+    η_t        weights_S           Σ η = 1, max η / min η ≤ e²
+    (B^X)⁻¹    scale_C             what x is divided by, √(s_ρ(X) / s(W))
+
+Re-parameterisation (Eq. 13, 18–21): folded into adaLN rows for q, k, v and the first FFN layer, into the V rows for the
+output projection; none for the second FFN layer. Weight ranges by the percentile search of the release ("mse").
+
+Departs from the paper: block reconstruction (AdaRound with learned step sizes) is not in yet, and the reported numbers
+depend on it; ρ_t is per timestep as in Eq. 11 (the release: per sample row of one class); calibration classes are drawn
+at random (the release sees classes 0–15 only); s(W) of q, k, v is taken over the three together, since they share B^X.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from harness.calibrate import Calibration
+from harness.observe import channel_stats
+from harness.quant.recipe import ModelRecipe
+from harness.quant.rounding import nearest, static_ranges
+from harness.quant.spec import Bits
+from harness.quant.target import Site, Target, weight_matrix
+from harness.quant.transforms import Transform
+
+
+@dataclass(frozen=True)
+class Params:
+    """Defaults are the paper's; csb and ssc off one by one are the rows of its Table 3."""
+
+    csb: bool = True
+    ssc: bool = True  # off: the mean salience over timesteps
+    ranges: str = "mse"  # of weights and static activations: mse (percentile search) | minmax
+    floor: float = 1e-8  # on both saliences: a dead channel must not divide by zero
+
+    def __post_init__(self) -> None:
+        if self.ranges not in ("mse", "minmax"):
+            raise ValueError(f"ptq4dit: ranges must be mse or minmax, got {self.ranges!r}")
+
+
+def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    if params.csb:
+        stats = channel_stats(target, calibration)
+        for site in balanced_sites(target):
+            act_salience_SC = stats[site.consumers[0]].absmax_SC
+            state[f"{site.name}/scale"] = balance(act_salience_SC, weight_salience(target, site), params)
+    transforms, folded = placement(target, state)
+    return state | static_ranges(target, bits, calibration, transforms, folded, ranges=params.ranges)
+
+
+def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:
+    transforms, folded = placement(target, state)
+    return nearest(target, bits, state, transforms, folded, weight_ranges=params.ranges)
+
+
+def balanced_sites(target: Target) -> list[Site]:
+    return [site for site in target.linear_sites() if site.producer is not None]
+
+
+def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:
+    """The transforms by layer, and the sites whose transform is folded into their producer (all of them)."""
+    sites = [site for site in balanced_sites(target) if f"{site.name}/scale" in state]
+    transforms = {}
+    for site in sites:
+        shared = Transform(scale_C=state[f"{site.name}/scale"])
+        transforms |= dict.fromkeys(site.consumers, shared)
+    return transforms, frozenset(site.name for site in sites)
+
+
+def weight_salience(target: Target, site: Site) -> Tensor:
+    """s(W), Eq. 4."""
+    return torch.stack([weight_matrix(target.module(n)).float().abs().amax(0) for n in site.consumers]).amax(0)
+
+
+def balance(act_salience_SC: Tensor, weight_salience_C: Tensor, params: Params) -> Tensor:
+    """(B^X)⁻¹ = √(s_ρ(X) / s(W)), one factor per input channel (Eq. 5–6 with s_ρ of Eq. 10)."""
+    if params.ssc:
+        weights_S = timestep_weights(spearman(act_salience_SC, weight_salience_C))
+    else:
+        weights_S = torch.full((len(act_salience_SC),), 1.0 / len(act_salience_SC))
+    salience_C = (weights_S[:, None] * act_salience_SC).sum(0)
+    return (salience_C.clamp(min=params.floor) / weight_salience_C.clamp(min=params.floor)).sqrt()
+
+
+def timestep_weights(spearman_S: Tensor) -> Tensor:
+    """η_t, Eq. 11."""
+    return torch.softmax(-spearman_S, dim=0)
+
+
+def spearman(rows_SC: Tensor, reference_C: Tensor) -> Tensor:
+    """Spearman's rank correlation of each row with the reference; 0 where either has no variation."""
+    ranks_SC = torch.as_tensor(rankdata(rows_SC.numpy(), axis=1))
+    ranks_C = torch.as_tensor(rankdata(reference_C.numpy()))
+    centred_SC, centred_C = ranks_SC - ranks_SC.mean(1, keepdim=True), ranks_C - ranks_C.mean()
+    norm_S = centred_SC.norm(dim=1) * centred_C.norm()
+    return torch.where(norm_S > 0, (centred_SC @ centred_C) / norm_S.clamp(min=1e-12), torch.zeros(())).float()
