@@ -2,12 +2,16 @@
 
 Every metric here exists once per library and once per feature space. `<library>/<metric>_judge` looks through the
 judge that comes with the model, `<library>/<metric>` (eval/inception.py) through Inception; the two are never mixed.
+
+An interval says how the number would move with n other images of the same model. That FID falls as n grows is not in
+it: compare at equal n.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from eval import libraries, spread
 from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.features import Pair, judge_pair, need_judge, outputs
+from eval.features import Pair, judge_pair, need_judge, one_thread, outputs
 from eval.passport import need_samples, passport
 from eval.statistics import NORMAL_BOOTSTRAP, WILSON, around, bootstrap_sd, share_with_ci
 
@@ -27,6 +31,7 @@ class View:
     pair: Callable[[Evidence], Pair]
     logits: Callable[[Evidence], Tensor]
     origin: Callable[[Evidence], dict[str, Any]]
+    narrow: bool = False  # features so narrow that threads only get in each other's way
 
 
 def fid(library: str, view: View, evidence: Evidence) -> Measurement:
@@ -38,7 +43,8 @@ def fid(library: str, view: View, evidence: Evidence) -> Measurement:
     if n <= width:
         settings["note"] = f"n = {n} is not above the feature width {width}: compare at equal n only"
     settings |= {"ci_method": NORMAL_BOOTSTRAP, "resamples": resamples}
-    return _measurement(library, "fid", view, evidence, value, around(value, sd), settings)
+    low, high = around(value, sd)
+    return _measurement(library, "fid", view, evidence, value, (max(low, min(value, 0.0)), high), settings)
 
 
 def kid(library: str, view: View, evidence: Evidence) -> Measurement:
@@ -100,7 +106,8 @@ def register(views: dict[str, View], suffix: str, seen_by: str) -> None:
 
 def _bound(compute: Callable[..., Measurement], library: str, view: View, summary: str) -> Callable:
     def bound(evidence: Evidence) -> Measurement:
-        return compute(library, view, evidence)
+        with one_thread() if view.narrow else nullcontext():
+            return compute(library, view, evidence)
 
     bound.__doc__ = summary
     return bound
@@ -136,5 +143,5 @@ def _judge_origin(evidence: Evidence) -> dict[str, Any]:
     return {"weights_sha256": judge.sha256, "dtype": "float32", "features": f"judge {judge.name}"}
 
 
-_JUDGE = View(judge_pair, _judge_logits, _judge_origin)
+_JUDGE = View(judge_pair, _judge_logits, _judge_origin, narrow=True)
 register(dict.fromkeys(libraries.PACKAGES, _JUDGE), "_judge", "in the judge's features")

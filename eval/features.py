@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -68,9 +69,10 @@ def outputs(images_NHWC: Tensor, judge: nn.Module, name: str) -> Tensor:
     def all_batches() -> Tensor:
         was_training = judge.training
         judge.eval()
-        batches = [compute(batch_NCHW.to(device)).float().cpu() for batch_NCHW in channels_first(images_NHWC, BATCH)]
-        judge.train(was_training)
-        return torch.cat(batches)
+        try:
+            return torch.cat([compute(batch.to(device)).float().cpu() for batch in channels_first(images_NHWC, BATCH)])
+        finally:
+            judge.train(was_training)
 
     return remembered(images_NHWC, judge, name, all_batches)
 
@@ -95,16 +97,28 @@ def channels_first(images_NHWC: Tensor, batch: int) -> Iterator[Tensor]:
 
 def need_judge(evidence: Evidence) -> FeatureModel:
     if evidence.judge is None:
-        raise MetricSkipped("this model has no judge; use the Inception metrics, or embed a judge beside its weights")
+        raise MetricSkipped("this model comes without a judge; use metrics=inception")
     return evidence.judge
 
 
 def need_reference(evidence: Evidence) -> Reference:
     if evidence.reference is None:
-        raise MetricSkipped("no reference images; set protocol.reference to a known set, an .npz or a folder of images")
+        raise MetricSkipped("no reference images were given; choose a known set, an .npz or a folder of images")
     if len(evidence.reference.images_NHWC) < 2:
         raise MetricSkipped(f"reference {evidence.reference.name} has fewer than 2 images")
     return evidence.reference
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """BLAS and torch on one thread: many small products on two busy cores were ten times slower on two threads."""
+    threads = torch.get_num_threads()
+    with threadpool_limits(1):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 @contextmanager

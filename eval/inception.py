@@ -1,11 +1,12 @@
 """The same metrics through Inception-v3, as papers report them; each library with its own weights file and resizing.
 
     library          network                              resized to 299×299 by
-    torchmetrics     FID Inception, torch-fidelity's port  bilinear, antialiased (its default since 1.8)
-    torch-fidelity   the same weights                      bilinear as in TensorFlow 1, not antialiased
-    clean-fid        the original TensorFlow graph         PIL bicubic per channel, antialiased, not rounded
+    torchmetrics     torch-fidelity's port of FID's       bilinear, antialiased (its default since 1.8)
+    torch-fidelity   the same weights                     bilinear as in TensorFlow 1, not antialiased
+    clean-fid        NVIDIA's TorchScript of the same     PIL bicubic per channel, antialiased, not rounded
 
-None of the three may be compared with another, and none with a number through a judge.
+None of the three may be compared with another, and none with a number through a judge. Precision and recall are here
+in Inception's features, as in ADM's evaluator; torch-fidelity itself would take VGG16's.
 """
 
 from __future__ import annotations

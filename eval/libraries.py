@@ -93,7 +93,8 @@ def torch_fidelity_prc(generated_NF: Tensor, reference_MF: Tensor) -> tuple[floa
     scores = prc_features_to_metric(
         generated_NF, reference_MF, prc_neighborhood=neighbours, save_cpu_ram=in_parts, verbose=False
     )
-    return scores[KEY_METRIC_PRECISION], scores[KEY_METRIC_RECALL], {"neighbours": neighbours}
+    settings = {"neighbours": neighbours, "note": "torch-fidelity's own default features for this metric are VGG16's"}
+    return scores[KEY_METRIC_PRECISION], scores[KEY_METRIC_RECALL], settings
 
 
 def clean_fid_fid(generated_NF: Tensor, reference_MF: Tensor, seed: int) -> Scored:

@@ -44,5 +44,5 @@ def need_samples(evidence: Evidence, at_least: int) -> int:
     """The number of generated samples; too few of them and the metric is skipped."""
     n = len(evidence.generated)
     if n < at_least:
-        raise MetricSkipped(f"needs {at_least} or more generated images, got {n}; generate more")
+        raise MetricSkipped(f"needs {at_least} or more generated images, got {n}; raise protocol.n")
     return n

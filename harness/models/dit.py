@@ -7,6 +7,8 @@ second FFN layer reads GELU, through which nothing can be folded.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +24,17 @@ SAMPLERS = ("ddim", "ddpm")
 
 
 def load(folder: str, revision: str | None, dtype: torch.dtype) -> DiTPipeline:
-    pipe = DiTPipeline.from_pretrained(folder, revision=revision, torch_dtype=dtype)
+    without_vae = {"vae": None} if _pixel_space(folder) else {}
+    pipe = DiTPipeline.from_pretrained(folder, revision=revision, torch_dtype=dtype, **without_vae)
     if not isinstance(pipe.transformer, DiTTransformer2DModel):
         raise TypeError(f"its transformer is a {type(pipe.transformer).__name__}, not a DiTTransformer2DModel")
     return pipe
+
+
+def _pixel_space(folder: str) -> bool:
+    """Whether a local pipeline folder says that it has no VAE."""
+    index = Path(folder) / "model_index.json"
+    return index.exists() and json.loads(index.read_text()).get("vae") == [None, None]
 
 
 def random_pipeline(arguments: dict[str, Any], dtype: torch.dtype) -> DiTPipeline:

@@ -80,6 +80,5 @@ def _is_patch_part(model: nn.Module, name: str) -> bool:
 
 
 def _copy_without(model: nn.Module, names: list[str]) -> nn.Module:
-    """A deep copy in which the named layers' tensors are shared, not copied: they are replaced right after."""
-    shared = {id(p): p for name in names for p in model.get_submodule(name).parameters()}
-    return copy.deepcopy(model, memo=dict(shared))
+    """A deep copy with empty places where the named layers are: they are replaced right after."""
+    return copy.deepcopy(model, memo={id(model.get_submodule(name)): nn.Identity() for name in names})

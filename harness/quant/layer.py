@@ -70,7 +70,7 @@ class QuantLinear(nn.Module):
         if self.has_low_rank:
             y = y + F.linear(F.linear(x.to(self.down_rC.dtype), self.down_rC), self.up_Or)
         if self.bias is not None:
-            y = y + self.bias.at(step)
+            y += self.bias.at(step)
         return y.to(dtype)
 
     def local(self, float_input: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""How far a quantized model's images are from the float model's, sample by sample: same noise, same label.
+
+With few images these tell methods apart where FID cannot: both sides share their noise, so it cancels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eval.base import Evidence, ImageSet, Measurement, MetricSkipped, metric
+from eval.features import BATCH
+from eval.passport import FLOAT_MODEL, need_samples, passport
+from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
+
+CAP_DB = 100.0  # what identical samples count as; their true value is infinite
+SSIM_SIGMA, SSIM_KERNEL = 1.5, 11
+
+
+@metric("psnr", better="higher", paired=True, unit="dB")
+def psnr(evidence: Evidence) -> Measurement:
+    """Peak signal-to-noise ratio to the float model's image, mean of the per-image values."""
+    images_NHWC, float_NHWC = _image_pairs(evidence)
+    error_N = (images_NHWC.double() - float_NHWC.double()).square().mean(dim=(1, 2, 3)) / 255.0**2
+    settings = {"averaged": "per image (not over the set's MSE)", "peak": 255, "cap_db": CAP_DB, "dtype": "float64"}
+    return _measurement(evidence, "ditbench psnr", "ditbench", _decibel(1.0 / error_N), settings)
+
+
+@metric("ssim", better="higher", paired=True)
+def ssim(evidence: Evidence) -> Measurement:
+    """Structural similarity to the float model's image, mean of the per-image values."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    images_NHWC, float_NHWC = _image_pairs(evidence)
+    sigma, kernel = _ssim_window(min(images_NHWC.shape[1:3]))
+    values = [
+        structural_similarity_index_measure(
+            _unit_range(batch), _unit_range(float_batch), sigma=sigma, data_range=1.0, reduction="none"
+        )
+        for batch, float_batch in zip(images_NHWC.split(BATCH), float_NHWC.split(BATCH), strict=True)
+    ]
+    settings = {"data_range": 1.0, "gaussian_sigma": sigma, "kernel_size": kernel, "dtype": "float32"}
+    return _measurement(evidence, "torchmetrics ssim", "torchmetrics", torch.cat(values), settings)
+
+
+@metric("sqnr", better="higher", paired=True, unit="dB")
+def sqnr(evidence: Evidence) -> Measurement:
+    """Signal-to-quantization-noise ratio of the latents: signal is the float model's, noise the difference to it."""
+    latents_NChw, float_NChw = evidence.generated.latents_NChw, _float_model(evidence).latents_NChw
+    if latents_NChw is None or float_NChw is None:
+        raise MetricSkipped("no latents were kept with the images")
+    _same_shape(latents_NChw, float_NChw)
+    if not (latents_NChw.isfinite().all() and float_NChw.isfinite().all()):
+        raise MetricSkipped("some latents are not finite; the sampler diverged")
+    signal_N = float_NChw.double().square().flatten(1).sum(dim=1)
+    noise_N = (latents_NChw.double() - float_NChw.double()).square().flatten(1).sum(dim=1)
+    if (signal_N == 0).any():
+        raise MetricSkipped("a latent of the float model is all zeros; a ratio to it has no meaning")
+    settings = {"averaged": "per sample", "cap_db": CAP_DB, "dtype": "float64"}
+    return _measurement(evidence, "ditbench sqnr", "ditbench", _decibel(signal_N / noise_N), settings)
+
+
+def _measurement(
+    evidence: Evidence, implementation: str, package: str, values_N: Tensor, settings: dict
+) -> Measurement:
+    value, ci95 = mean_with_ci(values_N.cpu().numpy(), evidence.seed, evidence.resamples)
+    settings |= {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples}
+    return Measurement(value, ci95, len(values_N), passport(implementation, package, reference=FLOAT_MODEL, **settings))
+
+
+def _decibel(ratio_N: Tensor) -> Tensor:
+    return (10.0 * torch.log10(ratio_N)).clamp(max=CAP_DB)
+
+
+def _unit_range(images_NHWC: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) → float32 in [0, 1], (B, 3, H, W)."""
+    return images_NHWC.permute(0, 3, 1, 2).float() / 255.0
+
+
+def _ssim_window(side: int) -> tuple[float, int]:
+    """(sigma, kernel size): 1.5 and 11, or the largest odd window that fits a smaller image.
+
+    torchmetrics derives the kernel from sigma: 2 · int(3.5 sigma + 0.5) + 1.
+    """
+    if side >= SSIM_KERNEL:
+        return SSIM_SIGMA, SSIM_KERNEL
+    if side < 3:
+        raise MetricSkipped(f"ssim needs images of 3 pixels or more a side, got {side}")
+    half = (side - 1) // 2
+    return half / 3.5, 2 * half + 1
+
+
+def _image_pairs(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    images_NHWC, float_NHWC = evidence.generated.images_NHWC, _float_model(evidence).images_NHWC
+    _same_shape(images_NHWC, float_NHWC)
+    return images_NHWC, float_NHWC
+
+
+def _float_model(evidence: Evidence) -> ImageSet:
+    need_samples(evidence, 1)
+    if evidence.float_model is None:
+        raise MetricSkipped("no samples of the float model to compare with")
+    return evidence.float_model
+
+
+def _same_shape(samples: Tensor, float_samples: Tensor) -> None:
+    if samples.shape != float_samples.shape:
+        raise ValueError(
+            f"fidelity: generated {tuple(samples.shape)} and float model {tuple(float_samples.shape)} must pair row by "
+            "row; generate both with the same seeds"
+        )

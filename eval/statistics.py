@@ -1,0 +1,57 @@
+"""95 % intervals: how far a number could have moved had other samples been drawn.
+
+Three kinds, each named in the passport (`ci_method`):
+- a mean over samples: percentile bootstrap;
+- a share of samples: Wilson's interval;
+- a number of the whole set (FID, KID, IS): value ± 1.96 · standard deviation over bootstrap resamples. Percentiles
+  would be wrong there: a resample repeats rows, so its FID and KID lie above those of the set it was drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import binomtest
+
+Interval = tuple[float, float]
+
+PERCENTILE_BOOTSTRAP = "percentile bootstrap of the mean"
+WILSON = "Wilson"
+NORMAL_BOOTSTRAP = "value ± 1.96·sd over bootstrap resamples of the generated rows (percentiles would be biased)"
+
+_Z95 = 1.96
+
+
+def resampled_rows(n: int, seed: int, resamples: int) -> np.ndarray:
+    """Row indices drawn with replacement, (resamples, n) int64; the global random state is left alone."""
+    return np.random.default_rng(seed).integers(0, n, size=(resamples, n))
+
+
+def mean_with_ci(values_N: np.ndarray, seed: int, resamples: int) -> tuple[float, Interval]:
+    """The mean of one value per sample, and its percentile bootstrap interval."""
+    values_N = np.asarray(values_N, dtype=np.float64)
+    means = values_N[resampled_rows(len(values_N), seed, resamples)].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(values_N.mean()), (float(low), float(high))
+
+
+def share_with_ci(hits: int, n: int) -> tuple[float, Interval]:
+    """hits out of n, and Wilson's interval for that share."""
+    interval = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return hits / n, (float(interval.low), float(interval.high))
+
+
+def bootstrap_ci(statistic: Callable[[np.ndarray], float], n: int, seed: int, resamples: int) -> tuple[float, Interval]:
+    """statistic(row indices) of the whole set, ± 1.96 · its standard deviation over resamples of the n rows."""
+    value = float(statistic(np.arange(n)))
+    return value, around(value, bootstrap_sd(statistic, n, seed, resamples))
+
+
+def bootstrap_sd(statistic: Callable[[np.ndarray], float], n: int, seed: int, resamples: int) -> float:
+    return float(np.std([statistic(rows) for rows in resampled_rows(n, seed, resamples)], ddof=1))
+
+
+def around(value: float, spread: float) -> Interval:
+    """value ± 1.96 · spread, spread being a standard deviation."""
+    return value - _Z95 * spread, value + _Z95 * spread

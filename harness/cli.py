@@ -1,0 +1,154 @@
+"""The command line: `ditbench run | report | list | check-method | doctor | zoo`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from harness.errors import UserError
+
+HELP = """\
+ditbench: one protocol for post-training quantization of diffusion transformers.
+
+  ditbench run method=smoothquant bits=w4a8 model=tiny-dit       one run
+  ditbench run -m method=rtn,smoothquant,quarot bits=w8a8,w4a4   a sweep (every combination)
+  ditbench run experiment=demo                                   a sweep from conf/experiment/
+  ditbench report --format html                                  tables and plots of what was recorded
+  ditbench list methods|models|metrics|backends|protocols|bits   what there is
+  ditbench check-method NAME                                     does a method keep the contract?
+  ditbench doctor                                                what this machine can do, and what is missing
+  ditbench zoo train tiny-dit                                    train an embedded model again
+
+Any value of the configuration can be overridden as name=value, in Hydra's syntax: protocol.n=1000 device=cuda
+method.strength=0.6 generate.batch_size=128. `ditbench run --cfg job` prints the whole configuration.
+Results go to ./results (results_dir=...). A run that is already recorded is skipped; --force runs it again.
+"""
+EXIT_USER = 2
+EXIT_FAILED_RUNS = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": run_command,
+        "report": report_command,
+        "list": list_command,
+        "check-method": check_method_command,
+        "doctor": doctor_command,
+        "zoo": zoo_command,
+    }
+    if command in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    debug = "--debug" in rest
+    try:
+        if command == "--version":
+            import harness
+
+            print(f"ditbench {harness.__version__}")
+            return 0
+        if command not in commands:
+            from harness.errors import unknown_name
+
+            raise unknown_name("command", command, commands)
+        return commands[command](rest)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"ditbench: {error}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print("ditbench: interrupted; finished runs are recorded, start the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def run_command(arguments: list[str]) -> int:
+    """`ditbench run`: compose with Hydra, run every job, print the comparison."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(HELP)
+        return 0
+    from harness.sweep import launch
+
+    return launch(_flags_to_overrides(arguments))
+
+
+def report_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ditbench report", description="Tables and plots of what was recorded.")
+    parser.add_argument("--format", choices=["md", "csv", "latex", "html"], default="md")
+    parser.add_argument("--experiment", help="one experiment; default: all")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
+    parser.add_argument("--out", type=Path, help="file to write; default: print (html: <results-dir>/report.html)")
+    parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
+    options = parser.parse_args(arguments)
+    from harness.report import report
+
+    made = report(options.results_dir, options.experiment, options.format, options.out)
+    print(made.path if made.path is not None else made.text)
+    return 0
+
+
+def list_command(arguments: list[str]) -> int:
+    from harness import listing
+
+    parser = argparse.ArgumentParser(prog="ditbench list", description="What there is to choose from.")
+    parser.add_argument("kind", choices=sorted(listing.KINDS))
+    parser.add_argument("--debug", action="store_true")
+    print(listing.KINDS[parser.parse_args(arguments).kind]())
+    return 0
+
+
+def check_method_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ditbench check-method", description="The conformance suite on one method.")
+    parser.add_argument("name", help="a method's name, or all")
+    parser.add_argument("--debug", action="store_true")
+    from harness.conformance import check_methods
+
+    return check_methods(parser.parse_args(arguments).name)
+
+
+def doctor_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ditbench doctor", description="What this machine can do.")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"))
+    parser.add_argument("--debug", action="store_true")
+    from harness.doctor import examine
+
+    print(examine(parser.parse_args(arguments).results_dir))
+    return 0
+
+
+def zoo_command(arguments: list[str]) -> int:
+    from harness.models.zoo import trainable
+
+    parser = argparse.ArgumentParser(prog="ditbench zoo", description="The embedded models.")
+    parser.add_argument("action", choices=["train"])
+    parser.add_argument("name", choices=sorted(trainable()))
+    parser.add_argument("--out", type=Path, help="folder to write; default: where the shipped weights are")
+    parser.add_argument("--checkpoints", type=Path, default=Path(".zoo-checkpoints"), help="an interrupted training resumes")
+    parser.add_argument("--debug", action="store_true")
+    options = parser.parse_args(arguments)
+    folder, numbers = trainable()[options.name](options.out, options.checkpoints / options.name)
+    for name, value in numbers.items():
+        print(f"{name}: {value}")
+    print(folder)
+    return 0
+
+
+def _flags_to_overrides(arguments: list[str]) -> list[str]:
+    """--force and --debug are ours; everything else is Hydra's."""
+    flags = {"--force": "force=true", "--debug": "debug=true"}
+    return [flags.get(argument, argument) for argument in arguments]
+
+
+def entry() -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

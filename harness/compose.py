@@ -1,0 +1,71 @@
+"""Hydra: what is registered with it, and overrides checked before a sweep starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import OverrideParseException
+
+from harness import methods
+from harness.errors import UserError, unknown_name
+from harness.paths import CONF
+from harness.quant.spec import all_labels, parse_label
+
+
+def register() -> None:
+    """Every method's defaults and every bits=w<..>a<..> as configuration nodes."""
+    store = ConfigStore.instance()
+    for name in methods.known_methods():
+        store.store(group="method", name=f"{name}_defaults", node=methods.defaults(name))
+        if not (CONF / "method" / f"{name}.yaml").exists():  # a plugin's method needs no file here
+            store.store(group="method", name=name, node=methods.defaults(name))
+    for label in all_labels():
+        weight, act = parse_label(label)
+        node: dict[str, Any] = {
+            "defaults": ["default", "_self_"],
+            "label": label,
+            "weight": {"bits": weight},
+            "act": {"bits": act},
+        }
+        store.store(group="bits", name=label, node=node)
+
+
+def groups() -> dict[str, list[str]]:
+    """{configuration group: its options}."""
+    found = {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
+    }
+    found["method"] = sorted(methods.known_methods())
+    found["bits"] = all_labels()
+    return found
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Raise UserError for a choice that no group has, before any run of a sweep has started.
+
+    Hydra composes the jobs of a sweep one after the other; without this a typo in the last method would be found when
+    all others have run.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise UserError(f"{error.override!r} is not an override: {str(error).splitlines()[0]}; write name=value") from error
+    options = groups()
+    for override in parsed:
+        if override.key_or_group not in options:
+            continue
+        for choice in _choices(override):
+            if override.key_or_group == "bits":
+                parse_label(choice)
+            if choice not in options[override.key_or_group]:
+                raise unknown_name(override.key_or_group, choice, options[override.key_or_group])
+
+
+def _choices(override: Override) -> list[str]:
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        return [str(item) for item in value.list]
+    return [str(value)] if isinstance(value, (str, int)) else []

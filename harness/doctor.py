@@ -1,0 +1,86 @@
+"""`ditbench doctor`: what this machine can do, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+
+from harness import tracking
+from harness.environment import PACKAGES, package_version
+from harness.listing import format_matrix, table
+from harness.measure import device_name
+from harness.models.zoo import WEIGHTS
+from harness.paths import CONF
+
+
+def examine(results_dir: Path) -> str:
+    parts = [
+        ("device", _device()),
+        ("packages", "  ".join(f"{name} {package_version(name) or 'MISSING'}" for name in PACKAGES)),
+        ("kernels", format_matrix()),
+        ("models", table(("model", "weights"), [(p.stem, _weights(p)) for p in sorted((CONF / "model").glob("*.yaml"))])),
+        ("metrics", _metrics()),
+        ("W&B", _wandb()),
+        ("results", _results(results_dir)),
+    ]
+    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in text.splitlines()) for title, text in parts)
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return f"cuda: {device_name(torch.device('cuda'))}, {memory / 2**30:.0f} GiB; device=auto takes it"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"cpu: {device_name(torch.device('cpu'))}, {capability}; no CUDA device: 4-bit formats are simulated"
+
+
+def _weights(path: Path) -> str:
+    spec = yaml.safe_load(path.read_text())
+    if "source" not in spec:
+        return "as its base model"
+    if spec["random"] is not None:
+        return "random, nothing to fetch"
+    source = spec["source"]
+    if source.startswith("zoo:"):
+        folder = WEIGHTS / source.removeprefix("zoo:")
+        return "shipped" if (folder / "model_index.json").exists() else f"missing: ditbench zoo train {folder.name}"
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(source, "model_index.json", revision=spec["revision"]), str):
+        return f"{source} in the hub cache"
+    return f"not here: `hf download {source} --local-dir DIR`, then model.source=DIR"
+
+
+def _metrics() -> str:
+    """Judge metrics need nothing; for Inception's, which weights are here and where the others belong."""
+    from eval.inception import clean_fid_upstream, torch_fidelity_upstream
+    from eval.weights import weights_folder
+
+    lines = ["judge metrics (…_judge), psnr, ssim, sqnr, accuracy: ready for the zoo models"]
+    upstreams = {"torchmetrics/…, torch_fidelity/…": torch_fidelity_upstream(), "clean_fid/…": clean_fid_upstream()}
+    for name, upstream in upstreams.items():
+        folders = [f for f in (weights_folder(), upstream.library_folder) if (f / upstream.file_name).is_file()]
+        lines.append(
+            f"{name}: {folders[0] / upstream.file_name}"
+            if folders
+            else f"{name}: not here; put {upstream.file_name} from {upstream.url} into {weights_folder()}"
+        )
+    lines.append("reference sets: digits-1797 ready; others by metrics.reference=FILE.npz (ADM's format) or a folder")
+    return "\n".join(lines)
+
+
+def _wandb() -> str:
+    if tracking.has_key():
+        return "a key is set: runs go online (tracker.mode=offline keeps them here)"
+    return "no key: runs are logged offline beside their records; `wandb login` sets one"
+
+
+def _results(results_dir: Path) -> str:
+    existing = next(parent for parent in [results_dir.resolve(), *results_dir.resolve().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    writable = "writable" if os.access(existing, os.W_OK) else "NOT WRITABLE: set results_dir=…"
+    return f"{results_dir.resolve()}: {writable}, {free:.1f} GiB free"

@@ -1,0 +1,95 @@
+"""Images of the float model, drawn once per (model, protocol, seed, dtype) and kept by content address.
+
+They are the reference of every paired metric, and, with other seeds, the measure of each metric's noise floor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.base import ImageSet
+from harness.config import RunConfig
+from harness.files import canonical_sha256, write_json
+from harness.generate import conditions, generate, load_images, save_images
+from harness.models.base import LoadedModel
+from harness.quant.build import float_copy
+
+SEED_STRIDE = 1_000_003  # extra seeds lie far from the seeds that users give
+
+
+def float_images(config: RunConfig, model: LoadedModel, seed: int, dtype: str | None = None) -> ImageSet:
+    """The float model's images with the same labels and noise as a run with this seed; from the cache if there."""
+    section = config.section("generate")
+    dtype = dtype or section["reference_dtype"]
+    path = config.cache_dir / "float" / _key(config, model, seed, dtype) / "images.npz"
+    if path.exists():
+        return load_images(path)
+    images = generate(
+        model,
+        float_copy(model.target(), dtype=getattr(torch, dtype), device=config.device),
+        conditions(model, config.protocol.n, seed, config.protocol.labels),
+        config.protocol.sampler,
+        batch_size=section["batch_size"],
+        title=f"generate {model.spec.name} {dtype} seed {seed}",
+    )
+    save_images(images, path)
+    return images
+
+
+def noise_floor(
+    config: RunConfig,
+    model: LoadedModel,
+    metrics: dict[str, dict[str, Any]],
+    evaluate: Callable[[ImageSet, ImageSet], dict[str, Any]],
+    evaluator: dict[str, Any],
+) -> None:
+    """Write into each unpaired metric the largest difference between any two seeds of the 16-bit float model.
+
+    Paired metrics have none: their noise is their interval. With fewer than one extra seed nothing is written.
+    evaluator: everything that makes `evaluate` what it is (metric names, judge, reference), for the cache.
+    """
+    extra = config.section("generate")["noise_floor_seeds"]
+    unpaired = [name for name, entry in metrics.items() if not entry["paired"] and entry["status"] == "ok"]
+    if extra < 1 or not unpaired:
+        return
+    dtype = config.section("generate")["dtype"]
+    seeds = [config.seed + SEED_STRIDE * k for k in range(extra + 1)]
+    key = canonical_sha256([_key(config, model, config.seed, dtype), extra, evaluator])
+    path = config.cache_dir / "noise" / f"{key}.json"
+    if path.exists():
+        floors = _read_json(path)
+    else:
+        replicates = []
+        for seed in seeds:
+            images = float_images(config, model, seed, dtype)
+            replicates.append(evaluate(images, images))
+        floors = {
+            name: max(r[name]["value"] for r in replicates) - min(r[name]["value"] for r in replicates)
+            for name in unpaired
+        }
+        write_json(path, floors)
+    for name in unpaired:
+        metrics[name]["noise_floor"] = floors[name]
+
+
+def _key(config: RunConfig, model: LoadedModel, seed: int, dtype: str) -> str:
+    return canonical_sha256(
+        {
+            "weights": model.fingerprint,
+            "protocol": config.section("protocol"),
+            "batch_size": config.section("generate")["batch_size"],
+            "seed": seed,
+            "dtype": dtype,
+            "device": str(config.device),
+            "torch": torch.__version__,
+        }
+    )
+
+
+def _read_json(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text())

@@ -1,0 +1,131 @@
+"""`ditbench list …`: what there is to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+
+import torch
+import yaml
+
+from harness import methods
+from harness.paths import CONF
+from harness.quant.quantizers import ActQuant
+from harness.quant.recipe import LayerRecipe
+from harness.quant.spec import Bits, QuantSpec, all_labels
+
+FORMATS = {"W8A8": (8, 8), "W6A6": (6, 6), "W4A8": (4, 8), "W4A4": (4, 4), "W3A4": (3, 4), "W8A16": (8, 16), "W4A16": (4, 16)}
+
+
+def list_methods() -> str:
+    rows = []
+    for name in methods.known_methods():
+        params = asdict(methods.method(name).Params())
+        rows.append((name, methods.summary(name), _formats(name), ", ".join(f"{k}={v}" for k, v in params.items()) or "–"))
+    return table(("method", "what", "formats", "parameters"), rows)
+
+
+def list_models() -> str:
+    rows = []
+    for path in sorted((CONF / "model").glob("*.yaml")):
+        comment = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
+        rows.append((path.stem, " ".join(comment)))
+    return table(("model", "what"), rows)
+
+
+def list_metrics() -> str:
+    from eval.base import known_metrics
+
+    rows = [
+        (m.name, m.summary, f"{m.better} is better", "per sample against the float model" if m.paired else "per set")
+        for m in known_metrics().values()
+    ]
+    return table(("metric", "what", "direction", "kind"), rows)
+
+
+def list_backends() -> str:
+    """Every backend, and the format × device matrix: why a format has no kernel here."""
+    from harness.backends.base import known_backends
+
+    backends = known_backends()
+    rows = [(b.NAME, b.KIND, b.SUMMARY) for b in backends.values()]
+    return table(("backend", "kind", "what"), rows) + "\n\n" + format_matrix()
+
+
+def format_matrix() -> str:
+    from harness.backends.base import known_backends
+
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    rows: list[Sequence[str]] = []
+    for label, widths in FORMATS.items():
+        recipe = example_recipe(*widths)
+        for device in devices:
+            real = [(b, b.unsupported(recipe, device)) for b in known_backends().values() if b.KIND == "measured"]
+            able = [b.NAME for b, why in real if why is None]
+            why = "; ".join(f"{b.NAME}: {reason}" for b, reason in real if reason)
+            rows.append((label, device.type, ", ".join(able) or "simulated", "" if able else why))
+    return table(("format", "device", "runs on", "why not"), rows)
+
+
+def list_protocols() -> str:
+    rows = []
+    for path in sorted((CONF / "protocol").glob("*.yaml")):
+        comment = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+        rows.append((path.stem, " ".join(comment)))
+    return table(("protocol", "what"), rows)
+
+
+def list_bits() -> str:
+    defaults = yaml.safe_load((CONF / "bits" / "default.yaml").read_text())
+    sides = [f"{side}: " + ", ".join(f"{k}={v}" for k, v in defaults[side].items() if k != "bits") for side in ("weight", "act")]
+    return f"{' '.join(all_labels())}\ndefaults (conf/bits/default.yaml):\n  " + "\n  ".join(sides)
+
+
+KINDS: dict[str, Callable[[], str]] = {
+    "methods": list_methods,
+    "models": list_models,
+    "metrics": list_metrics,
+    "backends": list_backends,
+    "protocols": list_protocols,
+    "bits": list_bits,
+}
+
+
+def bits_of(weight_bits: int, act_bits: int) -> Bits:
+    """The default granularity at these widths: per channel, per token dynamic, symmetric."""
+    return Bits(
+        QuantSpec(weight_bits, "per_channel") if weight_bits < 16 else None,
+        QuantSpec(act_bits, "per_token", dynamic=True) if act_bits < 16 else None,
+    )
+
+
+def example_recipe(weight_bits: int, act_bits: int) -> LayerRecipe:
+    from harness.quant.quantizers import quantize_weight
+
+    bits = bits_of(weight_bits, act_bits)
+    weight = None if bits.weight is None else quantize_weight(torch.eye(16), bits.weight)
+    return LayerRecipe(weight=weight, act=None if bits.act is None else ActQuant(bits.act))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, *rows]
+    widths = [max(len(str(line[i])) for line in lines) for i in range(len(header) - 1)]
+    return "\n".join(
+        "  ".join([*(str(cell).ljust(w) for cell, w in zip(line, widths, strict=False)), str(line[-1])]).rstrip()
+        for line in lines
+    )
+
+
+def _formats(name: str) -> str:
+    from harness.errors import UserError
+
+    if name == methods.FLOAT:
+        return "16-bit"
+    defined = []
+    for label, widths in FORMATS.items():
+        try:
+            methods.check_bits(name, bits_of(*widths))
+            defined.append(label)
+        except UserError:
+            continue
+    return "any" if len(defined) == len(FORMATS) else " ".join(defined)

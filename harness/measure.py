@@ -1,0 +1,131 @@
+"""Latency and memory of one denoising step against the same model in bf16: same process, same device, interleaved."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from harness.models.base import LoadedModel
+from harness.quant.build import float_copy, quant_layers
+from harness.quant.target import Target
+
+
+def kind_of(model: nn.Module, quantized_attention: bool) -> str:
+    """ "measured" when every quantized layer runs on a real kernel (or none is quantized), else "simulated"."""
+    kinds = {q.kind for q in quant_layers(model).values() if q.weight_spec is not None or q.act_spec is not None}
+    return "simulated" if "simulated" in kinds or quantized_attention else "measured"
+
+
+def backends_of(model: nn.Module) -> str:
+    names = {q.backend for q in quant_layers(model).values() if q.weight_spec is not None or q.act_spec is not None}
+    return "+".join(sorted(names)) or "torch"
+
+
+@torch.no_grad()
+def measure(
+    model: LoadedModel,
+    target: Target,
+    quantized: nn.Module,
+    *,
+    kind: str,
+    samples: int,
+    repeats: int,
+    warmup: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The record's `efficiency` field without the byte counts.
+
+    One latency is one call of the transformer on `samples` samples with guidance (2 · samples rows). A simulated model
+    gets no latency, speed-up or peak memory: its arithmetic is not the one it stands for.
+    """
+    found: dict[str, Any] = {
+        "kind": kind,
+        "backend": backends_of(quantized),
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "step_rows": 2 * samples,
+        "baseline": "the same transformer in bf16, eager, interleaved in the same process",
+        "latency_ms": None,
+        "baseline_latency_ms": None,
+        "speedup": None,
+        "peak_memory_bytes": None,
+        "baseline_peak_memory_bytes": None,
+    }
+    if kind != "measured":
+        return found
+    baseline = float_copy(target, dtype=torch.bfloat16, device=device)
+    inputs = {
+        name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).to(device)
+        for name, tensor in model.adapter.step_inputs(model.transformer, 2 * samples).items()
+    }
+    times: dict[str, list[float]] = {"baseline": [], "quantized": []}
+    for repeat in tqdm(range(warmup + repeats), desc="measure", leave=False):
+        for name, candidate in (("baseline", baseline), ("quantized", quantized)):
+            elapsed = _timed_call(candidate, inputs, device)
+            if repeat >= warmup:
+                times[name].append(1000 * elapsed)
+    found["latency_ms"] = quantiles(times["quantized"])
+    found["baseline_latency_ms"] = quantiles(times["baseline"])
+    found["speedup"] = found["baseline_latency_ms"]["median"] / found["latency_ms"]["median"]
+    found["peak_memory_bytes"] = peak_memory_bytes(quantized, inputs, device)
+    found["baseline_peak_memory_bytes"] = peak_memory_bytes(baseline, inputs, device)
+    return found
+
+
+def quantiles(times_ms: list[float]) -> dict[str, float]:
+    return {name: float(np.quantile(times_ms, q)) for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))}
+
+
+def peak_memory_bytes(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> int:
+    """Peak of torch's allocator over one call: the most that is live at a time above what was live before, plus the
+    model's own tensors (parameters, buffers and prepacked weights).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _timed_call(model, inputs, device)
+        return torch.cuda.max_memory_allocated(device) - before + resident_bytes(model)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        model(**inputs)
+    live = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak + resident_bytes(model)
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct tensors the model holds, whether or not they are part of its state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
+    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.get_num_threads()} threads)"
+
+
+def _timed_call(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    model(**inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,154 @@
+"""Labels that are computed: effective bits, share of MACs, float layers, bytes of the stored model.
+
+Counted per quantized layer: packed codes, scales, zero points, online transforms, low-rank branch, static activation
+ranges and bias tables. Float tensors count at 16 bits. Constants that can be built again (Hadamard matrices) do not count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness.quant.effective import effective_linear, touched_layers
+from harness.quant.recipe import LayerRecipe, ModelRecipe
+from harness.quant.spec import FLOAT_BITS
+from harness.quant.target import QUANTIZABLE, Target, weight_matrix
+from harness.quant.transforms import Transform
+
+FLOAT_BYTES = FLOAT_BITS // 8
+
+
+def account(target: Target, recipe: ModelRecipe, macs: dict[str, int], label: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The record's `bits` field and the byte counts of its `efficiency` field.
+
+    macs: multiply-accumulates per layer name for one sample, "" for the whole transformer (see `count_macs`).
+    """
+    quantized = {name for name, layer in recipe.layers.items() if layer.weight is not None or layer.act is not None}
+    layers = [n for n, m in target.transformer.named_modules() if isinstance(m, QUANTIZABLE)]
+    weights = {name: weight_matrix(target.module(name)).numel() for name in layers}
+    bytes_of = {name: _layer_bytes(target, recipe, name) for name in touched_layers(target, recipe)}
+    weight_bytes = {name: bytes_of[name][0] if name in bytes_of else weights[name] * FLOAT_BYTES for name in layers}
+
+    baseline_bytes = sum(p.numel() for p in target.transformer.parameters()) * FLOAT_BYTES
+    replaced = sum(sum(p.numel() for p in target.module(name).parameters()) * FLOAT_BYTES for name in bytes_of)
+    model_bytes = baseline_bytes - replaced + sum(weight + other for weight, other in bytes_of.values())
+    float_bytes_quantized = sum(
+        sum(p.numel() for p in target.module(name).parameters()) * FLOAT_BYTES for name in quantized
+    )
+    stored_bytes_quantized = sum(sum(bytes_of[name]) for name in quantized)
+
+    def weight_bits(names: list[str]) -> float | None:
+        count = sum(weights[n] for n in names)
+        return 8 * sum(weight_bytes[n] for n in names) / count if count else None
+
+    both = [n for n in quantized if recipe.layers[n].weight and recipe.layers[n].act]
+    linear_macs = sum(macs[name] for name in layers)
+    bits = {
+        "label": label,
+        "weight_bits_effective": weight_bits(layers),
+        "weight_bits_quantized_layers": weight_bits(sorted(quantized)),
+        "weight_bits_mac_weighted": sum(macs[n] * 8 * weight_bytes[n] / weights[n] for n in layers) / linear_macs,
+        "act_bits_effective": sum(macs[n] * _act_bits(recipe.layers.get(n)) for n in layers) / linear_macs,
+        "mac_share_quantized": sum(macs[n] for n in both) / macs[""],
+        "mac_share_weight_quantized": sum(macs[n] for n in quantized if recipe.layers[n].weight) / macs[""],
+        "attention_operands_quantized": sorted(recipe.attention),
+        "float_layers": [n for n in layers if n not in quantized],
+    }
+    size = {
+        "model_bytes": model_bytes,
+        "baseline_model_bytes": baseline_bytes,
+        "compression": baseline_bytes / model_bytes,
+        "compression_quantized_layers": float_bytes_quantized / stored_bytes_quantized if quantized else None,
+    }
+    return bits, size
+
+
+@torch.no_grad()
+def count_macs(transformer: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """Multiply-accumulates of one call on a batch of one row, by layer name; "" is the whole call, attention included."""
+    macs: dict[str, int] = {}
+
+    def hook(name: str):
+        def count(module: nn.Module, args: tuple, output: Tensor) -> None:
+            per_output = weight_matrix(module).shape[1]
+            macs[name] = macs.get(name, 0) + output[:1].numel() * per_output
+
+        return count
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in transformer.named_modules()
+        if isinstance(module, QUANTIZABLE)
+    ]
+    dtype = next(p.dtype for p in transformer.parameters())
+    one = {n: (t[:1].to(dtype) if t.is_floating_point() else t[:1]) for n, t in inputs.items()}
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+            transformer(**one)
+    finally:
+        for handle in handles:
+            handle.remove()
+    unseen = {n: 0 for n, m in transformer.named_modules() if isinstance(m, QUANTIZABLE) and n not in macs}
+    return macs | unseen | {"": flops.get_total_flops() // 2}
+
+
+def stored_bytes(layer: LayerRecipe, folded: bool) -> int:
+    """Bytes of a quantized weight with all that its transform, low-rank branch and static ranges add."""
+    assert layer.weight is not None
+    rows, width = layer.weight.codes_OC.shape
+    total = rows * (-(-width // 8) * layer.weight.spec.bits if layer.weight.spec.bits < 8 else width)
+    total += _nbytes(layer.weight.scale_OG, layer.weight.zero_point_OG)
+    return total + _overhead_bytes(layer, folded)
+
+
+def _overhead_bytes(layer: LayerRecipe, folded: bool) -> int:
+    transform = layer.transform.rotations_only() if folded else layer.transform
+    total = _transform_bytes(transform)
+    if layer.low_rank is not None:
+        total += (layer.low_rank.down_rC.numel() + layer.low_rank.up_Or.numel()) * FLOAT_BYTES
+    for table in (layer.act.scale, layer.act.zero_point) if layer.act is not None else ():
+        if table is not None:
+            total += _nbytes(table.rows.float(), table.group_of_step)
+    return total
+
+
+def _layer_bytes(target: Target, recipe: ModelRecipe, name: str) -> tuple[int, int]:
+    """(bytes of the weight with its overheads, bytes of the bias table)."""
+    layer = recipe.layers.get(name, LayerRecipe())
+    folded = any(name in site.consumers for site in target.sites if site.name in recipe.folded)
+    transforms = {n: r.transform for n, r in recipe.layers.items()}
+    if layer.weight is not None:
+        weight = stored_bytes(layer, folded)
+    else:
+        weight = weight_matrix(target.module(name)).numel() * FLOAT_BYTES + _overhead_bytes(layer, folded)
+    rows = _bias_rows(target, name, transforms, recipe)
+    return weight, rows * target.module(name).weight.shape[0] * FLOAT_BYTES
+
+
+def _bias_rows(target: Target, name: str, transforms: dict[str, Transform], recipe: ModelRecipe) -> int:
+    steps_matter = any(t.shift is not None and t.shift.group_of_step is not None for t in transforms.values())
+    if not steps_matter:
+        return int(target.module(name).bias is not None or transforms.get(name, Transform()).shift is not None)
+    bias = effective_linear(target, name, transforms, recipe.folded).bias
+    return 0 if bias is None else len(bias.rows)
+
+
+def _transform_bytes(transform: Transform) -> int:
+    """As stored: float tensors in 32 bits, signs as bytes, permutations as 16-bit indices."""
+    total = 0
+    for tensor in transform.state_dict().values():
+        per_item = 4 if tensor.is_floating_point() else 1 if tensor.dtype == torch.int8 else 2
+        total += tensor.numel() * per_item
+    return total
+
+
+def _nbytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _act_bits(layer: LayerRecipe | None) -> int:
+    return layer.act.spec.bits if layer is not None and layer.act is not None else FLOAT_BITS

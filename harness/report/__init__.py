@@ -1,0 +1,81 @@
+"""Records → tables and one HTML page, holding nothing that is not in a record (plus the images beside it)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import UserError, unknown_name
+from harness.files import atomic_path, disk_errors_explained
+from harness.record import Record, experiment_folder, read_all
+from harness.report import compare, text
+from harness.report.frame import frame
+from harness.report.html import page
+
+FORMATS = ("md", "csv", "latex", "html")
+
+
+@dataclass(frozen=True)
+class Report:
+    """text: what to print (for html the short terminal table); path: the file written, if any."""
+
+    text: str
+    path: Path | None = None
+
+
+def report(
+    results_dir: Path,
+    experiment: str | None = None,
+    format: str = "md",
+    out: Path | None = None,
+    metrics: Sequence[str] | None = None,
+) -> Report:
+    """The newest attempt of every run of one experiment (or of all) as a table or a page.
+
+    html goes to `out` or to `<results_dir>/report[-<experiment>].html`; the others go to `out` only if it is given.
+    `metrics` chooses the columns of md and latex; csv and html always hold every metric.
+
+    Raises:
+        UserError: unknown format, experiment or metric; no records; a record that cannot be read.
+    """
+    if format not in FORMATS:
+        raise unknown_name("report format", format, FORMATS)
+    records = _records(Path(results_dir), experiment)
+    groups = compare.groups(records)
+    headline = compare.headline(groups, metrics)
+    if format == "html":
+        out = out or Path(results_dir) / (
+            f"report-{experiment.replace('/', '-')}.html" if experiment else "report.html"
+        )
+        _write(out, page(groups, experiment))
+        return Report(text.terminal(groups, headline), out)
+    rendered = {
+        "md": lambda: text.markdown(groups, headline),
+        "csv": lambda: frame(groups).to_csv(index=False),
+        "latex": lambda: text.latex(groups, headline),
+    }[format]()
+    if out:
+        _write(out, rendered)
+    return Report(rendered, out)
+
+
+def comparison_table(records: Iterable[Record], metrics: Sequence[str] | None = None, width: int = text.WIDTH) -> str:
+    """The short table for the end of a sweep, one block per group of comparable runs."""
+    groups = compare.groups(records)
+    return text.terminal(groups, compare.headline(groups, metrics), width) if groups else "no runs to compare"
+
+
+def _records(results_dir: Path, experiment: str | None) -> list[Record]:
+    if experiment and not experiment_folder(results_dir, experiment).is_dir():
+        known = [folder.name for folder in (results_dir / "runs").glob("*") if folder.is_dir()]
+        raise unknown_name(f"experiment in {results_dir}/runs", experiment, known)
+    records = read_all(results_dir, experiment)
+    if not records:
+        raise UserError(f"{results_dir}/runs: no record to report; run a sweep first, or set results_dir=…")
+    return records
+
+
+def _write(path: Path, content: str) -> None:
+    with disk_errors_explained(path.parent), atomic_path(path) as part:
+        part.write_text(content, encoding="utf-8")

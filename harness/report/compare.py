@@ -1,0 +1,202 @@
+"""Which runs may be compared, in which order, and who is best: groups of records and a verdict per cell.
+
+Two runs are comparable when they share the whole model config, the whole protocol and the seed. Within such a group
+runs compete per bits label; the float row ("fp") is what they are measured against and never competes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import unknown_name
+from harness.record import Record
+
+FLOAT_METHOD = "fp"
+# In this order; of each, the first metric that was computed and is called so.
+HEADLINE = ("fid", "psnr", "ssim", "lpips", "accuracy", "clip")
+_TOLD_APART_BY = ("method", "bits", "calibration", "backend")  # parts of a config
+_BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """mark: "best" | "second" | "". inside: of the metric's noise floor around the float row; None: cannot be asked."""
+
+    mark: str = ""
+    inside: bool | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Comparable runs: fp first, then more bits first, then by method. label: unique within a report."""
+
+    label: str
+    records: list[Record]
+    metrics: list[str]  # every metric any of them has
+    verdicts: dict[str, list[Verdict]]  # metric → one per record
+    run_names: list[str]  # one per record
+
+    def row_inside(self, index: int) -> bool:
+        """Every unpaired metric with a noise floor leaves this run inside it (and there is at least one)."""
+        asked = [verdicts[index].inside for verdicts in self.verdicts.values() if verdicts[index].inside is not None]
+        return bool(asked) and all(asked)
+
+
+def groups(records: Iterable[Record]) -> list[Group]:
+    by_key: dict[str, list[Record]] = {}
+    for record in records:
+        shared = [record.model, record.config.get("model"), record.config.get("protocol"), record.config.get("seed")]
+        by_key.setdefault(json.dumps(shared, sort_keys=True), []).append(record)
+    found = sorted(by_key.values(), key=lambda members: _group_order(members[0]))
+    labels = [group_label(members[0]) for members in found]
+    for place, label in enumerate(labels):
+        if labels.count(label) > 1:  # they differ in something the label does not say
+            labels[place] = f"{label} · variant {labels[:place].count(label) + 1}"
+    return [_group(label, sorted(members, key=_row_order)) for label, members in zip(labels, found, strict=True)]
+
+
+def judge(records: Sequence[Record], metric: str) -> list[Verdict]:
+    """One verdict per record of a group.
+
+    Runs inside the noise floor cannot be told apart: they all stand at the float row's value and share one rank. Where
+    every rival of a bits label stands level, or there is only one, nobody is marked.
+    """
+    center = float_value(records, metric)
+    inside = [_inside(record, metric, center) for record in records]
+    marks = [""] * len(records)
+    for label in {bits_label(record) for record in records}:
+        standing: dict[int, float] = {}
+        better = "higher"
+        for index, record in enumerate(records):
+            own = value(record, metric)
+            if bits_label(record) != label or record.method == FLOAT_METHOD or own is None:
+                continue
+            standing[index] = center if inside[index] and center is not None else own
+            better = record.metrics[metric]["better"]
+        ranks = sorted(set(standing.values()), reverse=better == "higher")
+        if len(ranks) < 2:
+            continue
+        for index, at in standing.items():
+            marks[index] = {ranks[0]: "best", ranks[1]: "second"}.get(at, "")
+    return [Verdict(mark, within) for mark, within in zip(marks, inside, strict=True)]
+
+
+def value(record: Record, metric: str) -> float | None:
+    """The metric's value in a run that ended well, or None."""
+    return record.metrics.get(metric, {}).get("value") if record.status == "ok" else None
+
+
+def float_value(records: Iterable[Record], metric: str) -> float | None:
+    """The float row's value: what noise floors are around."""
+    found = (value(record, metric) for record in records if record.method == FLOAT_METHOD)
+    return next((x for x in found if x is not None), None)
+
+
+def headline(groups: Sequence[Group], chosen: Sequence[str] | None = None) -> list[str]:
+    """The metrics of a short table: the chosen ones, or the default ones among those that were computed.
+
+    Raises:
+        UserError: a chosen metric is in no record.
+    """
+    known = list(dict.fromkeys(metric for group in groups for metric in group.metrics))
+    for name in chosen or ():
+        if name not in known:
+            raise unknown_name("recorded metric", name, known)
+    if chosen:
+        return list(chosen)
+    computed = [name for name in known if any(value(run, name) is not None for g in groups for run in g.records)]
+    last_part = {name: name.rsplit("/", 1)[-1] for name in computed}
+    picked = [
+        next((name for name in computed if last_part[name] == kind or last_part[name].startswith(f"{kind}_")), None)
+        for kind in HEADLINE
+    ]
+    return [name for name in picked if name] or computed[:4]
+
+
+def headline_first(group: Group) -> list[str]:
+    """All metrics of a group, the headline ones in front."""
+    return list(dict.fromkeys([*headline([group]), *group.metrics]))
+
+
+def bits_label(record: Record) -> str:
+    """W4A8, also for a run that failed before its bits were computed."""
+    config = record.config.get("bits")
+    if isinstance(config, Mapping):
+        config = config.get("label") or config.get("name")
+    return record.bits.get("label") or (str(config).upper() if config else "–")
+
+
+def model_label(record: Record) -> str:
+    """The model's name, with "(stress: …)" where outliers were injected into it."""
+    stress = (record.config.get("model") or {}).get("stress")
+    if not stress or stress == "none":
+        return record.model
+    if isinstance(stress, Mapping):
+        stress = ", ".join(f"{name} {setting}" for name, setting in stress.items())
+    return f"{record.model} (stress)" if stress is True else f"{record.model} (stress: {stress})"
+
+
+def protocol(record: Record) -> dict[str, Any]:
+    return record.config.get("protocol") or {}
+
+
+def group_label(record: Record) -> str:
+    words = {"n": "n = {}", "steps": "{} steps", "guidance": "guidance {}", "seed": "seed {}"}
+    settings = protocol(record) | {"seed": record.config.get("seed")}
+    said = [text.format(settings[key]) for key, text in words.items() if settings.get(key) is not None]
+    return " · ".join([model_label(record), f"protocol {settings.get('name', '?')}", *said])
+
+
+def run_names(records: Sequence[Record]) -> list[str]:
+    """The method of each run, followed by the settings that tell it from a run with the same method and bits."""
+    settings = [_flat({part: record.config.get(part) for part in _TOLD_APART_BY}) for record in records]
+    kinds = [(record.method, bits_label(record)) for record in records]
+    names = []
+    for own, kind in zip(settings, kinds, strict=True):
+        twins = [other for other, its_kind in zip(settings, kinds, strict=True) if its_kind == kind]
+        differing = [key for key in own if any(twin.get(key) != own[key] for twin in twins)]
+        names.append(" ".join([kind[0], *(f"{key.rsplit('.', 1)[-1]}={own[key]}" for key in differing)]))
+    return names
+
+
+def _group(label: str, records: list[Record]) -> Group:
+    metrics = list(dict.fromkeys(name for record in records for name in record.metrics))
+    return Group(label, records, metrics, {metric: judge(records, metric) for metric in metrics}, run_names(records))
+
+
+def _inside(record: Record, metric: str, center: float | None) -> bool | None:
+    entry, own = record.metrics.get(metric, {}), value(record, metric)
+    floor = entry.get("noise_floor")
+    if record.method == FLOAT_METHOD or entry.get("paired") or floor is None or own is None or center is None:
+        return None
+    return abs(own - center) <= floor
+
+
+def _group_order(record: Record) -> tuple:
+    return (model_label(record), str(protocol(record).get("name")), protocol(record).get("n") or 0, group_label(record))
+
+
+def _row_order(record: Record) -> tuple:
+    match = _BITS.search(bits_label(record))
+    settings = json.dumps(record.config.get("method"), sort_keys=True)
+    weight_bits, act_bits = (int(match[1]), int(match[2])) if match else (0, 0)
+    return (
+        record.method != FLOAT_METHOD,
+        -weight_bits,
+        -act_bits,
+        bits_label(record),
+        record.method,
+        settings,
+        record.run_id,
+    )
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {"a.b.c": leaf}."""
+    if not isinstance(config, Mapping):
+        return {prefix: config}
+    return {name: leaf for key, sub in config.items() for name, leaf in _flat(sub, f"{prefix}.{key}").items()}

@@ -1,0 +1,99 @@
+"""Groups of records → one pandas frame of plain numbers, which is also the csv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from harness.record import Record
+from harness.report import compare
+from harness.report.compare import Group, value
+
+MIB = 2**20
+SIMULATED = "simulated"
+
+
+def frame(groups: Sequence[Group]) -> pd.DataFrame:
+    """One row per record, numbers as recorded. Per metric: value, interval, n, mark, inside_noise_floor, reason."""
+    rows = []
+    for group in groups:
+        for index, (record, name) in enumerate(zip(group.records, group.run_names, strict=True)):
+            row = _plain_columns(group, record) | {"run": name, "inside_noise_floor": group.row_inside(index)}
+            for metric in group.metrics:
+                entry, verdict = record.metrics.get(metric, {}), group.verdicts[metric][index]
+                low, high = (entry.get("ci95") if value(record, metric) is not None else None) or (None, None)
+                row |= {
+                    metric: value(record, metric),
+                    f"{metric}.ci95_low": low,
+                    f"{metric}.ci95_high": high,
+                    f"{metric}.n": entry.get("n"),
+                    f"{metric}.mark": verdict.mark or None,
+                    f"{metric}.inside_noise_floor": verdict.inside,
+                    f"{metric}.reason": entry.get("reason"),
+                }
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def reason(record: Record) -> str:
+    """The one line that says why a run did not end well: of a traceback the last, else the first."""
+    lines = [line.strip() for line in (record.error or "").splitlines() if line.strip()]
+    if not lines:
+        return "" if record.status == "ok" else "no reason recorded"
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
+
+def measured(record: Record) -> dict[str, Any]:
+    """The efficiency fields that come from a clock, empty unless a kernel really ran."""
+    return record.efficiency if record.status == "ok" and record.efficiency.get("kind") == "measured" else {}
+
+
+def fit_s(record: Record) -> float | None:
+    parts = [record.timings_s[name] for name in ("calibrate", "quantize") if record.timings_s.get(name) is not None]
+    return sum(parts) if parts else None
+
+
+def median_ms(latency: Mapping[str, float] | float | None) -> float | None:
+    return latency.get("median") if isinstance(latency, Mapping) else latency
+
+
+def mib(size_bytes: float | None) -> float | None:
+    return size_bytes / MIB if size_bytes else None
+
+
+def _plain_columns(group: Group, record: Record) -> dict[str, Any]:
+    efficiency, clock, settings = record.efficiency, measured(record), compare.protocol(record)
+    latency = clock.get("latency_ms") or {}
+    return {
+        "group": group.label,
+        "experiment": record.experiment,
+        "run_id": record.run_id,
+        "model": compare.model_label(record),
+        "protocol": settings.get("name"),
+        "n": settings.get("n"),
+        "steps": settings.get("steps"),
+        "guidance": settings.get("guidance"),
+        "seed": record.config.get("seed"),
+        "method": record.method,
+        "bits": compare.bits_label(record),
+        "weight_bits_effective": record.bits.get("weight_bits_effective"),
+        "act_bits_effective": record.bits.get("act_bits_effective"),
+        "mac_share_quantized": record.bits.get("mac_share_quantized"),
+        "status": record.status,
+        "error": reason(record) or None,
+        "kind": efficiency.get("kind"),
+        "backend": efficiency.get("backend"),
+        "device": efficiency.get("device"),
+        "compression": efficiency.get("compression"),
+        "model_mib": mib(efficiency.get("model_bytes")),
+        "baseline_model_mib": mib(efficiency.get("baseline_model_bytes")),
+        "speedup": clock.get("speedup"),
+        "latency_ms": latency.get("median"),
+        "latency_ms.p10": latency.get("p10"),
+        "latency_ms.p90": latency.get("p90"),
+        "baseline_latency_ms": median_ms(clock.get("baseline_latency_ms")),
+        "peak_memory_mib": mib(clock.get("peak_memory_bytes")),
+        "fit_s": fit_s(record),
+    }

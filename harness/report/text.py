@@ -1,0 +1,146 @@
+"""Tables as text: for the terminal, as Markdown and as LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.report.compare import Group
+from harness.report.table import Cell, Column, Table, table
+
+WIDTH = 160
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "~": r"$\sim$",
+    "^": r"\textasciicircum{}",
+    **{"±": r"$\pm$", "×": r"$\times$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "≤": r"$\leq$", "·": r"$\cdot$"},
+    **{"–": "--", "—": "---", "“": "``", "”": "''", "…": r"\dots{}", "<": r"$<$", ">": r"$>$", "|": r"$|$"},
+}
+
+
+def terminal(groups: Sequence[Group], metrics: Sequence[str], width: int = WIDTH) -> str:
+    """One block per group, no line of the table wider than width: metrics that do not fit are named below instead."""
+    return "\n\n".join(_terminal_block(group, metrics, width) for group in groups)
+
+
+def markdown(groups: Sequence[Group], metrics: Sequence[str]) -> str:
+    return "\n\n".join(_markdown_block(table(group, metrics)) for group in groups) + "\n"
+
+
+def latex(groups: Sequence[Group], metrics: Sequence[str]) -> str:
+    blocks = [_latex_block(table(group, metrics), place) for place, group in enumerate(groups, start=1)]
+    return "\n\n".join(["% needs \\usepackage{booktabs} and \\usepackage{xcolor}", *blocks]) + "\n"
+
+
+def latex_escape(text: str) -> str:
+    return "".join(_LATEX.get(char, char) for char in text)
+
+
+def _terminal_block(group: Group, metrics: Sequence[str], width: int) -> str:
+    shown = [name for name in metrics if name in group.metrics]
+    while True:
+        built = table(group, shown)
+        lines = _terminal_rows(built)
+        if len(lines[0]) <= width or not shown:
+            break
+        shown = shown[:-1]
+    left_out = [name for name in metrics if name in group.metrics and name not in shown]
+    notes = ["● best, ○ second of its bits", *built.notes]
+    notes += ["not shown for lack of room: " + ", ".join(left_out)] if left_out else []
+    footer = [_cut(f"  {note}", width) for note in notes] + [_cut(f"  ✗ {line}", width) for line in built.problems]
+    return "\n".join([_cut(f"{built.label} · {built.devices}", width), *lines, *footer])
+
+
+def _terminal_rows(built: Table) -> list[str]:
+    """Header, subtitles and rows, columns aligned on what is in them; a rule where the bits change."""
+    signs = {"best": " ●", "second": " ○", "": "  "}
+    marked = [any(row.cells[place].mark for row in built.rows) for place in range(len(built.columns))]
+    grid = [
+        [
+            plain(cell) + (signs[cell.mark] if has_marks else "")
+            for cell, has_marks in zip(row.cells, marked, strict=True)
+        ]
+        for row in built.rows
+    ]
+    heads = [
+        [head + (signs[""] if has_marks else "") for head, has_marks in zip(line, marked, strict=True)]
+        for line in ([column.title for column in built.columns], [column.subtitle for column in built.columns])
+    ]
+    widths = [max(len(line[place]) for line in heads + grid) for place in range(len(built.columns))]
+    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+
+    def aligned(line: list[str]) -> str:
+        padded = [
+            text.rjust(size) if column.numeric else text.ljust(size)
+            for text, size, column in zip(line, widths, built.columns, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    lines = [rule, *(aligned(head) for head in heads), rule]
+    for place, (row, line) in enumerate(zip(built.rows, grid, strict=True)):
+        if place and row.bits != built.rows[place - 1].bits:
+            lines.append("┄" * len(rule))
+        lines.append(aligned(line))
+    return [*lines, rule]
+
+
+def _markdown_block(built: Table) -> str:
+    def styled(cell: Cell) -> str:
+        text = _markdown_escape(plain(cell))
+        return {"best": f"**{text}**", "second": f"<ins>{text}</ins>", "": text}[cell.mark]
+
+    heads = [_markdown_escape(f"{c.title} ({c.subtitle})" if c.subtitle else c.title) for c in built.columns]
+    lines = [heads, ["--:" if column.numeric else ":--" for column in built.columns]]
+    lines += [[styled(cell) for cell in row.cells] for row in built.rows]
+    notes = ["- **Best** and <ins>second best</ins> of the same bits."]
+    notes += [f"- {_markdown_escape(note)}" for note in built.notes + built.problems]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    parts = [f"### {_markdown_escape(built.label)}", body, _markdown_escape(built.caption), "\n".join(notes)]
+    return "\n\n".join(parts)
+
+
+def _latex_block(built: Table, place: int) -> str:
+    def styled(cell: Cell) -> str:
+        text = latex_escape(plain(cell))
+        text = {"best": rf"\textbf{{{text}}}", "second": rf"\underline{{{text}}}", "": text}[cell.mark]
+        return rf"\textcolor{{gray}}{{{text}}}" if cell.inside else text
+
+    def head(column: Column) -> str:
+        title, subtitle = latex_escape(column.title), latex_escape(column.subtitle)
+        return rf"\shortstack{{{title}\\{{\scriptsize {subtitle}}}}}" if subtitle else title
+
+    lines = [" & ".join(map(head, built.columns)) + r" \\", r"\midrule"]
+    for index, row in enumerate(built.rows):
+        if index and row.bits != built.rows[index - 1].bits:
+            lines.append(r"\midrule")
+        lines.append(" & ".join(styled(cell) for cell in row.cells) + r" \\")
+    notes = ["Bold: best, underlined: second best of the same bits.", *built.notes, *built.problems]
+    return "\n".join(
+        [
+            r"\begin{table}[t]",
+            r"\centering\small",
+            rf"\caption{{{latex_escape(built.caption)}}}",
+            rf"\label{{tab:ditbench-{place}}}",
+            rf"\begin{{tabular}}{{{''.join('r' if column.numeric else 'l' for column in built.columns)}}}",
+            r"\toprule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\par\footnotesize " + " ".join(latex_escape(f"{note.rstrip('.')}.") for note in notes),
+            r"\end{table}",
+        ]
+    )
+
+
+def plain(cell: Cell) -> str:
+    return ("~" if cell.inside else "") + cell.text + (f" {cell.interval}" if cell.interval else "")
+
+
+def _markdown_escape(text: str) -> str:
+    for char in "\\|*_<>`":
+        text = text.replace(char, f"\\{char}")
+    return text.replace("\n", " ")
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,252 @@
+"""One run, told from top to bottom: config → calibrate → quantize → generate → evaluate → measure → record."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import harness
+from eval.base import Evidence, FeatureModel, ImageSet, Reference, evaluate
+from eval.judges import load_judge
+from eval.reference import load_reference
+from harness import methods, record, tracking
+from harness.calibrate import Calibration, calibrate
+from harness.config import RunConfig
+from harness.environment import environment
+from harness.errors import UserError
+from harness.files import canonical_sha256, disk_errors_explained
+from harness.float_images import float_images, noise_floor
+from harness.generate import conditions, generate, save_grid, save_images
+from harness.layer_error import layer_errors
+from harness.measure import kind_of, measure
+from harness.models.base import LoadedModel, ModelSpec, load_model
+from harness.quant.accounting import account, count_macs
+from harness.quant.build import build
+from harness.quant.recipe import ModelRecipe
+from harness.quant.target import Target
+from harness.record import Record
+
+
+def run(config: RunConfig) -> Record:
+    """Do one run and write its record; a run that is already recorded is not done again (unless config.force).
+
+    A failure is recorded with its reason and returned, not raised; an interruption leaves no record.
+
+    Raises:
+        UserError: the model cannot be loaded, or results cannot be written.
+    """
+    model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    run_id = canonical_sha256(identity(config, model))[:12]
+    if not config.force and (done := record.finished(config.results_dir, config.name, run_id)):
+        say(f"{title(config)}: already recorded in {done.folder}; --force runs it again")
+        return done
+
+    say(f"{title(config)}: run {run_id}")
+    values = Record(run_id, "failed", config.raw, config.method, config.model.name, config.name)
+    with disk_errors_explained(config.results_dir), record.run_folder(config.results_dir, config.name, run_id) as folder:
+        try:
+            carry_out(config, model, values, folder)
+            tracking.log(config.section("tracker"), values, folder)
+            values.status = "ok"
+        except OSError:
+            raise  # a full disk would not take the record either
+        except Exception as error:
+            values.status, values.error = "failed", reason(error)
+            say(f"{title(config)}: FAILED: {values.error}")
+            if config.raw["debug"]:
+                traceback.print_exc()
+        values.env = environment(config.device, config.seed)
+        record.write(values, folder)
+    return record.attempts(config.results_dir, config.name, run_id)[-1]
+
+
+def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Path) -> None:
+    """Fill the record, stage by stage; what is filled stays if a later stage fails."""
+    timer = Timer(values.timings_s)
+    target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+    with timer("calibrate"):
+        calibration = stage_calibrate(config, model)
+    with timer("quantize"):
+        recipe, state, quantized = stage_quantize(config, target, calibration)
+    values.bits, size = stage_account(config, model, target, recipe)
+    with timer("generate"):
+        images = stage_generate(config, model, quantized, state)
+    with timer("reference"):
+        float_model = float_images(config, model, seed=config.seed)
+    with timer("evaluate"):
+        values.metrics = stage_evaluate(config, model, images, float_model)
+    with timer("noise_floor"):
+        noise_floor(
+            config,
+            model,
+            values.metrics,
+            evaluate=lambda ours, theirs: stage_evaluate(config, model, ours, theirs),
+            evaluator=evaluator_identity(config, model),
+        )
+    with timer("measure"):
+        values.efficiency = stage_measure(config, model, target, recipe, quantized) | size
+        if config.section("measure")["layer_errors"]:
+            values.layers = layer_errors(target, quantized, calibration)
+    values.cost = {"fit_s": values.timings_s["calibrate"] + values.timings_s["quantize"]}
+    values.artifacts = save_artifacts(images, float_model, folder)
+
+
+def stage_calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
+    section = config.section("calibration")
+    calibration = calibrate(
+        model,
+        config.protocol.sampler,
+        section["n"],
+        config.seed,
+        batch_size=section["batch_size"],
+        cache=config.cache_dir,
+        device=config.device,
+    )
+    select = getattr(methods.method(config.method), "select_calibration", None)
+    return calibration if select is None else select(calibration, config.params, config.seed)
+
+
+def stage_quantize(
+    config: RunConfig, target: Target, calibration: Calibration
+) -> tuple[ModelRecipe, dict[str, Tensor], nn.Module]:
+    method = methods.method(config.method)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        state = method.fit(target, calibration, config.bits, config.params)
+        recipe = method.apply(target, state, config.bits, config.params)
+    dtype = getattr(torch, config.section("generate")["dtype"])
+    return recipe, state, build(target, recipe, dtype=dtype, device=config.device, backend=config.backend)
+
+
+def stage_account(config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe):
+    macs = count_macs(model.transformer, model.adapter.step_inputs(model.transformer, 1))
+    return account(target, recipe, macs, config.bits.label)
+
+
+def stage_generate(config: RunConfig, model: LoadedModel, quantized: nn.Module, state: dict[str, Tensor]) -> ImageSet:
+    correct = getattr(methods.method(config.method), "correct_step", None)
+    return generate(
+        model,
+        quantized,
+        conditions(model, config.protocol.n, config.seed, config.protocol.labels),
+        config.protocol.sampler,
+        batch_size=config.section("generate")["batch_size"],
+        correct=None if correct is None else lambda step, noise: correct(state, config.params, step, noise),
+        title=f"generate {title(config)}",
+    )
+
+
+def stage_evaluate(config: RunConfig, model: LoadedModel, images: ImageSet, float_model: ImageSet) -> dict[str, Any]:
+    section = config.section("metrics")
+    evidence = Evidence(
+        generated=images,
+        float_model=float_model,
+        reference=cached_reference(section["reference"]),
+        judge=cached_judge(model.extras.get("judge")),
+        seed=config.seed,
+        resamples=section["resamples"],
+    )
+    return evaluate(section["names"], evidence)
+
+
+def stage_measure(
+    config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe, quantized: nn.Module
+) -> dict[str, Any]:
+    section = config.section("measure")
+    return measure(
+        model,
+        target,
+        quantized,
+        kind=kind_of(quantized, bool(recipe.attention)),
+        samples=section["samples"],
+        repeats=section["repeats"],
+        warmup=section["warmup"],
+        device=config.device,
+    )
+
+
+def save_artifacts(images: ImageSet, float_model: ImageSet, folder: Path) -> dict[str, str]:
+    save_images(images, folder / "images.npz")
+    save_grid(images, folder / "grid.png")
+    save_grid(float_model, folder / "float_grid.png")
+    return {"images": "images.npz", "grid": "grid.png", "float_grid": "float_grid.png"}
+
+
+def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
+    """Everything that can change a number of this run."""
+    return config.identity() | {
+        "weights": model.fingerprint,
+        "evaluator": evaluator_identity(config, model),
+        "device": str(config.device),
+        "ditbench": harness.__version__,
+        "torch": torch.__version__,
+        "method_source": methods.source_sha256(config.method),
+    }
+
+
+def evaluator_identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
+    judge = cached_judge(model.extras.get("judge"))
+    reference = cached_reference(config.section("metrics")["reference"])
+    return {
+        "metrics": config.section("metrics"),
+        "judge": judge and judge.sha256,
+        "reference": reference and reference.sha256,
+    }
+
+
+def title(config: RunConfig) -> str:
+    return f"{config.model.name} {config.method} {config.bits.label}"
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def reason(error: BaseException) -> str:
+    """One line: what a user can act on, or the kind of error and where it was raised."""
+    if isinstance(error, UserError):
+        return str(error).replace("\n", " ")
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {str(error).strip().splitlines()[:1]}"
+
+
+@dataclass
+class Timer:
+    """Wall time of each stage, into the record's timings_s."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = perf_counter() - start
+
+
+@cache
+def cached_model(spec_json: str) -> LoadedModel:
+    """A sweep loads each model once."""
+    return load_model(ModelSpec(**json.loads(spec_json)))
+
+
+@cache
+def cached_judge(folder: Path | None) -> FeatureModel | None:
+    return None if folder is None else load_judge(folder)
+
+
+@cache
+def cached_reference(name: str | None) -> Reference | None:
+    return None if name is None else load_reference(name)

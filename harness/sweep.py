@@ -1,0 +1,87 @@
+"""`ditbench run` under Hydra: one job or a sweep; a failed run does not stop the others; the comparison at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness import compose
+from harness.config import parse
+from harness.errors import UserError, unknown_name
+from harness.paths import CONF
+from harness.record import Record
+from harness.report import comparison_table
+from harness.run import run, say
+
+_done: list[Record] = []  # of this process: Hydra does not hand back what a job returns in a sweep
+
+
+def launch(arguments: list[str]) -> int:
+    """Run what the arguments say → exit code (0, or 3 when a run failed).
+
+    Raises:
+        UserError: a choice, override or value that cannot be used.
+    """
+    from harness.cli import EXIT_FAILED_RUNS
+
+    compose.register()
+    compose.check_overrides([a for a in arguments if "=" in a and not a.startswith("-")])
+    _done.clear()
+    with _arguments(arguments), _hydra_errors_explained():
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    if _done:
+        print(comparison_table(_done))
+    failed = [record for record in _done if record.status == "failed"]
+    for record in failed:
+        say(f"failed: {record.model} {record.method} {record.config['bits']['label']}: {record.error}")
+    return EXIT_FAILED_RUNS if failed else 0
+
+
+def job(config: DictConfig) -> str:
+    """One Hydra job: the configuration becomes a run, the run a record."""
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    record = run(parse(values))  # type: ignore[arg-type]
+    if record.folder not in [other.folder for other in _done]:
+        _done.append(record)
+    return record.status
+
+
+@contextmanager
+def _arguments(arguments: list[str]) -> Iterator[None]:
+    """Hydra reads the command line itself; HYDRA_FULL_ERROR makes it raise instead of printing and leaving."""
+    before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["ditbench run", *arguments], "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+@contextmanager
+def _hydra_errors_explained() -> Iterator[None]:
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explained(error) from error
+
+
+def _explained(error: Exception) -> UserError:
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for cause in chain:
+        node, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
+        if node is not None and key is not None and "not in struct" in str(cause):
+            section = getattr(cause, "full_key", key).rpartition(".")[0]
+            return unknown_name(f"value of {section}" if section else "value", str(key), map(str, node))
+    return UserError(str(chain[-1]).strip().split("\n")[0] or str(error).split("\n")[0])

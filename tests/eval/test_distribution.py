@@ -1,0 +1,241 @@
+import gc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+
+from eval import features, libraries
+from eval.base import ImageSet, evaluate, known_metrics
+from eval.features import judge_pair, outputs
+from harness.errors import UserError
+
+JUDGE_METRICS = [
+    "clean_fid/fid_judge", "clean_fid/kid_judge", "torch_fidelity/fid_judge", "torch_fidelity/is_judge",
+    "torch_fidelity/kid_judge", "torch_fidelity/precision_judge", "torch_fidelity/recall_judge",
+    "torchmetrics/fid_judge", "torchmetrics/is_judge", "torchmetrics/kid_judge",
+]  # fmt: skip
+PASSPORT = {"implementation", "version", "reference", "weights_sha256", "resize", "antialias", "dtype"}
+
+
+def gaussian_with_exact_moments(n, mean_F, cov_FF, seed):
+    """Rows whose sample mean and covariance (n − 1) are exactly these."""
+    rows = np.random.default_rng(seed).normal(size=(n, len(mean_F)))
+    rows -= rows.mean(axis=0)
+    rows = rows @ linalg.inv(linalg.sqrtm(np.cov(rows, rowvar=False))) @ linalg.sqrtm(cov_FF).real + mean_F
+    return torch.from_numpy(rows)
+
+
+@pytest.mark.parametrize("library", libraries.FID)
+def test_fid_of_gaussians_is_the_closed_form(library):
+    """For diagonal covariances |μ₁ − μ₂|² + Σ (σ₁ − σ₂)²."""
+    mean_1, mean_2 = np.array([1.0, 0.0, 2.0]), np.array([0.0, 0.5, 2.0])
+    sigma_1, sigma_2 = np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 0.5])
+    generated = gaussian_with_exact_moments(40, mean_1, np.diag(sigma_1**2), 0)
+    reference = gaussian_with_exact_moments(70, mean_2, np.diag(sigma_2**2), 1)
+    value, _ = libraries.FID[library](generated, reference, 0)
+    assert value == pytest.approx(1.25 + 1 + 0 + 6.25, rel=1e-6)
+
+
+@pytest.mark.parametrize("library", libraries.KID)
+def test_kid_is_the_mean_of_a_plain_mmd_loop_when_a_subset_is_the_whole_set(library):
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(12, 5)), random.normal(size=(12, 5)) * 1.5 + 0.7
+
+    def kernel(a, b):
+        return (a @ b / 5 + 1) ** 3
+
+    total = 0.0
+    for i in range(12):
+        for j in range(12):
+            total -= 2 * kernel(x[i], y[j]) / 144
+            if i != j:
+                total += (kernel(x[i], x[j]) + kernel(y[i], y[j])) / (12 * 11)
+    value, settings = libraries.KID[library](torch.from_numpy(x), torch.from_numpy(y), 0)
+    assert value == pytest.approx(total, rel=1e-9)
+    assert settings["subset_size"] == 12
+
+
+@pytest.mark.parametrize("library", libraries.IS)
+def test_inception_score_is_exp_of_the_mean_kl_divergence(library):
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 7)) * 2)
+    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(axis=1, keepdims=True)
+    expected = np.exp((p * (np.log(p) - np.log(p.mean(axis=0)))).sum(axis=1).mean())
+    value, settings = libraries.IS[library](logits, 0)
+    assert settings["splits"] == 1 and value == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("library", libraries.IS)
+def test_inception_score_of_a_judge_that_is_sure_is_the_number_of_classes_and_not_nan(library):
+    logits = torch.full((40, 10), -150.0)
+    logits[torch.arange(40), torch.arange(40) % 4] = 150.0
+    value, _ = libraries.IS[library](logits, 0)
+    assert value == pytest.approx(4.0)
+
+
+def test_inception_score_uses_ten_splits_once_there_are_500_images_in_each():
+    assert libraries.is_splits(4999) == 1 and libraries.is_splits(5000) == 10
+
+
+def test_precision_is_about_the_generated_and_recall_about_the_reference():
+    """Generated: one tight cluster inside one of two reference clusters. All of it is near, half of them are not."""
+    line = torch.arange(10.0)[:, None] * torch.tensor([[1.0, 0.0]])
+    reference = torch.cat([line, line + 1000.0])
+    generated = line[1:9] + 0.01
+    precision, recall, settings = libraries.torch_fidelity_prc(generated, reference)
+    assert (precision, recall) == (1.0, 0.5)
+    assert settings["neighbours"] == 3
+
+
+def test_three_libraries_agree_on_fid_in_the_judges_features(evidence):
+    names = ["torchmetrics/fid_judge", "torch_fidelity/fid_judge", "clean_fid/fid_judge"]
+    values = [evaluate([name], evidence)[name]["value"] for name in names]
+    assert values[0] > 1e-3
+    assert values == pytest.approx([values[0]] * 3, rel=1e-3)
+
+
+def test_three_libraries_agree_on_kid_within_its_interval(evidence):
+    names = ["torchmetrics/kid_judge", "torch_fidelity/kid_judge", "clean_fid/kid_judge"]
+    entries = evaluate(names, evidence)
+    assert entries[names[0]]["value"] > 0
+    for one in entries.values():
+        for other in entries.values():
+            assert one["ci95"][0] <= other["value"] <= one["ci95"][1]
+
+
+@pytest.mark.parametrize("name", JUDGE_METRICS)
+def test_every_judge_metric_has_a_finite_value_an_interval_around_it_and_a_full_passport(name, evidence):
+    entry = evaluate([name], evidence)[name]
+    assert entry["status"] == "ok" and np.isfinite(entry["value"]) and entry["n"] == 96
+    assert entry["ci95"][0] <= entry["value"] <= entry["ci95"][1]
+    assert entry["ci95"][0] < entry["ci95"][1]
+    passport = entry["passport"]
+    assert passport.keys() >= PASSPORT | {"ci_method"}
+    assert passport["weights_sha256"] == "0" * 64 and passport["features"] == "judge random"
+    assert passport["reference"] == (None if "/is_" in name else "bright")
+
+
+def test_the_names_are_those_promised_and_the_judges_numbers_never_bear_inceptions_names():
+    names = {name for name in known_metrics() if "/" in name and name.endswith("_judge")}
+    assert names == set(JUDGE_METRICS)
+    assert {name.removesuffix("_judge") for name in names} <= set(known_metrics())
+
+
+@pytest.mark.parametrize("name", JUDGE_METRICS)
+def test_the_same_seed_gives_the_same_entry_and_no_global_random_state_moves(name, judge, evidence_of):
+    numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
+    first, again = (evaluate([name], evidence_of())[name] for _ in range(2))
+    assert first == again
+    assert (np.random.get_state()[1] == numpy_state).all() and torch.equal(torch.get_rng_state(), torch_state)
+
+
+def test_subsets_shrink_with_the_set_and_the_passport_says_so(evidence_of):
+    entries = evaluate(JUDGE_METRICS, evidence_of(n=5, reference_n=9))
+    assert {entry["status"] for entry in entries.values()} <= {"ok", "skipped"}
+    for library in libraries.KID:
+        assert entries[f"{library}/kid_judge"]["passport"]["subset_size"] == 5
+    assert entries["torch_fidelity/fid_judge"]["passport"]["note"].startswith("n = 5 is not above the feature width 64")
+
+
+@pytest.mark.parametrize("name", JUDGE_METRICS)
+def test_one_image_is_too_few_and_the_reason_says_how_many_are_needed(name, evidence_of):
+    entry = evaluate([name], evidence_of(n=1))[name]
+    assert entry["status"] == "skipped" and "got 1" in entry["reason"] and entry["value"] is None
+
+
+def test_without_a_reference_only_metrics_that_compare_are_skipped(evidence):
+    entries = evaluate(JUDGE_METRICS, replace(evidence, reference=None))
+    ran = {name for name, entry in entries.items() if entry["status"] == "ok"}
+    assert ran == {"torchmetrics/is_judge", "torch_fidelity/is_judge"}
+    assert "no reference" in entries["clean_fid/fid_judge"]["reason"]
+
+
+def test_without_a_judge_every_judge_metric_is_skipped(evidence):
+    entries = evaluate([*JUDGE_METRICS, "accuracy"], replace(evidence, judge=None))
+    assert {entry["status"] for entry in entries.values()} == {"skipped"}
+
+
+def test_accuracy_counts_the_labels_the_judge_recognises(evidence):
+    seen = outputs(evidence.generated.images_NHWC, evidence.judge.module, "logits").argmax(dim=1)
+    labels = seen.clone()
+    labels[:24] = (labels[:24] + 1) % 10
+    entry = evaluate(["accuracy"], replace(evidence, generated=replace(evidence.generated, labels_N=labels)))[
+        "accuracy"
+    ]
+    assert entry["value"] == pytest.approx(72 / 96) and entry["passport"]["ci_method"] == "Wilson"
+    unlabelled = replace(evidence, generated=ImageSet(evidence.generated.images_NHWC))
+    assert "labels" in evaluate(["accuracy"], unlabelled)["accuracy"]["reason"]
+
+
+@pytest.mark.parametrize("name", ["features", "logits"])
+def test_outputs_are_the_judges_own_on_images_with_channels_first(name, evidence, monkeypatch):
+    monkeypatch.setattr(features, "BATCH", 40)  # 40 + 40 + 16
+    images, module = evidence.generated.images_NHWC, evidence.judge.module
+    compute = module.features if name == "features" else module
+    with torch.no_grad():
+        theirs = compute(torch.from_numpy(np.moveaxis(images.numpy(), 3, 1)))
+    torch.testing.assert_close(outputs(images, module, name), theirs)
+
+
+def test_features_are_computed_once_per_image_set_and_again_when_the_images_change(evidence, monkeypatch):
+    calls = []
+    original = type(evidence.judge.module).features
+    monkeypatch.setattr(
+        type(evidence.judge.module), "features", lambda self, x: calls.append(len(x)) or original(self, x)
+    )
+    evaluate(["torchmetrics/fid_judge", "clean_fid/fid_judge", "torch_fidelity/recall_judge"], evidence)
+    assert calls == [96, 300]
+    evidence.reference.images_NHWC[0] = 0
+    judge_pair(replace(evidence, seed=1))
+    assert calls == [96, 300, 300]
+
+
+def test_small_products_run_on_one_thread_and_the_number_of_threads_comes_back(evidence, monkeypatch):
+    threads, seen = torch.get_num_threads(), []
+    original = libraries.FID["torch_fidelity"]
+    monkeypatch.setitem(
+        libraries.FID, "torch_fidelity", lambda *given: seen.append(torch.get_num_threads()) or original(*given)
+    )
+    torch.set_num_threads(2)
+    try:
+        evaluate(["torch_fidelity/fid_judge"], evidence)
+        assert seen == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_features_are_forgotten_with_the_images_and_the_evidence(evidence_of):
+    gc.collect()
+    before = len(features._outputs), len(features._pairs)
+    evidence = evidence_of()
+    evaluate(["clean_fid/fid_judge"], evidence)
+    assert (len(features._outputs), len(features._pairs)) == (before[0] + 2, before[1] + 1)
+    del evidence
+    gc.collect()
+    assert (len(features._outputs), len(features._pairs)) == before
+
+
+def test_images_made_in_inference_mode_can_be_scored(evidence):
+    with torch.inference_mode():
+        images = evidence.generated.images_NHWC.clone()
+    made = replace(evidence, generated=ImageSet(images))
+    assert evaluate(["clean_fid/fid_judge"], made)["clean_fid/fid_judge"]["status"] == "ok"
+
+
+def test_a_judge_left_in_training_mode_is_read_in_eval_mode_and_left_as_it_was(evidence):
+    module = evidence.judge.module
+    expected = outputs(evidence.generated.images_NHWC, module, "features")
+    module.train()
+    try:
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        torch.testing.assert_close(outputs(evidence.generated.images_NHWC.clone(), module, "features"), expected)
+        assert module.training
+        assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    finally:
+        module.eval()
+
+
+def test_an_unknown_metric_is_answered_with_the_nearest_name(evidence):
+    with pytest.raises(UserError, match="did you mean 'torchmetrics/fid_judge'"):
+        evaluate(["torchmetric/fid_judge"], evidence)

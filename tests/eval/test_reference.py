@@ -1,0 +1,95 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.judges import load_judge
+from eval.reference import load_reference
+from harness.errors import UserError
+from harness.models.zoo import digits
+from harness.models.zoo import judge as zoo_judge
+
+
+def test_the_digits_reference_is_all_1797_digits_rounded_to_three_equal_uint8_channels():
+    reference = load_reference("digits-1797")
+    images = reference.images_NHWC
+    assert images.shape == (1797, 16, 16, 3) and images.dtype == torch.uint8
+    assert (images[..., 0] == images[..., 1]).all() and (images[..., 0] == images[..., 2]).all()
+    grey = (digits.load("all").images_N1HW[:, 0].double() + 1) * 127.5
+    assert (images[..., 0].double() - grey).abs().max() <= 0.5  # truncation would reach 1
+    assert reference.sha256 == hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    assert load_reference("digits-1797").images_NHWC is images
+
+
+@pytest.mark.parametrize("nothing", [None, "", "none"])
+def test_no_reference_is_none(nothing):
+    assert load_reference(nothing) is None
+
+
+def test_an_npz_and_a_folder_of_the_same_images_are_the_same_reference(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "ref.npz", images)
+    (tmp_path / "folder").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{index:03}.png")
+    from_npz, from_folder = load_reference(tmp_path / "ref.npz"), load_reference(str(tmp_path / "folder"))
+    assert from_npz.sha256 == from_folder.sha256
+    assert (from_npz.images_NHWC.numpy() == images).all()
+
+
+def test_a_misspelt_reference_is_answered_with_the_nearest_name():
+    with pytest.raises(UserError, match="did you mean 'digits-1797'"):
+        load_reference("digits-1979")
+
+
+def broken_references(folder):
+    whole = np.zeros((20, 8, 8, 3), np.uint8)
+    np.savez(folder / "float.npz", whole.astype(np.float32))
+    np.savez(folder / "other_name.npz", images=whole)
+    np.savez(folder / "grey.npz", whole[..., 0])
+    np.savez(folder / "whole.npz", np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
+    (folder / "cut.npz").write_bytes((folder / "whole.npz").read_bytes()[:500])
+    flipped = bytearray((folder / "whole.npz").read_bytes())
+    flipped[600] ^= 0xFF
+    (folder / "flipped.npz").write_bytes(flipped)
+    (folder / "text.npz").write_text("not an archive")
+    (folder / "empty.npz").write_bytes(b"")
+    (folder / "no_images").mkdir()
+    (folder / "two_sizes").mkdir()
+    for side in (8, 9):
+        Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(folder / "two_sizes" / f"{side}.png")
+    (folder / "bad_image").mkdir()
+    (folder / "bad_image" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nrest is missing")
+
+
+BROKEN = ["float.npz", "other_name.npz", "grey.npz", "cut.npz", "flipped.npz", "text.npz", "empty.npz"]
+BROKEN += ["no_images", "two_sizes", "bad_image", "not_there.npz"]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_reference_says_which_path_what_was_expected_and_what_to_do(name, tmp_path):
+    broken_references(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_reference(tmp_path / name)
+    message = str(caught.value)
+    assert name.split(".")[0] in message and "expected" in message
+
+
+def test_a_judge_is_loaded_with_the_hash_of_its_weight_file(tmp_path):
+    folder = tmp_path / "tiny-dit" / "judge"
+    zoo_judge.save(zoo_judge.Judge(), folder)
+    judge = load_judge(folder)
+    assert judge.name == "tiny-dit/judge" and judge.width == 64 and not judge.module.training
+    assert judge.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert judge.module.features(load_reference("digits-1797").images_NHWC[:2].permute(0, 3, 1, 2)).shape == (2, 64)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_judge_is_a_user_error_with_its_folder(damage, tmp_path):
+    zoo_judge.save(zoo_judge.Judge(), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.unlink() if damage == "missing" else weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="expected a judge"):
+        load_judge(tmp_path)

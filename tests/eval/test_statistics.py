@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from eval import statistics
+
+
+def test_mean_interval_covers_the_true_mean_about_95_times_in_100():
+    random = np.random.default_rng(3)
+    intervals = [statistics.mean_with_ci(random.normal(2.0, 5.0, 60), seed, 200)[1] for seed in range(400)]
+    covered = np.mean([low <= 2.0 <= high for low, high in intervals])
+    assert 0.90 <= covered <= 0.98
+
+
+def test_mean_interval_is_as_wide_as_the_normal_theory_says():
+    values = np.random.default_rng(0).normal(0.0, 1.0, 2000)
+    mean, (low, high) = statistics.mean_with_ci(values, seed=0, resamples=2000)
+    assert mean == pytest.approx(values.mean())
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(2000), rel=0.06)
+
+
+def test_share_interval_is_wilsons_formula():
+    hits, n, z = 45, 50, 1.959963984540054
+    share = hits / n
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    value, interval = statistics.share_with_ci(hits, n)
+    assert value == share
+    assert interval == pytest.approx((middle - half, middle + half), abs=1e-9)
+
+
+def test_share_interval_of_all_hits_still_leaves_room_below():
+    value, (low, high) = statistics.share_with_ci(20, 20)
+    assert value == 1.0 and 0.8 < low < 0.9 and high == pytest.approx(1.0)
+
+
+def test_bootstrap_of_a_mean_agrees_with_its_standard_error():
+    values = np.random.default_rng(1).normal(0.0, 3.0, 500)
+    value, (low, high) = statistics.bootstrap_ci(lambda rows: values[rows].mean(), 500, seed=0, resamples=1000)
+    assert value == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / np.sqrt(500), rel=0.08)
+    assert (high + low) / 2 == pytest.approx(value)
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
+    values = np.arange(50.0)
+    first, again, other = (statistics.mean_with_ci(values, seed, 100)[1] for seed in (7, 7, 8))
+    assert first == again != other
+
+
+def test_resampling_leaves_the_global_random_state_alone():
+    before = np.random.get_state()[1].copy()
+    statistics.mean_with_ci(np.arange(9.0), 0, 50)
+    statistics.bootstrap_ci(lambda rows: float(rows.sum()), 9, 0, 50)
+    assert (np.random.get_state()[1] == before).all()
