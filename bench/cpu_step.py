@@ -42,19 +42,27 @@ def main() -> None:
 
     model = load_model(dit_xl(options.blocks))
     target = model.target()
-    recipe = rtn.apply(target, rtn.fit(target, None, W8A8, rtn.Params()), W8A8, rtn.Params())
+    recipe = rtn.apply(target, {}, W8A8, rtn.Params())  # dynamic activations: nothing to calibrate
     quantized = build(target, recipe, dtype=torch.bfloat16, backend=onednn_int8.NAME)
     times = measure(
-        *(model, target, quantized),
-        **{"kind": kind_of(quantized, False), "samples": 1, "repeats": options.repeats, "warmup": 3},
+        model,
+        target,
+        quantized,
+        kind=kind_of(quantized, quantized_attention=False),
+        samples=1,
+        repeats=options.repeats,
+        warmup=3,
         device=torch.device("cpu"),
     )
-    print(f"{times['device']}, {options.blocks} blocks, {times['step_rows']} rows of 256 tokens, {backends_of(quantized)}")
+    print(
+        f"{times['device']}, {options.blocks} blocks, {times['step_rows']} rows of 256 tokens, {backends_of(quantized)}"
+    )
     for name in ("baseline_latency_ms", "latency_ms"):
         median, p10, p90 = (times[name][q] for q in ("median", "p10", "p90"))
         print(f"  {name:22} median {median:7.1f}   p10 {p10:7.1f}   p90 {p90:7.1f}")
     print(f"  speedup                {times['speedup']:.3f}")
-    print(f"  peak memory            {times['baseline_peak_memory_bytes'] / 1e6:.0f} → {times['peak_memory_bytes'] / 1e6:.0f} MB")
+    before, after = (times[name] / 1e6 for name in ("baseline_peak_memory_bytes", "peak_memory_bytes"))
+    print(f"  peak memory            {before:.0f} → {after:.0f} MB")
     for part, share in shares(quantized, model).items():
         print(f"  {part:28} {100 * share:5.1f} % of the quantized step")
 

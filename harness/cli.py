@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         print(HELP)
         return 0
-    debug = "--debug" in rest
+    debug = "--debug" in rest or "debug=true" in rest
     try:
         if command == "--version":
             import harness
@@ -83,13 +83,16 @@ def report_command(arguments: list[str]) -> int:
     parser.add_argument("--format", choices=["md", "csv", "latex", "html"], default="md")
     parser.add_argument("--experiment", help="one experiment; default: all")
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
-    parser.add_argument("--out", type=Path, help="file to write; default: print (html: <results-dir>/report.html)")
+    parser.add_argument("--out", type=Path, help="file to write; html default: <results-dir>/report[-EXPERIMENT].html")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="headline metrics, in this order")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
     options = parser.parse_args(arguments)
     from harness.report import report
 
-    made = report(options.results_dir, options.experiment, options.format, options.out)
-    print(made.path if made.path is not None else made.text)
+    made = report(options.results_dir, options.experiment, options.format, options.out, options.metrics)
+    print(made.text)
+    if made.path is not None:
+        print(made.path)
     return 0
 
 
@@ -147,6 +150,7 @@ def _flags_to_overrides(arguments: list[str]) -> list[str]:
 
 def entry() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes two lines per run to stderr
     sys.exit(main())
 
 

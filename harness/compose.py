@@ -52,7 +52,7 @@ def check_overrides(overrides: list[str]) -> None:
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        raise UserError(f"{error.override!r} is not an override: {str(error).splitlines()[0]}; write name=value") from error
+        raise not_an_override(error) from error
     options = groups()
     for override in parsed:
         if override.key_or_group not in options:
@@ -62,6 +62,10 @@ def check_overrides(overrides: list[str]) -> None:
                 parse_label(choice)
             if choice not in options[override.key_or_group]:
                 raise unknown_name(override.key_or_group, choice, options[override.key_or_group])
+
+
+def not_an_override(error: OverrideParseException) -> UserError:
+    return UserError(f"{error.override!r} is not an override; write name=value, such as bits=w4a8")
 
 
 def _choices(override: Override) -> list[str]:

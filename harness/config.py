@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eval.base import known_metrics
 from harness import methods
-from harness.errors import UserError
-from harness.models.base import ModelSpec, Sampler
+from harness.backends.base import AUTO, known_backends
+from harness.errors import UserError, unknown_name
+from harness.models.base import ModelSpec, Sampler, family
 from harness.quant.spec import FLOAT_BITS, Bits, QuantSpec, parse_label
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
+
+# What can be refused before anything is loaded is refused here, not hours into a run. Whole numbers and their minimum:
+COUNTS = {
+    "protocol.n": 1,
+    "protocol.steps": 1,
+    "calibration.n": 1,
+    "calibration.batch_size": 1,
+    "generate.batch_size": 1,
+    "generate.noise_floor_seeds": 0,
+    "measure.samples": 1,
+    "measure.repeats": 1,
+    "measure.warmup": 0,
+    "metrics.resamples": 1,
+    "seed": 0,
+}
+FLAGS = (
+    "protocol.attention",
+    "bits.weight.symmetric",
+    "bits.act.symmetric",
+    "bits.act.dynamic",
+    "measure.layer_errors",
+)
+DTYPES = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "protocol.scope": ("blocks", "all"),
+    "protocol.labels": ("balanced", "random"),
+    "generate.dtype": DTYPES,
+    "generate.reference_dtype": DTYPES,
+    "model.dtype": DTYPES,
+    "tracker.kind": ("wandb", "none"),
+    "tracker.mode": ("auto", "online", "offline", "disabled"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,12 +97,14 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         UserError: a value that no part of ditbench can use; says which and what to do.
     """
     raw = dict(raw)
+    _check_values(raw)
     if raw["method"]["name"] == methods.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
         raw["bits"] = raw["bits"] | {"label": "w16a16"}
         raw["bits"]["weight"] = raw["bits"]["weight"] | {"bits": FLOAT_BITS}
         raw["bits"]["act"] = raw["bits"]["act"] | {"bits": FLOAT_BITS}
     bits = _bits(raw["bits"])
     methods.check_bits(raw["method"]["name"], bits)
+    params = _params(raw["method"])
     protocol = raw["protocol"]
     model = {key: value for key, value in raw["model"].items() if key != "usual"}
     return RunConfig(
@@ -75,7 +112,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         name=_folder_name(raw["name"]),
         model=ModelSpec(**model),
         method=raw["method"]["name"],
-        params=methods.params_of(raw["method"]),
+        params=params,
         bits=bits,
         protocol=Protocol(
             name=protocol["name"],
@@ -110,9 +147,64 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _check_values(raw: dict[str, Any]) -> None:
+    for name, smallest in COUNTS.items():
+        value = _value(raw, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            raise UserError(f"{name} must be a whole number, at least {smallest}; got {value!r}")
+    for name in FLAGS:
+        if not isinstance(_value(raw, name), bool):
+            raise UserError(f"{name} must be true or false, got {_value(raw, name)!r}")
+    choices: dict[str, tuple[str, ...]] = CHOICES | {
+        "backend": (AUTO, *known_backends()),
+        "protocol.sampler": family(raw["model"]["family"]).SAMPLERS,
+    }
+    for name, known in choices.items():
+        if _value(raw, name) not in known:
+            raise unknown_name(name, str(_value(raw, name)), known)
+    guidance, metrics, skip = (_value(raw, name) for name in ("protocol.guidance", "metrics.names", "protocol.skip"))
+    if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
+        raise UserError(f"protocol.guidance must be a number such as 1.5, got {guidance!r}")
+    for name, value in (("metrics.names", metrics), ("protocol.skip", skip)):
+        if not isinstance(value, list):
+            raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{value}]")
+    for metric in metrics:
+        if metric not in known_metrics():
+            raise unknown_name("metric", str(metric), known_metrics())
+    for pattern in skip:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(
+                f"protocol.skip: {pattern!r} is not a regular expression of layer names ({error})"
+            ) from error
+    if not raw["results_dir"]:
+        raise UserError("results_dir is empty; name a folder, such as results_dir=./results")
+
+
+def _value(raw: dict[str, Any], name: str) -> Any:
+    value: Any = raw
+    for key in name.split("."):
+        value = value[key]
+    return value
+
+
+def _params(node: dict[str, Any]) -> Any:
+    """The method's Params. They check their range; a value of another type fails there in Python's words."""
+    try:
+        return methods.params_of(node)
+    except UserError as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+        given, usual = ({k: v for k, v in d.items() if k != "name"} for d in (node, methods.defaults(node["name"])))
+        raise UserError(
+            f"method {node['name']}: a parameter of the wrong type in {given}; such values are expected: {usual} ({error})"
+        ) from error
+
+
 def _bits(node: dict[str, Any]) -> Bits:
     parse_label(node["label"])
-    sides = {}
+    sides: dict[str, QuantSpec | None] = {}
     for side in ("weight", "act"):
         values = dict(node[side])
         sides[side] = None if values["bits"] >= FLOAT_BITS else QuantSpec(**values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,7 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "seeds": {"seed": seed},
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

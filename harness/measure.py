@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -92,7 +96,7 @@ def peak_memory_bytes(model: nn.Module, inputs: dict[str, Tensor], device: torch
         _timed_call(model, inputs, device)
         return torch.cuda.max_memory_allocated(device) - before + resident_bytes(model)
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         model(**inputs)
     live = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
@@ -119,6 +123,20 @@ def device_name(device: torch.device) -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name} ({torch.get_num_threads()} threads)"
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """torch's profiler writes its own starts and stops straight to file descriptor 2."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _timed_call(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> float:

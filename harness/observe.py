@@ -16,19 +16,31 @@ from harness.files import atomic_path, canonical_sha256
 from harness.quant.build import float_copy
 from harness.quant.target import Target
 
+STATS_VERSION = 1  # of what is cached: raise it when ChannelStats changes
+
 
 @dataclass(frozen=True)
 class ChannelStats:
-    """Of one layer's input, per step s and channel c, over samples and tokens; float32. count_S: tokens seen."""
+    """Of one layer's input, per step s and channel c, over samples and tokens; float32.
+
+    mean_min_SC, mean_max_SC: extremes over the tokens of one sample, averaged over samples. count_S: tokens seen.
+    """
 
     min_SC: Tensor
     max_SC: Tensor
+    mean_min_SC: Tensor
+    mean_max_SC: Tensor
     sumsq_SC: Tensor
     count_S: Tensor
 
     @property
     def absmax_SC(self) -> Tensor:
         return torch.maximum(self.min_SC.abs(), self.max_SC.abs())
+
+    @property
+    def centre_SC(self) -> Tensor:
+        """The middle of each channel's range, from the extremes averaged over samples."""
+        return (self.mean_min_SC + self.mean_max_SC) / 2
 
     @property
     def absmax_C(self) -> Tensor:
@@ -47,7 +59,7 @@ def channel_stats(target: Target, calibration: Calibration) -> dict[str, Channel
     sites = target.linear_sites()
     path = None
     if calibration.cache is not None:
-        path = calibration.cache / f"stats-{canonical_sha256([site.name for site in sites])[:16]}.safetensors"
+        path = calibration.cache / f"stats-v{STATS_VERSION}-{canonical_sha256([site.name for site in sites])[:16]}.safetensors"
     if path is not None and path.exists():
         by_site = _read(path)
     else:
@@ -63,22 +75,27 @@ def _observe_sites(target: Target, calibration: Calibration) -> dict[str, Channe
     steps = calibration.num_steps
     model = float_copy(target, dtype=_dtype_of(target.transformer))
     running: dict[str, dict[str, Tensor]] = {}
+    samples: dict[str, Tensor] = {}
 
     def observe(site: str, step: int, x: Tensor) -> None:
-        x_TC = x.detach().float().flatten(0, -2)
-        width = x_TC.shape[1]
+        x_BTC = x.detach().float().reshape(len(x), -1, x.shape[-1])
+        width = x_BTC.shape[-1]
         if site not in running:
-            running[site] = {
+            zeros = {field.name: torch.zeros(steps, width) for field in fields(ChannelStats)}
+            running[site] = zeros | {
                 "min_SC": torch.full((steps, width), torch.inf),
                 "max_SC": torch.full((steps, width), -torch.inf),
-                "sumsq_SC": torch.zeros(steps, width),
                 "count_S": torch.zeros(steps),
             }
-        stats = running[site]
-        torch.minimum(stats["min_SC"][step], x_TC.amin(0), out=stats["min_SC"][step])
-        torch.maximum(stats["max_SC"][step], x_TC.amax(0), out=stats["max_SC"][step])
-        stats["sumsq_SC"][step] += x_TC.square().sum(0)
-        stats["count_S"][step] += len(x_TC)
+            samples[site] = torch.zeros(steps)
+        stats, low_BC, high_BC = running[site], x_BTC.amin(1), x_BTC.amax(1)
+        torch.minimum(stats["min_SC"][step], low_BC.amin(0), out=stats["min_SC"][step])
+        torch.maximum(stats["max_SC"][step], high_BC.amax(0), out=stats["max_SC"][step])
+        stats["mean_min_SC"][step] += low_BC.sum(0)  # a sum until the end
+        stats["mean_max_SC"][step] += high_BC.sum(0)
+        stats["sumsq_SC"][step] += x_BTC.square().sum((0, 1))
+        stats["count_S"][step] += x_BTC.shape[0] * x_BTC.shape[1]
+        samples[site][step] += len(x_BTC)
 
     sites = target.linear_sites()
     with inputs_observed(model, {site.consumers[0]: site.name for site in sites}, observe) as set_step:
@@ -86,6 +103,9 @@ def _observe_sites(target: Target, calibration: Calibration) -> dict[str, Channe
     missing = [site.name for site in sites if site.name not in running]
     if missing:
         raise RuntimeError(f"{missing[0]} saw no calibration batch; is it skipped at every step you calibrate?")
+    for name, stats in running.items():
+        for mean in ("mean_min_SC", "mean_max_SC"):
+            stats[mean] /= samples[name][:, None].clamp(min=1)
     return {site.name: ChannelStats(**running[site.name]) for site in sites}
 
 

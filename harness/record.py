@@ -105,8 +105,11 @@ def read(path: Path) -> Record:
         values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable record ({error}); move that folder away to go on") from error
-    if not isinstance(values, dict) or "schema" not in values:
-        raise UserError(f"{path}: not a ditbench record (no field 'schema'); move that folder away to go on")
+    required = {"schema", "run_id", "status", "config", "method", "model", "experiment"}
+    missing = required - set(values) if isinstance(values, dict) else required
+    if missing or not isinstance(values["schema"], int):
+        what = f"without {', '.join(sorted(missing))}" if missing else f"schema {values['schema']!r}"
+        raise UserError(f"{path}: not a ditbench record ({what}); move that folder away to go on")
     if values["schema"] > SCHEMA:
         raise UserError(
             f"{path}: record schema {values['schema']} is newer than this ditbench reads ({SCHEMA}); "

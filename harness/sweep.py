@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,7 +20,9 @@ from harness.record import Record
 from harness.report import comparison_table
 from harness.run import run, say
 
-_done: list[Record] = []  # of this process: Hydra does not hand back what a job returns in a sweep
+# Of this process: Hydra does not hand back what a job returns in a sweep.
+_done: list[Record] = []
+_refused: list[UserError] = []  # jobs that left no record: a value that cannot be used, a model that is not there
 
 
 def launch(arguments: list[str]) -> int:
@@ -32,8 +34,11 @@ def launch(arguments: list[str]) -> int:
     from harness.cli import EXIT_FAILED_RUNS
 
     compose.register()
-    compose.check_overrides([a for a in arguments if "=" in a and not a.startswith("-")])
+    overrides = [a for a in arguments if ("=" in a or a.startswith("~")) and not a.startswith("-")]
+    arguments = overrides + [a for a in arguments if a not in overrides]  # Hydra wants them in one piece
+    compose.check_overrides(overrides)
     _done.clear()
+    _refused.clear()
     with _arguments(arguments), _hydra_errors_explained():
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     if _done:
@@ -41,13 +46,25 @@ def launch(arguments: list[str]) -> int:
     failed = [record for record in _done if record.status == "failed"]
     for record in failed:
         say(f"failed: {record.model} {record.method} {record.config['bits']['label']}: {record.error}")
+    if _refused:
+        *others, last = {str(error): error for error in _refused}.values()
+        for error in others:
+            say(f"ditbench: {error}")
+        raise last
     return EXIT_FAILED_RUNS if failed else 0
 
 
 def job(config: DictConfig) -> str:
-    """One Hydra job: the configuration becomes a run, the run a record."""
+    """One Hydra job: the configuration becomes a run, the run a record. A job that is refused does not stop a sweep."""
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    record = run(parse(values))  # type: ignore[arg-type]
+    try:
+        record = run(parse(values))  # type: ignore[arg-type]
+    except UserError as error:
+        _refused.append(error)
+        return "refused"
+    except OSError as error:
+        _refused.append(_of_the_system(error))
+        return "refused"
     if record.folder not in [other.folder for other in _done]:
         _done.append(record)
     return record.status
@@ -83,5 +100,16 @@ def _explained(error: Exception) -> UserError:
         node, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
         if node is not None and key is not None and "not in struct" in str(cause):
             section = getattr(cause, "full_key", key).rpartition(".")[0]
-            return unknown_name(f"value of {section}" if section else "value", str(key), map(str, node))
+            return unknown_name(f"setting of {section}" if section else "setting", str(key), map(str, node))
+        if isinstance(cause, OverrideParseException):
+            return compose.not_an_override(cause)
+        if str(cause).startswith("Ambiguous value for argument"):
+            return UserError(f"{str(cause).splitlines()[0]}: add -m to sweep over it, or write name=[a,b] for a list")
     return UserError(str(chain[-1]).strip().split("\n")[0] or str(error).split("\n")[0])
+
+
+def _of_the_system(error: OSError) -> UserError:
+    """What a disk or a file says for which nobody had better words."""
+    explained = UserError(f"{error.filename or 'a file'}: {error.strerror or error}; --debug shows where")
+    explained.__cause__ = error
+    return explained

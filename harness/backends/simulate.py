@@ -31,6 +31,11 @@ def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
 class SimulatedKernel(Kernel):
     """Packed codes (or the float weight), unpacked on first use into a cache that is not part of the stored model."""
 
+    weight_OC: Tensor
+    packed: Tensor
+    scale_OG: Tensor
+    zero_point_OG: Tensor | None
+
     def __init__(self, recipe: LayerRecipe, weight_OC: Tensor) -> None:
         super().__init__()
         self.act: ActQuant | None = recipe.act

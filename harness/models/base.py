@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -150,7 +150,14 @@ class LoadedModel:
         known = {consumer for site in sites for consumer in site.consumers}
         sites += [Site(name, (name,)) for name in names if name not in known]
         operands = tuple(self.adapter.attention(self.transformer)) if attention else ()
-        return Target(self.transformer, tuple(names), tuple(sites), operands)
+        blocks = self.transformer.get_submodule(self.adapter.BLOCKS)
+        return Target(
+            self.transformer,
+            tuple(names),
+            tuple(sites),
+            operands,
+            tuple(f"{self.adapter.BLOCKS}.{name}" for name, _ in blocks.named_children()),
+        )
 
 
 def family(name: str) -> Adapter:
@@ -212,11 +219,15 @@ def _load_pipeline(adapter: Adapter, spec: ModelSpec, folder: str, dtype: torch.
     where = f"model {spec.name} ({folder})"
     try:
         return adapter.load(folder, spec.revision, dtype)
-    except SafetensorError as error:
-        raise UserError(f"{where}: weights cannot be read ({error}); the file is corrupt or truncated, fetch it again")
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise _missing_weights(spec) from error
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        unreadable = next((each for each in _with_causes(error) if isinstance(each, SafetensorError)), None)
+        if unreadable is not None:  # diffusers says OSError, "Unable to load weights", and where, but not why
+            raise UserError(
+                f"{where}: weights cannot be read ({unreadable}); the file is corrupt or truncated, fetch it again: "
+                f"{_first_line(error)}"
+            ) from error
         if not Path(folder).is_dir():
             raise _missing_weights(spec) from error
         raise UserError(f"{where}: {_first_line(error)}") from error
@@ -232,6 +243,12 @@ def _missing_weights(spec: ModelSpec) -> UserError:
         f"model {spec.name}: weights of {spec.source} are not on this machine and cannot be downloaded now.\n"
         f"Where there is a network: `hf download {spec.source} --local-dir {folder}`; then add model.source={folder}"
     )
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: BaseException) -> str:

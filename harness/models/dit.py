@@ -25,7 +25,7 @@ SAMPLERS = ("ddim", "ddpm")
 
 def load(folder: str, revision: str | None, dtype: torch.dtype) -> DiTPipeline:
     without_vae = {"vae": None} if _pixel_space(folder) else {}
-    pipe = DiTPipeline.from_pretrained(folder, revision=revision, torch_dtype=dtype, **without_vae)
+    pipe = DiTPipeline.from_pretrained(folder, revision=revision, dtype=dtype, **without_vae)
     if not isinstance(pipe.transformer, DiTTransformer2DModel):
         raise TypeError(f"its transformer is a {type(pipe.transformer).__name__}, not a DiTTransformer2DModel")
     return pipe
@@ -165,8 +165,8 @@ def step_inputs(transformer: nn.Module, batch: int) -> dict[str, Tensor]:
 def stress(transformer: nn.Module, channels: int, log2_factor: int, seed: int) -> None:
     """Give activations outlier channels without changing the output: adaLN rows × k, next layer's columns ÷ k; V and proj likewise.
 
-    In every site that has a producer, `channels` channels are scaled by 2^1 … 2^log2_factor (powers of two: nothing is
-    lost in the columns). Works in place.
+    In every site that has a producer, `channels` channels are scaled by 2^(log2_factor − 2) … 2^log2_factor, at least by
+    2 (powers of two: nothing is lost in the columns). Works in place.
     """
     generator = torch.Generator().manual_seed(seed)
     for site in sites(transformer):

@@ -73,7 +73,7 @@ def count_macs(transformer: nn.Module, inputs: dict[str, Tensor]) -> dict[str, i
     macs: dict[str, int] = {}
 
     def hook(name: str):
-        def count(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def count(module: nn.Linear | nn.Conv2d, args: tuple, output: Tensor) -> None:
             per_output = weight_matrix(module).shape[1]
             macs[name] = macs.get(name, 0) + output[:1].numel() * per_output
 

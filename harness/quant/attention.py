@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.quant.quantizers import ActQuant, fake_quantize_activation
 from harness.quant.steps import StepClock
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from harness.quant.recipe import AttentionRecipe
 
 OPERANDS = ("query", "key", "value", "probabilities")
+
+
+def set_processor(model: nn.Module, attention: str, processor: QuantAttnProcessor) -> None:
+    """Install the processor in the named diffusers `Attention` module of model."""
+    model.get_submodule(attention).set_processor(processor)  # type: ignore[operator]
 
 
 class QuantAttnProcessor:

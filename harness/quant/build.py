@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from harness.backends.base import AUTO
-from harness.quant.attention import QuantAttnProcessor
+from harness.quant.attention import QuantAttnProcessor, set_processor
 from harness.quant.effective import effective_linear, touched_layers
 from harness.quant.layer import QuantLinear, QuantPatchEmbed
 from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.steps import StepClock
+from harness.quant.steps import StepClock, StepTable
 from harness.quant.target import Target
 
 
@@ -47,14 +47,22 @@ def build(
         ).to(device)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
     for name, attention in recipe.attention.items():
-        model.get_submodule(name).set_processor(QuantAttnProcessor(attention, clock))
-    model.clock = clock
+        set_processor(model, name, QuantAttnProcessor(attention, clock))
+    model.clock = clock  # type: ignore[assignment]
+    _check_steps(model, recipe)
     return model.eval().requires_grad_(False)
 
 
 def float_copy(target: Target, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
     """The float transformer in another dtype, with a clock like a quantized one."""
     return build(target, ModelRecipe(layers={}), dtype=dtype, device=device)
+
+
+def clock_of(model: nn.Module) -> StepClock:
+    """The clock of a built model."""
+    clock = model.clock
+    assert isinstance(clock, StepClock)
+    return clock
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -73,6 +81,15 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
         owner[int(child)] = module  # type: ignore[operator]
     else:
         setattr(owner, child, module)
+
+
+def _check_steps(model: nn.Module, recipe: ModelRecipe) -> None:
+    """Raise ValueError if a table was made for other steps than the clock will check: its rows would be mixed up."""
+    quantizers = [quant for each in recipe.attention.values() for quant in vars(each).values() if quant is not None]
+    tables = [module for module in model.modules() if isinstance(module, StepTable)]
+    tables += [table for quant in quantizers for table in (quant.scale, quant.zero_point) if table is not None]
+    for steps in {table.num_steps for table in tables} - {None, recipe.num_steps}:
+        raise ValueError(f"the recipe has tables for {steps} denoising steps and says num_steps={recipe.num_steps}")
 
 
 def _is_patch_part(model: nn.Module, name: str) -> bool:

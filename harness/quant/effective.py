@@ -40,8 +40,9 @@ def effective_linear(
     """
     layer = target.module(name)
     transform = transforms.get(name, Transform())
-    weight = weight_matrix(layer).double()
-    bias = transform.of_bias(None if layer.bias is None else layer.bias.detach().double(), weight)
+    weight = weight_matrix(layer).to(torch.float64, copy=True)
+    own_bias = None if layer.bias is None else layer.bias.detach().to(torch.float64, copy=True)
+    bias = transform.of_bias(own_bias, weight)
     weight = transform.of_weight(weight)
     for site in target.sites:
         if site.name in folded and site.producer is not None and site.producer.linear == name:
@@ -71,7 +72,9 @@ def touched_layers(target: Target, recipe: ModelRecipe) -> list[str]:
     return list(dict.fromkeys([*recipe.layers, *producers]))
 
 
-def _fold_adaln(weight, bias, producer: AdaLNRows, transform: Transform, name: str):
+def _fold_adaln(
+    weight: Tensor, bias: StepTable | None, producer: AdaLNRows, transform: Transform, name: str
+) -> tuple[Tensor, StepTable]:
     weight, bias = _fold_rows(weight, bias, producer.shift_rows, transform, offset=0.0, name=name)
     scale_only = Transform(scale_C=transform.scale_C)
     return _fold_rows(weight, bias, producer.scale_rows, scale_only, offset=1.0, name=name)

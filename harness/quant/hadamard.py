@@ -90,13 +90,16 @@ def _paley(order: int) -> Tensor | None:
 
 def _jacobsthal(p: int, degree: int) -> Tensor:
     """Q[a, b] = χ(a − b) over GF(p^degree), χ the quadratic character (1 square, −1 not, 0 at zero)."""
+    elements: list[tuple[int, ...]]
+    squares: set[tuple[int, ...]]
     if degree == 1:
         elements = [(a,) for a in range(p)]
         squares = {(a * a % p,) for a in range(1, p)}
     else:  # GF(p²) = GF(p)[i], i² = the least non-square n
         n = next(n for n in range(2, p) if all(a * a % p != n for a in range(p)))
-        elements = [(a, b) for a in range(p) for b in range(p)]
-        squares = {((a * a + n * b * b) % p, 2 * a * b % p) for a, b in elements if (a, b) != (0, 0)}
+        pairs = [(a, b) for a in range(p) for b in range(p)]
+        elements = list(pairs)
+        squares = {((a * a + n * b * b) % p, 2 * a * b % p) for a, b in pairs if (a, b) != (0, 0)}
 
     def character(x: tuple[int, ...], y: tuple[int, ...]) -> float:
         difference = tuple((a - b) % p for a, b in zip(x, y, strict=True))

@@ -26,6 +26,9 @@ class QuantLinear(nn.Module):
         dtype: of the float parts (bias, float weight, low-rank branch).
     """
 
+    down_rC: Tensor
+    up_Or: Tensor
+
     def __init__(
         self,
         recipe: LayerRecipe,

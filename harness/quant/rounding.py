@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.errors import UserError
-from harness.quant.attention import OPERANDS, QuantAttnProcessor
-from harness.quant.build import build, quant_layers
+from harness.quant.attention import OPERANDS, QuantAttnProcessor, set_processor
+from harness.quant.build import build, clock_of, quant_layers
 from harness.quant.effective import effective_linear
-from harness.quant.quantizers import ActQuant, mse_percentile_range, quantize_weight, static_quant
+from harness.quant.quantizers import ActQuant, QuantizedWeight, mse_percentile_range, quantize_weight, static_quant
 from harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRecipe
 from harness.quant.spec import Bits, QuantSpec
 from harness.quant.steps import StepTable
-from harness.quant.target import Target, weight_matrix
+from harness.quant.target import Target
 from harness.quant.transforms import Transform
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def nearest(
     transforms: dict[str, Transform] | None = None,
     folded: frozenset[str] = frozenset(),
     *,
+    weights: dict[str, QuantizedWeight] | None = None,
     weight_ranges: str = "minmax",
     num_steps: int | None = None,
 ) -> ModelRecipe:
@@ -42,6 +44,7 @@ def nearest(
 
     transforms: by layer name (consumers of a folded site that stay in float need theirs as well).
     state: what `static_ranges` returned, among other things; only read when activations are static.
+    weights: layers whose weights were rounded elsewhere (GPTQ, AdaRound); the others are rounded to nearest.
 
     Raises:
         UserError: a group size that does not divide a layer's width.
@@ -53,9 +56,12 @@ def nearest(
         for spec in (bits.weight, bits.act):
             if spec is not None:
                 spec.check_width(name, effective.weight_OC.shape[1])
+        rounded = (weights or {}).get(name)
+        if rounded is None and bits.weight is not None:
+            rounded = quantize_weight(effective.weight_OC, bits.weight, ranges=weight_ranges)
         layers[name] = LayerRecipe(
             transform=transforms.get(name, Transform()),
-            weight=None if bits.weight is None else quantize_weight(effective.weight_OC, bits.weight, ranges=weight_ranges),
+            weight=rounded,
             act=None if bits.act is None else act_quant(bits.act, state, name),
         )
     attention = {name: _attention_recipe(bits.act, state, name) for name in target.attention} if bits.act else {}
@@ -66,7 +72,8 @@ def act_quant(spec: QuantSpec, state: dict[str, Tensor], name: str) -> ActQuant:
     """The activation quantizer of one layer (or attention operand): dynamic, or static from the state."""
     if spec.dynamic:
         return ActQuant(spec)
-    return static_quant(StepTable(state[f"{name}/act_low"]), StepTable(state[f"{name}/act_high"]), spec)
+    groups = state.get(f"{name}/act_group_of_step")
+    return static_quant(StepTable(state[f"{name}/act_low"], groups), StepTable(state[f"{name}/act_high"], groups), spec)
 
 
 def static_ranges(
@@ -77,11 +84,14 @@ def static_ranges(
     folded: frozenset[str] = frozenset(),
     *,
     ranges: str = "minmax",
+    group_of_layer: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Range ends of every transformed layer input (and attention operand) over all steps.
+    """Range ends of every transformed layer input (and attention operand), over all steps or per group of steps.
 
-    Returns {layer/act_low, layer/act_high: (1,)}; empty when activations are dynamic or float.
+    Returns {layer/act_low, layer/act_high: (G,)} and, where there are groups, {layer/act_group_of_step: (S,)}; empty when
+    activations are dynamic or float.
     ranges: "minmax", or "mse" (percentile range with the least squared error on a sample of the values).
+    group_of_layer: group_of_step by layer name; layers and operands without one have a single range.
     """
     if bits.act is None or bits.act.dynamic:
         return {}
@@ -89,24 +99,19 @@ def static_ranges(
         raise UserError(f"bits.act: static activations are per_tensor here, got {bits.act.granularity}")
     layers = {name: LayerRecipe(transform=t) for name, t in (transforms or {}).items()}
     layers = {name: LayerRecipe() for name in target.layers} | layers
-    model = build(target, ModelRecipe(layers, folded), dtype=torch.float32)
-    watch = _RangeWatch()
+    model = build(target, ModelRecipe(layers, folded, num_steps=calibration.num_steps), dtype=torch.float32)
+    watch = _RangeWatch(group_of_layer or {})
     for name, layer in quant_layers(model).items():
         if name in target.layers:
             layer.kernel.register_forward_pre_hook(lambda _, inputs, name=name: watch.see(name, inputs[0]))
     for name in target.attention:
         observe = lambda operand, x, name=name: watch.see(f"{name}.{operand}", x)  # noqa: E731
-        model.get_submodule(name).set_processor(QuantAttnProcessor(AttentionRecipe(), model.clock, observe))
+        set_processor(model, name, QuantAttnProcessor(AttentionRecipe(), clock_of(model), observe))
 
     from harness.observe import run_calibration
 
-    run_calibration(model, calibration, lambda step: None, "ranges")
+    run_calibration(model, calibration, watch.set_step, "ranges")
     return watch.state(bits.act, ranges)
-
-
-def weights_of(target: Target) -> dict[str, Tensor]:
-    """{layer: weight (O, C)} of the float target layers that are linear."""
-    return {n: weight_matrix(target.module(n)) for n in target.layers if isinstance(target.module(n), nn.Linear)}
 
 
 def _attention_recipe(spec: QuantSpec, state: dict[str, Tensor], name: str) -> AttentionRecipe:
@@ -120,26 +125,42 @@ def _attention_recipe(spec: QuantSpec, state: dict[str, Tensor], name: str) -> A
 
 
 class _RangeWatch:
-    """Running extremes and a small strided sample of the values of each watched tensor."""
+    """Running extremes and a small strided sample of the values of each watched tensor, per group of steps."""
 
-    def __init__(self) -> None:
-        self.low: dict[str, Tensor] = {}
-        self.high: dict[str, Tensor] = {}
-        self.values: dict[str, list[Tensor]] = {}
+    def __init__(self, group_of_layer: dict[str, Tensor]) -> None:
+        self.group_of_layer, self.step = group_of_layer, 0
+        self.low: dict[tuple[str, int], Tensor] = {}
+        self.high: dict[tuple[str, int], Tensor] = {}
+        self.values: dict[tuple[str, int], list[Tensor]] = {}
+
+    def set_step(self, step: int) -> None:
+        self.step = step
 
     def see(self, name: str, x: Tensor) -> None:
         x = x.detach().float()
-        self.low[name] = torch.minimum(self.low.get(name, x.amin()), x.amin())
-        self.high[name] = torch.maximum(self.high.get(name, x.amax()), x.amax())
+        groups = self.group_of_layer.get(name)
+        key = name, 0 if groups is None else int(groups[self.step])
+        self.low[key] = torch.minimum(self.low.get(key, x.amin()), x.amin())
+        self.high[key] = torch.maximum(self.high.get(key, x.amax()), x.amax())
         flat = x.flatten()
-        self.values.setdefault(name, []).append(flat[:: max(1, len(flat) // SAMPLES_PER_CALL)].clone())
+        stride = max(1, len(flat) // SAMPLES_PER_CALL)
+        while math.gcd(stride, len(flat)) > 1:  # a stride that shares a factor with C sees some channels only
+            stride += 1
+        self.values.setdefault(key, []).append(flat[::stride].clone())
 
     def state(self, spec: QuantSpec, ranges: str) -> dict[str, Tensor]:
-        found = {}
-        for name in self.low:
-            low, high = self.low[name], self.high[name]
-            if ranges == "mse":
-                sample = torch.cat([*self.values[name], low[None], high[None]])
-                low, high = mse_percentile_range(sample, spec)
-            found[f"{name}/act_low"], found[f"{name}/act_high"] = low.reshape(1), high.reshape(1)
+        found: dict[str, Tensor] = {}
+        for name in dict.fromkeys(name for name, _ in self.low):
+            keys = sorted(key for key in self.low if key[0] == name)
+            ends = [self._range(key, spec, ranges) for key in keys]
+            found[f"{name}/act_low"] = torch.stack([low for low, _ in ends])
+            found[f"{name}/act_high"] = torch.stack([high for _, high in ends])
+            if name in self.group_of_layer:
+                found[f"{name}/act_group_of_step"] = self.group_of_layer[name]
         return found
+
+    def _range(self, key: tuple[str, int], spec: QuantSpec, ranges: str) -> tuple[Tensor, Tensor]:
+        low, high = self.low[key], self.high[key]
+        if ranges == "mse":
+            return mse_percentile_range(torch.cat([*self.values[key], low[None], high[None]]), spec)
+        return low, high

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
 
@@ -42,15 +42,19 @@ class Target:
     sites: the inputs of these layers; every layer in `layers` is a consumer of exactly one site. A site's consumers
         may include layers that stay in float; they follow its transform as well.
     attention: names of the attention modules whose operands the protocol quantizes.
+    blocks: names of the transformer blocks, in the order of execution.
     """
 
     transformer: nn.Module
     layers: tuple[str, ...]
     sites: tuple[Site, ...]
     attention: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
-    def module(self, name: str) -> nn.Linear:
-        return self.transformer.get_submodule(name)  # type: ignore[return-value]
+    def module(self, name: str) -> nn.Linear | nn.Conv2d:
+        layer = self.transformer.get_submodule(name)
+        assert isinstance(layer, QUANTIZABLE), f"{name} is a {type(layer).__name__}"
+        return layer
 
     def site_of(self, layer: str) -> Site:
         for site in self.sites:
@@ -68,6 +72,6 @@ class Target:
         ]
 
 
-def weight_matrix(layer: nn.Module):
+def weight_matrix(layer: nn.Linear | nn.Conv2d) -> Tensor:
     """The weight as (O, C): a patch embedding is a linear layer on flattened patches."""
     return layer.weight.detach().flatten(1)

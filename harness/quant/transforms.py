@@ -113,7 +113,7 @@ class Transform(nn.Module):
         return Transform(self.shift, self.scale_C)
 
     def rotations_only(self) -> Transform:
-        return Transform(rotations=tuple(self.rotations))
+        return Transform(rotations=tuple(self.rotations))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
         if self.shift is not None:

@@ -17,7 +17,7 @@ from harness.record import Record
 
 FLOAT_METHOD = "fp"
 # In this order; of each, the first metric that was computed and is called so.
-HEADLINE = ("fid", "psnr", "ssim", "lpips", "accuracy", "clip")
+HEADLINE = ("fid", "psnr", "accuracy", "ssim", "lpips", "clip")
 _TOLD_APART_BY = ("method", "bits", "calibration", "backend")  # parts of a config
 _BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
 

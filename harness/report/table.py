@@ -134,8 +134,9 @@ def _metric_column(group: Group, metric: str) -> Column:
     # A set metric means nothing without its n; what is paired rests on the protocol's n, which the caption has.
     n = ["n=" + "–".join(map(str, sizes[:: max(len(sizes) - 1, 1)]))] if sizes and not entries[0].get("paired") else []
     higher = entries[0]["better"] == "higher"
-    title = f"{short_names(group.metrics)[metric]} {'↑' if higher else '↓'}"
-    return Column(title, " ".join(unit + n), f"{metric}: {entries[0]['better']} is better", descending_first=higher)
+    library, _, name = metric.rpartition("/")
+    title = f"{name} {'↑' if higher else '↓'}"
+    return Column(title, " ".join(filter(None, [library, *unit, *n])), f"{metric}: {entries[0]['better']} is better", descending_first=higher)
 
 
 def _metric_cells(group: Group, metric: str) -> list[Cell]:

@@ -157,7 +157,7 @@ def test_a_skipped_metric_is_a_dash_with_its_reason(add_run, results_dir, metric
 def test_set_metrics_carry_their_n_in_the_header(sweep):
     built = table(compare.groups(read_all(sweep))[0], ["torchmetrics/fid_judge", "psnr"])
     heads = {column.title: column.subtitle for column in built.columns}
-    assert heads["fid_judge ↓"] == "n=64" and heads["psnr ↑"] == "dB"
+    assert heads["fid_judge ↓"] == "torchmetrics n=64" and heads["psnr ↑"] == "dB"
     for fact in (
         "n = 64",
         "10 steps",

@@ -1,0 +1,95 @@
+"""GPTQ (Frantar et al. 2022, arXiv:2210.17323): round column by column, each error spread over the columns not yet rounded.
+
+    H = 2/n Σ x xᵀ + damp · mean(diag H) · I,   U = upper Cholesky factor of H⁻¹ (H⁻¹ = Uᵀ U)
+    for each column c:  q_c = quantize(w_c),  e = (w_c − q_c) / U_cc,  w_j ← w_j − e U_cj  for j > c
+
+    paper      here          meaning
+    H          hessian_CC    second moment of the layer's (transformed) input, factor 2/n immaterial
+    percdamp   damp          share of the mean diagonal added to it
+    B          block         columns updated together; does not change the result
+
+Dead channels (H_cc = 0) get weight 0. Scales of a group are taken from the updated weights when the group begins.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.quant.quantizers import QuantizedWeight, from_codes, quantize_weight, to_codes
+from harness.quant.spec import QuantSpec
+
+
+def gptq(
+    weight_OC: Tensor,
+    hessian_CC: Tensor,
+    spec: QuantSpec,
+    *,
+    damp: float = 0.01,
+    block: int = 128,
+    act_order: bool = False,
+    ranges: str = "minmax",
+) -> QuantizedWeight:
+    """Codes of weight_OC under spec (per_channel or per_group) that keep X Wᵀ rather than W.
+
+    act_order: columns in the order of falling diag(H); scales of groups are then those of the original weights.
+    ranges: of scales, as in `quantize_weight`.
+    """
+    weight = weight_OC.double().clone()
+    hessian = hessian_CC.double().clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+
+    width = weight.shape[1]
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(width)
+    weight, hessian = weight[:, order], hessian[order][:, order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+
+    group_size = spec.group_size or width
+    static = quantize_weight(weight_OC.double().masked_fill(dead, 0), spec, ranges=ranges)
+    scale_OG, zero_OG = static.scale_OG.double(), None if static.zero_point_OG is None else static.zero_point_OG.double()
+    codes = torch.zeros_like(weight)
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        errors = torch.zeros(len(weight), stop - start, dtype=weight.dtype)
+        for column in range(start, stop):
+            group = int(order[column]) // group_size
+            if not act_order and spec.group_size and column % group_size == 0:
+                fresh = _ahead(weight, inverse, errors, start, column, group_size)
+                scale_OG, zero_OG = _refresh(scale_OG, zero_OG, group, fresh, spec, ranges)
+            scale_O = scale_OG[:, group]
+            zero_O = None if zero_OG is None else zero_OG[:, group]
+            codes[:, column] = to_codes(weight[:, column], scale_O, zero_O, spec)
+            rounded = from_codes(codes[:, column], scale_O, zero_O)
+            errors[:, column - start] = (weight[:, column] - rounded) / inverse[column, column]
+            weight[:, column:stop] -= errors[:, column - start, None] * inverse[column, column:stop]
+        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
+    back = torch.argsort(order)
+    dtype = torch.int8 if spec.symmetric else torch.uint8
+    zero_point = None if zero_OG is None else zero_OG.float()
+    return QuantizedWeight(codes[:, back].to(dtype), scale_OG.float(), zero_point, spec)
+
+
+def _ahead(weight: Tensor, inverse: Tensor, errors: Tensor, start: int, column: int, group_size: int) -> Tensor:
+    """The group that begins at column, as it will be once this block's errors so far have reached it."""
+    stop = min(column + group_size, weight.shape[1])
+    group = weight[:, column:stop].clone()
+    block_stop = start + errors.shape[1]
+    if stop > block_stop:  # columns beyond the block have not seen this block's errors yet
+        seen = errors[:, : column - start] @ inverse[start:column, max(block_stop, column) : stop]
+        group[:, max(block_stop, column) - column :] -= seen
+    return group
+
+
+def _refresh(
+    scale_OG: Tensor, zero_OG: Tensor | None, group: int, weight_Og: Tensor, spec: QuantSpec, ranges: str
+) -> tuple[Tensor, Tensor | None]:
+    fresh = quantize_weight(weight_Og, spec, ranges=ranges)
+    scale_OG = scale_OG.clone()
+    scale_OG[:, group] = fresh.scale_OG[:, 0].double()
+    if zero_OG is not None and fresh.zero_point_OG is not None:
+        zero_OG = zero_OG.clone()
+        zero_OG[:, group] = fresh.zero_point_OG[:, 0].double()
+    return scale_OG, zero_OG

@@ -1,0 +1,120 @@
+"""HTG (Ding et al. 2025, arXiv:2503.06930): shift and scale per channel, shared within groups of neighbouring timesteps.
+
+Activations of a DiT have asymmetric channel outliers that drift over the timesteps. Per layer input and timestep
+
+    z_t = (max X_t + min X_t) / 2                               Eq. 2, channel centre; max, min averaged over samples
+    groups of neighbouring steps by z_t, z̄_g their mean          Alg. 1, Eq. 4
+    m_T = max|X_T − z̄|,  m_t = α m_{t+1} + (1 − α) max|X_t − z̄|   in denoising order;  s = √(m_1 / max|W|)     Eq. 7
+    X̂ = (X − z̄_g) / s,  Ŵ = W · s,  b̂_g = b + W z̄_g              Eq. 6: one integer weight for all groups
+
+    paper   here                meaning
+    z_t     centre_SC           per step and channel
+    G       groups              steps // 10 by default
+    z̄_g     shift (table)       per group and channel
+    α       momentum            0.99
+    s       scale_C             one per layer input, for all steps
+
+Re-parameterisation (Alg. 2): the shift and scale of the q, k, v and first FFN inputs go into adaLN rows, those of the
+output projection into the V rows (softmax rows sum to one). The second FFN layer is quantized plainly. Where the
+protocol's activations are static, each group of steps has its own range.
+
+Departs from the paper: its text was not available and two public re-implementations disagree; taken are the square-root
+form of s with |X − z̄_g| (SmoothQuant at 0.5 on shifted activations) and squared distance between means as linkage. The
+bias term W z̄_g, missing in one of them, is kept: without it the float output changes. The fold into V replaces an explicit
+division. With dynamic activations (the default protocol) only shift and scale remain of the method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.calibrate import Calibration
+from harness.observe import ChannelStats, channel_stats
+from harness.quant.clustering import adjacent_clusters, group_means
+from harness.quant.recipe import ModelRecipe
+from harness.quant.rounding import nearest, static_ranges
+from harness.quant.spec import Bits
+from harness.quant.steps import StepTable
+from harness.quant.target import Site, Target, weight_matrix
+from harness.quant.transforms import Transform
+
+
+@dataclass(frozen=True)
+class Params:
+    """Defaults are the paper's; shift, scale and grouping switch off one by one for the ablation."""
+
+    groups: int | None = None  # None: steps // 10, at least 1
+    momentum: float = 0.99
+    shift: bool = True
+    scale: bool = True
+    floor: float = 1e-5  # on both ranges: a dead channel must not divide by zero
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.momentum <= 1.0:
+            raise ValueError(f"htg: momentum must be in [0, 1], got {self.momentum}")
+        if self.groups is not None and self.groups < 1:
+            raise ValueError(f"htg: groups must be at least 1, got {self.groups}")
+
+
+def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
+    stats = channel_stats(target, calibration)
+    groups = min(params.groups or max(1, calibration.num_steps // 10), calibration.num_steps)
+    state: dict[str, Tensor] = {"num_steps": torch.tensor(calibration.num_steps)}
+    group_of_layer: dict[str, Tensor] = {}
+    for site in target.linear_sites():
+        site_stats = stats[site.consumers[0]]
+        centre_SC = site_stats.centre_SC
+        group_of_step = adjacent_clusters(centre_SC, groups)
+        group_of_layer |= dict.fromkeys(site.consumers, group_of_step)
+        if site.producer is None:
+            continue
+        shift_GC = group_means(centre_SC, group_of_step) if params.shift else torch.zeros(groups, centre_SC.shape[1])
+        state[f"{site.name}/shift"], state[f"{site.name}/group_of_step"] = shift_GC, group_of_step
+        if params.scale:
+            magnitude_SC = shifted_absmax(site_stats, shift_GC[group_of_step])
+            state[f"{site.name}/scale"] = scaling(
+                running_magnitude(magnitude_SC, params.momentum), weight_absmax(target, site), params.floor
+            )
+    transforms, folded = placement(target, state)
+    return state | static_ranges(target, bits, calibration, transforms, folded, group_of_layer=group_of_layer)
+
+
+def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:
+    return nearest(target, bits, state, *placement(target, state), num_steps=int(state["num_steps"]))
+
+
+def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:
+    """The transforms by layer, and the sites whose transform is folded into their producer (all of them)."""
+    sites = [site for site in target.linear_sites() if f"{site.name}/shift" in state]
+    transforms = {}
+    for site in sites:
+        shift = StepTable(state[f"{site.name}/shift"], state[f"{site.name}/group_of_step"])
+        shared = Transform(shift=shift, scale_C=state.get(f"{site.name}/scale"))
+        transforms |= dict.fromkeys(site.consumers, shared)
+    return transforms, frozenset(site.name for site in sites)
+
+
+def shifted_absmax(stats: ChannelStats, shift_SC: Tensor) -> Tensor:
+    """max|X_t − z̄| per step and channel, from the channel's extremes."""
+    return torch.maximum(stats.max_SC - shift_SC, shift_SC - stats.min_SC)
+
+
+def running_magnitude(magnitude_SC: Tensor, momentum: float) -> Tensor:
+    """m_1, from the noisiest step (row 0) to the last (Eq. 7)."""
+    running_C = magnitude_SC[0]
+    for magnitude_C in magnitude_SC[1:]:
+        running_C = momentum * running_C + (1 - momentum) * magnitude_C
+    return running_C
+
+
+def scaling(magnitude_C: Tensor, weight_absmax_C: Tensor, floor: float) -> Tensor:
+    """s = √(m_1 / max|W|), one factor per input channel."""
+    return (magnitude_C.clamp(min=floor) / weight_absmax_C.clamp(min=floor)).sqrt()
+
+
+def weight_absmax(target: Target, site: Site) -> Tensor:
+    """Largest |weight| per input channel over all layers that read the site."""
+    return torch.stack([weight_matrix(target.module(n)).float().abs().amax(0) for n in site.consumers]).amax(0)

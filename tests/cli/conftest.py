@@ -1,0 +1,83 @@
+"""`ditbench(...)` calls the command line in this process; `finished` is one recorded run, made once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+
+TINY = (
+    "model=tiny-dit",
+    "protocol.n=4",
+    "protocol.steps=2",
+    "calibration.n=2",
+    "metrics=fidelity",
+    "metrics.resamples=5",
+    "generate.noise_floor_seeds=0",
+    "measure.repeats=1",
+    "measure.warmup=0",
+    "measure.samples=1",
+    "tracker=none",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        """What was said on stderr, without the progress bars."""
+        lines = [line.rsplit("\r", 1)[-1] for line in self.err.splitlines()]
+        return [line for line in lines if line.strip() and "%|" not in line]
+
+
+@pytest.fixture
+def ditbench(capsys) -> Callable[..., Outcome]:
+    """ditbench("list", "methods") → Outcome(exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        try:
+            code = main(list(arguments))
+        except SystemExit as left:  # argparse leaves this way
+            code = left.code if isinstance(left.code, int) else 1
+        said = capsys.readouterr()
+        return Outcome(code, said.out, said.err)
+
+    return call
+
+
+@pytest.fixture
+def run(ditbench, tmp_path) -> Callable[..., Outcome]:
+    """run("bits=w4a4", …): a run of seconds, its results in tmp_path."""
+    return lambda *arguments: ditbench("run", *TINY, f"results_dir={tmp_path}", *arguments)
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(["run", *TINY, f"results_dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path) -> Path:
+    """A results folder of one's own with one record, made by `run()` without further arguments."""
+    shutil.copytree(finished_once, tmp_path, dirs_exist_ok=True)
+    return next(tmp_path.glob("runs/default/*/record.json"))
+
+
+@pytest.fixture
+def zoo_copy(tmp_path) -> Path:
+    """A copy of tiny-dit's weights that may be damaged."""
+    from harness.models.zoo import WEIGHTS
+
+    return Path(shutil.copytree(WEIGHTS / "tiny-dit", tmp_path / "weights"))

@@ -1,0 +1,157 @@
+"""What a newcomer sees: help, lists, the doctor, reports, and a configuration printed without a run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+
+import pytest
+import yaml
+
+from harness import listing
+
+COMMANDS = ("run", "report", "list", "check-method", "doctor", "zoo")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",), ("run", "--help"), ("run", "-h")])
+def test_help_names_every_command_and_fits_a_terminal(ditbench, arguments):
+    outcome = ditbench(*arguments)
+    assert outcome.code == 0 and outcome.err == ""
+    for command in COMMANDS:
+        assert f"ditbench {command}" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 120
+    assert len(outcome.out.splitlines()) <= 24
+
+
+def test_run_help_tells_how_to_override_sweep_repeat_and_where_results_go(ditbench):
+    said = ditbench("run", "--help").out
+    for needed in ("name=value", "run -m", "--force", "--cfg job", "./results", "results_dir=", "experiment=demo"):
+        assert needed in said
+
+
+@pytest.mark.parametrize("command", ["report", "list", "check-method", "doctor", "zoo"])
+def test_every_other_command_has_its_own_help(ditbench, command):
+    outcome = ditbench(command, "--help")
+    assert outcome.code == 0
+    assert outcome.out.startswith(f"usage: ditbench {command}")
+
+
+def test_the_version_is_printed(ditbench):
+    import harness
+
+    assert ditbench("--version").out == f"ditbench {harness.__version__}\n"
+
+
+LISTED = {
+    "methods": ("fp", "rtn", "smoothquant", "strength=0.5", "quarot", "ptq4dit"),
+    "models": ("tiny-dit", "tiny-dit-stress", "outlier", "dit-xl-2-256", "DiT-XL/2"),
+    "metrics": ("psnr", "higher is better", "per sample", "torchmetrics/fid", "lower is better", "per set"),
+    "backends": ("simulate", "onednn_int8", "measured", "W4A4", "cpu", "why not"),
+    "protocols": ("default", "ptq4dit", "10,000 images"),
+    "bits": ("w8a8", "w4a4", "w3a4", "w8a16", "granularity=per_channel", "granularity=per_token"),
+}
+
+
+def test_these_are_all_the_lists_there_are():
+    assert set(LISTED) == set(listing.KINDS)
+
+
+@pytest.mark.parametrize("kind", LISTED)
+def test_a_list_names_what_there_is(ditbench, kind):
+    outcome = ditbench("list", kind)
+    assert outcome.code == 0 and outcome.err == ""
+    for word in LISTED[kind]:
+        assert word in outcome.out
+
+
+def test_every_listed_bit_width_and_protocol_can_be_chosen(ditbench):
+    for label in ditbench("list", "bits").out.split("\n")[0].split()[::9]:
+        assert ditbench("run", "--cfg", "job", f"bits={label}").code == 0
+    for line in ditbench("list", "protocols").out.splitlines()[1:]:
+        assert ditbench("run", "--cfg", "job", f"protocol={line.split()[0]}").code == 0
+
+
+def test_the_doctor_reports_on_every_part(ditbench, tmp_path):
+    outcome = ditbench("doctor", "--results-dir", str(tmp_path / "not" / "yet"))
+    assert outcome.code == 0
+    sections = [line for line in outcome.out.splitlines() if line and not line.startswith(" ")]
+    assert sections == ["device", "packages", "kernels", "models", "metrics", "W&B", "results"]
+    assert "MISSING" not in outcome.out
+    assert re.search(r"^  tiny-dit +shipped$", outcome.out, re.MULTILINE)
+    assert f"{tmp_path / 'not' / 'yet'}: writable" in outcome.out
+    assert not (tmp_path / "not").exists(), "the doctor only looks"
+
+
+def test_the_doctor_says_how_to_get_what_is_missing(ditbench, monkeypatch, tmp_path):
+    from harness import doctor
+
+    monkeypatch.setattr(doctor, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(doctor, "package_version", lambda name: None)
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    said = ditbench("doctor", "--results-dir", str(tmp_path)).out
+    assert "missing: ditbench zoo train tiny-dit" in said
+    assert "torch MISSING" in said
+    assert "NOT WRITABLE: set results_dir=" in said
+
+
+def test_check_method_prints_one_line_per_question(ditbench):
+    outcome = ditbench("check-method", "rtn")
+    assert outcome.code == 0
+    first, *answers = outcome.out.splitlines()
+    assert first.startswith("rtn: RTN: round to nearest")
+    assert len(answers) == 8 and all(line.startswith("  ok    ") for line in answers)
+
+
+def test_the_configuration_is_printed_without_a_run(run, tmp_path):
+    outcome = run("--cfg", "job", "method=smoothquant", "method.strength=0.6", "bits=w4a8")
+    assert outcome.code == 0 and outcome.err == ""
+    config = yaml.safe_load(outcome.out)
+    assert config["method"]["name"] == "smoothquant" and config["method"]["strength"] == 0.6
+    assert config["bits"]["label"] == "w4a8" and config["bits"]["weight"]["bits"] == 4
+    assert config["protocol"]["n"] == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_may_stand_between_the_overrides(run, tmp_path):
+    outcome = run("bits=w4a8", "-m", "method=smoothqant", "protocol.n=8")
+    assert "did you mean 'smoothquant'?" in outcome.err
+    assert yaml.safe_load(run("bits=w4a8", "--cfg", "job", "seed=7").out)["seed"] == 7
+
+
+@pytest.mark.parametrize("format", ["md", "csv", "latex"])
+def test_a_report_is_printed_in_every_text_format(ditbench, finished, tmp_path, format):
+    outcome = ditbench("report", "--format", format, "--results-dir", str(tmp_path))
+    assert outcome.code == 0
+    if format == "csv":
+        (row,) = csv.DictReader(io.StringIO(outcome.out))
+        assert (row["method"], row["bits"], row["status"]) == ("rtn", "W8A8", "ok") and float(row["psnr"]) > 20
+    else:
+        assert {"md": "| rtn | W8A8 |", "latex": r"rtn & W8A8 &"}[format] in outcome.out
+
+
+def test_an_html_report_is_a_file_whose_path_is_printed(ditbench, finished, tmp_path):
+    outcome = ditbench("report", "--format", "html", "--results-dir", str(tmp_path))
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-1] == str(tmp_path / "report.html")
+    assert "rtn" in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_goes_to_the_file_that_is_named(ditbench, finished, tmp_path):
+    assert ditbench("report", "--results-dir", str(tmp_path), "--out", str(tmp_path / "table.md")).code == 0
+    assert "| rtn | W8A8 |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_report_of_one_experiment_leaves_the_others_out(ditbench, finished, tmp_path):
+    folder = tmp_path / "runs" / "other" / finished.parent.name
+    shutil.copytree(finished.parent, folder)
+    text = (folder / "record.json").read_text()
+    (folder / "record.json").write_text(text.replace('"experiment": "default"', '"experiment": "other"'))
+
+    def experiments(*arguments):
+        printed = ditbench("report", "--format", "csv", "--results-dir", str(tmp_path), *arguments).out
+        return [row["experiment"] for row in csv.DictReader(io.StringIO(printed))]
+
+    assert sorted(experiments()) == ["default", "other"]
+    assert experiments("--experiment", "other") == ["other"]

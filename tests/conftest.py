@@ -1,0 +1,57 @@
+"""What many tests share: one small random DiT, its target and its calibration, built once and guarded against change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.calibrate import Calibration, calibrate
+from harness.conformance import SMALL_DIT
+from harness.files import tensors_sha256
+from harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from harness.quant.target import Target
+
+SMALL = ModelSpec("small-random-dit", "dit", random=SMALL_DIT)
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Iterator[LoadedModel]:
+    """2 blocks, 48 wide, 8×8 pixels in 16 tokens, random weights (adaLN included). Not to be changed: see `own_model`."""
+    model = load_model(SMALL)
+    before = tensors_sha256(model.transformer.state_dict())
+    yield model
+    assert tensors_sha256(model.transformer.state_dict()) == before, "a test changed the model that all tests share"
+
+
+@pytest.fixture(scope="session")
+def small_target(small_model: LoadedModel) -> Target:
+    return small_model.target()
+
+
+@pytest.fixture(scope="session")
+def small_sampler() -> Sampler:
+    return Sampler("ddim", steps=4, guidance=1.5)
+
+
+@pytest.fixture(scope="session")
+def small_calibration(small_model: LoadedModel, small_sampler: Sampler) -> Calibration:
+    return calibrate(small_model, small_sampler, n=3, seed=0)
+
+
+@pytest.fixture
+def own_model() -> LoadedModel:
+    """A copy of `small_model` that the test may change."""
+    return load_model(SMALL)
+
+
+@pytest.fixture(scope="session")
+def normal() -> Callable[..., Tensor]:
+    """normal(*shape, seed=0): float64, the same for the same seed."""
+
+    def draw(*shape: int, seed: int = 0) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    return draw

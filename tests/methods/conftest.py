@@ -1,0 +1,63 @@
+"""One conformance case per method, and one fresh process that answers for all of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+
+from harness import conformance
+from harness.conformance import Case
+
+# What `apply_saved` is run in: a process that has fitted nothing. Importing diffusers takes seconds, so there is one for
+# all methods, started before it is needed; `ditbench check-method` starts one per method.
+SERVER = """
+import json, sys, traceback
+from harness.conformance import apply_saved
+for line in sys.stdin:
+    try:
+        apply_saved(*json.loads(line))
+        answer = ""
+    except Exception:
+        answer = traceback.format_exc()
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh_process() -> Iterator[subprocess.Popen]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def in_fresh_process(fresh_process: subprocess.Popen, monkeypatch) -> None:
+    """conformance's own subprocess call goes to the process that is already there."""
+
+    def run(command: list[str], **unused) -> SimpleNamespace:
+        name, folder, seed, scope = command[3:]
+        fresh_process.stdin.write(json.dumps([name, folder, int(seed), scope]) + "\n")
+        fresh_process.stdin.flush()
+        problem = json.loads(fresh_process.stdout.readline())
+        return SimpleNamespace(returncode=int(bool(problem)), stderr=problem)
+
+    monkeypatch.setattr(conformance, "subprocess", SimpleNamespace(run=run))
+
+
+@pytest.fixture(scope="session")
+def case_of() -> Callable[..., Case]:
+    """case_of(method, scope="blocks"): the same Case for the same arguments, so that a model is drawn once."""
+    return cache(lambda name, scope="blocks": Case(name, scope=scope))

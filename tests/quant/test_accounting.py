@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from harness.backends import simulate
+from harness.quant.accounting import account, count_macs, stored_bytes
+from harness.quant.build import build
+from harness.quant.quantizers import ActQuant, quantize_weight, static_quant
+from harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
+from harness.quant.rounding import nearest
+from harness.quant.spec import Bits, QuantSpec
+from harness.quant.steps import StepTable
+from harness.quant.target import Site, Target
+from harness.quant.transforms import Hadamard, Permutation, Transform, random_signs
+
+DYNAMIC = QuantSpec(8, "per_token", dynamic=True)
+BY_STEP = static_quant(
+    StepTable(-torch.ones(2), torch.tensor([0, 1, 1])),
+    StepTable(torch.ones(2), torch.tensor([0, 1, 1])),
+    QuantSpec(8, "per_tensor", symmetric=False),
+)
+ACTS = {"float": None, "dynamic": ActQuant(DYNAMIC), "static by step": BY_STEP}
+
+
+class Toy(nn.Module):
+    """Two layers, by hand: 8 → 4 with bias, 4 → 6 without; and a norm that is no layer to quantize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 6, bias=False)
+
+
+@pytest.fixture
+def toy() -> Target:
+    return Target(Toy().requires_grad_(False), ("first", "second"), (Site("a", ("first",)), Site("b", ("second",))))
+
+
+MACS = {"first": 32 * 10, "second": 24 * 10, "": 700}  # ten tokens, and 140 in attention
+
+
+def nbytes(module: nn.Module, without: str = "never") -> int:
+    return sum(tensor.nbytes for name, tensor in module.state_dict().items() if without not in name)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize("width", [48, 60])
+def test_a_layers_bytes_are_those_of_the_kernels_buffers(width, granularity, symmetric, act, normal):
+    weight = normal(7, width)
+    for bits in range(2, 9):
+        spec = QuantSpec(bits, granularity, symmetric, group_size=12 if granularity == "per_group" else None)
+        layer = LayerRecipe(weight=quantize_weight(weight, spec), act=ACTS[act])
+        assert stored_bytes(layer, folded=False) == nbytes(simulate.make_kernel(layer, weight))
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "grouped", "rotated", "permuted scale", "folded", "low rank", "static", "float sides"]
+)
+def test_the_models_bytes_are_those_of_the_built_model(case, small_target, small_calibration):
+    """Every tensor of the model in bf16, quantized or not, without what is folded away."""
+    transforms: dict[str, Transform] = {}
+    folded: frozenset[str] = frozenset()
+    bits = Bits(QuantSpec(4, "per_channel"), DYNAMIC)
+    scale = Transform(scale_C=torch.linspace(0.5, 2, 48))
+    site = small_target.sites[0]
+    if case == "grouped":
+        bits = Bits(QuantSpec(3, "per_group", symmetric=False, group_size=12), DYNAMIC)
+    elif case == "rotated":
+        transforms = {
+            n: Transform(rotations=(Hadamard(48, random_signs(48, torch.Generator())),)) for n in site.consumers
+        }
+    elif case == "permuted scale":
+        transforms = dict.fromkeys(site.consumers, scale)
+    elif case == "folded":
+        transforms, folded = dict.fromkeys(site.consumers, scale), frozenset({site.name})
+    elif case == "float sides":
+        bits = Bits(None, DYNAMIC)
+    recipe = nearest(small_target, bits, {}, transforms, folded)
+    if case == "low rank":
+        old = recipe.layers["transformer_blocks.1.ff.net.2"]
+        branch = LowRank(torch.zeros(3, 192), torch.zeros(48, 3))
+        recipe.layers["transformer_blocks.1.ff.net.2"] = LayerRecipe(weight=old.weight, act=old.act, low_rank=branch)
+    elif case == "static":
+        static = static_quant(StepTable(-torch.ones(1)), StepTable(torch.ones(1)), QuantSpec(8, "per_tensor"))
+        for name, layer in recipe.layers.items():
+            recipe.layers[name] = LayerRecipe(weight=layer.weight, act=static)
+    macs = count_macs(small_target.transformer, dict(small_calibration.per_step[0]))
+    _, size = account(small_target, recipe, macs, "W4A8")
+    built = build(small_target, recipe, dtype=torch.bfloat16, backend="simulate" if bits.weight else "auto")
+    parameters = {name for name, _ in small_target.transformer.named_parameters()}
+    buffers = {n for n, _ in small_target.transformer.named_buffers()}
+    stored = {n: t for n, t in built.state_dict().items() if ".upstream." not in n and n not in buffers - parameters}
+    assert size["model_bytes"] == sum(tensor.nbytes for tensor in stored.values())
+    assert size["compression"] == size["baseline_model_bytes"] / size["model_bytes"]
+
+
+def test_effective_bits_are_those_of_a_sum_by_hand(toy, normal):
+    """first: 4 × 8 codes of 4 bits = 16 bytes, 4 scales = 16 bytes; second stays in 16 bits = 48 bytes."""
+    first = LayerRecipe(weight=quantize_weight(normal(4, 8), QuantSpec(4, "per_channel")), act=ActQuant(DYNAMIC))
+    bits, size = account(toy, ModelRecipe({"first": first}), MACS, "W4A8")
+    assert bits["label"] == "W4A8"
+    assert bits["weight_bits_effective"] == pytest.approx(8 * (32 + 48) / (32 + 24))
+    assert bits["weight_bits_quantized_layers"] == pytest.approx(8 * 32 / 32)
+    assert bits["weight_bits_mac_weighted"] == pytest.approx((320 * 8 * 32 / 32 + 240 * 16) / 560)
+    assert bits["act_bits_effective"] == pytest.approx((320 * 8 + 240 * 16) / 560)
+    assert bits["mac_share_quantized"] == pytest.approx(320 / 700)
+    assert bits["mac_share_weight_quantized"] == pytest.approx(320 / 700)
+    assert bits["float_layers"] == ["second"]
+    # parameters: 32 + 4 in first, 4 + 4 in the norm, 24 in second
+    assert size["baseline_model_bytes"] == 2 * (36 + 8 + 24)
+    assert size["model_bytes"] == (32 + 2 * 4) + 2 * 8 + 2 * 24
+    assert size["compression_quantized_layers"] == pytest.approx(2 * 36 / (32 + 2 * 4))
+
+
+def test_weight_only_counts_no_mac_as_quantized_on_both_sides(toy, normal):
+    first = LayerRecipe(weight=quantize_weight(normal(4, 8), QuantSpec(4, "per_channel")))
+    bits, _ = account(toy, ModelRecipe({"first": first}), MACS, "W4A16")
+    assert bits["mac_share_quantized"] == 0
+    assert bits["mac_share_weight_quantized"] == pytest.approx(320 / 700)
+    assert bits["act_bits_effective"] == 16
+
+
+def test_the_float_model_is_its_own_baseline(toy):
+    bits, size = account(toy, ModelRecipe({}), MACS, "fp")
+    assert bits["weight_bits_effective"] == bits["act_bits_effective"] == 16
+    assert bits["weight_bits_quantized_layers"] is None and size["compression_quantized_layers"] is None
+    assert bits["float_layers"] == ["first", "second"]
+    assert size["compression"] == 1
+
+
+@pytest.mark.parametrize(
+    ("transform", "added"),
+    [
+        (Transform(scale_C=torch.ones(8)), 4 * 8),
+        (Transform(rotations=(Hadamard(8, torch.ones(8)),)), 8),
+        (Transform(rotations=(Hadamard(8),)), 0),
+        (Transform(rotations=(Permutation(torch.arange(8)),)), 2 * 8),
+        (Transform(StepTable.constant(torch.ones(8))), 4 * 8),
+    ],
+    ids=["scale", "signed Hadamard", "plain Hadamard", "permutation", "shift"],
+)
+def test_what_runs_online_is_counted_and_constants_are_not(transform, added, normal):
+    weight = quantize_weight(normal(4, 8), QuantSpec(4, "per_channel"))
+    plain = stored_bytes(LayerRecipe(weight=weight), folded=False)
+    assert stored_bytes(LayerRecipe(transform, weight), folded=False) == plain + added
+    if not transform.rotates:
+        assert stored_bytes(LayerRecipe(transform, weight), folded=True) == plain
+
+
+def test_a_shift_by_step_costs_one_bias_per_group_in_producer_and_consumers(small_target, small_calibration):
+    site = small_target.sites[0]
+    macs = count_macs(small_target.transformer, dict(small_calibration.per_step[0]))
+    sizes = {}
+    for groups in ([0, 0, 0, 0], [0, 0, 1, 2]):
+        rows = torch.zeros(max(groups) + 1, 48)
+        shared = Transform(StepTable(rows, torch.tensor(groups)))
+        layers = {name: LayerRecipe(shared) for name in site.consumers}
+        sizes[max(groups) + 1] = account(
+            small_target, ModelRecipe(layers, frozenset({site.name}), num_steps=4), macs, ""
+        )[1]
+    extra = sizes[3]["model_bytes"] - sizes[1]["model_bytes"]
+    assert extra == 2 * 2 * (6 * 48 + 3 * 48)  # two more rows of adaLN's bias and of q, k and v's, two bytes each
+
+
+@pytest.mark.parametrize("shape", [(1152, 1152), (4608, 1152), (1152, 4608)], ids=str)
+def test_four_bits_make_the_layers_of_a_dit_xl_at_least_three_and_a_half_times_smaller(shape):
+    outputs, width = shape
+    module = nn.Sequential(nn.Linear(width, outputs)).requires_grad_(False)
+    target = Target(module, ("0",), (Site("0", ("0",)),))
+    recipe = nearest(target, Bits(QuantSpec(4, "per_channel"), DYNAMIC), {})
+    _, size = account(target, recipe, {"0": 1, "": 1}, "W4A8")
+    assert 3.5 <= size["compression_quantized_layers"] < 4
+
+
+def test_macs_are_those_of_a_count_by_hand(small_model):
+    """T = 16 tokens, C = 48, 2 blocks; the embedders of block 0 run once more for the last adaLN."""
+    tokens, width = 16, 48
+    macs = count_macs(small_model.transformer, small_model.adapter.step_inputs(small_model.transformer, 3))
+    expected = {"pos_embed.proj": tokens * width * 4, "proj_out_1": width * 2 * width, "proj_out_2": tokens * width * 4}
+    attention = 0
+    for block, calls in ((0, 2), (1, 1)):
+        name = f"transformer_blocks.{block}"
+        for layer in ("to_q", "to_k", "to_v", "to_out.0"):
+            expected[f"{name}.attn1.{layer}"] = tokens * width * width
+        expected[f"{name}.ff.net.0.proj"] = expected[f"{name}.ff.net.2"] = tokens * width * 4 * width
+        expected[f"{name}.norm1.linear"] = width * 6 * width
+        expected[f"{name}.norm1.emb.timestep_embedder.linear_1"] = calls * 256 * width
+        expected[f"{name}.norm1.emb.timestep_embedder.linear_2"] = calls * width * width
+        attention += 2 * tokens * tokens * width  # q kᵀ and the map times v, all heads together
+    total = macs.pop("")
+    assert macs == expected
+    assert total == sum(expected.values()) + attention
+
+
+def test_counting_is_for_one_sample_whatever_the_batch_and_leaves_no_hook(small_model):
+    counts = [
+        count_macs(small_model.transformer, small_model.adapter.step_inputs(small_model.transformer, batch))
+        for batch in (1, 4)
+    ]
+    assert counts[0] == counts[1]
+    assert not any(module._forward_hooks for module in small_model.transformer.modules())
+
+
+def test_the_share_of_quantized_macs_leaves_attention_and_adaln_out(small_target, small_calibration):
+    macs = count_macs(small_target.transformer, dict(small_calibration.per_step[0]))
+    bits, _ = account(small_target, nearest(small_target, Bits(QuantSpec(4, "per_channel"), DYNAMIC), {}), macs, "W4A8")
+    quantized = 2 * 16 * (4 * 48 * 48 + 2 * 4 * 48 * 48)
+    assert bits["mac_share_quantized"] == pytest.approx(quantized / macs[""])
+    assert 0.8 < bits["mac_share_quantized"] < 1
+    assert set(bits["float_layers"]) == set(macs) - {""} - set(small_target.layers)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+
+from harness.errors import UserError
+from harness.quant.spec import Bits, QuantSpec, all_labels, parse_label
+
+
+@pytest.mark.parametrize(
+    ("label", "widths"), [("w4a8", (4, 8)), ("W8A8", (8, 8)), ("w3a4", (3, 4)), ("w4a16", (4, 16)), ("w16a2", (16, 2))]
+)
+def test_a_label_gives_both_widths(label, widths):
+    assert parse_label(label) == widths
+
+
+@pytest.mark.parametrize("label", ["", "w4", "a8", "4a8", "w4a8x", "xw4a8", "w-4a8", "w4.5a8", "w4 a8"])
+def test_a_malformed_label_is_refused_with_an_example(label):
+    with pytest.raises(UserError, match="not of the form .* w4a8"):
+        parse_label(label)
+
+
+@pytest.mark.parametrize(
+    ("label", "side"), [("w1a8", "weights"), ("w9a8", "weights"), ("w4a32", "activations"), ("w4a0", "activations")]
+)
+def test_a_width_that_does_not_exist_is_refused_naming_its_side(label, side):
+    with pytest.raises(UserError, match=side):
+        parse_label(label)
+
+
+def test_every_listed_label_parses_and_none_is_listed_twice():
+    labels = all_labels()
+    assert {parse_label(label) for label in labels} == {
+        (w, a) for w in (2, 3, 4, 5, 6, 7, 8, 16) for a in (2, 3, 4, 5, 6, 7, 8, 16)
+    }
+    assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "ends"),
+    [(8, True, (-127, 127)), (4, True, (-7, 7)), (2, True, (-1, 1)), (8, False, (0, 255)), (3, False, (0, 7))],
+)
+def test_the_integer_range_follows_from_width_and_symmetry(bits, symmetric, ends):
+    spec = QuantSpec(bits, "per_tensor", symmetric)
+    assert (spec.quant_min, spec.quant_max) == ends
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 16])
+def test_a_quantized_side_has_two_to_eight_bits(bits):
+    with pytest.raises(UserError, match="2 to 8 bits"):
+        QuantSpec(bits, "per_channel")
+
+
+def test_an_unknown_granularity_is_refused_naming_those_there_are():
+    with pytest.raises(UserError, match="channel_wise.*per_channel"):
+        QuantSpec(4, "channel_wise")
+
+
+@pytest.mark.parametrize(("granularity", "group_size"), [("per_group", None), ("per_channel", 64)])
+def test_a_group_size_goes_with_per_group_and_only_with_it(granularity, group_size):
+    with pytest.raises(UserError, match="group_size"):
+        QuantSpec(4, granularity, group_size=group_size)
+
+
+def test_a_group_size_that_does_not_fit_is_refused_with_the_layer_and_sizes_that_do():
+    spec = QuantSpec(4, "per_group", group_size=256)
+    with pytest.raises(UserError) as error:
+        spec.check_width("blocks.3.mlp.fc1", 1152)
+    message = str(error.value)
+    assert "blocks.3.mlp.fc1" in message and "256" in message and "C=1152" in message
+    advised = [int(size) for size in message.split("try ")[1].split(", ")]
+    assert {128, 192, 288} <= set(advised) and all(1152 % size == 0 for size in advised)
+
+
+def test_a_group_size_that_fits_passes():
+    QuantSpec(4, "per_group", group_size=128).check_width("blocks.3.mlp.fc1", 1152)
+
+
+def test_a_width_without_usual_divisors_is_still_refused_with_words():
+    with pytest.raises(UserError, match="no usual divisor"):
+        QuantSpec(4, "per_group", group_size=16).check_width("embed", 7)
+
+
+def test_the_printed_label_says_16_for_a_float_side():
+    weight = QuantSpec(4, "per_channel")
+    assert Bits(weight, None).label == "W4A16"
+    assert Bits(None, QuantSpec(8, "per_token", dynamic=True)).label == "W16A8"
+
+
+def test_other_widths_keep_granularity_and_float_sides():
+    bits = Bits(QuantSpec(4, "per_group", symmetric=False, group_size=32), None).with_widths(8, 6)
+    assert bits.weight == QuantSpec(8, "per_group", symmetric=False, group_size=32)
+    assert bits.act is None

@@ -1,0 +1,98 @@
+"""`run_id` changes with everything that can change a number and with nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from harness import compose, methods
+from harness.config import parse
+from harness.files import canonical_sha256
+from harness.paths import CONF
+from harness.run import cached_model, identity
+
+BASE = ("method=smoothquant", "bits=w4a8")
+
+
+def run_id(*overrides: str, fresh: bool = False) -> str:
+    compose.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra_compose("config", overrides=[*BASE, *overrides])
+    config = parse(OmegaConf.to_container(composed, resolve=True))
+    model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    return canonical_sha256(identity(config, replace(model) if fresh else model))[:12]  # replace: nothing cached in it
+
+
+CHANGES = [
+    "method=rtn",
+    "method.strength=0.6",
+    "bits=w4a4",
+    "bits.weight.symmetric=false",
+    "model=tiny-dit-stress",
+    "seed=1",
+    "protocol.n=8",
+    "protocol.steps=3",
+    "protocol.guidance=2.0",
+    "protocol.sampler=ddpm",
+    "protocol.skip=[proj]",
+    "calibration.n=8",
+    "generate.dtype=float32",
+    "generate.batch_size=3",
+    "metrics=fidelity",
+    "metrics.resamples=5",
+    "measure.repeats=5",
+    "backend=simulate",
+]
+KEEPS = [
+    "results_dir=/elsewhere",
+    "cache_dir=/elsewhere",
+    "name=other",
+    "tracker=none",
+    "tracker.project=x",
+    "force=true",
+    "debug=true",
+]
+
+
+@pytest.fixture(scope="module")
+def base() -> str:
+    return run_id()
+
+
+@pytest.mark.parametrize("override", CHANGES)
+def test_what_can_change_a_number_changes_the_run_id(base, override):
+    assert run_id(override) != base
+
+
+@pytest.mark.parametrize("override", KEEPS)
+def test_where_results_go_and_who_is_told_does_not_change_the_run_id(base, override):
+    assert run_id(override) == base
+
+
+def test_a_default_said_aloud_does_not_change_the_run_id(base):
+    assert run_id("method.strength=0.5", "seed=0", "device=cpu" if not _cuda() else "device=cuda") == base
+
+
+def test_an_edited_method_makes_new_runs(base, monkeypatch):
+    monkeypatch.setattr(methods.inspect, "getsource", lambda module: "edited")
+    assert run_id() != base
+
+
+def test_other_weights_under_the_same_name_make_new_runs(base, monkeypatch):
+    monkeypatch.setattr("harness.models.base.tensors_sha256", lambda tensors: "0" * 64)
+    assert run_id(fresh=True) != base
+
+
+def test_all_runs_of_these_changes_are_different_from_each_other():
+    assert len({run_id(override) for override in CHANGES}) == len(CHANGES)
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,201 @@
+"""What a finished run leaves: every field of the record, the same again when repeated, nothing twice without being asked."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import harness
+from harness.backends.base import known_backends
+from harness.listing import example_recipe
+
+FIELDS = {
+    "schema": int,
+    "run_id": str,
+    "status": str,
+    "error": type(None),
+    "config": dict,
+    "method": str,
+    "model": str,
+    "experiment": str,
+    "bits": dict,
+    "metrics": dict,
+    "efficiency": dict,
+    "layers": dict,
+    "timings_s": dict,
+    "cost": dict,
+    "env": dict,
+    "artifacts": dict,
+}
+
+
+@pytest.fixture
+def first(twice, read_records):
+    return next(iter(read_records(twice).values()))
+
+
+def test_a_record_has_every_field_with_its_type(first):
+    assert {name: type(value) for name, value in first.items()} == FIELDS
+    assert first["status"] == "ok" and first["schema"] == 1
+    assert re.fullmatch(r"[0-9a-f]{12}", first["run_id"])
+    assert (first["method"], first["model"], first["experiment"]) == ("rtn", "tiny-dit", "default")
+
+
+def test_a_record_holds_the_whole_configuration_with_defaults(first):
+    config = first["config"]
+    assert config["protocol"]["n"] == 4 and config["protocol"]["scope"] == "blocks"
+    assert config["bits"]["weight"] == {"bits": 4, "granularity": "per_channel", "group_size": None, "symmetric": True}
+    assert config["generate"]["reference_dtype"] == "float32", "an interpolation is not resolved"
+    assert config["seed"] == 0
+
+
+def test_a_record_says_what_the_bits_really_are(first):
+    bits = first["bits"]
+    assert bits["label"] == "W4A4"
+    assert 4 < bits["weight_bits_effective"] < 16 and 4 < bits["act_bits_effective"] < 16
+    assert 0.5 < bits["mac_share_quantized"] < 1
+    assert "proj_out_2" in bits["float_layers"]
+
+
+def test_every_metric_has_a_value_an_interval_and_a_passport(first):
+    assert list(first["metrics"]) == ["psnr", "sqnr", "torchmetrics/fid_judge"]
+    for entry in first["metrics"].values():
+        assert entry["status"] == "ok" and entry["reason"] is None and entry["n"] == 4
+        low, high = entry["ci95"]
+        assert math.isfinite(entry["value"]) and low <= high
+        assert {"implementation", "version", "reference", "dtype"} <= set(entry["passport"])
+    assert {"weights_sha256", "resize", "antialias"} <= set(first["metrics"]["torchmetrics/fid_judge"]["passport"])
+
+
+def test_only_unpaired_metrics_have_a_noise_floor(first):
+    floors = {name: entry["noise_floor"] for name, entry in first["metrics"].items()}
+    assert floors["psnr"] is None and floors["sqnr"] is None
+    assert floors["torchmetrics/fid_judge"] > 0
+
+
+def test_a_simulated_run_has_bytes_but_no_latency_ratio_or_peak(first):
+    efficiency = first["efficiency"]
+    assert efficiency["kind"] == "simulated" and efficiency["backend"] == "simulate"
+    for name in ("latency_ms", "baseline_latency_ms", "speedup", "peak_memory_bytes", "baseline_peak_memory_bytes"):
+        assert efficiency[name] is None
+    assert 0 < efficiency["model_bytes"] < efficiency["baseline_model_bytes"]
+    assert efficiency["compression"] == efficiency["baseline_model_bytes"] / efficiency["model_bytes"]
+
+
+def test_w8a8_with_an_integer_kernel_is_measured_against_bf16_in_the_same_process(swept, read_records):
+    backend = known_backends().get("onednn_int8")
+    why_not = "no such backend" if backend is None else backend.unsupported(example_recipe(8, 8), _cpu())
+    if why_not:
+        pytest.skip(why_not)
+    efficiency = _of(swept, read_records, "rtn", "W8A8")["efficiency"]
+    assert efficiency["kind"] == "measured" and efficiency["backend"] == "onednn_int8"
+    ours, baseline = efficiency["latency_ms"], efficiency["baseline_latency_ms"]
+    assert 0 < ours["p10"] <= ours["median"] <= ours["p90"]
+    assert efficiency["speedup"] == baseline["median"] / ours["median"]
+    assert "bf16" in efficiency["baseline"] and "same process" in efficiency["baseline"]
+    assert efficiency["peak_memory_bytes"] > efficiency["model_bytes"] / 2
+
+
+def test_the_same_format_simulated_on_purpose_has_no_speedup(run, tmp_path, read_records):
+    assert run("bits=w8a8", "backend=simulate", "metrics=fidelity", "generate.noise_floor_seeds=0") == 0
+    (only,) = read_records(tmp_path).values()
+    assert only["efficiency"]["kind"] == "simulated" and only["efficiency"]["speedup"] is None
+
+
+def test_every_quantized_layer_has_its_error(first):
+    layers = first["layers"]
+    assert len(layers) == 5 * 6  # blocks × (q, k, v, out, two of the FFN)
+    assert all(entry["weight_bits"] == 4 and entry["act_bits"] == 4 for entry in layers.values())
+    assert all(0 < entry["sqnr_db"] < 60 for entry in layers.values())
+    assert not set(layers) & set(first["bits"]["float_layers"])
+
+
+def test_timings_and_environment_are_there(first):
+    stages = {"calibrate", "quantize", "generate", "evaluate", "measure"}
+    assert stages <= set(first["timings_s"]) and all(value >= 0 for value in first["timings_s"].values())
+    assert first["cost"]["fit_s"] == first["timings_s"]["calibrate"] + first["timings_s"]["quantize"]
+    env = first["env"]
+    assert env["ditbench"] == harness.__version__ and env["seeds"] == {"seed": 0}
+    assert env["packages"]["torch"] and env["packages"]["diffusers"] and env["device"] and env["python"]
+    assert env["git"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", env["git"])
+
+
+def test_the_artifacts_lie_beside_the_record(twice, first):
+    folder = twice / "runs" / "default" / first["run_id"]
+    assert set(first["artifacts"]) >= {"images", "grid", "float_grid"}
+    for name in first["artifacts"].values():
+        assert (folder / name).stat().st_size > 0
+    with np.load(folder / "images.npz") as arrays:
+        assert arrays["arr_0"].shape == (4, 16, 16, 3) and arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_1"].tolist() == [0, 1, 2, 3]
+
+
+def test_force_makes_a_second_attempt_beside_the_first(twice, read_records):
+    first, second = read_records(twice)
+    assert second == f"{first}.2"
+
+
+def test_a_repeated_run_gives_the_same_images_and_values_bit_for_bit(twice, read_records):
+    one, two = read_records(twice).values()
+    with (
+        np.load(twice / "runs/default" / one["run_id"] / "images.npz") as before,
+        np.load(twice / "runs/default" / f"{two['run_id']}.2" / "images.npz") as after,
+    ):
+        for name in ("arr_0", "arr_1", "latents"):
+            assert before[name].tobytes() == after[name].tobytes()
+    assert one["metrics"] == two["metrics"]
+    assert one["layers"] == two["layers"] and one["bits"] == two["bits"]
+
+
+def test_a_recorded_run_is_skipped_and_the_user_told(twice, read_records, tmp_path, run, capsys):
+    shutil.copytree(twice, tmp_path, dirs_exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    assert run("bits=w4a4") == 0
+    said = capsys.readouterr()
+    assert "tiny-dit rtn W4A4: already recorded in" in said.err and "--force runs it again" in said.err
+    assert "W4A4" in said.out, "the comparison is printed all the same"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")} == before
+
+
+def test_the_16_bit_reference_is_one_run_in_a_sweep_over_bits(swept, read_records):
+    made = [(values["method"], values["bits"]["label"]) for values in read_records(swept).values()]
+    assert sorted(made) == [("fp", "W16A16"), ("rtn", "W4A4"), ("rtn", "W8A8")]
+
+
+def test_the_16_bit_reference_is_measured_and_close_to_the_float_model(swept, read_records):
+    reference = _of(swept, read_records, "fp", "W16A16")
+    assert reference["efficiency"]["kind"] == "measured" and reference["efficiency"]["compression"] == 1
+    assert reference["layers"] == {} and reference["bits"]["mac_share_quantized"] == 0
+    assert reference["metrics"]["psnr"]["value"] > _of(swept, read_records, "rtn", "W4A4")["metrics"]["psnr"]["value"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_images_do_not_depend_on_the_batch_size_beyond_bf16_rounding(twice, first, run, tmp_path, batch_size):
+    """Not bit for bit: a matrix product of other shape adds in another order."""
+    assert (
+        run("bits=w4a4", f"generate.batch_size={batch_size}", "metrics=fidelity", "generate.noise_floor_seeds=0") == 0
+    )
+    (other,) = tmp_path.glob("runs/default/*/images.npz")
+    with np.load(twice / "runs/default" / first["run_id"] / "images.npz") as ours, np.load(other) as theirs:
+        difference = ours["latents"].astype(float) - theirs["latents"].astype(float)
+        relative = np.linalg.norm(difference) / np.linalg.norm(ours["latents"])
+    assert relative < 0.05, "a row of noise or a label moved"
+
+
+def _of(results_dir, read_records, method, label):
+    (found,) = [
+        values
+        for values in read_records(results_dir).values()
+        if (values["method"], values["bits"]["label"]) == (method, label)
+    ]
+    return found
+
+
+def _cpu():
+    import torch
+
+    return torch.device("cpu")
