@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from harness.calibrate import Calibration
+from harness.errors import UserError
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
 from harness.quant.spec import Bits
@@ -56,6 +57,13 @@ def rotations(target: Target, state: dict[str, Tensor], params: Params) -> dict[
     transforms = {}
     for site in target.linear_sites():
         signs_C = state[f"{site.name}/signs"]
-        shared = Transform(rotations=(Hadamard(len(signs_C), signs_C, params.block_size),))
+        shared = Transform(rotations=(rotation(site.name, signs_C, params),))
         transforms |= {name: shared for name in site.consumers if name in target.layers}
     return transforms
+
+
+def rotation(site: str, signs_C: Tensor, params: Params) -> Hadamard:
+    try:
+        return Hadamard(len(signs_C), signs_C, params.block_size)
+    except ValueError as error:
+        raise UserError(f"{site}: method.block_size={params.block_size}: {error}") from error

@@ -187,9 +187,12 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         if (Path(folder) / "judge").is_dir():
             extras["judge"] = Path(folder) / "judge"
     pipe.transformer.eval().requires_grad_(False)
-    for name, tensor in pipe.transformer.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UserError(f"model {spec.name}: NaN or infinity in {name}; the checkpoint is damaged, fetch it again")
+    for part in (pipe.transformer, getattr(pipe, "vae", None)):
+        for name, tensor in part.state_dict().items() if part is not None else ():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise UserError(
+                    f"model {spec.name}: NaN or infinity in {name}; the checkpoint is damaged, fetch it again"
+                )
     if spec.stress:
         adapter.stress(pipe.transformer, **spec.stress)
     return LoadedModel(spec, pipe, adapter, extras)
@@ -240,7 +243,7 @@ def _load_pipeline(adapter: Adapter, spec: ModelSpec, folder: str, dtype: torch.
 def _missing_weights(spec: ModelSpec) -> UserError:
     folder = f"./weights/{str(spec.source).rsplit('/', 1)[-1]}"
     return UserError(
-        f"model {spec.name}: weights of {spec.source} are not on this machine and cannot be downloaded now.\n"
+        f"model {spec.name}: {spec.source} is no folder here, and cannot be downloaded from the hub now.\n"
         f"Where there is a network: `hf download {spec.source} --local-dir {folder}`; then add model.source={folder}"
     )
 

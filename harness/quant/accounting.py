@@ -132,7 +132,9 @@ def _layer_bytes(target: Target, recipe: ModelRecipe, name: str) -> tuple[int, i
 def _bias_rows(target: Target, name: str, transforms: dict[str, Transform], recipe: ModelRecipe) -> int:
     steps_matter = any(t.shift is not None and t.shift.group_of_step is not None for t in transforms.values())
     if not steps_matter:
-        return int(target.module(name).bias is not None or transforms.get(name, Transform()).shift is not None)
+        folded_into = any(s.producer and s.producer.linear == name for s in target.sites if s.name in recipe.folded)
+        own_shift = transforms.get(name, Transform()).shift is not None
+        return int(target.module(name).bias is not None or own_shift or folded_into)
     bias = effective_linear(target, name, transforms, recipe.folded).bias
     return 0 if bias is None else len(bias.rows)
 

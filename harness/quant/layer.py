@@ -60,10 +60,6 @@ class QuantLinear(nn.Module):
             self.register_buffer("up_Or", recipe.low_rank.up_Or.to(dtype))
         self.has_low_rank = recipe.low_rank is not None
 
-    def stored(self) -> list[nn.Module]:
-        """The parts whose buffers have to be kept to run this layer (a folded transform costs nothing here)."""
-        return [part for part in (self.kernel, self.transform, self.bias) if part is not None]
-
     def forward(self, x: Tensor) -> Tensor:
         step = self.clock.step
         dtype = x.dtype

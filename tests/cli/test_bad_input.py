@@ -156,14 +156,7 @@ def test_unreadable_weights_are_named(run, zoo_copy, damage):
     file.write_bytes(content)
     outcome = run(f"model.source={zoo_copy}")
     assert outcome.code == REFUSED
-    assert_short(outcome, "model tiny-dit", str(file))
-
-
-@pytest.mark.xfail(reason="models/base.py: diffusers hides SafetensorError in an OSError, whose branch gives no advice")
-def test_unreadable_weights_come_with_what_to_do(run, zoo_copy):
-    file = zoo_copy / "transformer" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
-    assert "fetch it again" in run(f"model.source={zoo_copy}").err
+    assert_short(outcome, "model tiny-dit", str(file), "fetch it again")
 
 
 def test_weights_that_hold_nan_are_refused_with_the_tensors_name(run, zoo_copy):
@@ -209,7 +202,7 @@ def test_a_hub_model_without_a_network_says_what_to_download_and_where_to_put_it
     done = process("run", "model=dit-xl-2-256", "tracker=none", f"results_dir={tmp_path}", **environment)
     assert done.returncode == REFUSED
     assert "Traceback" not in done.stderr
-    assert "weights of facebook/DiT-XL-2-256 are not on this machine" in done.stderr
+    assert "facebook/DiT-XL-2-256 is no folder here" in done.stderr
     assert "hf download facebook/DiT-XL-2-256 --local-dir ./weights/DiT-XL-2-256" in done.stderr
     assert "model.source=./weights/DiT-XL-2-256" in done.stderr
 

@@ -40,7 +40,7 @@ def fresh_process() -> Iterator[subprocess.Popen]:
     )
     with process:
         yield process
-        process.stdin.close()
+        process.kill()  # it holds nothing that has to be put away
 
 
 @pytest.fixture

@@ -198,9 +198,10 @@ def test_weights_are_rounded_after_the_fold(small_target, small_calibration):
 
 
 @pytest.mark.parametrize("ranges", ["mse", "minmax"])
-def test_weight_ranges_are_the_chosen_ones(ranges):
+def test_weight_ranges_are_the_chosen_ones(ranges, normal):
     """1,200 wide, where the two differ."""
     linear = nn.Linear(1200, 3).requires_grad_(False)
+    linear.weight.copy_(0.02 * normal(3, 1200))
     linear.weight[:, 7] = 0.2
     target, params = Target(nn.Sequential(linear), ("0",), (Site("0", ("0",)),)), Params(ranges=ranges)
     codes = {r: quantize_weight(linear.weight, DYNAMIC.weight, ranges=r).codes_OC for r in ("mse", "minmax")}

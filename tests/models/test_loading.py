@@ -71,6 +71,11 @@ def test_random_weights_do_not_leave_adaln_inert():
     assert float(transformer.transformer_blocks[0].norm1.linear.weight.std()) > 1e-2
 
 
+def test_random_weights_are_not_in_training_mode():
+    """In training, diffusers drops labels block by block."""
+    assert not load_model(ModelSpec("r", "dit", random=SMALL_DIT)).transformer.training
+
+
 def test_a_judge_beside_the_weights_is_found(own_folder):
     assert load_model(spec(own_folder)).extras == {}
     (own_folder / "judge").mkdir()

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from harness.cli import main
-from harness.tracking import mode, values
+from harness.record import Record
+from harness.tracking import log, mode, values
 
 pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
@@ -98,6 +99,13 @@ def test_without_a_tracker_there_are_no_wandb_files(swept):
     assert not [path for path in swept.rglob("*") if "wandb" in path.name]
 
 
+@pytest.mark.parametrize("tracker", [{"kind": "none", "mode": "offline"}, {"kind": "wandb", "mode": "disabled"}])
+def test_a_tracker_that_is_off_does_not_even_start_wandb(swept, read_records, tmp_path, monkeypatch, tracker):
+    monkeypatch.setattr("wandb.init", lambda **_: pytest.fail("wandb.init was called"))
+    log(tracker | {"project": None, "entity": None}, Record(**next(iter(read_records(swept).values()))), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_auto_goes_online_only_with_a_key(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -111,8 +119,6 @@ def test_auto_goes_online_only_with_a_key(monkeypatch, tmp_path):
 
 
 def test_a_skipped_metric_is_left_out_and_not_logged_as_zero(swept, read_records):
-    from harness.record import Record
-
     stored = next(iter(read_records(swept).values()))
     record = Record(**stored)
     record.metrics = {"psnr": stored["metrics"]["psnr"] | {"value": None, "ci95": None, "status": "skipped"}}
