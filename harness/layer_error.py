@@ -1,66 +1,128 @@
-"""How far each quantized layer is from its float original, on the float model's own inputs."""
+"""The error atlas: how far each quantized layer, and each block, is from float, at each denoising step.
+
+A layer is judged alone, on what it would read if everything before it were float (the recipe without rounding, so that
+folded transforms are in place on both sides). A block is judged with all the rounding before it.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from harness.calibrate import Calibration
-from harness.quant.build import float_copy, quant_layers
+from harness.files import atomic_path
+from harness.quant.build import build, clock_of, quant_layers
+from harness.quant.layer import QuantLinear
+from harness.quant.recipe import ModelRecipe
 from harness.quant.target import Target
 
-CALLS = 4  # denoising steps looked at, spread over the trajectory
-ROWS = 16
+MAX_STEPS = 20  # spread over the trajectory
+ROWS = 16  # of each step's recorded calls, spread as well
+
+
+@dataclass(frozen=True)
+class ErrorAtlas:
+    """signal_LS, noise_LS: sums of y² and (y − ŷ)² of each output at each step looked at, float64; L counts `names`."""
+
+    names: tuple[str, ...]  # quantized layers, then blocks
+    steps: tuple[int, ...]
+    signal_LS: np.ndarray
+    noise_LS: np.ndarray
+
+    @property
+    def sqnr_db_LS(self) -> np.ndarray:
+        """10 log10(Σ y² / Σ (y − ŷ)²); NaN where there is no error or no signal."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where((self.noise_LS > 0) & (self.signal_LS > 0), self.signal_LS / self.noise_LS, np.nan)
+            return 10 * np.log10(ratio)
+
+    def pooled_db(self, name: str) -> float | None:
+        """The SQNR of one output over all steps."""
+        row = self.names.index(name)
+        signal, noise = self.signal_LS[row].sum(), self.noise_LS[row].sum()
+        return float(10 * np.log10(signal / noise)) if signal > 0 and noise > 0 else None
+
+    def save(self, path: Path) -> None:
+        with atomic_path(path) as part, part.open("wb") as file:
+            np.savez_compressed(
+                file,
+                names=np.array(self.names),
+                steps=np.array(self.steps),
+                sqnr_db=self.sqnr_db_LS.astype(np.float32),
+            )
 
 
 @torch.no_grad()
-def layer_errors(target: Target, model: nn.Module, calibration: Calibration) -> dict[str, dict[str, Any]]:
-    """{layer: {sqnr_db, backend, weight_bits, act_bits}} for every quantized layer.
-
-    SQNR = 10 log10(Σ y² / Σ (y − ŷ)²) of the layer's output, y and ŷ from the same float input; CALLS steps, ROWS rows.
-    """
-    layers = {n: q for n, q in quant_layers(model).items() if q.weight_spec is not None or q.act_spec is not None}
+def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibration: Calibration) -> ErrorAtlas | None:
+    """Compare the built model with its recipe without rounding on the calibration's inputs; None if nothing is rounded."""
+    layers = rounded_layers(model)
     if not layers:
+        return None
+    exact = build(target, recipe.without_rounding(), dtype=torch.float32)
+    exact_layers = quant_layers(exact)
+    names = (*layers, *target.blocks)
+    steps = tuple(_spread(calibration.num_steps, MAX_STEPS).tolist())
+    signal, noise = np.zeros((len(names), len(steps))), np.zeros((len(names), len(steps)))
+    device = clock_of(model).step.device
+    place = {name: row for row, name in enumerate(names)}
+    block_outputs: dict[str, Tensor] = {}
+    current = {"column": 0}
+
+    def add(name: str, exact_output: Tensor, output: Tensor) -> None:
+        cell = place[name], current["column"]
+        signal[cell] += exact_output.double().square().sum().item()
+        noise[cell] += (output.double().cpu() - exact_output.double()).square().sum().item()
+
+    def layer_hook(name: str):
+        return lambda _, inputs, output: add(name, output, layers[name](inputs[0].to(device)))
+
+    handles = [exact_layers[name].register_forward_hook(layer_hook(name)) for name in layers]
+    for name in target.blocks:
+        keep = lambda _, inputs, output, name=name: block_outputs.update({name: output})  # noqa: E731
+        compare = lambda _, inputs, output, name=name: add(name, block_outputs[name], output)  # noqa: E731
+        handles.append(exact.get_submodule(name).register_forward_hook(keep))
+        handles.append(model.get_submodule(name).register_forward_hook(compare))
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    for column, step in enumerate(steps):
+        current["column"] = column
+        rows = _rows(calibration.per_step[step])
+        for each in (exact, model):
+            clock_of(each).set(step, calibration.num_steps)
+        exact(**{n: t.float() if t.is_floating_point() else t for n, t in rows.items()})
+        model(**{n: (t.to(dtype) if t.is_floating_point() else t).to(device) for n, t in rows.items()})
+    for handle in handles:
+        handle.remove()
+    return ErrorAtlas(names, steps, signal, noise)
+
+
+def layer_table(model: nn.Module, atlas: ErrorAtlas | None) -> dict[str, dict[str, Any]]:
+    """The record's `layers`: {layer: {sqnr_db, backend, weight_bits, act_bits}} for every quantized layer."""
+    if atlas is None:
         return {}
-    original = float_copy(target, dtype=torch.float32)
-    signal, noise = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
-
-    def compare(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            estimate = _local_output(model, name, inputs[0])
-            signal[name] += output.double().square().sum().item()
-            noise[name] += (estimate.double() - output.double()).square().sum().item()
-
-        return hook
-
-    for name in layers:
-        original.get_submodule(name).register_forward_hook(compare(name))
-    steps = torch.linspace(0, calibration.num_steps - 1, min(CALLS, calibration.num_steps)).round().long().unique()
-    for step in steps.tolist():
-        original.clock.set(step, calibration.num_steps)
-        model.clock.set(step, calibration.num_steps)
-        rows = {n: t[:ROWS].float() if t.is_floating_point() else t[:ROWS] for n, t in calibration.per_step[step].items()}
-        original(**rows)
     return {
         name: {
-            "sqnr_db": _decibels(signal[name], noise[name]),
+            "sqnr_db": atlas.pooled_db(name),
             "backend": layer.backend,
             "weight_bits": layer.weight_spec.bits if layer.weight_spec else 16,
             "act_bits": layer.act_spec.bits if layer.act_spec else 16,
         }
-        for name, layer in layers.items()
+        for name, layer in rounded_layers(model).items()
     }
 
 
-def _local_output(model: nn.Module, name: str, float_input: Tensor) -> Tensor:
-    module = model.get_submodule(name)
-    device = model.clock.step.device
-    return module.local(float_input.to(device)).float().cpu()
+def rounded_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    return {n: q for n, q in quant_layers(model).items() if q.weight_spec is not None or q.act_spec is not None}
 
 
-def _decibels(signal: float, noise: float) -> float | None:
-    if noise == 0.0 or signal == 0.0:
-        return None
-    return 10.0 * float(torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
+def _rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    kept = _spread(len(next(iter(inputs.values()))), ROWS)
+    return {name: tensor[kept] for name, tensor in inputs.items()}
+
+
+def _spread(length: int, wanted: int) -> Tensor:
+    return torch.linspace(0, length - 1, min(wanted, length)).round().long().unique()

@@ -28,7 +28,7 @@ from harness.errors import UserError
 from harness.files import canonical_sha256, disk_errors_explained
 from harness.float_images import float_images, noise_floor
 from harness.generate import conditions, generate, save_grid, save_images
-from harness.layer_error import layer_errors
+from harness.layer_error import ErrorAtlas, error_atlas, layer_table
 from harness.measure import kind_of, measure
 from harness.models.base import LoadedModel, ModelSpec, load_model
 from harness.quant.accounting import account, count_macs
@@ -96,10 +96,11 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
         )
     with timer("measure"):
         values.efficiency = stage_measure(config, model, target, recipe, quantized) | size
-        if config.section("measure")["layer_errors"]:
-            values.layers = layer_errors(target, quantized, calibration)
+    with timer("layer_errors"):
+        atlas = stage_layer_errors(config, target, recipe, quantized, calibration)
+        values.layers = layer_table(quantized, atlas)
     values.cost = {"fit_s": values.timings_s["calibrate"] + values.timings_s["quantize"]}
-    values.artifacts = save_artifacts(images, float_model, folder)
+    values.artifacts = save_artifacts(images, float_model, atlas, folder)
 
 
 def stage_calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
@@ -176,11 +177,24 @@ def stage_measure(
     )
 
 
-def save_artifacts(images: ImageSet, float_model: ImageSet, folder: Path) -> dict[str, str]:
+def stage_layer_errors(
+    config: RunConfig, target: Target, recipe: ModelRecipe, quantized: nn.Module, calibration: Calibration
+) -> ErrorAtlas | None:
+    wanted = config.section("measure")["layer_errors"]
+    return error_atlas(target, recipe, quantized, calibration) if wanted else None
+
+
+def save_artifacts(
+    images: ImageSet, float_model: ImageSet, atlas: ErrorAtlas | None, folder: Path
+) -> dict[str, str]:
     save_images(images, folder / "images.npz")
     save_grid(images, folder / "grid.png")
     save_grid(float_model, folder / "float_grid.png")
-    return {"images": "images.npz", "grid": "grid.png", "float_grid": "float_grid.png"}
+    saved = {"images": "images.npz", "grid": "grid.png", "float_grid": "float_grid.png"}
+    if atlas is not None:
+        atlas.save(folder / "layer_errors.npz")
+        saved["layer_errors"] = "layer_errors.npz"
+    return saved
 
 
 def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:

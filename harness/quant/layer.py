@@ -46,9 +46,6 @@ class QuantLinear(nn.Module):
         online = recipe.transform.rotations_only() if folded else recipe.transform
         precision = torch.promote_types(dtype, torch.float32)
         self.transform: Transform | None = None if online.is_identity else copy.deepcopy(online).to(precision)
-        self.upstream: Transform | None = (
-            copy.deepcopy(recipe.transform.shift_and_scale_only()).to(precision) if folded else None
-        )
         chosen = choose(recipe, device, backend)
         self.backend, self.kind = chosen.NAME, chosen.KIND
         self.weight_spec = recipe.weight.spec if recipe.weight else None
@@ -72,12 +69,6 @@ class QuantLinear(nn.Module):
             y += self.bias.at(step)
         return y.to(dtype)
 
-    def local(self, float_input: Tensor) -> Tensor:
-        """The layer on an input of the *float* model: what is folded upstream is applied here first."""
-        if self.upstream is not None:
-            float_input = self.upstream(float_input, self.clock.step)
-        return self(float_input)
-
 
 class QuantPatchEmbed(nn.Module):
     """A patch embedding (Conv2d with stride = kernel) as a QuantLinear on flattened patches."""
@@ -94,6 +85,3 @@ class QuantPatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2] // self.kernel_size[0], x.shape[-1] // self.kernel_size[1]
         return self.linear(self.patches(x)).transpose(1, 2).unflatten(2, (height, width))
-
-    def local(self, float_input: Tensor) -> Tensor:
-        return self(float_input)

@@ -93,13 +93,17 @@ def gallery(group: Group) -> list[tuple[str, list[Picture]]]:
         float_uri = None
         for record, name in runs:
             if record.artifacts.get("float_grid"):
-                reference = picture(record, "float_grid", "float", "bf16, same noise")
+                reference = picture(record, "float_grid", "float", f"{_reference_dtype(record)}, same noise")
                 if reference.uri != float_uri:  # once per row, again only where it is another image
                     pictures.append(reference)
                     float_uri = reference.uri
             pictures.append(picture(record, "grid", name, _headline_text(group, record)))
         rows.append((bits, pictures))
     return rows
+
+
+def _reference_dtype(record: Record) -> str:
+    return (record.config.get("generate") or {}).get("reference_dtype") or "float"
 
 
 def picture(record: Record, artifact: str, title: str, caption: str) -> Picture:
