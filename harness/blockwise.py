@@ -92,7 +92,10 @@ def weight_from_state(name: str, state: dict[str, Tensor], spec: QuantSpec) -> Q
 
 
 def _round(
-    layers: dict[str, QuantLinear], moments: dict[str, SecondMoment], round_weight: Round, found: dict[str, QuantizedWeight]
+    layers: dict[str, QuantLinear],
+    moments: dict[str, SecondMoment],
+    round_weight: Round,
+    found: dict[str, QuantizedWeight],
 ) -> None:
     """Round each layer and put the rounded values in its place, for the blocks behind it."""
     for name, layer in layers.items():

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from harness.errors import UserError
 from harness.files import atomic_path, canonical_sha256
 from harness.models.base import Conditions, LoadedModel, Sampler
+from harness.progress import progress as progress_bar
 from harness.quant.build import float_copy
 from harness.seeds import sample_seeds
 
@@ -75,7 +75,7 @@ def calibrate(
     conditions = Conditions(labels, sample_seeds(seed, n, stream="calibration"))
     steps: list[list[dict[str, Tensor]]] = [[] for _ in range(sampler.steps)]
     transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device)
-    with torch.no_grad(), tqdm(total=sampler.steps * -(-n // batch_size), desc="calibrate", leave=False) as progress:
+    with torch.no_grad(), progress_bar(total=sampler.steps * -(-n // batch_size), desc="calibrate") as progress:
 
         def record(step: int, inputs: dict[str, Tensor]) -> None:
             steps[step].append({name: tensor.detach().cpu().clone() for name, tensor in inputs.items()})
@@ -87,7 +87,9 @@ def calibrate(
             )
     per_step = tuple({name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in steps)
     if not all(tensor.isfinite().all() for tensor in per_step[-1].values()):
-        raise UserError(f"model {model.spec.name}: NaN in the float model's own samples; check the checkpoint and sampler")
+        raise UserError(
+            f"model {model.spec.name}: NaN in the float model's own samples; check the checkpoint and sampler"
+        )
     if path is not None:
         with atomic_path(path) as part:
             save_file({f"{s:04d}/{n}": t.contiguous() for s, i in enumerate(per_step) for n, t in i.items()}, part)

@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ditbench: {error}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
-        print("ditbench: interrupted; finished runs are recorded, start the same command again to go on", file=sys.stderr)
+        print(
+            "ditbench: interrupted; finished runs are recorded, start the same command again to go on", file=sys.stderr
+        )
         return 130
     except BrokenPipeError:
         return 0
@@ -132,7 +134,9 @@ def zoo_command(arguments: list[str]) -> int:
     parser.add_argument("action", choices=["train"])
     parser.add_argument("name", choices=sorted(trainable()))
     parser.add_argument("--out", type=Path, help="folder to write; default: where the shipped weights are")
-    parser.add_argument("--checkpoints", type=Path, default=Path(".zoo-checkpoints"), help="an interrupted training resumes")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path(".zoo-checkpoints"), help="an interrupted training resumes"
+    )
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args(arguments)
     folder, numbers = trainable()[options.name](options.out, options.checkpoints / options.name)

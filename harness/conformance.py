@@ -122,7 +122,9 @@ def sixteen_bits_change_nothing(case: Case) -> None:
         methods.check_bits(case.name, Bits(None, None))
     except UserError:
         return
-    error = relative_error(case.output(build(case.target, case.recipe(Bits(None, None)), dtype=torch.float32)), case.float_output)
+    error = relative_error(
+        case.output(build(case.target, case.recipe(Bits(None, None)), dtype=torch.float32)), case.float_output
+    )
     expect(error < 1e-4, f"relative error {error:.1e} at W16A16, expected < 1e-4")
 
 
@@ -146,7 +148,9 @@ def state_survives_a_fresh_process(case: Case) -> None:
         expect(isinstance(value, Tensor), f"state[{name!r}] is a {type(value).__name__}, expected a tensor")
     here = case.output(build(case.target, case.recipe(state=state), dtype=torch.float32))
     with tempfile.TemporaryDirectory() as folder:
-        save_file({n: t.contiguous() for n, t in state.items()} | {"": torch.zeros(1)}, Path(folder) / "state.safetensors")
+        save_file(
+            {n: t.contiguous() for n, t in state.items()} | {"": torch.zeros(1)}, Path(folder) / "state.safetensors"
+        )
         code = (
             "import sys; from harness.conformance import apply_saved; "
             "apply_saved(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])"

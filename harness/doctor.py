@@ -22,7 +22,10 @@ def examine(results_dir: Path) -> str:
         ("device", _device()),
         ("packages", "  ".join(f"{name} {package_version(name) or 'MISSING'}" for name in PACKAGES)),
         ("kernels", format_matrix()),
-        ("models", table(("model", "weights"), [(p.stem, _weights(p)) for p in sorted((CONF / "model").glob("*.yaml"))])),
+        (
+            "models",
+            table(("model", "weights"), [(p.stem, _weights(p)) for p in sorted((CONF / "model").glob("*.yaml"))]),
+        ),
         ("metrics", _metrics()),
         ("W&B", _wandb()),
         ("results", _results(results_dir)),

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from harness.errors import UserError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -64,11 +67,16 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in NO_ROOM:
             raise UserError(
-                f"{folder}: no space left on the device; free some or set results_dir=… to another disk. "
-                "Records already written are kept."
+                f"{folder}: no room to write ({error.strerror}); free some, or set results_dir=… and cache_dir=… to "
+                "another disk. Records already written are kept."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS):
+        if error.errno in NOT_WRITABLE:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); set results_dir=…") from error
         raise
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether nothing can be written any more (as against a file that somebody's code misses)."""
+    return isinstance(error, OSError) and error.errno in (*NO_ROOM, *NOT_WRITABLE)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from eval.base import ImageSet
 from harness.errors import UserError
 from harness.files import atomic_path
 from harness.models.base import Conditions, CorrectStep, LoadedModel, Sampler
+from harness.progress import progress as progress_bar
 from harness.seeds import sample_seeds
 
 
@@ -52,7 +52,7 @@ def generate(
         UserError: the samples contain NaN or infinity.
     """
     latents, images = [], []
-    with tqdm(total=len(wanted) * sampler.steps, desc=title, leave=False, unit="img·step") as progress:
+    with progress_bar(total=len(wanted) * sampler.steps, desc=title, unit="img·step") as progress:
         for start in range(0, len(wanted), batch_size):
             part = wanted.rows(start, min(start + batch_size, len(wanted)))
             drawn = model.adapter.sample(

@@ -14,14 +14,24 @@ from harness.quant.quantizers import ActQuant
 from harness.quant.recipe import LayerRecipe
 from harness.quant.spec import Bits, QuantSpec, all_labels
 
-FORMATS = {"W8A8": (8, 8), "W6A6": (6, 6), "W4A8": (4, 8), "W4A4": (4, 4), "W3A4": (3, 4), "W8A16": (8, 16), "W4A16": (4, 16)}
+FORMATS = {
+    "W8A8": (8, 8),
+    "W6A6": (6, 6),
+    "W4A8": (4, 8),
+    "W4A4": (4, 4),
+    "W3A4": (3, 4),
+    "W8A16": (8, 16),
+    "W4A16": (4, 16),
+}
 
 
 def list_methods() -> str:
     rows = []
     for name in methods.known_methods():
         params = asdict(methods.method(name).Params())
-        rows.append((name, methods.summary(name), _formats(name), ", ".join(f"{k}={v}" for k, v in params.items()) or "–"))
+        rows.append(
+            (name, methods.summary(name), _formats(name), ", ".join(f"{k}={v}" for k, v in params.items()) or "–")
+        )
     return table(("method", "what", "formats", "parameters"), rows)
 
 
@@ -70,14 +80,19 @@ def format_matrix() -> str:
 def list_protocols() -> str:
     rows = []
     for path in sorted((CONF / "protocol").glob("*.yaml")):
-        comment = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+        comment = [
+            line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line
+        ]
         rows.append((path.stem, " ".join(comment)))
     return table(("protocol", "what"), rows)
 
 
 def list_bits() -> str:
     defaults = yaml.safe_load((CONF / "bits" / "default.yaml").read_text())
-    sides = [f"{side}: " + ", ".join(f"{k}={v}" for k, v in defaults[side].items() if k != "bits") for side in ("weight", "act")]
+    sides = [
+        f"{side}: " + ", ".join(f"{k}={v}" for k, v in defaults[side].items() if k != "bits")
+        for side in ("weight", "act")
+    ]
     return f"{' '.join(all_labels())}\ndefaults (conf/bits/default.yaml):\n  " + "\n  ".join(sides)
 
 

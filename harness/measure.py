@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from harness.models.base import LoadedModel
+from harness.progress import progress
 from harness.quant.build import float_copy, quant_layers
 from harness.quant.target import Target
 
@@ -69,7 +69,7 @@ def measure(
         for name, tensor in model.adapter.step_inputs(model.transformer, 2 * samples).items()
     }
     times: dict[str, list[float]] = {"baseline": [], "quantized": []}
-    for repeat in tqdm(range(warmup + repeats), desc="measure", leave=False):
+    for repeat in progress(range(warmup + repeats), desc="measure"):
         for name, candidate in (("baseline", baseline), ("quantized", quantized)):
             elapsed = _timed_call(candidate, inputs, device)
             if repeat >= warmup:

@@ -99,5 +99,6 @@ def _check_shape(name: str, module: ModuleType) -> None:
     for part in ("Params", "fit", "apply"):
         if not hasattr(module, part):
             raise UserError(f"method {name!r} ({module.__name__}) has no {part}; see docs/add-a-method.md")
-    if not module.Params.__dataclass_params__.frozen:
+    dataclass_params = getattr(module.Params, "__dataclass_params__", None)
+    if dataclass_params is None or not dataclass_params.frozen:
         raise UserError(f"method {name!r}: Params must be a frozen dataclass")

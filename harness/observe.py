@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from harness.calibrate import Calibration
 from harness.files import atomic_path, canonical_sha256
+from harness.progress import progress
 from harness.quant.build import float_copy
 from harness.quant.target import Target
 
@@ -59,7 +59,10 @@ def channel_stats(target: Target, calibration: Calibration) -> dict[str, Channel
     sites = target.linear_sites()
     path = None
     if calibration.cache is not None:
-        path = calibration.cache / f"stats-v{STATS_VERSION}-{canonical_sha256([site.name for site in sites])[:16]}.safetensors"
+        path = (
+            calibration.cache
+            / f"stats-v{STATS_VERSION}-{canonical_sha256([site.name for site in sites])[:16]}.safetensors"
+        )
     if path is not None and path.exists():
         by_site = _read(path)
     else:
@@ -131,7 +134,7 @@ def run_calibration(
 ) -> None:
     """Feed every recorded call to model, with its clock and set_step on the step of the call."""
     dtype = _dtype_of(model)
-    for step, inputs in tqdm(calibration.batches(), total=calibration.num_batches(), desc=title, leave=False):
+    for step, inputs in progress(calibration.batches(), total=calibration.num_batches(), desc=title):
         model.clock.set(step, calibration.num_steps)
         set_step(step)
         model(**{name: _cast(tensor, dtype).to(device) for name, tensor in inputs.items()})

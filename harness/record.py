@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from harness.errors import UserError
 from harness.files import write_json
 
 SCHEMA = 1
+_HOST = socket.gethostname()
 _ATTEMPT = re.compile(r"^(?P<run_id>[0-9a-f]{12})(?:\.(?P<attempt>\d+))?$")
 
 
@@ -69,10 +71,10 @@ def run_folder(results_dir: Path, experiment: str, run_id: str) -> Iterator[Path
     """
     home = experiment_folder(results_dir, experiment)
     home.mkdir(parents=True, exist_ok=True)
-    for stale in home.glob(f".{run_id}.part-*"):
+    for stale in home.glob(f".{run_id}.part-{_HOST}-*"):  # of this machine: another one's process ids mean nothing here
         if not _alive(int(stale.name.rsplit("-", 1)[1])):
             shutil.rmtree(stale, ignore_errors=True)
-    part = home / f".{run_id}.part-{os.getpid()}"
+    part = home / f".{run_id}.part-{_HOST}-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:

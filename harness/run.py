@@ -25,7 +25,7 @@ from harness.calibrate import Calibration, calibrate
 from harness.config import RunConfig
 from harness.environment import environment
 from harness.errors import UserError
-from harness.files import canonical_sha256, disk_errors_explained
+from harness.files import canonical_sha256, disk_errors_explained, is_disk_error
 from harness.float_images import float_images, noise_floor
 from harness.generate import conditions, generate, save_grid, save_images
 from harness.layer_error import ErrorAtlas, error_atlas, layer_table
@@ -54,14 +54,17 @@ def run(config: RunConfig) -> Record:
 
     say(f"{title(config)}: run {run_id}")
     values = Record(run_id, "failed", config.raw, config.method, config.model.name, config.name)
-    with disk_errors_explained(config.results_dir), record.run_folder(config.results_dir, config.name, run_id) as folder:
+    with (
+        disk_errors_explained(config.results_dir),
+        record.run_folder(config.results_dir, config.name, run_id) as folder,
+    ):
         try:
             carry_out(config, model, values, folder)
             tracking.log(config.section("tracker"), values, folder)
             values.status = "ok"
-        except OSError:
-            raise  # a full disk would not take the record either
         except Exception as error:
+            if is_disk_error(error):
+                raise  # the record could not be written either
             values.status, values.error = "failed", reason(error)
             say(f"{title(config)}: FAILED: {values.error}")
             if config.raw["debug"]:
@@ -184,9 +187,7 @@ def stage_layer_errors(
     return error_atlas(target, recipe, quantized, calibration) if wanted else None
 
 
-def save_artifacts(
-    images: ImageSet, float_model: ImageSet, atlas: ErrorAtlas | None, folder: Path
-) -> dict[str, str]:
+def save_artifacts(images: ImageSet, float_model: ImageSet, atlas: ErrorAtlas | None, folder: Path) -> dict[str, str]:
     save_images(images, folder / "images.npz")
     save_grid(images, folder / "grid.png")
     save_grid(float_model, folder / "float_grid.png")
@@ -232,7 +233,9 @@ def reason(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error).replace("\n", " ")
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {str(error).strip().splitlines()[:1]}"
+    return (
+        f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {str(error).strip().splitlines()[:1]}"
+    )
 
 
 @dataclass

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from harness.calibrate import Calibration
+from harness.progress import progress
 
 MAX_BYTES = 2**30
 
@@ -50,7 +50,7 @@ class BlockStream:
         self.inputs = self._entrance(max_bytes)
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
-        for name in tqdm(self.blocks, desc="blocks", leave=False):
+        for name in progress(self.blocks, desc="blocks"):
             block = self.model.get_submodule(name)
             yield name, block
             for call, output in zip(self.inputs, self.outputs(block), strict=True):

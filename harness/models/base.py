@@ -145,7 +145,9 @@ class LoadedModel:
         patterns = [re.compile(pattern) for pattern in skip]
         names = [n for n in names if not any(pattern.search(n) for pattern in patterns)]
         if not names:
-            raise UserError(f"model {self.spec.name}: protocol.scope={scope} and protocol.skip leave no layer to quantize")
+            raise UserError(
+                f"model {self.spec.name}: protocol.scope={scope} and protocol.skip leave no layer to quantize"
+            )
         sites = self.adapter.sites(self.transformer)
         known = {consumer for site in sites for consumer in site.consumers}
         sites += [Site(name, (name,)) for name in names if name not in known]

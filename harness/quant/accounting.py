@@ -22,7 +22,9 @@ from harness.quant.transforms import Transform
 FLOAT_BYTES = FLOAT_BITS // 8
 
 
-def account(target: Target, recipe: ModelRecipe, macs: dict[str, int], label: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def account(
+    target: Target, recipe: ModelRecipe, macs: dict[str, int], label: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The record's `bits` field and the byte counts of its `efficiency` field.
 
     macs: multiply-accumulates per layer name for one sample, "" for the whole transformer (see `count_macs`).

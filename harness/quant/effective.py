@@ -62,7 +62,9 @@ def shared_transform(site: Site, transforms: dict[str, Transform]) -> Transform:
     """
     first = transforms.get(site.consumers[0])
     if first is None or any(transforms.get(name) is not first for name in site.consumers):
-        raise ValueError(f"{site.name}: a folded site needs one transform object for all of {', '.join(site.consumers)}")
+        raise ValueError(
+            f"{site.name}: a folded site needs one transform object for all of {', '.join(site.consumers)}"
+        )
     return first
 
 
@@ -90,7 +92,9 @@ def _fold_rows(
     bias = StepTable.constant(weight.new_zeros(len(weight))) if bias is None else bias
 
     def rewrite(bias_GO: Tensor, shift_GC: Tensor | float = 0.0) -> Tensor:
-        bias_GO = bias_GO.clone() + torch.zeros_like(shift_GC[..., :1] if isinstance(shift_GC, Tensor) else bias_GO[..., :1])
+        bias_GO = bias_GO.clone() + torch.zeros_like(
+            shift_GC[..., :1] if isinstance(shift_GC, Tensor) else bias_GO[..., :1]
+        )
         bias_GO[..., rows] = (bias_GO[..., rows] + offset - shift_GC) / scale.double() - offset
         return bias_GO
 

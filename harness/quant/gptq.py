@@ -49,7 +49,10 @@ def gptq(
 
     group_size = spec.group_size or width
     static = quantize_weight(weight_OC.double().masked_fill(dead, 0), spec, ranges=ranges)
-    scale_OG, zero_OG = static.scale_OG.double(), None if static.zero_point_OG is None else static.zero_point_OG.double()
+    scale_OG, zero_OG = (
+        static.scale_OG.double(),
+        None if static.zero_point_OG is None else static.zero_point_OG.double(),
+    )
     codes = torch.zeros_like(weight)
     for start in range(0, width, block):
         stop = min(start + block, width)

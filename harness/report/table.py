@@ -136,7 +136,12 @@ def _metric_column(group: Group, metric: str) -> Column:
     higher = entries[0]["better"] == "higher"
     library, _, name = metric.rpartition("/")
     title = f"{name} {'↑' if higher else '↓'}"
-    return Column(title, " ".join(filter(None, [library, *unit, *n])), f"{metric}: {entries[0]['better']} is better", descending_first=higher)
+    return Column(
+        title,
+        " ".join(filter(None, [library, *unit, *n])),
+        f"{metric}: {entries[0]['better']} is better",
+        descending_first=higher,
+    )
 
 
 def _metric_cells(group: Group, metric: str) -> list[Cell]:

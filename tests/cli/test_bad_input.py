@@ -217,7 +217,7 @@ def test_cuda_on_a_machine_without_it_is_refused(run, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (errno.ENOSPC, ("no space left on the device", "results_dir=")),
+        (errno.ENOSPC, ("No space left on device", "results_dir=")),
         (errno.EACCES, ("cannot be written", "results_dir=")),
         (errno.EROFS, ("cannot be written", "results_dir=")),
         (errno.EIO, ("Input/output error",)),

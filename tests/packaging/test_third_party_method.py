@@ -102,10 +102,7 @@ BROKEN = {
 }
 
 
-LEFT = pytest.mark.xfail(reason="methods._check_shape reads __dataclass_params__ of a class that may be no dataclass")
-
-
-@pytest.mark.parametrize("flaw", [pytest.param(flaw, marks=LEFT if flaw == "plain" else ()) for flaw in BROKEN])
+@pytest.mark.parametrize("flaw", BROKEN)
 def test_a_broken_plugin_is_named_in_one_line(ditbench, package, flaw):
     source, words = BROKEN[flaw]
     done = ditbench("list", "methods", extra=(package("shrink", source),))
