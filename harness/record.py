@@ -107,16 +107,17 @@ def read(path: Path) -> Record:
         values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable record ({error}); move that folder away to go on") from error
-    required = {"schema", "run_id", "status", "config", "method", "model", "experiment"}
-    missing = required - set(values) if isinstance(values, dict) else required
-    if missing or not isinstance(values["schema"], int):
-        what = f"without {', '.join(sorted(missing))}" if missing else f"schema {values['schema']!r}"
-        raise UserError(f"{path}: not a ditbench record ({what}); move that folder away to go on")
-    if values["schema"] > SCHEMA:
+    schema = values.get("schema") if isinstance(values, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:  # asked first: a newer record may have other fields
         raise UserError(
-            f"{path}: record schema {values['schema']} is newer than this ditbench reads ({SCHEMA}); "
+            f"{path}: record schema {schema} is newer than this ditbench reads ({SCHEMA}); "
             "upgrade ditbench, or point results_dir elsewhere"
         )
+    required = {"schema", "run_id", "status", "config", "method", "model", "experiment"}
+    missing = required - set(values) if isinstance(values, dict) else required
+    if missing or not isinstance(schema, int):
+        what = f"without {', '.join(sorted(missing))}" if missing else f"schema {schema!r}"
+        raise UserError(f"{path}: not a ditbench record ({what}); move that folder away to go on")
     known = set(Record.__dataclass_fields__) - {"folder"}
     return Record(**{name: value for name, value in values.items() if name in known}, folder=path.parent)
 

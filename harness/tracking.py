@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harness.record import Record
 
 
@@ -77,6 +79,14 @@ def pictures(record: Record, folder: Path) -> dict[str, Any]:
         columns = ["layer", *next(iter(record.layers.values()))]
         rows = [[layer, *entry.values()] for layer, entry in record.layers.items()]
         found["layers"] = wandb.Table(columns=columns, data=rows)
+    if "layer_errors" in record.artifacts:
+        with np.load(folder / record.artifacts["layer_errors"]) as atlas:
+            cells = [
+                [str(name), int(step), None if np.isnan(value) else float(value)]
+                for name, row in zip(atlas["names"], atlas["sqnr_db"], strict=True)
+                for step, value in zip(atlas["steps"], row, strict=True)
+            ]
+        found["layers_by_step"] = wandb.Table(columns=["layer", "step", "sqnr_db"], data=cells)
     return found
 
 

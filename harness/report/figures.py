@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
+
 from harness.record import Record
 from harness.report import compare
 from harness.report.compare import FLOAT_METHOD, Group, value
@@ -29,6 +31,7 @@ def figures(group: Group) -> dict[str, Any]:
         "size": {name: scatter(group, name, "size") for name in plotted},
         "latency": {name: scatter(group, name, "latency") for name in plotted},
         "layers": layer_heatmap(group),
+        "steps": step_heatmaps(group),
     }
 
 
@@ -96,6 +99,48 @@ def layer_heatmap(group: Group) -> dict[str, Any] | None:
         "yaxis": {"autorange": "reversed", "automargin": True, "showgrid": False},
     }
     return {"data": [heatmap], "layout": layout}
+
+
+def step_heatmaps(group: Group) -> dict[str, dict[str, Any]]:
+    """{run: figure}: SQNR of each layer alone and of each block with all before it, over the denoising steps."""
+    found = {}
+    for record, name in zip(group.records, group.run_names, strict=True):
+        atlas = _atlas(record)
+        if atlas is None:
+            continue
+        found[f"{name} {compare.bits_label(record)}"] = {
+            "data": [
+                {
+                    "type": "heatmap",
+                    "x": [str(step) for step in atlas["steps"]],
+                    "y": [str(layer) for layer in atlas["names"]],
+                    "z": [
+                        [None if np.isnan(cell) else round(float(cell), 2) for cell in row] for row in atlas["sqnr_db"]
+                    ],
+                    "hovertemplate": "%{y}<br>step %{x}<br>%{z:.1f} dB<extra></extra>",
+                    "colorscale": "Cividis",
+                    "colorbar": {"title": {"text": "SQNR [dB]"}, "thickness": 12, "outlinewidth": 0},
+                    "hoverongaps": False,
+                }
+            ],
+            "layout": {
+                "height": min(140 + 16 * len(atlas["names"]), 1600),
+                "xaxis": {"side": "top", "title": {"text": "denoising step (0 is the noisiest)"}, "type": "category"},
+                "yaxis": {"autorange": "reversed", "automargin": True},
+            },
+        }
+    return found
+
+
+def _atlas(record: Record) -> dict[str, Any] | None:
+    """The error atlas beside a record (`harness.layer_error`), if there is a readable one."""
+    if record.folder is None or "layer_errors" not in record.artifacts:
+        return None
+    try:
+        with np.load(record.folder / record.artifacts["layer_errors"]) as arrays:
+            return {name: arrays[name] for name in ("names", "steps", "sqnr_db")}
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _trace(name: str, records: list[Record], metric: str, x_of: Any, look: dict[str, str]) -> dict[str, Any]:

@@ -46,6 +46,12 @@ function drawAll() {
   }
   document.getElementById("no-metric").hidden = Boolean(metric);
   for (const place of document.querySelectorAll("[data-layers]")) draw(place, groups[place.dataset.layers].layers);
+  for (const pick of document.querySelectorAll("[data-steps-of]")) drawSteps(pick);
+}
+
+function drawSteps(pick) {
+  const place = pick.closest(".controls").nextElementSibling.nextElementSibling.firstElementChild;
+  draw(place, groups[pick.dataset.stepsOf].steps[pick.value]);
 }
 
 function chooseGroup() {
@@ -55,6 +61,7 @@ function chooseGroup() {
   drawAll();
 }
 
+for (const pick of document.querySelectorAll("[data-steps-of]")) pick.addEventListener("change", () => drawSteps(pick));
 pickGroup.addEventListener("change", chooseGroup);
 pickMetric.addEventListener("change", drawAll);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);

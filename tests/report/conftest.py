@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -111,6 +112,10 @@ def add_run(results_dir):
                 if not is_float:
                     record.layers = {name: _layer(i, method, weight_bits, act_bits) for i, name in enumerate(LAYERS)}
                 record.artifacts = {"grid": "grid.png", "float_grid": "float_grid.png"}
+                if not is_float:
+                    decibels = np.arange(3 * len(LAYERS), dtype=np.float32).reshape(len(LAYERS), 3)
+                    np.savez(folder / "layer_errors.npz", names=LAYERS, steps=[0, 9, 19], sqnr_db=decibels)
+                    record.artifacts["layer_errors"] = "layer_errors.npz"
                 _grid(folder / "grid.png", run_id)
                 _grid(folder / "float_grid.png", "float")
             write(record, folder)

@@ -75,6 +75,8 @@ def test_the_page_works_in_a_browser_without_a_network(html, open_page):
     page.wait_for_selector("#plot-latency .scatterlayer .point")
     assert page.locator("#plot-size .scatterlayer .point").count() > 5
     assert page.locator("[data-layers] .heatmaplayer image").count() == 2
+    assert page.locator("#layers .heatmaplayer image").count() == 4, "and one over the steps beside each"
+    page.locator("[data-steps-of]").first.select_option(index=1)
     widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
     assert len(widths) == 23 and all(width == 128 for width in widths)  # 17 runs, float beside each of 6 rows
     page.select_option("#pick-metric", "psnr")
@@ -187,3 +189,16 @@ def test_a_missing_or_broken_image_is_said_and_a_huge_one_is_scaled_down(add_run
     Image.effect_noise((1600, 1600), 90).save(record.folder / "grid.png")
     huge = picture(record, "grid", "a", "")
     assert huge.reduced and max(huge.size) == 1024 and len(huge.uri) < IMAGE_MAX_BYTES
+
+
+def test_the_step_heat_map_holds_the_atlas_beside_the_record(add_run, results_dir):
+    add_run("rtn", "W4A4")
+    ((run, figure),) = figures(compare.groups(read_all(results_dir))[0])["steps"].items()
+    (heatmap,) = figure["data"]
+    assert run == "rtn W4A4" and heatmap["x"] == ["0", "9", "19"] and heatmap["z"][1] == [3.0, 4.0, 5.0]
+
+
+def test_an_unreadable_atlas_only_leaves_its_heat_map_out(add_run, results_dir):
+    record = add_run("rtn", "W4A4")
+    (results_dir / "runs" / record.experiment / record.run_id / "layer_errors.npz").write_bytes(b"torn")
+    assert figures(compare.groups(read_all(results_dir))[0])["steps"] == {}

@@ -86,6 +86,13 @@ def test_the_layer_table_has_every_row(pairs):
         assert rows == record["layers"]
 
 
+def test_the_error_atlas_is_logged_layer_by_step(pairs):
+    for record, logged, _ in pairs:
+        entry = logged["summary"]["layers_by_step"]
+        steps, blocks = record["config"]["protocol"]["steps"], 5
+        assert entry["nrows"] == (len(record["layers"]) + blocks) * steps
+
+
 def test_the_runs_of_a_sweep_share_the_experiments_group_and_have_names_of_their_own(pairs):
     assert {logged["group"] for _, logged, _ in pairs} == {"widths"}
     assert {logged["project"] for _, logged, _ in pairs} == {"ditbench"}
