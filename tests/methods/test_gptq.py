@@ -1,0 +1,90 @@
+"""GPTQ as a method: blocks one after the other, within a byte budget."""
+
+import torch
+
+from harness.blockwise import round_blockwise
+from harness.quant.build import build
+from harness.quant.quantizers import quantize_weight
+from harness.quant.recipe import ModelRecipe
+from harness.quant.spec import Bits, QuantSpec
+from harness.stream import BlockStream
+from methods import gptq, rtn
+
+W3A16 = Bits(QuantSpec(3, "per_channel"), None)
+
+
+def block_error(target, calibration, method):
+    """Distance of the last block's output from the float model's, on the calibration."""
+    params = method.Params()
+    recipe = method.apply(target, method.fit(target, calibration, W3A16, params), W3A16, params)
+    exact = build(target, ModelRecipe(layers={}), dtype=torch.float32)
+    rounded = build(target, recipe, dtype=torch.float32)
+    total = 0.0
+    for step, inputs in calibration.batches():
+        for model in (exact, rounded):
+            model.clock.set(step, calibration.num_steps)
+        with torch.no_grad():
+            total += float((exact(**inputs).sample - rounded(**inputs).sample).square().sum())
+    return total
+
+
+def test_the_models_output_is_closer_than_with_rounding_to_nearest(small_target, small_calibration):
+    assert block_error(small_target, small_calibration, gptq) < 0.8 * block_error(small_target, small_calibration, rtn)
+
+
+def test_each_block_is_observed_behind_the_rounded_blocks_before_it(small_target, small_calibration):
+    """The second block's moments must change when the first block's rounding does; the first block's must not."""
+    moments = {}
+
+    def rounder(bits, store):
+        def round_weight(name, weight, hessian):
+            store[name] = hessian
+            return quantize_weight(weight, QuantSpec(bits, "per_channel"))
+
+        return round_weight
+
+    for bits in (2, 8):
+        moments[bits] = {}
+        round_blockwise(small_target, small_calibration, rounder(bits, moments[bits]))
+    first = [name for name in small_target.layers if name.startswith(small_target.blocks[0])]
+    second = [name for name in small_target.layers if name.startswith(small_target.blocks[1])]
+    assert all(torch.equal(moments[2][name], moments[8][name]) for name in first)
+    assert all(not torch.allclose(moments[2][name], moments[8][name]) for name in second)
+
+
+def test_a_stream_without_changes_gives_the_float_models_hidden_states(small_target, small_calibration):
+    model = build(small_target, ModelRecipe(layers={}), dtype=torch.float32)
+    seen = {name: [] for name in small_target.blocks}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
+        for name in small_target.blocks
+    ]
+    for step, inputs in small_calibration.batches():
+        model.clock.set(step, small_calibration.num_steps)
+        with torch.no_grad():
+            model(**inputs)
+    for handle in handles:
+        handle.remove()
+    stream = BlockStream(model, small_target.blocks, small_calibration)
+    for name, _ in stream:
+        for call, expected in zip(stream.calls(), seen[name], strict=True):
+            torch.testing.assert_close(call.hidden_BTC, expected)
+
+
+def test_a_small_budget_keeps_fewer_rows_of_every_step(small_target, small_calibration):
+    model = build(small_target, ModelRecipe(layers={}), dtype=torch.float32)
+    whole = BlockStream(model, small_target.blocks, small_calibration)
+    held = sum(call.hidden_BTC.nbytes for call in whole.calls())
+    half = BlockStream(model, small_target.blocks, small_calibration, max_bytes=held // 2)
+    kept = list(half.calls())
+    assert sum(call.hidden_BTC.nbytes for call in kept) <= held // 2
+    assert [call.step for call in kept] == [call.step for call in whole.calls()]
+
+
+def test_an_option_away_from_its_default_changes_the_codes(small_target, small_calibration):
+    plain = gptq.fit(small_target, small_calibration, W3A16, gptq.Params())
+    for params in (gptq.Params(damp=0.5), gptq.Params(act_order=True)):
+        other = gptq.fit(small_target, small_calibration, W3A16, params)
+        assert any(not torch.equal(plain[name], other[name]) for name in plain)
+    blocked = gptq.fit(small_target, small_calibration, W3A16, gptq.Params(block=7))
+    assert all(torch.equal(plain[name], blocked[name]) for name in plain)

@@ -1,0 +1,83 @@
+"""GPTQ's solver against a slow loop and the cases in which its answer is known."""
+
+import pytest
+import torch
+
+from harness.quant.gptq import gptq
+from harness.quant.quantizers import quantize_weight
+from harness.quant.spec import QuantSpec
+
+SPECS = {
+    "per_channel": QuantSpec(4, "per_channel"),
+    "asymmetric": QuantSpec(3, "per_channel", symmetric=False),
+    "groups": QuantSpec(4, "per_group", group_size=16),
+    "asymmetric_groups": QuantSpec(3, "per_group", group_size=12, symmetric=False),
+}
+
+
+@pytest.fixture
+def problem(normal):
+    weight = normal(10, 48)
+    x = normal(300, 48, seed=1) @ normal(48, 48, seed=2) * 0.3 + normal(300, 48, seed=3)
+    return weight, x, x.T @ x / len(x)
+
+
+def slow_gptq(weight, hessian, spec, damp):
+    """The textbook form: one column at a time, the whole inverse updated by elimination (OBS), no blocks, no Cholesky."""
+    weight = weight.double().clone()
+    hessian = hessian.double() + damp * hessian.double().diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    inverse = torch.linalg.inv(hessian)
+    out = torch.zeros_like(weight)
+    size = spec.group_size or weight.shape[1]
+    for column in range(weight.shape[1]):
+        if column % size == 0:
+            scales = quantize_weight(weight[:, column : column + size] if spec.group_size else weight, spec)
+            scale = scales.scale_OG[:, 0].double()
+            zero = 0 if scales.zero_point_OG is None else scales.zero_point_OG[:, 0].double()
+        code = (torch.round(weight[:, column] / scale) + zero).clamp(spec.quant_min, spec.quant_max)
+        out[:, column] = (code - zero) * scale
+        error = (weight[:, column] - out[:, column]) / inverse[column, column]
+        weight -= error[:, None] * inverse[column]
+        inverse = inverse - inverse[:, column, None] * inverse[None, column] / inverse[column, column]
+    return out
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("block", [5, 16, 128])
+def test_it_is_column_by_column_optimal_brain_surgery(problem, spec, block):
+    weight, _, hessian = problem
+    ours = gptq(weight, hessian, spec, damp=0.05, block=block).dequantize()
+    torch.testing.assert_close(ours.double(), slow_gptq(weight, hessian, spec, 0.05), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_the_output_is_closer_than_with_rounding_to_nearest(problem, spec, act_order):
+    weight, x, hessian = problem
+
+    def error(rounded):
+        return float(((rounded.dequantize().double() - weight) @ x.T).norm())
+
+    assert error(gptq(weight, hessian, spec, act_order=act_order)) < 0.95 * error(quantize_weight(weight, spec))
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_with_a_diagonal_hessian_it_rounds_to_nearest(problem, spec):
+    weight, _, hessian = problem
+    ours = gptq(weight, torch.diag(hessian.diagonal()), spec)
+    assert torch.equal(ours.codes_OC, quantize_weight(weight, spec).codes_OC)
+
+
+def test_a_channel_that_is_never_active_gets_weight_zero(problem):
+    weight, _, hessian = problem
+    hessian = hessian.clone()
+    hessian[7], hessian[:, 7] = 0, 0
+    rounded = gptq(weight, hessian, SPECS["asymmetric"]).dequantize()
+    assert not rounded[:, 7].any() and rounded.isfinite().all()
+
+
+def test_the_arguments_are_left_alone(problem):
+    weight, _, hessian = problem
+    before = weight.clone(), hessian.clone()
+    gptq(weight, hessian, SPECS["groups"])
+    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
