@@ -11,8 +11,9 @@ from harness.calibrate import Calibration
 from harness.observe import run_calibration
 from harness.quant.build import build, quant_layers
 from harness.quant.layer import QuantLinear
+from harness.quant.lowrank import residual
 from harness.quant.quantizers import QuantizedWeight
-from harness.quant.recipe import LayerRecipe, ModelRecipe
+from harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
 from harness.quant.spec import QuantSpec
 from harness.quant.target import Target
 from harness.quant.transforms import Transform
@@ -28,6 +29,7 @@ def round_blockwise(
     transforms: dict[str, Transform] | None = None,
     folded: frozenset[str] = frozenset(),
     *,
+    low_rank: dict[str, LowRank] | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> dict[str, QuantizedWeight]:
     """{layer: codes} for every target layer, each fitted with the blocks before its own already rounded.
@@ -35,13 +37,19 @@ def round_blockwise(
     round_weight gets the layer's effective weight (transforms and folds applied) and the sum of x xᵀ over its inputs
     (transformed), float32, divided by the number of rows. Within a block all layers are observed in one pass with the
     block in float, as GPTQ's reference does. Layers outside the blocks are observed on the float model.
+    low_rank: branches by layer name. They stay in place, and round_weight gets what they leave of the weight.
     """
-    layers = {name: LayerRecipe() for name in target.layers} | {
-        name: LayerRecipe(transform=transform) for name, transform in (transforms or {}).items()
+    transforms, low_rank = transforms or {}, low_rank or {}
+    layers = {
+        name: LayerRecipe(transforms.get(name, Transform()), low_rank=low_rank.get(name))
+        for name in dict.fromkeys([*target.layers, *transforms])
     }
     model = build(target, ModelRecipe(layers, folded), dtype=torch.float32)
     found: dict[str, QuantizedWeight] = {}
     all_layers = {name: layer for name, layer in quant_layers(model).items() if name in target.layers}
+    for name, branch in low_rank.items():
+        kernel: nn.Module = all_layers[name].kernel
+        kernel.weight_OC = residual(kernel.weight_OC, branch).float()  # type: ignore[arg-type]
     outside = {n: q for n, q in all_layers.items() if not any(n.startswith(f"{b}.") for b in target.blocks)}
     if outside:
         moments = {name: SecondMoment() for name in outside}

@@ -96,6 +96,18 @@ def calibrate(
     return Calibration(per_step, key, None if path is None else path.parent)
 
 
+def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) -> Calibration:
+    """Some rows of each step (none, or one several times, is allowed); `chosen` says which, and is part of the key.
+
+    What is derived from it is not cached: the cache's folder belongs to the whole recording.
+    """
+    per_step = tuple(
+        {name: tensor[rows] for name, tensor in inputs.items()}
+        for inputs, rows in zip(calibration.per_step, rows_of_step, strict=True)
+    )
+    return Calibration(per_step, canonical_sha256({"of": calibration.key, "chosen": chosen}))
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], ...]:
     steps: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path).items():

@@ -1,4 +1,4 @@
-"""The command line: `ditbench run | report | list | check-method | doctor | zoo`."""
+"""The command line: `ditbench run | report | list | paper | reproduce | check-method | doctor | zoo`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench run experiment=demo                                   a sweep from conf/experiment/
   ditbench report --format html                                  tables and plots of what was recorded
   ditbench list methods|models|metrics|backends|protocols|bits   what there is
+  ditbench paper list|show NAME                                  numbers as papers report them, with their sources
+  ditbench reproduce NAME --plan|--model tiny-dit                a paper's table, run here and held against it
   ditbench check-method NAME                                     does a method keep the contract?
   ditbench doctor                                                what this machine can do, and what is missing
   ditbench zoo train tiny-dit                                    train an embedded model again
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         "run": run_command,
         "report": report_command,
         "list": list_command,
+        "paper": paper_command,
+        "reproduce": reproduce_command,
         "check-method": check_method_command,
         "doctor": doctor_command,
         "zoo": zoo_command,
@@ -106,6 +110,41 @@ def list_command(arguments: list[str]) -> int:
     parser.add_argument("--debug", action="store_true")
     print(listing.KINDS[parser.parse_args(arguments).kind]())
     return 0
+
+
+def paper_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ditbench paper", description="Numbers as papers report them.")
+    parser.add_argument("action", choices=["list", "show"])
+    parser.add_argument("name", nargs="?", help="of a table, to show: ptq4dit-table1")
+    parser.add_argument("--debug", action="store_true")
+    options = parser.parse_args(arguments)
+    from harness import papers
+
+    if options.action == "show" and options.name is None:
+        raise UserError("paper show: which table? `ditbench paper list` names them")
+    print(papers.listed() if options.action == "list" else papers.shown(options.name))
+    return 0
+
+
+def reproduce_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ditbench reproduce", description="A paper's table, run here and held against it."
+    )
+    parser.add_argument("name", help="of a table: ptq4dit-table1 (ditbench paper list)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, as in ditbench run")
+    parser.add_argument(
+        "--model", help="another model than the paper's, such as tiny-dit: n and steps as it usually has"
+    )
+    parser.add_argument("--plan", action="store_true", help="only say what it needs; nothing is loaded or run")
+    options = parser.parse_intermixed_args(_flags_to_overrides(arguments))
+    from harness import reproduce
+
+    if options.plan:
+        print(reproduce.plan(options.name, options.model, options.overrides))
+        return 0
+    outcome = reproduce.reproduce(options.name, options.model, options.overrides)
+    print(outcome.text)
+    return EXIT_FAILED_RUNS if outcome.failed else 0
 
 
 def check_method_command(arguments: list[str]) -> int:

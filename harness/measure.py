@@ -42,8 +42,9 @@ def measure(
     repeats: int,
     warmup: int,
     device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
-    """The record's `efficiency` field without the byte counts.
+    """The record's `efficiency` field without the byte counts. dtype: of what is not quantized in `quantized`.
 
     One latency is one call of the transformer on `samples` samples with guidance (2 · samples rows). A simulated model
     gets no latency, speed-up or peak memory: its arithmetic is not the one it stands for.
@@ -64,21 +65,22 @@ def measure(
     if kind != "measured":
         return found
     baseline = float_copy(target, dtype=torch.bfloat16, device=device)
-    inputs = {
-        name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).to(device)
-        for name, tensor in model.adapter.step_inputs(model.transformer, 2 * samples).items()
-    }
+    step_inputs = model.adapter.step_inputs(model.transformer, 2 * samples)
+    baseline_inputs, inputs = (
+        {name: (x.to(wanted) if x.is_floating_point() else x).to(device) for name, x in step_inputs.items()}
+        for wanted in (torch.bfloat16, dtype)
+    )
     times: dict[str, list[float]] = {"baseline": [], "quantized": []}
     for repeat in progress(range(warmup + repeats), desc="measure"):
-        for name, candidate in (("baseline", baseline), ("quantized", quantized)):
-            elapsed = _timed_call(candidate, inputs, device)
+        for name, candidate, its_inputs in (("baseline", baseline, baseline_inputs), ("quantized", quantized, inputs)):
+            elapsed = _timed_call(candidate, its_inputs, device)
             if repeat >= warmup:
                 times[name].append(1000 * elapsed)
     found["latency_ms"] = quantiles(times["quantized"])
     found["baseline_latency_ms"] = quantiles(times["baseline"])
     found["speedup"] = found["baseline_latency_ms"]["median"] / found["latency_ms"]["median"]
     found["peak_memory_bytes"] = peak_memory_bytes(quantized, inputs, device)
-    found["baseline_peak_memory_bytes"] = peak_memory_bytes(baseline, inputs, device)
+    found["baseline_peak_memory_bytes"] = peak_memory_bytes(baseline, baseline_inputs, device)
     return found
 
 

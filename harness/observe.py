@@ -14,7 +14,7 @@ from harness.calibrate import Calibration
 from harness.files import atomic_path, canonical_sha256
 from harness.progress import progress
 from harness.quant.build import float_copy
-from harness.quant.target import Target
+from harness.quant.target import Site, Target
 
 STATS_VERSION = 1  # of what is cached: raise it when ChannelStats changes
 
@@ -110,6 +110,31 @@ def _observe_sites(target: Target, calibration: Calibration) -> dict[str, Channe
         for mean in ("mean_min_SC", "mean_max_SC"):
             stats[mean] /= samples[name][:, None].clamp(min=1)
     return {site.name: ChannelStats(**running[site.name]) for site in sites}
+
+
+def token_sample(target: Target, calibration: Calibration, sites: list[Site], tokens: int) -> dict[str, Tensor]:
+    """About `tokens` tokens of each site's input, the same number from every model call → {site name: x_NC, float32}.
+
+    Raises:
+        RuntimeError: a site saw no calibration batch.
+    """
+    per_call = -(-tokens // calibration.num_batches())
+    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+
+    def observe(site: str, step: int, x: Tensor) -> None:
+        x_NC = x.detach().float().flatten(0, -2)
+        # evenly spread over rows and tokens, so that conditional and null rows are both seen
+        kept = torch.linspace(0, len(x_NC) - 1, min(per_call, len(x_NC))).round().long()
+        found[site].append(x_NC[kept])
+
+    if sites:
+        model = float_copy(target, dtype=_dtype_of(target.transformer))
+        with inputs_observed(model, {site.consumers[0]: site.name for site in sites}, observe) as set_step:
+            run_calibration(model, calibration, set_step, "sample")
+    missing = [name for name, parts in found.items() if not parts]
+    if missing:
+        raise RuntimeError(f"{missing[0]} saw no calibration batch; is it skipped at every step you calibrate?")
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @contextmanager

@@ -3,3 +3,4 @@
 from pathlib import Path
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+PAPERS = CONF.parent / "results" / "papers"  # reported numbers, shipped; a user's own results lie in ./results/runs

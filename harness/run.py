@@ -79,9 +79,9 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     timer = Timer(values.timings_s)
     target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
     with timer("calibrate"):
-        calibration = stage_calibrate(config, model)
+        recording = stage_calibrate(config, model)
     with timer("quantize"):
-        recipe, state, quantized = stage_quantize(config, target, calibration)
+        recipe, state, quantized = stage_quantize(config, target, recording)
     values.bits, size = stage_account(config, model, target, recipe)
     with timer("generate"):
         images = stage_generate(config, model, quantized, state)
@@ -100,7 +100,7 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     with timer("measure"):
         values.efficiency = stage_measure(config, model, target, recipe, quantized) | size
     with timer("layer_errors"):
-        atlas = stage_layer_errors(config, target, recipe, quantized, calibration)
+        atlas = stage_layer_errors(config, target, recipe, quantized, recording)
         values.layers = layer_table(quantized, atlas)
     values.cost = {"fit_s": values.timings_s["calibrate"] + values.timings_s["quantize"]}
     values.artifacts = save_artifacts(images, float_model, atlas, folder)
@@ -108,7 +108,7 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
 
 def stage_calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
     section = config.section("calibration")
-    calibration = calibrate(
+    return calibrate(
         model,
         config.protocol.sampler,
         section["n"],
@@ -117,14 +117,15 @@ def stage_calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
         cache=config.cache_dir,
         device=config.device,
     )
-    select = getattr(methods.method(config.method), "select_calibration", None)
-    return calibration if select is None else select(calibration, config.params, config.seed)
 
 
 def stage_quantize(
-    config: RunConfig, target: Target, calibration: Calibration
+    config: RunConfig, target: Target, recording: Calibration
 ) -> tuple[ModelRecipe, dict[str, Tensor], nn.Module]:
+    """A method may choose what it calibrates on; its layers are still judged on the whole recording."""
     method = methods.method(config.method)
+    select = getattr(method, "select_calibration", None)
+    calibration = recording if select is None else select(recording, config.params, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         state = method.fit(target, calibration, config.bits, config.params)
@@ -177,6 +178,7 @@ def stage_measure(
         repeats=section["repeats"],
         warmup=section["warmup"],
         device=config.device,
+        dtype=getattr(torch, config.section("generate")["dtype"]),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,45 @@ class BlockInput:
     hidden_BTC: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def rows(self, kept: Tensor) -> BlockInput:
+        """Some rows of the batch; tensors among the arguments that are as long as the batch go with them."""
+        return self._map(lambda value: value[kept] if self._by_row(value) else value)
+
+    @staticmethod
+    def side_by_side(calls: list[BlockInput]) -> list[BlockInput]:
+        """All calls as one batch, at the step of the first: for models without step tables.
+
+        As they were, if an argument that does not go by row differs between them.
+        """
+        columns = list(zip(*(call._values() for call in calls), strict=True))
+        if not all(
+            calls[0]._by_row(column[0]) or all(_same(column[0], other) for other in column) for column in columns
+        ):
+            return calls
+        joined = iter([torch.cat(column) if calls[0]._by_row(column[0]) else column[0] for column in columns])
+        return [calls[0]._map(lambda _: next(joined))]
+
+    def _values(self) -> list[Any]:
+        return [self.hidden_BTC, *self.args, *self.kwargs.values()]
+
+    def _map(self, function: Callable[[Any], Any]) -> BlockInput:
+        hidden_BTC, *others = [function(value) for value in self._values()]
+        args, values = others[: len(self.args)], others[len(self.args) :]
+        return BlockInput(self.step, hidden_BTC, tuple(args), dict(zip(self.kwargs, values, strict=True)))
+
+    def _by_row(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self.hidden_BTC)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return one is other or one == other
+
+
+class _Seen(Exception):
+    """Raised when the last of the wanted layers has answered: the rest of the blocks need not run."""
 
 
 class _Entered(Exception):
@@ -53,8 +92,12 @@ class BlockStream:
         for name in progress(self.blocks, desc="blocks"):
             block = self.model.get_submodule(name)
             yield name, block
-            for call, output in zip(self.inputs, self.outputs(block), strict=True):
-                call.hidden_BTC = output
+            self.advance(block)
+
+    def advance(self, block: nn.Module) -> None:
+        """The block's outputs become the inputs."""
+        for call, output in zip(self.inputs, self.outputs(block), strict=True):
+            call.hidden_BTC = output
 
     def calls(self) -> Iterator[BlockInput]:
         """The current block's inputs, with the clock on the step of each."""
@@ -73,6 +116,53 @@ class BlockStream:
         with watched(hooks):
             for _ in self.outputs(block):
                 pass
+
+    def sample(self, steps: int, rows: int) -> list[BlockInput]:
+        """At most `steps` of the current block's inputs, spread over the trajectory, with at most `rows` rows of each.
+
+        Side by side in one batch, which is faster.
+        """
+        calls = [self.inputs[index] for index in _spread(len(self.inputs), steps).tolist()]
+        return BlockInput.side_by_side([call.rows(_spread(len(call.hidden_BTC), rows)) for call in calls])
+
+    def restart_at(self, other: BlockStream) -> None:
+        """Take over the inputs that another stream holds for the same block."""
+        self.inputs = [replace(call) for call in other.inputs]
+
+    @torch.no_grad()
+    def layer_outputs(self, block: str, reach: int, calls: list[BlockInput], layers: list[str]) -> dict[str, Tensor]:
+        """Inputs of `block` go through it and up to `reach` blocks behind it → {layer: its outputs, calls side by side}."""
+        start = self.blocks.index(block)
+        blocks = [self.model.get_submodule(name) for name in self.blocks[start : start + reach + 1]]
+        found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+
+        def catch(layer: str, output: Tensor) -> None:
+            found[layer].append(output)
+            if all(len(outputs) == len(found[layer]) for outputs in found.values()):
+                raise _Seen
+
+        handles = [
+            self.model.get_submodule(layer).register_forward_hook(
+                lambda _, i, output, layer=layer: catch(layer, output)
+            )
+            for layer in layers
+        ]
+        try:
+            for call in calls:
+                self.model.clock.set(call.step, self.calibration.num_steps)
+                hidden_BTC = call.hidden_BTC
+                try:
+                    for module in blocks:
+                        hidden_BTC = module(hidden_BTC, *call.args, **call.kwargs)
+                except _Seen:
+                    pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        unseen = [layer for layer, outputs in found.items() if len(outputs) != len(calls)]
+        if unseen:
+            raise RuntimeError(f"{unseen[0]} did not run once in block {block} and the {reach} behind it")
+        return {layer: torch.cat([output.flatten(0, -2) for output in outputs]) for layer, outputs in found.items()}
 
     def _entrance(self, max_bytes: int) -> list[BlockInput]:
         """The first block's inputs, on as many rows of each recorded call as fit the budget."""

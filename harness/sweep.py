@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
@@ -68,6 +69,22 @@ def job(config: DictConfig) -> str:
     if record.folder not in [other.folder for other in _done]:
         _done.append(record)
     return record.status
+
+
+def composed(jobs: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
+    """The resolved configuration that each job's overrides make; nothing is run.
+
+    Raises:
+        UserError: a choice, override or value that cannot be used.
+    """
+    compose.register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"), _hydra_errors_explained():
+        made = []
+        for overrides in map(list, jobs):
+            compose.check_overrides(overrides)
+            config = hydra.compose("config", overrides)
+            made.append(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        return made  # type: ignore[return-value]
 
 
 @contextmanager

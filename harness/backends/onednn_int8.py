@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from harness.backends.base import Kernel
-from harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine, to_codes
+from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, activation_affine, to_codes
 from harness.quant.recipe import LayerRecipe
 
 NAME = "onednn_int8"
@@ -39,6 +39,8 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
     weight, act = recipe.weight, recipe.act
     if weight is None or act is None:
         return f"{NAME} needs weights and activations quantized, one of them stays in float"
+    if isinstance(weight, LookupWeight):
+        return f"{NAME} multiplies integers; these weights are looked up in a table of uneven levels"
     if (weight.spec.bits, act.spec.bits) != (8, 8):
         return f"{NAME} runs W8A8, this is W{weight.spec.bits}A{act.spec.bits}"
     if weight.spec.granularity not in ("per_channel", "per_tensor"):
@@ -51,7 +53,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
-    assert recipe.weight is not None and recipe.act is not None
+    assert isinstance(recipe.weight, QuantizedWeight) and recipe.act is not None
     return OnednnInt8Kernel(recipe.weight, recipe.act)
 
 

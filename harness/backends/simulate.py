@@ -5,13 +5,15 @@ Its numbers are those of the integer arithmetic up to float rounding; its speed 
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from harness.backends.base import Kernel
 from harness.quant.packing import pack, unpack
-from harness.quant.quantizers import ActQuant, QuantizedWeight, fake_quantize_activation
+from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, fake_quantize_activation
 from harness.quant.recipe import LayerRecipe
 
 NAME = "simulate"
@@ -42,6 +44,11 @@ class SimulatedKernel(Kernel):
         self.quantized = recipe.weight is not None
         if recipe.weight is None:
             self.register_buffer("weight_OC", weight_OC)
+        elif isinstance(recipe.weight, LookupWeight):
+            self.spec, self.width = recipe.weight.spec, recipe.weight.codes_OC.shape[1]
+            self.num_levels, self.code_bits = recipe.weight.num_levels, recipe.weight.code_bits
+            self.register_buffer("packed", pack(recipe.weight.codes_OC, self.code_bits))
+            self.levels = copy.deepcopy(recipe.weight.levels)  # moved with us, and the recipe stays where it is
         else:
             self.spec, self.width = recipe.weight.spec, recipe.weight.codes_OC.shape[1]
             offset_codes = recipe.weight.codes_OC.to(torch.int16) - self.spec.quant_min
@@ -52,7 +59,10 @@ class SimulatedKernel(Kernel):
             self.act_scale, self.act_zero_point = recipe.act.scale, recipe.act.zero_point  # counted, and moved with us
         self._dequantized: Tensor | None = None
 
-    def quantized_weight(self) -> QuantizedWeight:
+    def quantized_weight(self) -> QuantizedWeight | LookupWeight:
+        if hasattr(self, "levels"):
+            codes_OC = unpack(self.packed, self.code_bits, self.width)
+            return LookupWeight(codes_OC, self.levels, self.num_levels, self.spec)
         codes = unpack(self.packed, self.spec.bits, self.width).to(torch.int16) + self.spec.quant_min
         return QuantizedWeight(codes, self.scale_OG, self.zero_point_OG, self.spec)
 

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.quant.effective import effective_linear, touched_layers
+from harness.quant.quantizers import LookupWeight
 from harness.quant.recipe import LayerRecipe, ModelRecipe
 from harness.quant.spec import FLOAT_BITS
 from harness.quant.target import QUANTIZABLE, Target, weight_matrix
@@ -101,9 +102,13 @@ def count_macs(transformer: nn.Module, inputs: dict[str, Tensor]) -> dict[str, i
 def stored_bytes(layer: LayerRecipe, folded: bool) -> int:
     """Bytes of a quantized weight with all that its transform, low-rank branch and static ranges add."""
     assert layer.weight is not None
-    rows, width = layer.weight.codes_OC.shape
-    total = rows * (-(-width // 8) * layer.weight.spec.bits if layer.weight.spec.bits < 8 else width)
-    total += _nbytes(layer.weight.scale_OG, layer.weight.zero_point_OG)
+    weight = layer.weight
+    rows, width = weight.codes_OC.shape
+    if isinstance(weight, LookupWeight):
+        code_bits, beside = weight.code_bits, _nbytes(*weight.levels.state_dict().values())
+    else:
+        code_bits, beside = weight.spec.bits, _nbytes(weight.scale_OG, weight.zero_point_OG)
+    total = rows * (-(-width // 8) * code_bits if code_bits < 8 else width) + beside
     return total + _overhead_bytes(layer, folded)
 
 

@@ -1,4 +1,4 @@
-"""Uniform quantizers: ranges → scale and zero_point → codes, for weights and activations.
+"""Quantizers: ranges → scale and zero_point → codes, for weights and activations; and weights looked up in a table.
 
 x ≈ (code − zero_point) · scale. Zero is always inside the range, so that it is represented exactly and a one-sided
 group such as [5, 10] keeps an integer zero_point without being clipped (the raw-min/max form used in some releases
@@ -7,15 +7,17 @@ clips such a group by half its range).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.quant.spec import QuantSpec
 from harness.quant.steps import StepTable
 
 MSE_PERCENTILES = (0.999, 0.9999, 0.99999)
+SHRINK_STEPS, SHRINK_BY, SHRINK_POWER = 80, 0.01, 2.4
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,63 @@ class QuantizedWeight:
         return (codes_OGg * self.scale_OG[..., None]).flatten(1)
 
 
+class Levels(nn.Module):
+    """The values that a row's codes stand for, when they are not evenly spaced: forward() → table_OL.
+
+    Its buffers are what has to be stored; a grid that is computed from a few numbers per row subclasses this.
+    """
+
+    table_OL: Tensor
+
+    def __init__(self, table_OL: Tensor | None = None) -> None:
+        super().__init__()
+        if table_OL is not None:
+            self.register_buffer("table_OL", table_OL)
+
+    def forward(self) -> Tensor:
+        return self.table_OL
+
+
+@dataclass(frozen=True)
+class LookupWeight:
+    """codes_OC: uint8 indices into the row's table of levels. spec: the format asked for.
+
+    num_levels: of one row; 2^bits of the spec, unless a method cheats (see `tlq`, mode "code").
+    """
+
+    codes_OC: Tensor
+    levels: Levels
+    num_levels: int
+    spec: QuantSpec
+
+    @property
+    def code_bits(self) -> int:
+        """Bits that a packed code takes."""
+        return (self.num_levels - 1).bit_length()
+
+    def dequantize(self) -> Tensor:
+        """weight_OC, float32."""
+        return self.levels().gather(1, self.codes_OC.long())
+
+
 @dataclass(frozen=True)
 class ActQuant:
     """An activation quantizer. Static ones carry a table of scales (and zero_points) by denoising step.
 
     scale, zero_point: rows of shape () for per_tensor.
+    clip: of dynamic ones; both ends of the input's own range are multiplied by it before the scale is taken.
     """
 
     spec: QuantSpec
     scale: StepTable | None = field(default=None)
     zero_point: StepTable | None = field(default=None)
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.clip != 1.0 and not (self.spec.dynamic and 0 < self.clip <= 1):
+            raise ValueError(
+                f"clip is in (0, 1] and of dynamic activations (static ranges carry theirs), got {self.clip}"
+            )
 
 
 def affine_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -80,16 +129,21 @@ def from_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tenso
     return (codes if zero_point is None else codes - zero_point) * scale
 
 
-def quantize_weight(weight_OC: Tensor, spec: QuantSpec, *, ranges: str = "minmax") -> QuantizedWeight:
+def quantize_weight(
+    weight_OC: Tensor, spec: QuantSpec, *, ranges: str = "minmax", ratios: tuple[float, float] = (1.0, 1.0)
+) -> QuantizedWeight:
     """Round to nearest.
 
+    ratios: the low and the high end of every range are multiplied by these; what lies outside is clipped.
+
     ranges: "minmax", or "mse": the best of three percentile ranges by squared error (as RepQ-ViT and PTQ4DiT
-        initialise: quantile(1 − p) … quantile(p) for p in 0.999, 0.9999, 0.99999).
+        initialise: quantile(1 − p) … quantile(p) for p in 0.999, 0.9999, 0.99999); or "shrink": the best of 80
+        shrunken ranges, (1 − 0.01 i) · (min … max), by the error to the power 2.4 (as Q-Diffusion initialises).
     """
     weight_OC = weight_OC.float()
     rows = _as_rows(weight_OC, spec)
-    low, high = _mse_range(rows, spec) if ranges == "mse" else (rows.amin(-1), rows.amax(-1))
-    scale, zero_point = affine_from_range(low, high, spec)
+    low, high = RANGES[ranges](rows, spec)
+    scale, zero_point = affine_from_range(ratios[0] * low, ratios[1] * high, spec)
     codes = to_codes(rows, scale[..., None], None if zero_point is None else zero_point[..., None], spec)
     if spec.granularity == "per_tensor":
         scale = scale.expand(len(weight_OC), 1)
@@ -109,8 +163,10 @@ def activation_affine(x: Tensor, quant: ActQuant, step: Tensor | None) -> tuple[
         assert quant.scale is not None
         return quant.scale.at(step), None if quant.zero_point is None else quant.zero_point.at(step)
     if spec.granularity == "per_tensor":
-        return affine_from_range(x.amin(), x.amax(), spec)
-    return affine_from_range(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), spec)
+        low, high = x.amin(), x.amax()
+    else:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    return affine_from_range(quant.clip * low, quant.clip * high, spec)
 
 
 def fake_quantize_activation(x: Tensor, quant: ActQuant, step: Tensor | None = None) -> Tensor:
@@ -135,7 +191,12 @@ def static_quant(low: StepTable, high: StepTable, spec: QuantSpec) -> ActQuant:
 
 def mse_percentile_range(values_N: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The percentile range of a flat sample with the least squared rounding error → two scalars."""
-    low, high = _mse_range(values_N[None].float(), spec)
+    return searched_range(values_N, spec, "mse")
+
+
+def searched_range(values_N: Tensor, spec: QuantSpec, ranges: str) -> tuple[Tensor, Tensor]:
+    """The range of a flat sample, found as `ranges` says (see `quantize_weight`) → two scalars."""
+    low, high = RANGES[ranges](values_N[None].float(), spec)
     return low[0], high[0]
 
 
@@ -150,17 +211,41 @@ def _as_rows(weight_OC: Tensor, spec: QuantSpec) -> Tensor:
     raise ValueError(f"weights cannot be quantized {spec.granularity}")
 
 
+def _extremes(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    return rows.amin(-1), rows.amax(-1)
+
+
 def _mse_range(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     ordered = rows.sort(dim=-1).values
     last = rows.shape[-1] - 1
-    best_low, best_high = ordered[..., 0], ordered[..., -1]
+    ends = [(ordered[..., round((1 - p) * last)], ordered[..., round(p * last)]) for p in MSE_PERCENTILES]
+    return _best_range(rows, spec, ends, (ordered[..., 0], ordered[..., -1]), power=2.0)
+
+
+def _shrink_range(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    low, high = rows.amin(-1), rows.amax(-1)
+    factors = (1 - SHRINK_BY * i for i in range(SHRINK_STEPS))
+    return _best_range(rows, spec, ((f * low, f * high) for f in factors), (low, high), power=SHRINK_POWER)
+
+
+RANGES = {"minmax": _extremes, "mse": _mse_range, "shrink": _shrink_range}
+
+
+def _best_range(
+    rows: Tensor,
+    spec: QuantSpec,
+    candidates: Iterable[tuple[Tensor, Tensor]],
+    start: tuple[Tensor, Tensor],
+    power: float,
+) -> tuple[Tensor, Tensor]:
+    """Of each row, the first candidate with the least Σ |error|^power; start if no error is finite."""
+    best_low, best_high = start
     best_error = torch.full(rows.shape[:-1], torch.inf)
-    for percentile in MSE_PERCENTILES:
-        low = ordered[..., round((1 - percentile) * last)]
-        high = ordered[..., round(percentile * last)]
+    for low, high in candidates:
         scale, zero_point = affine_from_range(low, high, spec)
         scale, zero_point = scale[..., None], None if zero_point is None else zero_point[..., None]
-        error = (from_codes(to_codes(rows, scale, zero_point, spec), scale, zero_point) - rows).square().sum(-1)
+        distance = (from_codes(to_codes(rows, scale, zero_point, spec), scale, zero_point) - rows).abs_()
+        error = (distance.square_() if power == 2 else distance.pow_(power)).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_low, best_high = torch.where(better, low, best_low), torch.where(better, high, best_high)

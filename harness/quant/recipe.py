@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from harness.quant.quantizers import ActQuant, QuantizedWeight
+from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
 from harness.quant.transforms import Transform
 
 
@@ -28,7 +28,7 @@ class LayerRecipe:
     """
 
     transform: Transform = field(default_factory=Transform)
-    weight: QuantizedWeight | None = None
+    weight: QuantizedWeight | LookupWeight | None = None
     act: ActQuant | None = None
     low_rank: LowRank | None = None
 

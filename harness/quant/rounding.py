@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,14 @@ from harness.errors import UserError
 from harness.quant.attention import OPERANDS, QuantAttnProcessor, set_processor
 from harness.quant.build import build, clock_of, quant_layers
 from harness.quant.effective import effective_linear
-from harness.quant.quantizers import ActQuant, QuantizedWeight, mse_percentile_range, quantize_weight, static_quant
+from harness.quant.quantizers import (
+    ActQuant,
+    LookupWeight,
+    QuantizedWeight,
+    quantize_weight,
+    searched_range,
+    static_quant,
+)
 from harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRecipe
 from harness.quant.spec import Bits, QuantSpec
 from harness.quant.steps import StepTable
@@ -36,15 +44,17 @@ def nearest(
     transforms: dict[str, Transform] | None = None,
     folded: frozenset[str] = frozenset(),
     *,
-    weights: dict[str, QuantizedWeight] | None = None,
+    weights: Mapping[str, QuantizedWeight | LookupWeight] | None = None,
     weight_ranges: str = "minmax",
+    bits_of_layer: dict[str, Bits] | None = None,
     num_steps: int | None = None,
 ) -> ModelRecipe:
     """Every target layer with its transform, its weight rounded to nearest and its activation quantizer.
 
     transforms: by layer name (consumers of a folded site that stay in float need theirs as well).
     state: what `static_ranges` returned, among other things; only read when activations are static.
-    weights: layers whose weights were rounded elsewhere (GPTQ, AdaRound); the others are rounded to nearest.
+    weights: layers whose weights were rounded elsewhere (GPTQ, AdaRound, a log grid); the others are rounded to nearest.
+    bits_of_layer: layers whose format is another than `bits` (mixed precision, group sizes by layer).
 
     Raises:
         UserError: a group size that does not divide a layer's width.
@@ -53,16 +63,17 @@ def nearest(
     layers = {name: LayerRecipe(transform=transform) for name, transform in transforms.items()}
     for name in target.layers:
         effective = effective_linear(target, name, transforms, folded)
-        for spec in (bits.weight, bits.act):
+        own = (bits_of_layer or {}).get(name, bits)
+        for spec in (own.weight, own.act):
             if spec is not None:
                 spec.check_width(name, effective.weight_OC.shape[1])
         rounded = (weights or {}).get(name)
-        if rounded is None and bits.weight is not None:
-            rounded = quantize_weight(effective.weight_OC, bits.weight, ranges=weight_ranges)
+        if rounded is None and own.weight is not None:
+            rounded = quantize_weight(effective.weight_OC, own.weight, ranges=weight_ranges)
         layers[name] = LayerRecipe(
             transform=transforms.get(name, Transform()),
             weight=rounded,
-            act=None if bits.act is None else act_quant(bits.act, state, name),
+            act=None if own.act is None else act_quant(own.act, state, name),
         )
     attention = {name: _attention_recipe(bits.act, state, name) for name in target.attention} if bits.act else {}
     return ModelRecipe(layers, folded, attention, num_steps)
@@ -90,7 +101,7 @@ def static_ranges(
 
     Returns {layer/act_low, layer/act_high: (G,)} and, where there are groups, {layer/act_group_of_step: (S,)}; empty when
     activations are dynamic or float.
-    ranges: "minmax", or "mse" (percentile range with the least squared error on a sample of the values).
+    ranges: "minmax"; or "mse", "shrink": searched on a sample of the values, as in `quantize_weight`.
     group_of_layer: group_of_step by layer name; layers and operands without one have a single range.
     """
     if bits.act is None or bits.act.dynamic:
@@ -161,6 +172,6 @@ class _RangeWatch:
 
     def _range(self, key: tuple[str, int], spec: QuantSpec, ranges: str) -> tuple[Tensor, Tensor]:
         low, high = self.low[key], self.high[key]
-        if ranges == "mse":
-            return mse_percentile_range(torch.cat([*self.values[key], low[None], high[None]]), spec)
-        return low, high
+        if ranges == "minmax":
+            return low, high
+        return searched_range(torch.cat([*self.values[key], low[None], high[None]]), spec, ranges)

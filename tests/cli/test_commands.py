@@ -12,7 +12,7 @@ import yaml
 
 from harness import listing
 
-COMMANDS = ("run", "report", "list", "check-method", "doctor", "zoo")
+COMMANDS = ("run", "report", "list", "paper", "reproduce", "check-method", "doctor", "zoo")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",), ("run", "--help"), ("run", "-h")])
@@ -31,7 +31,7 @@ def test_run_help_tells_how_to_override_sweep_repeat_and_where_results_go(ditben
         assert needed in said
 
 
-@pytest.mark.parametrize("command", ["report", "list", "check-method", "doctor", "zoo"])
+@pytest.mark.parametrize("command", COMMANDS[1:])
 def test_every_other_command_has_its_own_help(ditbench, command):
     outcome = ditbench(command, "--help")
     assert outcome.code == 0

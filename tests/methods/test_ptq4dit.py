@@ -16,6 +16,8 @@ from harness.quant.target import Site, Target
 from methods import ptq4dit, smoothquant
 from methods.ptq4dit import Params, balance, spearman, timestep_weights, weight_salience
 
+ROUNDED = Params(reconstruct="none")  # where only the balance is looked at
+
 
 def saliences(normal, steps: int = 5, channels: int = 48):
     """Outliers that move over the steps, in channels that are partly those of the weight."""
@@ -54,7 +56,7 @@ def test_the_balance_is_equations_4_to_11_written_out(name, small_target, small_
     # B^X = diag(s̃ / s_ρ(X)) with s̃ = √(s_ρ(X) s(W)); the input is divided by its inverse
     expected = [over_time[c] / math.sqrt(over_time[c] * weight[c]) for c in range(48)]
     assert max(rho) - min(rho) > 1e-3
-    state = ptq4dit.fit(small_target, small_calibration, DYNAMIC, Params())
+    state = ptq4dit.fit(small_target, small_calibration, DYNAMIC, ROUNDED)
     torch.testing.assert_close(state[f"{site.name}/scale"], torch.tensor(expected), rtol=1e-4, atol=0)
 
 
@@ -89,7 +91,7 @@ def test_without_ssc_it_is_the_plain_mean_and_that_differs(normal):
 
 def test_what_the_input_is_divided_by_the_weight_is_multiplied_by(small_target, small_calibration):
     """B^X ⊙ B^W = 1."""
-    state = ptq4dit.fit(small_target, small_calibration, DYNAMIC, Params())
+    state = ptq4dit.fit(small_target, small_calibration, DYNAMIC, ROUNDED)
     transforms, folded = ptq4dit.placement(small_target, state)
     for site in ptq4dit.balanced_sites(small_target):
         for name in site.consumers:
@@ -121,7 +123,7 @@ def test_a_larger_weight_divides_the_scale_by_the_root_of_its_factor(factor, nor
 
 def test_with_one_timestep_it_is_smoothquant_at_one_half(small_target, small_calibration):
     one_step = replace(small_calibration, per_step=small_calibration.per_step[:1])
-    balanced = ptq4dit.fit(small_target, one_step, DYNAMIC, Params())
+    balanced = ptq4dit.fit(small_target, one_step, DYNAMIC, ROUNDED)
     smoothed = smoothquant.fit(small_target, one_step, DYNAMIC, smoothquant.Params(strength=0.5))
     assert len(smoothed) == 4
     for name, scale in smoothed.items():
@@ -157,7 +159,7 @@ def test_a_dead_channel_gets_a_finite_scale(normal):
 def test_attention_and_first_feed_forward_inputs_are_balanced_and_folded_and_the_rest_is_not(
     small_target, small_calibration
 ):
-    state = ptq4dit.fit(small_target, small_calibration, DYNAMIC, Params())
+    state = ptq4dit.fit(small_target, small_calibration, DYNAMIC, ROUNDED)
     recipe = ptq4dit.apply(small_target, state, DYNAMIC, Params())
     expected = {f"transformer_blocks.{b}.{s}" for b in (0, 1) for s in ("attn_in", "attn_out", "ff_in")}
     assert recipe.folded == expected and set(state) == {f"{name}/scale" for name in expected}
@@ -174,7 +176,7 @@ def test_salience_of_q_k_v_is_taken_over_the_three(small_target):
 
 
 def test_switched_off_it_is_rounding_with_searched_ranges(small_target, small_calibration):
-    params = Params(csb=False)
+    params = replace(ROUNDED, csb=False)
     state = ptq4dit.fit(small_target, small_calibration, DYNAMIC, params)
     recipe = ptq4dit.apply(small_target, state, DYNAMIC, params)
     assert state == {} and not recipe.folded
@@ -183,7 +185,7 @@ def test_switched_off_it_is_rounding_with_searched_ranges(small_target, small_ca
 
 def test_weights_are_rounded_after_the_fold(small_target, small_calibration):
     """The V rows: columns balanced for q, k, v and rows for the output projection."""
-    params, name = Params(), "transformer_blocks.0.attn1.to_v"
+    params, name = ROUNDED, "transformer_blocks.0.attn1.to_v"
     state = ptq4dit.fit(small_target, small_calibration, DYNAMIC, params)
     recipe = ptq4dit.apply(small_target, state, DYNAMIC, params)
     columns, rows = (state[f"transformer_blocks.0.{site}/scale"].double() for site in ("attn_in", "attn_out"))
@@ -214,7 +216,7 @@ def test_static_ranges_are_searched_unless_told_otherwise(small_target, small_ca
     """At 4 bits a percentile range is narrower than the extremes somewhere."""
     bits = STATIC.with_widths(8, 4)
     searched, extremes = (
-        ptq4dit.fit(small_target, small_calibration, bits, Params(ranges=r)) for r in ("mse", "minmax")
+        ptq4dit.fit(small_target, small_calibration, bits, replace(ROUNDED, ranges=r)) for r in ("mse", "minmax")
     )
     spans = [[float(s[f"{n}/act_high"] - s[f"{n}/act_low"]) for n in small_target.layers] for s in (searched, extremes)]
     assert all(a <= b for a, b in zip(*spans, strict=True)) and spans[0] != spans[1]
@@ -223,3 +225,39 @@ def test_static_ranges_are_searched_unless_told_otherwise(small_target, small_ca
 def test_other_ranges_are_refused():
     with pytest.raises(ValueError, match="mse or minmax, got 'max'"):
         Params(ranges="max")
+
+
+@pytest.mark.parametrize("bits", [DYNAMIC, STATIC.with_widths(4, 8)], ids=["dynamic", "static"])
+def test_reconstruction_brings_the_output_closer_to_float(bits, small_target, small_calibration, small_model):
+    errors = {}
+    for params in (ROUNDED, Params(iterations=40)):
+        state = ptq4dit.fit(small_target, small_calibration, bits, params)
+        built = build(small_target, ptq4dit.apply(small_target, state, bits, params), dtype=torch.float32)
+        exact = float_copy(small_target, dtype=torch.float32)
+        errors[params.reconstruct] = 0.0
+        with torch.no_grad():
+            for inputs in small_calibration.per_step:
+                errors[params.reconstruct] += float((built(**inputs).sample - exact(**inputs).sample).square().sum())
+    assert errors["block"] < 0.8 * errors["none"], errors
+
+
+def test_the_learned_weights_are_those_balanced_and_folded(small_target, small_calibration):
+    """Within one step of the weight that the balance makes, in every layer, and not simply the nearest."""
+    params = Params(iterations=40)
+    state = ptq4dit.fit(small_target, small_calibration, DYNAMIC, params)
+    recipe = ptq4dit.apply(small_target, state, DYNAMIC, params)
+    plain = ptq4dit.apply(small_target, state, DYNAMIC, ROUNDED)
+    for name in small_target.layers:
+        weight = effective_linear(small_target, name, *ptq4dit.placement(small_target, state)).weight_OC
+        learned = recipe.layers[name].weight
+        clamp = (weight.abs() / learned.scale_OG).clamp(min=learned.spec.quant_max) - learned.spec.quant_max
+        assert bool(((learned.dequantize() - weight).abs() <= (1.0001 + clamp) * learned.scale_OG).all())
+        assert torch.equal(learned.codes_OC, state[f"{name}/codes"])
+    assert plain.layers.keys() == recipe.layers.keys()
+
+
+def test_static_scales_are_learned_along(small_target, small_calibration):
+    plain, learned = (ptq4dit.fit(small_target, small_calibration, STATIC, p) for p in (ROUNDED, Params(iterations=5)))
+    for name in small_target.layers:
+        assert not torch.equal(plain[f"{name}/act_high"], learned[f"{name}/act_high"])
+        torch.testing.assert_close(plain[f"{name}/act_high"], learned[f"{name}/act_high"], rtol=0.05, atol=0)

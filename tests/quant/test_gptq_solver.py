@@ -25,7 +25,9 @@ def problem(normal):
 def slow_gptq(weight, hessian, spec, damp):
     """The textbook form: one column at a time, the whole inverse updated by elimination (OBS), no blocks, no Cholesky."""
     weight = weight.double().clone()
-    hessian = hessian.double() + damp * hessian.double().diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    hessian = hessian.double() + damp * hessian.double().diagonal().mean() * torch.eye(
+        len(hessian), dtype=torch.float64
+    )
     inverse = torch.linalg.inv(hessian)
     out = torch.zeros_like(weight)
     size = spec.group_size or weight.shape[1]

@@ -1,0 +1,114 @@
+"""AdaRound (Nagel et al. 2020, arXiv:2004.10568): each weight learns whether it is rounded down or up.
+
+    Ŵ = δ · (clamp(⌊W/δ⌋ + h(α) + z, q_min, q_max) − z),    h(α) = clamp(sigmoid(α) (ζ − γ) + γ, 0, 1)
+    start: h(α) = W/δ − ⌊W/δ⌋, so that Ŵ = W        regulariser: Σ 1 − |2 h(α) − 1|^b        end: h = 1 where α ≥ 0
+
+    paper    here          meaning
+    α        alpha_OGg     what is learned, one per weight
+    h(α)     up_OGg        share by which a weight is rounded up, 0–1
+    ζ, γ     STRETCH       1.1 and −0.1: h reaches 0 and 1 at finite α
+    b        sharpness     20 → 2: how close to 0 or 1 the regulariser starts to pull
+    δ, z     scale, zero_point   of the start, not learned
+
+`LearnedAct` is the same for a static activation quantizer: its scale is learned through the rounding as if that were the
+identity (LSQ, Esser et al. 2020, arXiv:1902.08153, without its gradient scale, which Adam takes out).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from harness.quant.quantizers import ActQuant, QuantizedWeight, fake_quantize_activation, from_codes
+
+STRETCH = (-0.1, 1.1)
+SCALE_FLOOR = 1e-3  # of the starting scale: a learned scale stays positive
+
+
+class AdaRound(nn.Module):
+    """The rounding of one weight; start gives scale, zero_point and spec."""
+
+    def __init__(self, weight_OC: Tensor, start: QuantizedWeight) -> None:
+        super().__init__()
+        self.spec = start.spec
+        groups = start.scale_OG.shape[1]
+        self.scale_OG, self.zero_point_OG = start.scale_OG, start.zero_point_OG
+        ratio_OGg = weight_OC.unflatten(1, (groups, -1)) / start.scale_OG[..., None]
+        self.floor_OGg = ratio_OGg.floor()
+        self.alpha_OGg = nn.Parameter(alpha_of(ratio_OGg - self.floor_OGg))
+
+    def soft_OC(self) -> Tensor:
+        """The weight that is trained: between its two neighbours on the grid."""
+        return self._dequantize(rectified_sigmoid(self.alpha_OGg))
+
+    def hard(self) -> QuantizedWeight:
+        """The weight that is used: up where α ≥ 0."""
+        codes = self._codes((self.alpha_OGg.detach() >= 0).to(self.floor_OGg.dtype)).flatten(1)
+        dtype = torch.int8 if self.spec.symmetric else torch.uint8
+        return QuantizedWeight(codes.to(dtype), self.scale_OG, self.zero_point_OG, self.spec)
+
+    def regulariser(self, sharpness: float) -> Tensor:
+        """Σ 1 − |2 h(α) − 1|^b: 0 when every weight has decided."""
+        return (1 - (2 * rectified_sigmoid(self.alpha_OGg) - 1).abs() ** sharpness).sum()
+
+    def _codes(self, up_OGg: Tensor) -> Tensor:
+        codes = self.floor_OGg + up_OGg
+        if self.zero_point_OG is not None:
+            codes = codes + self.zero_point_OG[..., None]
+        return codes.clamp(self.spec.quant_min, self.spec.quant_max)
+
+    def _dequantize(self, up_OGg: Tensor) -> Tensor:
+        zero_point = None if self.zero_point_OG is None else self.zero_point_OG[..., None]
+        return from_codes(self._codes(up_OGg), self.scale_OG[..., None], zero_point).flatten(1)
+
+
+class LearnedAct(nn.Module):
+    """An activation quantizer that gradients pass through; if it is static, its scale is a parameter (zero_point stays)."""
+
+    def __init__(self, quant: ActQuant) -> None:
+        super().__init__()
+        self.quant = quant
+        self.scale_G: nn.Parameter | None = None
+        if quant.scale is not None:
+            self.scale_G = nn.Parameter(quant.scale.rows.detach().clone())
+            self.floor_G = SCALE_FLOOR * quant.scale.rows
+
+    def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
+        if self.scale_G is None:
+            return x + (fake_quantize_activation(x.detach(), self.quant, step) - x).detach()
+        assert self.quant.scale is not None
+        group = self.quant.scale.group_of_step
+        scale = self.scale_G[0 if group is None else group[step]]
+        zero_point = None if self.quant.zero_point is None else self.quant.zero_point.at(step)
+        spec, codes = self.quant.spec, x / scale
+        codes = codes + (codes.round() - codes).detach()  # rounding, with the gradient of the identity
+        codes = (codes if zero_point is None else codes + zero_point).clamp(spec.quant_min, spec.quant_max)
+        return from_codes(codes, scale, zero_point)
+
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        if self.scale_G is not None:
+            self.scale_G.clamp_(min=self.floor_G)
+
+    def range_state(self, name: str) -> dict[str, Tensor]:
+        """The learned scale as the range ends that `rounding.act_quant` makes it from."""
+        assert self.scale_G is not None
+        spec, scale_G = self.quant.spec, self.scale_G.detach()
+        zero_point_G = torch.zeros_like(scale_G) if self.quant.zero_point is None else self.quant.zero_point.rows
+        low = -spec.quant_max if spec.symmetric else spec.quant_min
+        return {
+            f"{name}/act_low": (low - zero_point_G) * scale_G,
+            f"{name}/act_high": (spec.quant_max - zero_point_G) * scale_G,
+        }
+
+
+def rectified_sigmoid(alpha: Tensor) -> Tensor:
+    """h(α)."""
+    low, high = STRETCH
+    return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
+
+
+def alpha_of(up: Tensor) -> Tensor:
+    """The inverse of h on [0, 1]."""
+    low, high = STRETCH
+    return torch.logit((up - low) / (high - low))

@@ -1,0 +1,434 @@
+"""CLQ (Liu et al. 2025, arXiv:2509.24416): cross-block calibration, orthogonal smoothing and cross-layer clipping for DiT.
+
+CBC. Block k is calibrated in float on what the rounded blocks before it give; the sampler is not run again:
+
+    h_k = Q(block_k)(h_{k−1});   X and Y of block k's layers are those of block_k(h_{k−1})
+
+OBS. A permutation S gathers channels of similar magnitude, a block-diagonal Hadamard matrix H spreads each half:
+
+    Y = X Wᵀ = (X G)(W G)ᵀ,   G = S H,   S: the D/nb channels of largest o_j first,   H = diag(Had(D/nb), …)
+
+CLPS. Range ends (l, r) of a quantizer are judged at a later layer T, where its error shows most:
+
+    ε_c(L) = mean|Y_L − Ŷ_L(c·(min, max))| / mean|Y_L|  for c in Δ;   T = argmax_L Var_c ε_c(L), at most 3 blocks behind
+    l*, r* = argmin over l, r of ‖Y_T − Ŷ_T(l, r)‖²,   l = (1 − i/K) min,   r = (1 − j/K) max
+
+    paper       here             meaning
+    S           permutation      group (paper) | deal (ranks dealt out to the blocks in turn) | none | random
+    o_j         score            absmax | rms | p999 of |X_j| over samples and tokens (p999: of each call, then the largest)
+    nb          blocks           number of Hadamard blocks; see `hadamard_blocks` where D/nb has no Hadamard matrix
+    Δ           probe            shares of the range that are tried to find T
+    T           choose           variance (paper) | peak (largest mean error)
+    K           grid, lowest     candidates 1 − i/K, down to `lowest`
+    (3 blocks)  reach            how far behind the quantizer's block T may be
+    β, γ        weight_ratios    l = β · min, r = γ · max of each row; one pair per layer
+
+Certain, from the paper's figures and its public reviews: preceding blocks rounded and the calibrated one in float; G = S H
+with similar magnitudes together and two dense halves in the original order; a target layer downstream, of the largest
+variance, within three blocks; the squared error there. The text and code are not public in full; reconstructed are: the
+outlier score, Δ, the grid (that of 2DQuant by the same author: diagonal first, then around the best), the prefix depth
+(`cbc_depth`: all blocks before, or 1, the previous block on otherwise float input), ranges as ratios of each row's
+ends, one quantizer rounded at a time during the search, all steps pooled. Quantizers of one block do not see one another.
+
+Departs from the paper: K is 20 and candidates stop at 0.4 (2DQuant: 100 and 0), on 4 samples × 4 steps, for CPUs. ε is
+divided by mean|Y_L|, or the target would follow the scale of the outputs. With one scale per token, grouping hurts, since
+the outliers' half sets the scale of both; with permutation=group, activations that are dynamic per token therefore get one
+scale per token and Hadamard block (`act_scale` auto). Dynamic activations have no fixed ends: one clip ratio per layer
+input is searched. Where nothing follows, the target is the layer's own output. `target` fp_network judges against
+the float network's own response, which lets a block make up for errors before it. Linears outside the blocks, and attention
+operands, are rounded plainly. With dynamic activations CBC alone calibrates nothing: its row equals the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from harness.calibrate import Calibration
+from harness.errors import UserError
+from harness.quant.effective import effective_linear
+from harness.quant.hadamard import is_admissible, largest_admissible_divisor
+from harness.quant.quantizers import ActQuant, quantize_weight
+from harness.quant.recipe import ModelRecipe
+from harness.quant.rounding import act_quant, nearest, static_ranges
+from harness.quant.spec import Bits, QuantSpec
+from harness.quant.target import Site, Target, weight_matrix
+from harness.quant.transforms import Hadamard, Permutation, Rotation, Transform
+from harness.stream import MAX_BYTES, BlockInput, BlockStream
+from harness.trial import TrialLayer, float_model, trial_layers
+
+PARTS = ("cbc", "obs", "clps")
+CHOICES = {
+    "cbc_depth": ("all", "1"),
+    "target": ("fp_block", "fp_network"),
+    "permutation": ("group", "deal", "none", "random"),
+    "score": ("absmax", "rms", "p999"),
+    "act_scale": ("auto", "token", "token_block"),
+    "choose": ("variance", "peak"),
+}
+
+
+@dataclass(frozen=True)
+class Params:
+    """parts: which of the three are on, joined by +, or none: the rows of the ablation are values of one parameter."""
+
+    parts: str = "cbc+obs+clps"
+    cbc_depth: str = "all"
+    target: str = "fp_block"
+    permutation: str = "group"
+    score: str = "absmax"
+    blocks: int = 2
+    act_scale: str = "auto"
+    probe: tuple[float, ...] = (0.4, 0.55, 0.7, 0.85, 1.0)
+    choose: str = "variance"
+    reach: int = 3
+    grid: int = 20
+    lowest: float = 0.4
+    local: int = 1  # how far around the best of the diagonal (i, i) the pairs (i + a, j + b) are searched
+    search_samples: int = 4
+    search_steps: int = 4
+    seed: int = 0  # of permutation=random
+    max_bytes: int = MAX_BYTES  # of the hidden states held at a time
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cbc_depth", str(self.cbc_depth))  # Hydra reads 1 as a number
+        object.__setattr__(self, "probe", tuple(self.probe))
+        named = [] if self.parts == "none" else self.parts.split("+")
+        if set(named) - set(PARTS) or len(set(named)) != len(named):
+            raise ValueError(f"clq: parts are none, or some of {', '.join(PARTS)} joined by +, got {self.parts!r}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"clq: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("blocks", "grid", "search_samples", "search_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"clq: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("reach", "local"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"clq: {name} must be at least 0, got {getattr(self, name)}")
+        if not self.probe or not all(0 < c <= 1 for c in (*self.probe, self.lowest or 1)):
+            raise ValueError(
+                f"clq: probe and lowest are shares of a range in (0, 1], got {self.probe} and {self.lowest}"
+            )
+
+    def has(self, part: str) -> bool:
+        return part in self.parts.split("+")
+
+
+def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
+    """Block by block: OBS and CLPS on the data that CBC says, then the block is rounded for those behind it."""
+    state: dict[str, Tensor] = {}
+    static = bits.act is not None and not bits.act.dynamic
+    if params.has("obs") or params.has("clps") or static:
+        for name in target.layers:
+            for spec in (bits.weight, bits.act):
+                if spec is not None:
+                    spec.check_width(name, weight_matrix(target.module(name)).shape[1])
+        walk(target, calibration, bits, params, state)
+    return static_ranges(target, bits, calibration, transforms(target, state, params)) | state
+
+
+def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:
+    rotated, weights = transforms(target, state, params), {}
+    if bits.weight is not None:
+        for name in target.layers:
+            weight_OC = effective_linear(target, name, rotated, frozenset()).weight_OC
+            weights[name] = quantize_weight(weight_OC, bits.weight, ratios=weight_ratios(state, name))
+    recipe = nearest(target, bits, state, rotated, weights=weights)
+    layers = dict(recipe.layers)
+    if bits.act is not None:
+        for name in [layer for block in target.blocks for layer in layers_of(target, block)]:
+            layers[name] = replace(layers[name], act=activation(target, state, bits.act, params, name))
+    return replace(recipe, layers=layers)
+
+
+def walk(target: Target, calibration: Calibration, bits: Bits, params: Params, state: dict[str, Tensor]) -> None:
+    """CBC: fill the state block by block; `stream` holds what a block is calibrated on, `floats` the float network's."""
+    inside = [name for block in target.blocks for name in layers_of(target, block)]
+    stream, floats = (
+        BlockStream(float_model(target, inside, torch.float32), target.blocks, calibration, max_bytes=params.max_bytes)
+        for _ in range(2)
+    )
+    trials = trial_layers(stream.model)
+    generator = torch.Generator().manual_seed(params.seed)
+    for (block, module), _ in zip(stream, floats, strict=True):
+        layers = {name: trials[name] for name in layers_of(target, block)}
+        sites = [site for site in target.linear_sites() if any(name in layers for name in site.consumers)]
+        if params.has("obs") and params.permutation != "none":
+            scores = outlier_scores(stream, module, sites, layers, params.score)
+            for site in sites:
+                blocks, _ = hadamard_blocks(len(scores[site.name]), params.blocks)
+                state[f"{site.name}/order"] = channel_order(scores[site.name], blocks, params.permutation, generator)
+        rotated = transforms(target, state, params, sites)
+        for name in layers:
+            if name in rotated:
+                weight_OC = rotated[name].of_weight(weight_matrix(target.module(name)).double())
+                layers[name].transform(rotated[name], weight_OC)
+        if bits.act is not None and not bits.act.dynamic:
+            state |= input_ranges(stream, module, layers)
+        if params.has("clps"):
+            state |= clps(target, stream, floats, block, sites, layers, bits, params, state)
+        if params.has("cbc"):
+            for name, layer in layers.items():
+                round_layer(target, layer, state, bits, params, name)
+            if params.cbc_depth == "1":
+                stream.restart_at(floats)
+
+
+# --- OBS
+
+
+def outlier_scores(
+    stream: BlockStream, module: torch.nn.Module, sites: list[Site], layers: dict[str, TrialLayer], score: str
+) -> dict[str, Tensor]:
+    """{site: o_j}, from one pass over the block's inputs."""
+    scores = {site.name: Score(score) for site in sites}
+    stream.watch(module, {layers[next(n for n in s.consumers if n in layers)].layer: scores[s.name].see for s in sites})
+    return {name: score.of_channels(name) for name, score in scores.items()}
+
+
+class Score:
+    """o_j of the channels of one tensor, call by call."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.running_C: Tensor | None = None
+        self.rows = 0
+
+    def see(self, x: Tensor) -> None:
+        magnitude_TC = x.detach().abs().flatten(0, -2)
+        if self.kind == "rms":
+            seen_C = magnitude_TC.double().square().sum(0)
+            self.running_C = seen_C if self.running_C is None else self.running_C + seen_C
+        else:
+            rank = len(magnitude_TC) if self.kind == "absmax" else max(1, round(0.999 * len(magnitude_TC)))
+            seen_C = magnitude_TC.kthvalue(rank, dim=0).values
+            self.running_C = seen_C if self.running_C is None else torch.maximum(self.running_C, seen_C)
+        self.rows += len(magnitude_TC)
+
+    def of_channels(self, name: str) -> Tensor:
+        if self.running_C is None:
+            raise RuntimeError(f"{name} saw no calibration batch; is it skipped at every step you calibrate?")
+        return (self.running_C / self.rows).sqrt() if self.kind == "rms" else self.running_C
+
+
+def channel_order(score_C: Tensor, blocks: int, permutation: str, generator: torch.Generator) -> Tensor:
+    """S: which channel comes to each place. Inside a block the channels keep their order."""
+    if permutation == "random":
+        return torch.randperm(len(score_C), generator=generator)
+    ranked_C = score_C.argsort(descending=True, stable=True)
+    members = ranked_C.reshape(blocks, -1) if permutation == "group" else ranked_C.reshape(-1, blocks).T
+    return members.sort(dim=1).values.flatten()
+
+
+def hadamard_blocks(width: int, wanted: int) -> tuple[int, int]:
+    """(blocks that S fills, size of the Hadamard matrices in them).
+
+    Fewer blocks where width / wanted has no Hadamard matrix; if no number of blocks has one, the blocks stay as they are
+    and each is rotated in parts of the largest size that has one (184 = 8·23: 2 blocks of 92, rotated by 4).
+    """
+    fitting = [blocks for blocks in range(min(wanted, width), 0, -1) if width % blocks == 0]
+    for blocks in fitting:
+        if is_admissible(width // blocks):
+            return blocks, width // blocks
+    return fitting[0], largest_admissible_divisor(width // fitting[0])
+
+
+def transforms(
+    target: Target, state: dict[str, Tensor], params: Params, sites: list[Site] | None = None
+) -> dict[str, Transform]:
+    """G = S H for the inputs of all layers inside the blocks (or of these sites); shared by the layers that read it."""
+    if not params.has("obs"):
+        return {}
+    found = {}
+    inside = {name for block in target.blocks for name in layers_of(target, block)}
+    for site in target.linear_sites() if sites is None else sites:
+        readers = [name for name in site.consumers if name in inside]
+        if not readers:
+            continue
+        width = target.module(readers[0]).in_features
+        rotations: tuple[Rotation, ...] = (Hadamard(width, block_size=hadamard_blocks(width, params.blocks)[1]),)
+        if params.permutation != "none":
+            rotations = (Permutation(state[f"{site.name}/order"]), *rotations)
+        found |= dict.fromkeys(readers, Transform(rotations=rotations))
+    return found
+
+
+# --- CLPS
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One quantizer under search: the weight of a layer, or the input that the layers of a site share."""
+
+    side: str  # weight | act
+    layers: tuple[str, ...]
+    spec: QuantSpec
+
+    @property
+    def one_ratio(self) -> bool:
+        """A symmetric range has one end; a dynamic one takes one ratio (`ActQuant.clip`)."""
+        return self.spec.symmetric or self.spec.dynamic
+
+    def ends(self, low: float, high: float, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state entries of a candidate: both ends of the range times these ratios."""
+        if self.side == "weight":
+            return {f"{name}/weight_ratios": torch.tensor([low, high]) for name in self.layers}
+        if self.spec.dynamic:
+            return {f"{name}/act_clip": torch.tensor(low) for name in self.layers}
+        return {
+            f"{name}/act_{end}": ratio * state[f"{name}/act_{end}"]
+            for name in self.layers
+            for end, ratio in (("low", low), ("high", high))
+        }
+
+
+@dataclass(frozen=True)
+class CrossLayerSearch:
+    """Range ends of the quantizers of one block, one at a time with everything else in float.
+
+    calls: X of the block as CBC says. expected: Y of each layer in reach. found: what the state says so far.
+    """
+
+    target: Target
+    stream: BlockStream
+    block: str
+    layers: dict[str, TrialLayer]
+    calls: list[BlockInput]
+    expected: dict[str, Tensor]
+    found: dict[str, Tensor]
+    bits: Bits
+    params: Params
+
+    def ends(self, quantizer: Quantizer) -> dict[str, Tensor]:
+        """The state entries of (l*, r*)."""
+        goal = self.goal(quantizer)
+
+        def loss(low: float, high: float) -> float:
+            output = self.outputs(quantizer, low, high, [goal])[goal]
+            return float((output - self.expected[goal]).double().square().sum())
+
+        return quantizer.ends(*search(loss, self.params, one_ratio=quantizer.one_ratio), self.found)
+
+    def goal(self, quantizer: Quantizer) -> str:
+        """T: of the layers behind it, the one where the probes c ∈ Δ are told apart best; itself if nothing follows."""
+        after = list(self.expected)
+        after = after[after.index(quantizer.layers[-1]) + 1 :]
+        if not after:
+            return quantizer.layers[-1]
+        error_cL = torch.zeros(len(self.params.probe), len(after), dtype=torch.float64)
+        for row, share in enumerate(self.params.probe):
+            for name, output in self.outputs(quantizer, share, share, after).items():
+                expected = self.expected[name].double()
+                error = (output.double() - expected).abs().mean() / expected.abs().mean().clamp(min=1e-12)
+                error_cL[row, after.index(name)] = error
+        return after[loudest(error_cL, self.params.choose)]
+
+    def outputs(self, quantizer: Quantizer, low: float, high: float, names: list[str]) -> dict[str, Tensor]:
+        """Ŷ(l, r) of the named layers."""
+        candidate = self.found | quantizer.ends(low, high, self.found)
+        one_side = replace(self.bits, **{"act" if quantizer.side == "weight" else "weight": None})
+        with ExitStack() as stack:
+            for name in quantizer.layers:
+                stack.callback(self.layers[name].round)  # back to float
+                round_layer(self.target, self.layers[name], candidate, one_side, self.params, name)
+            return self.stream.layer_outputs(self.block, self.params.reach, self.calls, names)
+
+
+def clps(
+    target: Target,
+    stream: BlockStream,
+    floats: BlockStream,
+    block: str,
+    sites: list[Site],
+    layers: dict[str, TrialLayer],
+    bits: Bits,
+    params: Params,
+    state: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    start = target.blocks.index(block)
+    near = [name for b in target.blocks[start : start + params.reach + 1] for name in layers_of(target, b)]
+    calls = stream.sample(params.search_steps, params.search_samples)
+    own = floats.sample(params.search_steps, params.search_samples) if params.target == "fp_network" else calls
+    expected = floats.layer_outputs(block, params.reach, own, near)
+    searching = CrossLayerSearch(target, stream, block, layers, calls, expected, dict(state), bits, params)
+    return {key: value for each in quantizers(sites, layers, bits) for key, value in searching.ends(each).items()}
+
+
+def quantizers(sites: list[Site], layers: dict[str, TrialLayer], bits: Bits) -> list[Quantizer]:
+    found = []
+    for site in sites:
+        readers = tuple(name for name in layers if name in site.consumers)
+        found += [] if bits.act is None else [Quantizer("act", readers, bits.act)]
+        found += [] if bits.weight is None else [Quantizer("weight", (name,), bits.weight) for name in readers]
+    return found
+
+
+def loudest(error_cL: Tensor, choose: str) -> int:
+    """argmax_L Var_c ε_c(L), or the largest mean error (peak)."""
+    return int((error_cL.var(dim=0, unbiased=False) if choose == "variance" else error_cL.mean(dim=0)).argmax())
+
+
+def search(loss: Callable[[float, float], float], params: Params, *, one_ratio: bool) -> tuple[float, float]:
+    """The ratios with the least loss: pairs (i, i) first, then (i ± local, j ± local) around the best of them."""
+    shares = [1 - i / params.grid for i in range(params.grid) if 1 - i / params.grid >= params.lowest - 1e-9]
+    losses = {(i, i): loss(share, share) for i, share in enumerate(shares)}
+    best, _ = min(losses, key=losses.__getitem__)
+    if not one_ratio:
+        around = [i for i in range(best - params.local, best + params.local + 1) if 0 <= i < len(shares)]
+        losses |= {(i, j): loss(shares[i], shares[j]) for i in around for j in around if (i, j) not in losses}
+    low, high = min(losses, key=losses.__getitem__)
+    return shares[low], shares[high]
+
+
+# --- what the state says about one layer
+
+
+def layers_of(target: Target, block: str) -> list[str]:
+    return [name for name in target.layers if name.startswith(f"{block}.")]
+
+
+def weight_ratios(state: dict[str, Tensor], name: str) -> tuple[float, float]:
+    low, high = state.get(f"{name}/weight_ratios", torch.ones(2)).tolist()
+    return low, high
+
+
+def activation(target: Target, state: dict[str, Tensor], spec: QuantSpec, params: Params, name: str) -> ActQuant:
+    """The quantizer of one layer's input, inside the blocks."""
+    if not spec.dynamic:
+        if params.act_scale == "token_block":
+            raise UserError(
+                "method.act_scale=token_block needs dynamic activations; use act_scale=auto or bits.act.dynamic=true"
+            )
+        return act_quant(spec, state, name)
+    grouped = params.has("obs") and params.permutation == "group" and spec.granularity == "per_token"
+    if params.act_scale == "token_block" or (params.act_scale == "auto" and grouped):
+        width = target.module(name).in_features
+        spec = replace(spec, granularity="per_group", group_size=width // hadamard_blocks(width, params.blocks)[0])
+    return ActQuant(spec, clip=float(state.get(f"{name}/act_clip", torch.ones(()))))
+
+
+def round_layer(
+    target: Target, layer: TrialLayer, state: dict[str, Tensor], bits: Bits, params: Params, name: str
+) -> None:
+    """Round one layer of the model in hand as `apply` would."""
+    weight_OC = None
+    if bits.weight is not None:
+        weight_OC = quantize_weight(layer.weight_OC, bits.weight, ratios=weight_ratios(state, name)).dequantize()
+    layer.round(weight_OC, None if bits.act is None else activation(target, state, bits.act, params, name))
+
+
+def input_ranges(stream: BlockStream, module: torch.nn.Module, layers: dict[str, TrialLayer]) -> dict[str, Tensor]:
+    """Static range ends of the transformed inputs of one block's layers, as `static_ranges` names them."""
+    found: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        low, high = x.amin()[None], x.amax()[None]
+        found[f"{name}/act_low"] = torch.minimum(found.get(f"{name}/act_low", low), low)
+        found[f"{name}/act_high"] = torch.maximum(found.get(f"{name}/act_high", high), high)
+
+    stream.watch(module, {layer.kernel: lambda x, name=name: see(name, x) for name, layer in layers.items()})
+    return found

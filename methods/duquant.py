@@ -1,0 +1,81 @@
+"""DuQuant (Lin et al. 2024, arXiv:2406.01721) on a DiT: smoothing, then two fitted block rotations with a permutation between.
+
+    Λ_c = max|X_c|^α / max|W_c|^(1−α);  X ← X / Λ · R₁ P R₂,  W ← W · Λ · R₁ P R₂,  weights rounded to nearest
+
+    paper     here           meaning
+    Λ         scale_C        one per layer input
+    α         alpha          0.6
+    R₁ P R₂   Dual           greedy block rotations around a zigzag permutation (`harness.quant.rotations`)
+
+Departs from the paper: fitted on a sample of tokens over all denoising steps; no clipping ratios and no learned clipping
+(DuQuant+LWC); Λ is shared by all layers that read the same tensor and folded into its producer where one is known; the
+rotations run online at every layer input (adaLN does not commute with them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.calibrate import Calibration
+from harness.observe import channel_stats, token_sample
+from harness.quant.recipe import ModelRecipe
+from harness.quant.rotations import Dual, dual_rotation
+from harness.quant.rounding import nearest, static_ranges
+from harness.quant.spec import Bits
+from harness.quant.target import Target
+from harness.quant.transforms import Transform
+from harness.seeds import sample_seeds
+from methods.smoothquant import smoothing_scale, weight_absmax
+
+
+@dataclass(frozen=True)
+class Params:
+    """Defaults are those of the released code's run scripts."""
+
+    alpha: float = 0.6
+    floor: float = 1e-5  # on both ranges and on Λ: a dead channel must not divide by zero
+    block_size: int = 128  # at most; the largest divisor of the width is taken
+    steps: int = 256  # greedy
+    tokens: int = 512  # that the rotations are fitted on, per layer input
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"duquant: alpha must be in [0, 1], got {self.alpha}")
+        if self.block_size < 1 or self.steps < 0 or self.tokens < 1:
+            raise ValueError(
+                "duquant: block_size and tokens must be at least 1, steps at least 0; "
+                f"got {self.block_size}, {self.tokens}, {self.steps}"
+            )
+
+
+def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
+    sites, stats = target.linear_sites(), channel_stats(target, calibration)
+    tokens = token_sample(target, calibration, sites, params.tokens)
+    state: dict[str, Tensor] = {}
+    for site, seed in zip(sites, sample_seeds(params.seed, len(sites), stream="duquant"), strict=True):
+        absmax_C = stats[site.consumers[0]].absmax_C
+        scale_C = smoothing_scale(absmax_C, weight_absmax(target, site), params.alpha, params.floor)
+        generator = torch.Generator().manual_seed(seed)
+        dual = dual_rotation(tokens[site.name] / scale_C, params.block_size, params.steps, generator)
+        state |= {f"{site.name}/scale": scale_C} | dual.state(site.name)
+    return state | static_ranges(target, bits, calibration, *placement(target, state))
+
+
+def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:
+    return nearest(target, bits, state, *placement(target, state))
+
+
+def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:
+    """The transforms by layer, and the sites whose smoothing is folded into their producer."""
+    transforms: dict[str, Transform] = {}
+    folded = frozenset(site.name for site in target.linear_sites() if site.producer is not None)
+    for site in target.linear_sites():
+        rotations = Dual.from_state(site.name, state).rotations()
+        shared = Transform(scale_C=state[f"{site.name}/scale"], rotations=rotations)
+        # layers left in float follow a fold, and are spared what runs online
+        transforms |= {name: shared for name in site.consumers if name in target.layers or site.name in folded}
+    return transforms, folded

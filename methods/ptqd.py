@@ -1,0 +1,102 @@
+"""PTQD (He et al. 2023, arXiv:2305.10657): the error of a quantized model's noise estimate, split and corrected.
+
+At every denoising step t the error of the quantized estimate ε̂ is a part that is proportional to ε, a bias and the rest:
+
+    ε̂ − ε = k_t ε + bias_{t,c} + residual,      corrected:  (ε̂ − bias_{t,c}) / (1 + k_t)
+
+    paper       here             meaning
+    k_t         slope_S          of a linear regression of the error on ε, one per step
+    bias        bias_Sc          mean of what is left, per step and channel c of the noise
+    σ_q(t)      residual_std_S   standard deviation of the residual
+    floor       least_gain       least 1 + k_t that is divided by
+
+The statistics are taken in `fit` from the calibration's inputs, given to the float model and to the quantized one;
+`correct_step` corrects the sampler's estimate. With guidance they are those of the conditional and the null rows together,
+and the guided estimate null + w (conditional − null) is corrected: its weights w and 1 − w sum to one, so k_t and a bias
+that both rows share are those of the guided estimate as well.
+
+Departs from the paper: weights are rounded to nearest with min-max ranges (the paper: BRECQ), and first and last layers
+are as the protocol says (the paper: 8 bits). The calibration of the variance schedule, which takes σ_q² off the variance
+that DDPM adds, is not in: the hook sees the estimate and not the scheduler. σ_q is in the state for whoever looks. The
+regression has one intercept per channel, which is the bias: with a common one, biases would leak into k_t. Where 1 + k_t
+falls below `least_gain` (an estimate that has little to do with ε) it is held there; dividing would only amplify noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from harness.calibrate import Calibration
+from harness.quant.build import build, clock_of, float_copy
+from harness.quant.recipe import ModelRecipe
+from harness.quant.rounding import nearest, static_ranges
+from harness.quant.spec import Bits
+from harness.quant.target import Target
+
+
+@dataclass(frozen=True)
+class Params:
+    """slope and bias switch the two corrections off one by one."""
+
+    slope: bool = True
+    bias: bool = True
+    least_gain: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.least_gain <= 1.0:
+            raise ValueError(f"ptqd: least_gain must be above 0 and at most 1, got {self.least_gain}")
+
+
+def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
+    state = static_ranges(target, bits, calibration)
+    quantized = build(target, apply(target, state, bits, params), dtype=torch.float32)
+    exact = float_copy(target, dtype=torch.float32)
+    slopes, biases, residuals = [], [], []
+    for step in tqdm(range(calibration.num_steps), desc="noise errors", leave=False):
+        expected_Bchw, noise_Bchw = (noise_estimates(model, calibration, step) for model in (exact, quantized))
+        slope, bias_c, residual_std = error_statistics(expected_Bchw, noise_Bchw, params)
+        slopes.append(slope)
+        biases.append(bias_c)
+        residuals.append(residual_std)
+    statistics = {"slope_S": slopes, "bias_Sc": biases, "residual_std_S": residuals}
+    return state | {name: torch.stack(values) for name, values in statistics.items()}
+
+
+def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:
+    return nearest(target, bits, state)
+
+
+def correct_step(state: dict[str, Tensor], params: Params, step: int, noise: Tensor) -> Tensor:
+    """The guided estimate (B, c, h, w) of one step → the corrected one."""
+    bias_c = state["bias_Sc"][step].to(noise)
+    gain = (1 + state["slope_S"][step]).to(noise)
+    return (noise - bias_c[:, None, None]) / gain
+
+
+@torch.no_grad()
+def noise_estimates(model: nn.Module, calibration: Calibration, step: int, batch_size: int = 64) -> Tensor:
+    """The model's estimates (B, c, h, w) on all recorded rows of one step, without a learned variance; float64."""
+    clock_of(model).set(step, calibration.num_steps)
+    inputs = {n: t.float() if t.is_floating_point() else t for n, t in calibration.per_step[step].items()}
+    channels, rows = inputs["hidden_states"].shape[1], len(inputs["hidden_states"])
+    parts = []
+    for start in range(0, rows, batch_size):
+        output = model(**{name: tensor[start : start + batch_size] for name, tensor in inputs.items()}).sample
+        parts.append(output[:, :channels].double())
+    return torch.cat(parts)
+
+
+def error_statistics(expected_Bchw: Tensor, noise_Bchw: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+    """k, bias_c and the residual's standard deviation at one step."""
+    error_Bchw = noise_Bchw - expected_Bchw
+    over = (0, 2, 3)
+    centred = expected_Bchw - expected_Bchw.mean(over, keepdim=True)
+    slope = (centred * error_Bchw).sum() / centred.square().sum().clamp(min=torch.finfo(centred.dtype).tiny)
+    slope = slope.clamp(min=params.least_gain - 1) if params.slope else torch.zeros_like(slope)
+    rest_Bchw = error_Bchw - slope * expected_Bchw
+    bias_c = rest_Bchw.mean(over) if params.bias else rest_Bchw.new_zeros(rest_Bchw.shape[1])
+    return slope, bias_c, (rest_Bchw - bias_c[:, None, None]).std()

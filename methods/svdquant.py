@@ -1,0 +1,355 @@
+"""SVDQuant (Li et al. 2024, arXiv:2411.05007): a 16-bit low-rank branch absorbs outliers, 4 bits keep the residual.
+
+    X̂ = X diag(λ)⁻¹,  Ŵ = W diag(λ)                       outliers move from X into W
+    Ŵ ≈ b a,  R = Ŵ − b a                                  and from W into a branch of rank r
+    Y = X Wᵀ ≈ (X̂ aᵀ) bᵀ + Q(X̂) Q(R)ᵀ
+
+    paper        here               meaning
+    λ            scale_C            max|X|^α / max|W|^β, one per layer input (q, k and v share it)
+    α, β         candidates         (0, 0), (i/n, 0), (i/n, 1 − i/n) for 0 < i < n; n = num_grids: 39 of them for 20
+    L1, L2       down_rC, up_Or     a = V_rᵀ, b = U_r S_r; q, k, v share a, from the SVD of their stacked weights
+    r            rank               32, at most half the smaller side of the (stacked) weight: tiny layers get less
+    R            residual_MC        from a and b as rounded to 16 bits (`harness.quant.lowrank`)
+
+λ is the candidate with the least output error ‖X Wᵀ − Y‖² on a bounded sample of the calibration, branch and rounding in
+place. With iterations > 1 branch and rounded residual are fitted in turn while that error falls.
+
+The format is the method's own below 8 bits, as in the paper: a scale per group of 64 input channels (or the largest
+divisor of C below; or the group_size of `bits`, if that is per_group) of each output channel and of each token, symmetric,
+activations dynamic. Inputs behind a GELU, which never fall below −0.17004, are shifted up by 0.171875 and take unsigned
+codes; the bias gives the shift back. At 8 bits granularity and symmetry are those of `bits`, and nothing is shifted.
+
+The adaLN linears, embedders and output layers have neither λ nor branch (`plain`): where the protocol quantizes them, they
+are rounded only, in the same format. λ runs online, as the paper's kernel divides there; fold=true moves it into the rows
+of the producer where there is one. Each of q, k, v stores its copy of a, and is counted with it.
+
+Departs from the paper: 5 grids (20; 10 in its fast setting) and one iteration (up to 100) are the defaults, for a CPU's
+budget: an SVD per candidate and layer input is most of the time; factors are bfloat16; no search of the weight ranges (80 grids); the same rank at every width; no NVFP4.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from harness.blockwise import round_blockwise, weight_from_state, weight_state
+from harness.calibrate import Calibration
+from harness.errors import UserError
+from harness.observe import ChannelStats, channel_stats, inputs_observed, run_calibration
+from harness.quant.build import float_copy
+from harness.quant.effective import effective_linear
+from harness.quant.gptq import gptq
+from harness.quant.lowrank import Split, branches, capped_rank, output_error, refine, residual, split
+from harness.quant.quantizers import ActQuant, QuantizedWeight, fake_quantize_activation, quantize_weight
+from harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
+from harness.quant.rounding import nearest, static_ranges
+from harness.quant.spec import Bits, QuantSpec
+from harness.quant.steps import StepTable
+from harness.quant.target import Site, Target, weight_matrix
+from harness.quant.transforms import Transform
+from harness.stream import MAX_BYTES
+
+OWN_FORMAT_BELOW = 8  # bits
+GOLDEN = 0.6180339887498949  # steps through the unit interval without ever repeating
+
+
+@dataclass(frozen=True)
+class Params:
+    """Defaults are the paper's but for num_grids and iterations."""
+
+    rank: int = 32
+    smooth: str = "grid"  # grid: search λ | half: α = β = 1/2 | off
+    num_grids: int = 5  # 20 in the paper, 10 in its fast setting
+    iterations: int = 1  # 100 in the paper, up to the first increase
+    residual: str = "nearest"  # nearest | gptq
+    group_size: int = 64
+    gelu_shift: float = 0.171875  # 0: signed codes behind a GELU as well
+    after_gelu: str = r"\.ff\.net\.2$"  # layers that read a GELU
+    plain: str = r"norm|embed|proj_out"  # layers that are only rounded
+    fold: bool = False  # λ into the producer's rows where there is one
+    sample_rows: int = 512  # tokens of each layer input that errors are measured on
+    damp: float = 0.01  # of GPTQ
+    max_bytes: int = MAX_BYTES  # of the hidden states that GPTQ holds at a time
+    floor: float = 1e-5  # on both ranges: a dead channel must not divide by zero
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 0), ("num_grids", 1), ("iterations", 1), ("group_size", 1), ("sample_rows", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"svdquant: {name} must be at least {least}, got {getattr(self, name)}")
+        for name, known in (("smooth", ("grid", "half", "off")), ("residual", ("nearest", "gptq"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"svdquant: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.gelu_shift < 0:
+            raise ValueError(f"svdquant: gelu_shift must be at least 0, got {self.gelu_shift}")
+
+
+def check_bits(bits: Bits) -> None:
+    if has_own_format(bits.act) and not bits.act.dynamic:
+        raise UserError(
+            f"svdquant: activations of {bits.act.bits} bits have a scale per group of each token, which cannot be static; "
+            "set bits.act.dynamic=true, or 8 bits"
+        )
+
+
+def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
+    check_bits(bits)
+    if bits.weight is None and bits.act is None:
+        return {}
+    for name in target.layers:
+        for spec in (bits.weight, bits.act):
+            if spec is not None:
+                spec.check_width(name, weight_matrix(target.module(name)).shape[1])
+    samples = site_samples(target, calibration, params)
+    state = fit_smoothing(target, calibration, samples, bits, params)
+    transforms, folded = placement(target, state, bits, params)
+    state |= static_ranges(target, bits, calibration, transforms, folded)
+    if bits.weight is None:
+        return state
+
+    low_rank: dict[str, LowRank] = {}
+    for site in branch_sites(target, params):
+        names = quantized_consumers(target, site)
+        weights = [effective_linear(target, name, transforms, folded).weight_OC for name in names]
+        parts = fit_branch(site, weights, transforms.get(names[0]), samples.get(site.name), bits, params)
+        if parts.rank:
+            low_rank |= branches(names, parts, [len(weight_OC) for weight_OC in weights])
+            state |= {f"{site.name}/down": parts.down_rC} | {f"{name}/up": low_rank[name].up_Or for name in names}
+
+    def round_gptq(name: str, residual_OC: Tensor, hessian_CC: Tensor) -> QuantizedWeight:
+        return gptq(residual_OC, hessian_CC, weight_spec(bits, residual_OC.shape[1], params), damp=params.damp)
+
+    def round_nearest(name: str) -> QuantizedWeight:
+        weight_OC = effective_linear(target, name, transforms, folded).weight_OC
+        spec = weight_spec(bits, weight_OC.shape[1], params)
+        return quantize_weight(residual(weight_OC, low_rank.get(name)), spec)
+
+    if params.residual == "gptq":
+        rounded = round_blockwise(
+            target, calibration, round_gptq, transforms, folded, low_rank=low_rank, max_bytes=params.max_bytes
+        )
+    else:
+        rounded = {name: round_nearest(name) for name in target.layers}
+    for name, weight in rounded.items():
+        state |= weight_state(name, weight)
+    return state
+
+
+def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:
+    transforms, folded = placement(target, state, bits, params)
+    weights, acts = {}, {}
+    for name in target.layers:
+        width = weight_matrix(target.module(name)).shape[1]
+        if bits.weight is not None:
+            weights[name] = weight_from_state(name, state, weight_spec(bits, width, params))
+        if has_own_format(bits.act):
+            acts[name] = ActQuant(act_spec(bits, width, is_shifted(target.site_of(name), bits, params), params))
+    recipe = nearest(target, bits, state, transforms, folded, weights=weights)
+
+    def completed(name: str, layer: LayerRecipe) -> LayerRecipe:
+        up_Or = state.get(f"{name}/up")
+        branch = None if up_Or is None else LowRank(state[f"{target.site_of(name).name}/down"], up_Or)
+        return replace(layer, act=acts.get(name, layer.act), low_rank=branch)
+
+    return replace(recipe, layers={name: completed(name, layer) for name, layer in recipe.layers.items()})
+
+
+def placement(
+    target: Target, state: dict[str, Tensor], bits: Bits, params: Params
+) -> tuple[dict[str, Transform], frozenset[str]]:
+    """The transforms by layer, and the sites whose transform is folded into their producer."""
+    transforms: dict[str, Transform] = {}
+    folded = set()
+    for site in branch_sites(target, params):
+        width = weight_matrix(target.module(site.consumers[0])).shape[1]
+        shared = transform_of(site, width, state.get(f"{site.name}/scale"), bits, params)
+        if shared.is_identity:
+            continue
+        fold = params.fold and site.producer is not None
+        if fold:
+            folded.add(site.name)  # layers that stay in float follow the fold
+        transforms |= dict.fromkeys(site.consumers if fold else quantized_consumers(target, site), shared)
+    return transforms, frozenset(folded)
+
+
+def transform_of(site: Site, width: int, scale_C: Tensor | None, bits: Bits, params: Params) -> Transform:
+    """x' = (x + gelu_shift) / λ; what is missing is left out."""
+    if not is_shifted(site, bits, params):
+        return Transform(scale_C=scale_C)
+    return Transform(StepTable.constant(torch.full((width,), -params.gelu_shift)), scale_C)
+
+
+def branch_sites(target: Target, params: Params) -> list[Site]:
+    """The inputs that get λ and a branch."""
+    plain = re.compile(params.plain)
+    return [
+        site
+        for site in target.linear_sites()
+        if not params.plain or not any(plain.search(name) for name in site.consumers)
+    ]
+
+
+def quantized_consumers(target: Target, site: Site) -> tuple[str, ...]:
+    return tuple(name for name in site.consumers if name in target.layers)
+
+
+def is_shifted(site: Site, bits: Bits, params: Params) -> bool:
+    reads_gelu = bool(params.after_gelu) and re.search(params.after_gelu, site.consumers[0]) is not None
+    return reads_gelu and params.gelu_shift > 0 and has_own_format(bits.act)
+
+
+def has_own_format(spec: QuantSpec | None) -> bool:
+    return spec is not None and spec.bits < OWN_FORMAT_BELOW
+
+
+def weight_spec(bits: Bits, width: int, params: Params) -> QuantSpec:
+    assert bits.weight is not None
+    if not has_own_format(bits.weight):
+        return bits.weight
+    return QuantSpec(bits.weight.bits, "per_group", group_size=group_size(bits.weight, width, params))
+
+
+def act_spec(bits: Bits, width: int, shifted: bool, params: Params) -> QuantSpec:
+    """Unsigned where the input was shifted: it is ≥ 0, so that the zero_point of an asymmetric range is 0."""
+    assert bits.act is not None
+    size = group_size(bits.act, width, params)
+    return QuantSpec(bits.act.bits, "per_group", symmetric=not shifted, dynamic=True, group_size=size)
+
+
+def group_size(spec: QuantSpec, width: int, params: Params) -> int:
+    """That of bits if it has one (`fit` refuses one that does not divide C), or the largest divisor of C in reach."""
+    if spec.group_size is not None:
+        return spec.group_size
+    return next(size for size in range(min(params.group_size, width), 0, -1) if width % size == 0)
+
+
+def fit_smoothing(
+    target: Target, calibration: Calibration, samples: dict[str, Tensor], bits: Bits, params: Params
+) -> dict[str, Tensor]:
+    """{site/scale: λ} for every input that gets one; empty if smoothing is off."""
+    if params.smooth == "off" and not has_own_format(bits.act):
+        return {}  # nobody asks for statistics
+    stats = channel_stats(target, calibration)
+    state = {}
+    for site in branch_sites(target, params):
+        site_stats = stats[site.consumers[0]]
+        check_shift(site, site_stats, bits, params)
+        if params.smooth != "off":
+            state[f"{site.name}/scale"] = smoothing(target, site, site_stats, samples.get(site.name), bits, params)
+    return state
+
+
+def check_shift(site: Site, stats: ChannelStats, bits: Bits, params: Params) -> None:
+    lowest = float(stats.min_SC.amin())
+    if is_shifted(site, bits, params) and lowest < -params.gelu_shift:
+        raise UserError(
+            f"{site.name}: method.after_gelu={params.after_gelu} takes its input for that of a GELU, but it falls to "
+            f"{lowest:.4g}, below −gelu_shift = {-params.gelu_shift}; name only layers that read a GELU"
+        )
+
+
+def smoothing(
+    target: Target, site: Site, stats: ChannelStats, sample_TC: Tensor | None, bits: Bits, params: Params
+) -> Tensor:
+    """λ of one layer input, from the weights as they are before any fold into their rows."""
+    weights = [weight_matrix(target.module(name)).double() for name in quantized_consumers(target, site)]
+    shift = -params.gelu_shift if is_shifted(site, bits, params) else 0.0
+    act_absmax_C = torch.maximum(stats.max_SC - shift, shift - stats.min_SC).amax(0)
+    weight_absmax_C = torch.cat(weights).abs().amax(0).float()
+    if params.smooth == "half":
+        return smoothing_scale(act_absmax_C, weight_absmax_C, 0.5, 0.5, params.floor)
+    assert sample_TC is not None
+    best_C, least = torch.ones_like(act_absmax_C), torch.inf
+    for alpha, beta in candidates(params.num_grids):
+        scale_C = smoothing_scale(act_absmax_C, weight_absmax_C, alpha, beta, params.floor)
+        error = candidate_error(site, weights, scale_C, sample_TC, bits, params)
+        if error < least:
+            best_C, least = scale_C, error
+    return best_C
+
+
+def candidates(num_grids: int) -> list[tuple[float, float]]:
+    """(α, β): no smoothing, by activations alone, by both."""
+    steps = [i / num_grids for i in range(1, num_grids)]
+    return [(0.0, 0.0), *((alpha, 0.0) for alpha in steps), *((alpha, 1 - alpha) for alpha in steps)]
+
+
+def smoothing_scale(act_absmax_C: Tensor, weight_absmax_C: Tensor, alpha: float, beta: float, floor: float) -> Tensor:
+    """max|X|^α / max|W|^β, one factor per input channel."""
+    return act_absmax_C.clamp(min=floor) ** alpha / weight_absmax_C.clamp(min=floor) ** beta
+
+
+def candidate_error(
+    site: Site, weights: list[Tensor], scale_C: Tensor, sample_TC: Tensor, bits: Bits, params: Params
+) -> float:
+    """‖X Wᵀ − Y‖² on the sample, over all layers that read the input."""
+    transform = transform_of(site, len(scale_C), scale_C, bits, params)
+    weight_MC, x_TC = transform.of_weight(torch.cat(weights)), transform(sample_TC.double())
+    rounded_x_TC = rounded_act(site, x_TC, bits, params)
+    if bits.weight is None:
+        return output_error(x_TC, rounded_x_TC, weight_MC, weight_MC)
+    residual_MC = split(weight_MC, capped_rank(weight_MC, params.rank)).residual_MC
+    rounded_MC = rounded_rows(residual_MC, [len(weight_OC) for weight_OC in weights], bits, params)
+    return output_error(x_TC, rounded_x_TC, residual_MC, rounded_MC)
+
+
+def fit_branch(
+    site: Site, weights: list[Tensor], transform: Transform | None, sample_TC: Tensor | None, bits: Bits, params: Params
+) -> Split:
+    """The branch that the layers of one input share; weights are the transformed ones."""
+    weight_MC, rows = torch.cat(weights), [len(weight_OC) for weight_OC in weights]
+    rank = capped_rank(weight_MC, params.rank)
+    if params.iterations == 1 or rank == 0:
+        return split(weight_MC, rank)
+    assert sample_TC is not None
+    x_TC = sample_TC.double() if transform is None else transform(sample_TC.double())
+    rounded_x_TC = rounded_act(site, x_TC, bits, params)
+    best, _ = refine(
+        weight_MC,
+        rank,
+        lambda residual_MC: rounded_rows(residual_MC, rows, bits, params),
+        lambda residual_MC, rounded_MC: output_error(x_TC, rounded_x_TC, residual_MC, rounded_MC),
+        iterations=params.iterations,
+    )
+    return best
+
+
+def rounded_rows(weight_MC: Tensor, rows: list[int], bits: Bits, params: Params) -> Tensor:
+    """Each layer's rows rounded to nearest, float64."""
+    spec = weight_spec(bits, weight_MC.shape[1], params)
+    return torch.cat([quantize_weight(part_OC, spec).dequantize() for part_OC in weight_MC.split(rows)]).double()
+
+
+def rounded_act(site: Site, x_TC: Tensor, bits: Bits, params: Params) -> Tensor:
+    """The sample as the layer will round it; a static range is that of the sample."""
+    if bits.act is None:
+        return x_TC
+    spec = replace(bits.act, dynamic=True)
+    if has_own_format(bits.act):
+        spec = act_spec(bits, x_TC.shape[1], is_shifted(site, bits, params), params)
+    return fake_quantize_activation(x_TC, ActQuant(spec))
+
+
+def site_samples(target: Target, calibration: Calibration, params: Params) -> dict[str, Tensor]:
+    """{site: x_TC} with about sample_rows tokens (at least one per call), spread over steps, samples and tokens.
+
+    Empty if no error has to be measured.
+    """
+    if params.smooth != "grid" and params.iterations == 1:
+        return {}
+    wanted = max(1, params.sample_rows // calibration.num_batches())
+    kept: dict[str, list[Tensor]] = {}
+
+    def observe(site: str, step: int, x: Tensor) -> None:
+        x_TC = x.detach().float().flatten(0, -2)
+        count, calls = min(wanted, len(x_TC)), kept.setdefault(site, [])
+        offset = len(calls) * GOLDEN % 1  # a fixed grid would see the same tokens at every step
+        calls.append(x_TC[((torch.arange(count) + offset) * (len(x_TC) / count)).long()].clone())
+
+    model = float_copy(target, dtype=torch.float32)
+    first_consumers = {site.consumers[0]: site.name for site in branch_sites(target, params)}
+    with inputs_observed(model, first_consumers, observe) as set_step:
+        run_calibration(model, calibration, set_step, "sample")
+    return {site: torch.cat(calls) for site, calls in kept.items()}
