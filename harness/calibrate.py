@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from harness.environment import code_identity
 from harness.errors import UserError
 from harness.files import atomic_path, canonical_sha256
 from harness.models.base import Conditions, LoadedModel, Sampler
 from harness.progress import progress as progress_bar
 from harness.quant.build import float_copy
 from harness.seeds import sample_seeds
+
+SECONDS = "seconds"  # metadata of cached files
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Calibration:
     per_step: tuple[dict[str, Tensor], ...]
     key: str
     cache: Path | None = None
+    device: torch.device = torch.device("cpu")  # where models that are observed on it run
+    saved_s: dict[str, float] = field(default_factory=dict, compare=False)  # seconds that the cache saved, by what
 
     @property
     def num_steps(self) -> int:
@@ -65,12 +72,22 @@ def calibrate(
         raise UserError(f"calibration.n must be at least 1, got {n}")
     classes = model.adapter.num_classes(model.transformer)
     key = canonical_sha256(
-        {"model": model.fingerprint, "sampler": vars(sampler), "n": n, "seed": seed, "batch_size": batch_size}
+        {
+            "model": model.fingerprint,
+            "sampler": vars(sampler),
+            "n": n,
+            "seed": seed,
+            "batch_size": batch_size,
+            "device": str(device),
+            "code": code_identity(),
+        }
     )
+    device = torch.device(device)
     path = None if cache is None else cache / "calibration" / key / "inputs.safetensors"
     if path is not None and path.exists():
-        return Calibration(_read(path), key, path.parent)
+        return Calibration(_read(path), key, path.parent, device, {"calibration": saved_seconds(path)})
 
+    start_time = perf_counter()
     labels = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
     conditions = Conditions(labels, sample_seeds(seed, n, stream="calibration"))
     steps: list[list[dict[str, Tensor]]] = [[] for _ in range(sampler.steps)]
@@ -91,9 +108,10 @@ def calibrate(
             f"model {model.spec.name}: NaN in the float model's own samples; check the checkpoint and sampler"
         )
     if path is not None:
+        flat = {f"{s:04d}/{n}": t.contiguous() for s, i in enumerate(per_step) for n, t in i.items()}
         with atomic_path(path) as part:
-            save_file({f"{s:04d}/{n}": t.contiguous() for s, i in enumerate(per_step) for n, t in i.items()}, part)
-    return Calibration(per_step, key, None if path is None else path.parent)
+            save_file(flat, part, metadata={SECONDS: f"{perf_counter() - start_time:.6f}"})
+    return Calibration(per_step, key, None if path is None else path.parent, device)
 
 
 def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) -> Calibration:
@@ -105,7 +123,14 @@ def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) 
         {name: tensor[rows] for name, tensor in inputs.items()}
         for inputs, rows in zip(calibration.per_step, rows_of_step, strict=True)
     )
-    return Calibration(per_step, canonical_sha256({"of": calibration.key, "chosen": chosen}))
+    key = canonical_sha256({"of": calibration.key, "chosen": chosen})
+    return Calibration(per_step, key, None, calibration.device, calibration.saved_s)
+
+
+def saved_seconds(path: Path) -> float:
+    """What it took to make a cached file, so that a run that finds it does not look cheaper than it is."""
+    with safe_open(path, framework="pt") as file:
+        return float((file.metadata() or {}).get(SECONDS, 0.0))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], ...]:

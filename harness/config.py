@@ -103,6 +103,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         raw["bits"]["weight"] = raw["bits"]["weight"] | {"bits": FLOAT_BITS}
         raw["bits"]["act"] = raw["bits"]["act"] | {"bits": FLOAT_BITS}
     bits = _bits(raw["bits"])
+    raw["bits"] = raw["bits"] | {"label": bits.label.lower()}  # of the widths, wherever they were set
     methods.check_bits(raw["method"]["name"], bits)
     params = _params(raw["method"])
     protocol = raw["protocol"]
@@ -165,6 +166,8 @@ def _check_values(raw: dict[str, Any]) -> None:
     guidance, metrics, skip = (_value(raw, name) for name in ("protocol.guidance", "metrics.names", "protocol.skip"))
     if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
         raise UserError(f"protocol.guidance must be a number such as 1.5, got {guidance!r}")
+    if guidance < 1:
+        raise UserError(f"protocol.guidance must be at least 1 (1 is no guidance), got {guidance}")
     for name, value in (("metrics.names", metrics), ("protocol.skip", skip)):
         if not isinstance(value, list):
             raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{value}]")
@@ -202,8 +205,17 @@ def _params(node: dict[str, Any]) -> Any:
         ) from error
 
 
+GRANULARITIES = {
+    "weight": ("per_tensor", "per_channel", "per_group"),
+    "act": ("per_tensor", "per_token", "per_group"),
+}
+
+
 def _bits(node: dict[str, Any]) -> Bits:
     parse_label(node["label"])
+    for side, known in GRANULARITIES.items():
+        if node[side]["granularity"] not in known:
+            raise unknown_name(f"granularity of bits.{side}", str(node[side]["granularity"]), known)
     sides: dict[str, QuantSpec | None] = {}
     for side in ("weight", "act"):
         values = dict(node[side])

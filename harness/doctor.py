@@ -45,7 +45,7 @@ def _weights(path: Path) -> str:
     spec = yaml.safe_load(path.read_text())
     if "source" not in spec:
         return "as its base model"
-    if spec["random"] is not None:
+    if spec.get("random") is not None:
         return "random, nothing to fetch"
     source = spec["source"]
     if source.startswith("zoo:"):
@@ -53,7 +53,7 @@ def _weights(path: Path) -> str:
         return "shipped" if (folder / "model_index.json").exists() else f"missing: ditbench zoo train {folder.name}"
     from huggingface_hub import try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(source, "model_index.json", revision=spec["revision"]), str):
+    if isinstance(try_to_load_from_cache(source, "model_index.json", revision=spec.get("revision")), str):
         return f"{source} in the hub cache"
     return f"not here: `hf download {source} --local-dir DIR`, then model.source=DIR"
 

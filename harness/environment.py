@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -15,6 +16,11 @@ import torch
 import harness
 from harness.measure import device_name
 
+# Modules that only choose, show or tell: editing them changes no number.
+TELLERS = frozenset(
+    ["cli.py", "sweep.py", "listing.py", "doctor.py", "conformance.py", "papers.py", "reproduce.py", "tracking.py"]
+    + ["progress.py", "record.py", "paths.py", "errors.py", "compose.py", "environment.py"]
+)
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelity", "clean-fid", "numpy", "scipy")
 
 
@@ -29,6 +35,19 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "seeds": {"seed": seed},
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@cache
+def code_identity() -> dict[str, Any]:
+    """What, besides the configuration, makes the numbers: our sources and the libraries that compute."""
+    root = Path(harness.__file__).resolve().parent
+    files = [*root.glob("*.py"), *(root.parent / "eval").glob("*.py")]
+    files += [path for folder in ("quant", "backends", "models") for path in (root / folder).rglob("*.py")]
+    chosen = sorted(path for path in files if path.name not in TELLERS)
+    digest = hashlib.sha256()
+    for path in chosen:
+        digest.update(path.relative_to(root.parent).as_posix().encode() + path.read_bytes())
+    return {"sources": digest.hexdigest(), "packages": {name: package_version(name) for name in PACKAGES}}
 
 
 @cache

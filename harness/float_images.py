@@ -14,6 +14,7 @@ import torch
 
 from eval.base import ImageSet
 from harness.config import RunConfig
+from harness.environment import code_identity
 from harness.files import canonical_sha256, write_json
 from harness.generate import conditions, generate, load_images, save_images
 from harness.models.base import LoadedModel
@@ -86,7 +87,7 @@ def _key(config: RunConfig, model: LoadedModel, seed: int, dtype: str) -> str:
             "seed": seed,
             "dtype": dtype,
             "device": str(config.device),
-            "torch": torch.__version__,
+            "code": code_identity(),
         }
     )
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from time import perf_counter
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.calibrate import Calibration
+from harness.calibrate import SECONDS, Calibration, saved_seconds
 from harness.files import atomic_path, canonical_sha256
 from harness.progress import progress
-from harness.quant.build import float_copy
+from harness.quant.build import clock_of, float_copy
 from harness.quant.target import Site, Target
 
 STATS_VERSION = 1  # of what is cached: raise it when ChannelStats changes
@@ -65,18 +66,20 @@ def channel_stats(target: Target, calibration: Calibration) -> dict[str, Channel
         )
     if path is not None and path.exists():
         by_site = _read(path)
+        calibration.saved_s["statistics"] = saved_seconds(path)
     else:
+        start_time = perf_counter()
         by_site = _observe_sites(target, calibration)
         if path is not None:
             flat = {f"{s}/{f.name}": getattr(stats, f.name) for s, stats in by_site.items() for f in fields(stats)}
             with atomic_path(path) as part:
-                save_file(flat, part)
+                save_file(flat, part, metadata={SECONDS: f"{perf_counter() - start_time:.6f}"})
     return {consumer: by_site[site.name] for site in sites for consumer in site.consumers}
 
 
 def _observe_sites(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
     steps = calibration.num_steps
-    model = float_copy(target, dtype=_dtype_of(target.transformer))
+    model = float_copy(target, dtype=_dtype_of(target.transformer), device=calibration.device)
     running: dict[str, dict[str, Tensor]] = {}
     samples: dict[str, Tensor] = {}
 
@@ -91,12 +94,12 @@ def _observe_sites(target: Target, calibration: Calibration) -> dict[str, Channe
                 "count_S": torch.zeros(steps),
             }
             samples[site] = torch.zeros(steps)
-        stats, low_BC, high_BC = running[site], x_BTC.amin(1), x_BTC.amax(1)
+        stats, low_BC, high_BC = running[site], x_BTC.amin(1).cpu(), x_BTC.amax(1).cpu()
         torch.minimum(stats["min_SC"][step], low_BC.amin(0), out=stats["min_SC"][step])
         torch.maximum(stats["max_SC"][step], high_BC.amax(0), out=stats["max_SC"][step])
         stats["mean_min_SC"][step] += low_BC.sum(0)  # a sum until the end
         stats["mean_max_SC"][step] += high_BC.sum(0)
-        stats["sumsq_SC"][step] += x_BTC.square().sum((0, 1))
+        stats["sumsq_SC"][step] += x_BTC.square().sum((0, 1)).cpu()
         stats["count_S"][step] += x_BTC.shape[0] * x_BTC.shape[1]
         samples[site][step] += len(x_BTC)
 
@@ -125,10 +128,10 @@ def token_sample(target: Target, calibration: Calibration, sites: list[Site], to
         x_NC = x.detach().float().flatten(0, -2)
         # evenly spread over rows and tokens, so that conditional and null rows are both seen
         kept = torch.linspace(0, len(x_NC) - 1, min(per_call, len(x_NC))).round().long()
-        found[site].append(x_NC[kept])
+        found[site].append(x_NC[kept.to(x_NC.device)].cpu())
 
     if sites:
-        model = float_copy(target, dtype=_dtype_of(target.transformer))
+        model = float_copy(target, dtype=_dtype_of(target.transformer), device=calibration.device)
         with inputs_observed(model, {site.consumers[0]: site.name for site in sites}, observe) as set_step:
             run_calibration(model, calibration, set_step, "sample")
     missing = [name for name, parts in found.items() if not parts]
@@ -154,11 +157,9 @@ def inputs_observed(model: nn.Module, names: dict[str, str], observe: Callable[[
 
 
 @torch.no_grad()
-def run_calibration(
-    model: nn.Module, calibration: Calibration, set_step: Callable[[int], None], title: str, device: str = "cpu"
-) -> None:
+def run_calibration(model: nn.Module, calibration: Calibration, set_step: Callable[[int], None], title: str) -> None:
     """Feed every recorded call to model, with its clock and set_step on the step of the call."""
-    dtype = _dtype_of(model)
+    dtype, device = _dtype_of(model), clock_of(model).step.device
     for step, inputs in progress(calibration.batches(), total=calibration.num_batches(), desc=title):
         model.clock.set(step, calibration.num_steps)
         set_step(step)

@@ -14,16 +14,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import harness
 from eval.base import Evidence, FeatureModel, ImageSet, Reference, evaluate
 from eval.judges import load_judge
 from eval.reference import load_reference
 from harness import methods, record, tracking
 from harness.calibrate import Calibration, calibrate
 from harness.config import RunConfig
-from harness.environment import environment
+from harness.environment import code_identity, environment
 from harness.errors import UserError
 from harness.files import canonical_sha256, disk_errors_explained, is_disk_error
 from harness.float_images import float_images, noise_floor
@@ -60,7 +60,6 @@ def run(config: RunConfig) -> Record:
     ):
         try:
             carry_out(config, model, values, folder)
-            tracking.log(config.section("tracker"), values, folder)
             values.status = "ok"
         except Exception as error:
             if is_disk_error(error):
@@ -71,7 +70,18 @@ def run(config: RunConfig) -> Record:
                 traceback.print_exc()
         values.env = environment(config.device, config.seed)
         record.write(values, folder)
+        track(config, values, folder)
     return record.attempts(config.results_dir, config.name, run_id)[-1]
+
+
+def track(config: RunConfig, values: Record, folder: Path) -> None:
+    """Tell the tracker of a written record; its failure is said and changes nothing."""
+    try:
+        tracking.log(config.section("tracker"), values, folder)
+    except Exception as error:
+        if is_disk_error(error):
+            raise
+        say(f"{title(config)}: recorded, but not tracked: {reason(error)}")
 
 
 def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Path) -> None:
@@ -102,8 +112,14 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     with timer("layer_errors"):
         atlas = stage_layer_errors(config, target, recipe, quantized, recording)
         values.layers = layer_table(quantized, atlas)
-    values.cost = {"fit_s": values.timings_s["calibrate"] + values.timings_s["quantize"]}
-    values.artifacts = save_artifacts(images, float_model, atlas, folder)
+    values.cost = fit_cost(values.timings_s, recording)
+    values.artifacts = save_artifacts(images, float_model, atlas, state, folder)
+
+
+def fit_cost(timings_s: dict[str, float], recording: Calibration) -> dict[str, float]:
+    """Seconds of calibration and quantization, as if nothing had been cached: what the cache saved is added."""
+    saved = sum(recording.saved_s.values())
+    return {"fit_s": timings_s["calibrate"] + timings_s["quantize"] + saved, "of_which_cached_s": saved}
 
 
 def stage_calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
@@ -189,11 +205,16 @@ def stage_layer_errors(
     return error_atlas(target, recipe, quantized, calibration) if wanted else None
 
 
-def save_artifacts(images: ImageSet, float_model: ImageSet, atlas: ErrorAtlas | None, folder: Path) -> dict[str, str]:
+def save_artifacts(
+    images: ImageSet, float_model: ImageSet, atlas: ErrorAtlas | None, state: dict[str, Tensor], folder: Path
+) -> dict[str, str]:
     save_images(images, folder / "images.npz")
     save_grid(images, folder / "grid.png")
     save_grid(float_model, folder / "float_grid.png")
     saved = {"images": "images.npz", "grid": "grid.png", "float_grid": "float_grid.png"}
+    if state:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
+        saved["state"] = "state.safetensors"
     if atlas is not None:
         atlas.save(folder / "layer_errors.npz")
         saved["layer_errors"] = "layer_errors.npz"
@@ -206,8 +227,7 @@ def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
         "weights": model.fingerprint,
         "evaluator": evaluator_identity(config, model),
         "device": str(config.device),
-        "ditbench": harness.__version__,
-        "torch": torch.__version__,
+        "code": code_identity(),
         "method_source": methods.source_sha256(config.method),
     }
 
@@ -235,9 +255,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error).replace("\n", " ")
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return (
-        f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {str(error).strip().splitlines()[:1]}"
-    )
+    first_line = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {first_line}"
 
 
 @dataclass

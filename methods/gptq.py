@@ -22,6 +22,7 @@ from torch import Tensor
 from harness.blockwise import round_blockwise, weight_from_state, weight_state
 from harness.calibrate import Calibration
 from harness.quant.gptq import gptq
+from harness.quant.quantizers import RANGES
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
 from harness.quant.spec import Bits
@@ -38,6 +39,12 @@ class Params:
     act_order: bool = False
     ranges: str = "minmax"  # of the scales: minmax | mse
     max_bytes: int = MAX_BYTES  # of the hidden states held at a time
+
+    def __post_init__(self) -> None:
+        if self.ranges not in RANGES:
+            raise ValueError(f"gptq: ranges must be one of {', '.join(RANGES)}, got {self.ranges!r}")
+        if self.damp < 0 or self.block < 1:
+            raise ValueError(f"gptq: damp must be ≥ 0 and block ≥ 1, got {self.damp} and {self.block}")
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class OnednnInt8Kernel(Kernel):
 
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
         x_MC = x.reshape(-1, x.shape[-1]).float()
-        unsigned_MC, scale, zero_point = self.quantize(x_MC, step, overwrite=x.dtype != torch.float32)
+        unsigned_MC, scale, zero_point = self.quantize(x_MC, x.shape, step, overwrite=x.dtype != torch.float32)
         y_MO = self.multiply(unsigned_MC)
         if zero_point is not None:
             assert self.act_offset_O is not None
@@ -98,9 +98,17 @@ class OnednnInt8Kernel(Kernel):
             y_MO.addcmul_(sum_M1, self.weight_offset_O, value=-1)
         return y_MO.mul_(scale).reshape(*x.shape[:-1], -1)
 
-    def quantize(self, x_MC: Tensor, step: Tensor | None, *, overwrite: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The codes of the simulated path, as a + 128 in uint8; scale and zero_point per token or of the tensor."""
-        scale, zero_point = activation_affine(x_MC, self.act, step)
+    def quantize(
+        self, x_MC: Tensor, shape: torch.Size, step: Tensor | None, *, overwrite: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The codes of the simulated path, as a + 128 in uint8; scale and zero_point per row or of the whole tensor.
+
+        shape: of the input before its rows were put under each other; dynamic per-tensor ranges are those of a sample.
+        """
+        scale, zero_point = activation_affine(x_MC.view(shape), self.act, step)
+        if scale.ndim:
+            scale = scale.expand(*shape[:-1], 1).reshape(-1, 1)
+            zero_point = None if zero_point is None else zero_point.expand(*shape[:-1], 1).reshape(-1, 1)
         codes_MC = to_codes(x_MC, scale, zero_point, self.act.spec, overwrite=overwrite)
         if zero_point is not None:
             codes_MC -= MIDDLE

@@ -214,6 +214,8 @@ def _source_folder(spec: ModelSpec) -> str:
         return str(local)
     if local.is_absolute() or spec.source.startswith((".", "~")):
         raise UserError(f"model {spec.name}: no folder {local}; set model.source to a diffusers pipeline folder")
+    if spec.source.count("/") != 1:
+        raise UserError(f"model {spec.name}: no folder {local}, and a hub id has the form owner/name")
     return spec.source
 
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
+from harness.errors import UserError
 from harness.models.base import Conditions, CorrectStep, OnCall, Sampler
 from harness.quant.target import AdaLNRows, Site, ValueRows
 
@@ -97,6 +98,9 @@ def sample(
     config, device = transformer.config, next(transformer.parameters()).device
     dtype = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight.dtype
     learned_variance = config.out_channels == 2 * config.in_channels
+    most = pipe.scheduler.config.num_train_timesteps
+    if sampler.steps > most:
+        raise UserError(f"protocol.steps must be at most {most}, the model's training steps; got {sampler.steps}")
     scheduler = _scheduler(pipe, sampler, learned_variance)
     scheduler.set_timesteps(sampler.steps)
     guided = sampler.guidance > 1

@@ -1,7 +1,8 @@
 """Labels that are computed: effective bits, share of MACs, float layers, bytes of the stored model.
 
 Counted per quantized layer: packed codes, scales, zero points, online transforms, low-rank branch, static activation
-ranges and bias tables. Float tensors count at 16 bits. Constants that can be built again (Hadamard matrices) do not count.
+ranges and bias tables. Float weights, biases and low-rank factors count at 16 bits, scales and transforms at 32. Constants
+that can be built again (Hadamard matrices) do not count.
 """
 
 from __future__ import annotations
@@ -50,13 +51,15 @@ def account(
 
     both = [n for n in quantized if recipe.layers[n].weight and recipe.layers[n].act]
     linear_macs = sum(macs[name] for name in layers)
+    # What is not in a linear layer is the two products of attention, the same in every block.
+    attention_macs = (macs[""] - linear_macs) * len(recipe.attention) / max(1, len(target.blocks))
     bits = {
         "label": label,
         "weight_bits_effective": weight_bits(layers),
         "weight_bits_quantized_layers": weight_bits(sorted(quantized)),
         "weight_bits_mac_weighted": sum(macs[n] * 8 * weight_bytes[n] / weights[n] for n in layers) / linear_macs,
         "act_bits_effective": sum(macs[n] * _act_bits(recipe.layers.get(n)) for n in layers) / linear_macs,
-        "mac_share_quantized": sum(macs[n] for n in both) / macs[""],
+        "mac_share_quantized": (sum(macs[n] for n in both) + attention_macs) / macs[""],
         "mac_share_weight_quantized": sum(macs[n] for n in quantized if recipe.layers[n].weight) / macs[""],
         "attention_operands_quantized": sorted(recipe.attention),
         "float_layers": [n for n in layers if n not in quantized],

@@ -110,7 +110,12 @@ def static_ranges(
         raise UserError(f"bits.act: static activations are per_tensor here, got {bits.act.granularity}")
     layers = {name: LayerRecipe(transform=t) for name, t in (transforms or {}).items()}
     layers = {name: LayerRecipe() for name in target.layers} | layers
-    model = build(target, ModelRecipe(layers, folded, num_steps=calibration.num_steps), dtype=torch.float32)
+    model = build(
+        target,
+        ModelRecipe(layers, folded, num_steps=calibration.num_steps),
+        dtype=torch.float32,
+        device=calibration.device,
+    )
     watch = _RangeWatch(group_of_layer or {})
     for name, layer in quant_layers(model).items():
         if name in target.layers:
@@ -151,13 +156,14 @@ class _RangeWatch:
         x = x.detach().float()
         groups = self.group_of_layer.get(name)
         key = name, 0 if groups is None else int(groups[self.step])
-        self.low[key] = torch.minimum(self.low.get(key, x.amin()), x.amin())
-        self.high[key] = torch.maximum(self.high.get(key, x.amax()), x.amax())
+        low, high = x.amin().cpu(), x.amax().cpu()
+        self.low[key] = torch.minimum(self.low.get(key, low), low)
+        self.high[key] = torch.maximum(self.high.get(key, high), high)
         flat = x.flatten()
         stride = max(1, len(flat) // SAMPLES_PER_CALL)
         while math.gcd(stride, len(flat)) > 1:  # a stride that shares a factor with C sees some channels only
             stride += 1
-        self.values.setdefault(key, []).append(flat[::stride].clone())
+        self.values.setdefault(key, []).append(flat[::stride].cpu().clone())
 
     def state(self, spec: QuantSpec, ranges: str) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

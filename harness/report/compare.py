@@ -49,7 +49,10 @@ class Group:
 def groups(records: Iterable[Record]) -> list[Group]:
     by_key: dict[str, list[Record]] = {}
     for record in records:
-        shared = [record.model, record.config.get("model"), record.config.get("protocol"), record.config.get("seed")]
+        config = record.config
+        drawn = {name: (config.get("generate") or {}).get(name) for name in ("dtype", "reference_dtype")}
+        scored = {name: (config.get("metrics") or {}).get(name) for name in ("reference", "resamples")}
+        shared = [record.model, config.get("model"), config.get("protocol"), config.get("seed"), drawn, scored]
         by_key.setdefault(json.dumps(shared, sort_keys=True), []).append(record)
     found = sorted(by_key.values(), key=lambda members: _group_order(members[0]))
     labels = [group_label(members[0]) for members in found]
@@ -103,11 +106,8 @@ def headline(groups: Sequence[Group], chosen: Sequence[str] | None = None) -> li
         UserError: a chosen metric is in no record.
     """
     known = list(dict.fromkeys(metric for group in groups for metric in group.metrics))
-    for name in chosen or ():
-        if name not in known:
-            raise unknown_name("recorded metric", name, known)
     if chosen:
-        return list(chosen)
+        return [_known_metric(name, known) for name in chosen]
     computed = [name for name in known if any(value(run, name) is not None for g in groups for run in g.records)]
     last_part = {name: name.rsplit("/", 1)[-1] for name in computed}
     picked = [
@@ -115,6 +115,16 @@ def headline(groups: Sequence[Group], chosen: Sequence[str] | None = None) -> li
         for kind in HEADLINE
     ]
     return [name for name in picked if name] or computed[:4]
+
+
+def _known_metric(name: str, known: Sequence[str]) -> str:
+    """A recorded metric by its whole name, or by its last part if only one library has it."""
+    if name in known:
+        return name
+    ending = [metric for metric in known if metric.rsplit("/", 1)[-1] == name]
+    if len(ending) == 1:
+        return ending[0]
+    raise unknown_name("recorded metric", name, ending or known)
 
 
 def headline_first(group: Group) -> list[str]:

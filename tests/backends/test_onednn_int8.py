@@ -152,7 +152,7 @@ def test_the_smallest_numbers_do_not_wrap_around():
     """Among subnormal numbers the scale is coarse: 190 · 2⁻¹⁴⁹ / 127 rounds to 2⁻¹⁴⁹, and 190 is no code."""
     x = torch.full((1, 8), 190 * 2.0**-149)
     kernel = onednn_int8.make_kernel(recipe_for(*PLAIN, 8, 3), torch.empty(0))
-    unsigned_MC, _, _ = kernel.quantize(x, None, overwrite=False)
+    unsigned_MC, _, _ = kernel.quantize(x, x.shape, None, overwrite=False)
     assert (unsigned_MC == 128 + 127).all()
 
 

@@ -69,7 +69,7 @@ def case_of() -> Callable[..., Case]:
     def case(name: str, scope: str = "blocks") -> Case:
         made = Case(name, scope=scope)
         if hasattr(made.params, "iterations"):
-            made.params = replace(made.params, iterations=made.params.iterations // 10)
+            made.params = replace(made.params, iterations=max(1, made.params.iterations // 10))
         return made
 
     return case

@@ -220,6 +220,6 @@ def test_the_command_names_the_failed_check_and_its_exit_code_says_so(register, 
     printed = capsys.readouterr().out
     assert "broken: A test's method." in printed
     assert "ok    Before rounding the output is the float model's" in printed
-    assert "FAIL  Each layer of the protocol" in printed and FIRST in printed
+    assert "FAIL  Each layer has both sides quantized" in printed and FIRST in printed
     register(method())
     assert check_methods("all") == 0

@@ -179,7 +179,7 @@ def test_a_hub_id_without_a_network_says_how_to_fetch_it(monkeypatch, tmp_path):
         load_model(spec("facebook/no-such-DiT-here"))
     assert time.monotonic() - start < 5
     message = str(error.value)
-    assert "not on this machine and cannot be downloaded" in message
+    assert "is no folder here, and cannot be downloaded" in message
     assert "`hf download facebook/no-such-DiT-here --local-dir ./weights/no-such-DiT-here`" in message
     assert "model.source=./weights/no-such-DiT-here" in message
 

@@ -167,10 +167,14 @@ def test_a_token_does_not_depend_on_its_batch(spec, normal):
             assert torch.equal(alone[0, 0], together[sample, token])
 
 
-def test_one_scale_per_tensor_does_depend_on_the_batch(normal):
-    x = normal(3, 48) * torch.tensor([[0.1], [1.0], [30.0]])
-    spec = QuantSpec(8, "per_tensor", dynamic=True)
-    assert not torch.equal(fake_quantize(x, spec)[:1], fake_quantize(x[:1], spec))
+def test_one_dynamic_scale_per_tensor_is_that_of_a_sample_and_not_of_the_batch(normal):
+    x = normal(3, 5, 48) * torch.tensor([0.1, 1.0, 30.0]).view(3, 1, 1)
+    quant = ActQuant(QuantSpec(8, "per_tensor", dynamic=True))
+    together = fake_quantize_activation(x, quant)
+    for sample in range(3):
+        assert torch.equal(together[sample : sample + 1], fake_quantize_activation(x[sample : sample + 1], quant))
+        scale = float(x[sample].abs().max()) / 127
+        torch.testing.assert_close(together[sample], (x[sample] / scale).round() * scale)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
