@@ -30,6 +30,7 @@ from harness.float_images import float_images, noise_floor
 from harness.generate import conditions, generate, save_grid, save_images
 from harness.layer_error import ErrorAtlas, error_atlas, layer_table
 from harness.measure import kind_of, measure
+from harness.memory import PeakMemory, peak_memory
 from harness.models.base import LoadedModel, ModelSpec, load_model
 from harness.quant.accounting import account, count_macs
 from harness.quant.build import build
@@ -88,10 +89,11 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     """Fill the record, stage by stage; what is filled stays if a later stage fails."""
     timer = Timer(values.timings_s)
     target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
-    with timer("calibrate"):
-        recording = stage_calibrate(config, model)
-    with timer("quantize"):
-        recipe, state, quantized = stage_quantize(config, target, recording)
+    with peak_memory(config.device) as memory:
+        with timer("calibrate"):
+            recording = stage_calibrate(config, model)
+        with timer("quantize"):
+            recipe, state, quantized = stage_quantize(config, target, recording)
     values.bits, size = stage_account(config, model, target, recipe)
     with timer("generate"):
         images = stage_generate(config, model, quantized, state)
@@ -112,14 +114,17 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     with timer("layer_errors"):
         atlas = stage_layer_errors(config, target, recipe, quantized, recording)
         values.layers = layer_table(quantized, atlas)
-    values.cost = fit_cost(values.timings_s, recording)
+    values.cost = fit_cost(values.timings_s, recording, memory)
     values.artifacts = save_artifacts(images, float_model, atlas, state, folder)
 
 
-def fit_cost(timings_s: dict[str, float], recording: Calibration) -> dict[str, float]:
-    """Seconds of calibration and quantization, as if nothing had been cached: what the cache saved is added."""
+def fit_cost(timings_s: dict[str, float], recording: Calibration, memory: PeakMemory) -> dict[str, float | None]:
+    """Seconds of calibration and quantization as if nothing had been cached (what the cache saved is added), and the
+    most memory that was held meanwhile.
+    """
     saved = sum(recording.saved_s.values())
-    return {"fit_s": timings_s["calibrate"] + timings_s["quantize"] + saved, "of_which_cached_s": saved}
+    seconds = {"fit_s": timings_s["calibrate"] + timings_s["quantize"] + saved, "of_which_cached_s": saved}
+    return seconds | {"peak_memory_bytes": memory.peak_bytes, "memory_before_bytes": memory.before_bytes}
 
 
 def stage_calibrate(config: RunConfig, model: LoadedModel) -> Calibration:

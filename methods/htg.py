@@ -14,6 +14,8 @@ Activations of a DiT have asymmetric channel outliers that drift over the timest
     α       momentum            0.99
     s       scale_C             one per layer input, for all steps
 
+`parts` switches grouping, shift and scale for the ablation; without "group" all steps are one group.
+
 Re-parameterisation (Alg. 2): the shift and scale of the q, k, v and first FFN inputs go into adaLN rows, those of the
 output projection into the V rows (softmax rows sum to one). The second FFN layer is quantized plainly. Where the
 protocol's activations are static, each group of steps has its own range.
@@ -41,27 +43,38 @@ from harness.quant.steps import StepTable
 from harness.quant.target import Site, Target, weight_matrix
 from harness.quant.transforms import Transform
 
+PARTS = ("group", "shift", "scale")
+
 
 @dataclass(frozen=True)
 class Params:
-    """Defaults are the paper's; shift, scale and grouping switch off one by one for the ablation."""
+    """Defaults are the paper's."""
 
+    parts: str = "group+shift+scale"  # any of the three joined by +, or none
     groups: int | None = None  # None: steps // 10, at least 1
     momentum: float = 0.99
-    shift: bool = True
-    scale: bool = True
     floor: float = 1e-5  # on both ranges: a dead channel must not divide by zero
 
     def __post_init__(self) -> None:
+        if self.active - set(PARTS):
+            raise ValueError(f"htg: parts are {', '.join(PARTS)} joined by +, or none; got {self.parts!r}")
         if not 0.0 <= self.momentum <= 1.0:
             raise ValueError(f"htg: momentum must be in [0, 1], got {self.momentum}")
         if self.groups is not None and self.groups < 1:
             raise ValueError(f"htg: groups must be at least 1, got {self.groups}")
 
+    @property
+    def active(self) -> set[str]:
+        return set() if self.parts == "none" else set(self.parts.split("+"))
+
+    def groups_of(self, num_steps: int) -> int:
+        """G, at least one and no more than there are steps."""
+        return min(self.groups or max(1, num_steps // 10), num_steps) if "group" in self.active else 1
+
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
     stats = channel_stats(target, calibration)
-    groups = min(params.groups or max(1, calibration.num_steps // 10), calibration.num_steps)
+    groups = params.groups_of(calibration.num_steps)
     state: dict[str, Tensor] = {"num_steps": torch.tensor(calibration.num_steps)}
     group_of_layer: dict[str, Tensor] = {}
     for site in target.linear_sites():
@@ -71,9 +84,13 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         group_of_layer |= dict.fromkeys(site.consumers, group_of_step)
         if site.producer is None:
             continue
-        shift_GC = group_means(centre_SC, group_of_step) if params.shift else torch.zeros(groups, centre_SC.shape[1])
+        shift_GC = (
+            group_means(centre_SC, group_of_step)
+            if "shift" in params.active
+            else torch.zeros(groups, centre_SC.shape[1])
+        )
         state[f"{site.name}/shift"], state[f"{site.name}/group_of_step"] = shift_GC, group_of_step
-        if params.scale:
+        if "scale" in params.active:
             magnitude_SC = shifted_absmax(site_stats, shift_GC[group_of_step])
             state[f"{site.name}/scale"] = scaling(
                 running_magnitude(magnitude_SC, params.momentum), weight_absmax(target, site), params.floor

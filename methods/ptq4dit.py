@@ -44,25 +44,28 @@ from harness.quant.target import Site, Target, weight_matrix
 from harness.quant.transforms import Transform
 from harness.reconstruct import Reconstruction, learned_weights, reconstruct
 
+PARTS = ("csb+ssc", "csb", "none")
+
 
 @dataclass(frozen=True)
 class Params(Reconstruction):
-    """Defaults are the paper's but for the budget; csb and ssc off one by one are the rows of its Table 3."""
+    """Defaults are the paper's but for the budget; the parts, and `reconstruct`, are the rows of its Table 3."""
 
-    csb: bool = True
-    ssc: bool = True  # off: the mean salience over timesteps
+    parts: str = "csb+ssc"  # csb: balance at the mean salience over timesteps; none: neither
     ranges: str = "mse"  # of weights and static activations: mse (percentile search) | minmax
     floor: float = 1e-8  # on both saliences: a dead channel must not divide by zero
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.parts not in PARTS:
+            raise ValueError(f"ptq4dit: parts must be {', '.join(PARTS[:-1])} or {PARTS[-1]}, got {self.parts!r}")
         if self.ranges not in ("mse", "minmax"):
             raise ValueError(f"ptq4dit: ranges must be mse or minmax, got {self.ranges!r}")
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    if params.csb:
+    if params.parts != "none":
         stats = channel_stats(target, calibration)
         for site in balanced_sites(target):
             act_salience_SC = stats[site.consumers[0]].absmax_SC
@@ -99,7 +102,7 @@ def weight_salience(target: Target, site: Site) -> Tensor:
 
 def balance(act_salience_SC: Tensor, weight_salience_C: Tensor, params: Params) -> Tensor:
     """(B^X)⁻¹ = √(s_ρ(X) / s(W)), one factor per input channel (Eq. 5–6 with s_ρ of Eq. 10)."""
-    if params.ssc:
+    if params.parts == "csb+ssc":
         weights_S = timestep_weights(spearman(act_salience_SC, weight_salience_C))
     else:
         weights_S = torch.full((len(act_salience_SC),), 1.0 / len(act_salience_SC))

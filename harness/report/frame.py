@@ -98,4 +98,5 @@ def _plain_columns(group: Group, record: Record) -> dict[str, Any]:
         "baseline_latency_ms": median_ms(clock.get("baseline_latency_ms")),
         "peak_memory_mib": mib(clock.get("peak_memory_bytes")),
         "fit_s": fit_s(record),
+        "fit_peak_memory_mib": mib(record.cost.get("peak_memory_bytes")),
     }

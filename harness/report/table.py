@@ -79,8 +79,9 @@ def table(group: Group, metrics: Sequence[str]) -> Table:
         Column("speed-up", "×", "bf16 latency / latency, interleaved", descending_first=True),
         Column("latency", "ms", "median; on hover p10 – p90 and the baseline"),
         Column("fit", "s", "calibrate + quantize"),
+        Column("fit peak", "MiB", "most memory held during calibrate + quantize: of the process, or of the GPU"),
     ]
-    by_column += [[_efficiency_cells(record)[place] for record in group.records] for place in range(5)]
+    by_column += [[_efficiency_cells(record)[place] for record in group.records] for place in range(6)]
     for title, values in (("device", _devices(group)), ("experiment", [r.experiment for r in group.records])):
         if len(set(values) - {MISSING}) > 1:
             columns.append(Column(title, numeric=False))
@@ -168,7 +169,7 @@ def _effective_bits(record: Record) -> Cell:
 
 
 def _efficiency_cells(record: Record) -> list[Cell]:
-    """compression, stored MiB, speed-up, latency, fit."""
+    """compression, stored MiB, speed-up, latency, fit and its memory."""
     efficiency, clock = record.efficiency, measured(record)
     latency, baseline = clock.get("latency_ms") or {}, median_ms(clock.get("baseline_latency_ms"))
     size = efficiency.get("model_bytes")
@@ -182,6 +183,7 @@ def _efficiency_cells(record: Record) -> list[Cell]:
         Cell(SIMULATED if simulated else number(speedup), sort=speedup, tip=efficiency.get("backend") or ""),
         Cell(number(latency.get("median"), 1), sort=latency.get("median"), tip=tip),
         Cell(number(fit_s(record), 1), sort=fit_s(record)),
+        Cell(number(mib(record.cost.get("peak_memory_bytes")), 0), sort=record.cost.get("peak_memory_bytes")),
     ]
 
 

@@ -298,8 +298,7 @@ def test_the_ablation_turns_off_what_its_rows_name():
     lines = reproduce.plan_lines(table, table.reproduce, None, ())
     assert [line.job is None for line in lines] == [False, True, False], "salience at t = T/2 has no counterpart"
     bare, whole = reproduce._configurations(line.job for line in lines).values()
-    assert (bare["method"]["csb"], bare["method"]["ssc"]) == (False, False)
-    assert (whole["method"]["csb"], whole["method"]["ssc"]) == (True, True)
+    assert (bare["method"]["parts"], whole["method"]["parts"]) == ("none", "csb+ssc")
     assert bare["bits"]["label"] == "w4a8" and bare["protocol"]["steps"] == 250
 
 
@@ -329,7 +328,7 @@ def config(**changes):
     made = {
         "model": {"name": "dit-xl-2-256", "source": "hub", "random": None, "stress": None},
         "protocol": {"name": "ptq4dit", "n": 10000, "steps": 250, "sampler": "ddpm", "skip": []},
-        "method": {"name": "ptq4dit", "csb": True},
+        "method": {"name": "ptq4dit", "parts": "csb+ssc"},
         "bits": {"label": "w4a8", "weight": {"bits": 4}, "act": {"bits": 8}},
         "calibration": {"n": 32, "batch_size": 32},
         "generate": {"dtype": "float32", "batch_size": 64},
@@ -344,9 +343,9 @@ def test_settings_that_differ_are_reasons_and_where_the_weights_lie_is_none():
     assert reproduce.departures(config(), config()) == {}
     same = config(model__source="/here", generate__batch_size=8, calibration__batch_size=4, protocol__name="mine")
     assert reproduce.departures(same, config()) == {}
-    assert reproduce.departures(config(protocol__n=5000, method__csb=False, bits__act={"bits": 4}), config()) == {
+    assert reproduce.departures(config(protocol__n=5000, method__parts="none", bits__act={"bits": 4}), config()) == {
         "n": "5000, not 10000",
-        "method.csb": "False, not True",
+        "method.parts": "none, not csb+ssc",
         "bits.act.bits": "4, not 8",
     }
     assert reproduce.departures(config(protocol__skip=["qkv"]), config()) == {"skip": "['qkv'], not []"}

@@ -106,7 +106,7 @@ def test_groups_default_to_a_tenth_of_the_steps_and_never_exceed_them(small_targ
 
 
 def test_switched_off_parts_leave_no_trace(small_target, small_calibration):
-    state = htg.fit(small_target, small_calibration, STATIC, htg.Params(groups=2, shift=False, scale=False))
+    state = htg.fit(small_target, small_calibration, STATIC, htg.Params(groups=2, parts="group"))
     site = small_target.linear_sites()[0]
     assert not state[f"{site.name}/shift"].any() and f"{site.name}/scale" not in state
 

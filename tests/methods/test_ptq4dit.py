@@ -84,7 +84,7 @@ def test_equal_correlations_give_the_mean_over_timesteps(normal):
 
 def test_without_ssc_it_is_the_plain_mean_and_that_differs(normal):
     act, weight = saliences(normal)
-    plain = balance(act, weight, Params(ssc=False))
+    plain = balance(act, weight, Params(parts="csb"))
     torch.testing.assert_close(plain, (act.mean(0) / weight).sqrt(), rtol=1e-6, atol=0)
     assert not torch.allclose(plain, balance(act, weight, Params()), rtol=1e-3)
 
@@ -176,7 +176,7 @@ def test_salience_of_q_k_v_is_taken_over_the_three(small_target):
 
 
 def test_switched_off_it_is_rounding_with_searched_ranges(small_target, small_calibration):
-    params = replace(ROUNDED, csb=False)
+    params = replace(ROUNDED, parts="none")
     state = ptq4dit.fit(small_target, small_calibration, DYNAMIC, params)
     recipe = ptq4dit.apply(small_target, state, DYNAMIC, params)
     assert state == {} and not recipe.folded

@@ -118,6 +118,7 @@ def test_timings_and_environment_are_there(first):
     stages = {"calibrate", "quantize", "generate", "evaluate", "measure"}
     assert stages <= set(first["timings_s"]) and all(value >= 0 for value in first["timings_s"].values())
     assert first["cost"]["fit_s"] == first["timings_s"]["calibrate"] + first["timings_s"]["quantize"]
+    assert first["cost"]["peak_memory_bytes"] >= first["cost"]["memory_before_bytes"] > 2**26
     env = first["env"]
     assert env["ditbench"] == harness.__version__ and env["seeds"] == {"seed": 0}
     assert env["packages"]["torch"] and env["packages"]["diffusers"] and env["device"] and env["python"]

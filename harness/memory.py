@@ -1,0 +1,44 @@
+"""The most memory a stretch of code held: of the whole process on the CPU, of torch's allocator on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+PROCESS = Path("/proc/self")  # Linux only; elsewhere nothing is measured
+
+
+@dataclass
+class PeakMemory:
+    """Bytes held when the stretch began and at most within it; None where this system does not tell."""
+
+    before_bytes: int | None = None
+    peak_bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
+    """Measure the body. The model and all that was there before are counted; `before_bytes` tells how much that was."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        found = PeakMemory(torch.cuda.memory_allocated(device))
+        yield found
+        found.peak_bytes = torch.cuda.max_memory_allocated(device)
+        return
+    try:
+        (PROCESS / "clear_refs").write_text("5")  # the high-water mark falls back to what is held now
+        found = PeakMemory(_status_bytes("VmRSS"))
+    except OSError:
+        yield PeakMemory()
+        return
+    yield found
+    found.peak_bytes = _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    lines = (PROCESS / "status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])

@@ -1,0 +1,26 @@
+import sys
+
+import pytest
+import torch
+
+from harness import memory
+from harness.memory import peak_memory
+
+MIB = 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process memory is read from /proc")
+def test_the_peak_counts_what_was_freed_again_and_starts_anew():
+    with peak_memory(torch.device("cpu")) as first:
+        bytearray(200 * MIB)
+    with peak_memory(torch.device("cpu")) as second:
+        pass
+    assert first.peak_bytes - first.before_bytes >= 190 * MIB
+    assert second.peak_bytes - second.before_bytes < 100 * MIB
+
+
+def test_where_the_system_does_not_tell_nothing_is_claimed(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "PROCESS", tmp_path / "absent")
+    with peak_memory(torch.device("cpu")) as found:
+        pass
+    assert found.peak_bytes is None and found.before_bytes is None
