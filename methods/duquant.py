@@ -24,11 +24,11 @@ from harness.observe import channel_stats, token_sample
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rotations import Dual, dual_rotation
 from harness.quant.rounding import nearest, static_ranges
+from harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from harness.quant.spec import Bits
 from harness.quant.target import Target
 from harness.quant.transforms import Transform
 from harness.seeds import sample_seeds
-from methods.smoothquant import smoothing_scale, weight_absmax
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,8 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:
-    """The transforms by layer, and the sites whose smoothing is folded into their producer."""
-    transforms: dict[str, Transform] = {}
-    folded = frozenset(site.name for site in target.linear_sites() if site.producer is not None)
+    by_site = {}
     for site in target.linear_sites():
         rotations = Dual.from_state(site.name, state).rotations()
-        shared = Transform(scale_C=state[f"{site.name}/scale"], rotations=rotations)
-        # layers left in float follow a fold, and are spared what runs online
-        transforms |= {name: shared for name in site.consumers if name in target.layers or site.name in folded}
-    return transforms, folded
+        by_site[site.name] = Transform(scale_C=state[f"{site.name}/scale"], rotations=rotations)
+    return place(target, by_site)

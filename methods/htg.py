@@ -38,9 +38,10 @@ from harness.observe import ChannelStats, channel_stats
 from harness.quant.clustering import adjacent_clusters, group_means
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
+from harness.quant.smoothing import place, weight_absmax
 from harness.quant.spec import Bits
 from harness.quant.steps import StepTable
-from harness.quant.target import Site, Target, weight_matrix
+from harness.quant.target import Target
 from harness.quant.transforms import Transform
 
 PARTS = ("group", "shift", "scale")
@@ -104,14 +105,12 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:
-    """The transforms by layer, and the sites whose transform is folded into their producer (all of them)."""
-    sites = [site for site in target.linear_sites() if f"{site.name}/shift" in state]
-    transforms = {}
-    for site in sites:
-        shift = StepTable(state[f"{site.name}/shift"], state[f"{site.name}/group_of_step"])
-        shared = Transform(shift=shift, scale_C=state.get(f"{site.name}/scale"))
-        transforms |= dict.fromkeys(site.consumers, shared)
-    return transforms, frozenset(site.name for site in sites)
+    by_site = {}
+    for site in target.linear_sites():
+        if f"{site.name}/shift" in state:
+            shift = StepTable(state[f"{site.name}/shift"], state[f"{site.name}/group_of_step"])
+            by_site[site.name] = Transform(shift=shift, scale_C=state.get(f"{site.name}/scale"))
+    return place(target, by_site)
 
 
 def shifted_absmax(stats: ChannelStats, shift_SC: Tensor) -> Tensor:
@@ -130,8 +129,3 @@ def running_magnitude(magnitude_SC: Tensor, momentum: float) -> Tensor:
 def scaling(magnitude_C: Tensor, weight_absmax_C: Tensor, floor: float) -> Tensor:
     """s = √(m_1 / max|W|), one factor per input channel."""
     return (magnitude_C.clamp(min=floor) / weight_absmax_C.clamp(min=floor)).sqrt()
-
-
-def weight_absmax(target: Target, site: Site) -> Tensor:
-    """Largest |weight| per input channel over all layers that read the site."""
-    return torch.stack([weight_matrix(target.module(n)).float().abs().amax(0) for n in site.consumers]).amax(0)

@@ -40,12 +40,12 @@ from harness.quant.quantizers import ActQuant, fake_quantize_activation, quantiz
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rotations import Dual, dual_rotation
 from harness.quant.rounding import nearest, static_ranges
+from harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from harness.quant.spec import Bits, QuantSpec
 from harness.quant.target import Site, Target, weight_matrix
 from harness.quant.tlq import MODES, Search, twin_log, weight_from_state, weight_state
 from harness.quant.transforms import Hadamard, Rotation, Transform, random_signs
 from harness.seeds import sample_seeds
-from methods.smoothquant import smoothing_scale, weight_absmax
 
 PARTS = ("smooth", "rotate", "tlq")
 CHOICES = ("paper", "measured")
@@ -116,19 +116,11 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:
-    """The transforms by layer, and the sites whose smoothing is folded into their producer."""
-    transforms: dict[str, Transform] = {}
-    folded = set()
+    by_site = {}
     for site in target.linear_sites():
         scale_C = state.get(f"{site.name}/scale")
-        shared = Transform(scale_C=scale_C, rotations=rotations(site.name, state))
-        if shared.is_identity:
-            continue
-        if scale_C is not None and site.producer is not None:
-            folded.add(site.name)
-        # layers left in float follow a fold, and are spared what runs online
-        transforms |= {name: shared for name in site.consumers if name in target.layers or site.name in folded}
-    return transforms, frozenset(folded)
+        by_site[site.name] = Transform(scale_C=scale_C, rotations=rotations(site.name, state))
+    return place(target, by_site)
 
 
 def rotations(site: str, state: dict[str, Tensor]) -> tuple[Rotation, ...]:

@@ -39,8 +39,9 @@ from harness.calibrate import Calibration
 from harness.observe import channel_stats
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
+from harness.quant.smoothing import place, weight_absmax
 from harness.quant.spec import Bits
-from harness.quant.target import Site, Target, weight_matrix
+from harness.quant.target import Site, Target
 from harness.quant.transforms import Transform
 from harness.reconstruct import Reconstruction, learned_weights, reconstruct
 
@@ -69,7 +70,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         stats = channel_stats(target, calibration)
         for site in balanced_sites(target):
             act_salience_SC = stats[site.consumers[0]].absmax_SC
-            state[f"{site.name}/scale"] = balance(act_salience_SC, weight_salience(target, site), params)
+            state[f"{site.name}/scale"] = balance(act_salience_SC, weight_absmax(target, site), params)
     transforms, folded = placement(target, state)
     state |= static_ranges(target, bits, calibration, transforms, folded, ranges=params.ranges)
     return state | reconstruct(target, apply(target, state, bits, params), calibration, params)
@@ -86,18 +87,8 @@ def balanced_sites(target: Target) -> list[Site]:
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:
-    """The transforms by layer, and the sites whose transform is folded into their producer (all of them)."""
-    sites = [site for site in balanced_sites(target) if f"{site.name}/scale" in state]
-    transforms = {}
-    for site in sites:
-        shared = Transform(scale_C=state[f"{site.name}/scale"])
-        transforms |= dict.fromkeys(site.consumers, shared)
-    return transforms, frozenset(site.name for site in sites)
-
-
-def weight_salience(target: Target, site: Site) -> Tensor:
-    """s(W), Eq. 4."""
-    return torch.stack([weight_matrix(target.module(n)).float().abs().amax(0) for n in site.consumers]).amax(0)
+    scales = {site.name: state.get(f"{site.name}/scale") for site in balanced_sites(target)}
+    return place(target, {name: Transform(scale_C=scale_C) for name, scale_C in scales.items()})
 
 
 def balance(act_salience_SC: Tensor, weight_salience_C: Tensor, params: Params) -> Tensor:

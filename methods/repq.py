@@ -36,6 +36,7 @@ from harness.quant.build import float_copy
 from harness.quant.quantizers import quantize_weight
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
+from harness.quant.smoothing import place
 from harness.quant.spec import Bits, QuantSpec
 from harness.quant.steps import StepTable
 from harness.quant.target import AdaLNRows, Site, Target
@@ -82,14 +83,12 @@ def reparameterised_sites(target: Target) -> list[Site]:
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:
-    """The transforms by layer, and the sites whose transform is folded into their producer (all of them)."""
-    sites = [site for site in reparameterised_sites(target) if f"{site.name}/scale" in state]
-    transforms = {}
-    for site in sites:
-        shift = StepTable.constant(state[f"{site.name}/shift"])
-        shared = Transform(shift=shift, scale_C=state[f"{site.name}/scale"])
-        transforms |= dict.fromkeys(site.consumers, shared)
-    return transforms, frozenset(site.name for site in sites)
+    by_site = {}
+    for site in reparameterised_sites(target):
+        if f"{site.name}/scale" in state:
+            shift = StepTable.constant(state[f"{site.name}/shift"])
+            by_site[site.name] = Transform(shift=shift, scale_C=state[f"{site.name}/scale"])
+    return place(target, by_site)
 
 
 def channel_values(target: Target, calibration: Calibration, tokens: int) -> dict[str, Tensor]:

@@ -21,15 +21,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from harness.calibrate import Calibration
 from harness.observe import channel_stats
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
+from harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from harness.quant.spec import Bits
-from harness.quant.target import AdaLNRows, Site, Target, weight_matrix
+from harness.quant.target import AdaLNRows, Site, Target
 from harness.quant.transforms import Transform
 
 
@@ -65,21 +65,4 @@ def smoothed_sites(target: Target) -> list[Site]:
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:
-    """The transforms by layer, and the sites whose transform is folded into their producer (all of them)."""
-    transforms = {}
-    for site in smoothed_sites(target):
-        shared = Transform(scale_C=state[f"{site.name}/scale"])
-        transforms |= dict.fromkeys(site.consumers, shared)
-    return transforms, frozenset(site.name for site in smoothed_sites(target))
-
-
-def weight_absmax(target: Target, site: Site) -> Tensor:
-    """Largest |weight| per input channel over all layers that read the site."""
-    return torch.stack([weight_matrix(target.module(n)).float().abs().amax(0) for n in site.consumers]).amax(0)
-
-
-def smoothing_scale(act_absmax_C: Tensor, weight_absmax_C: Tensor, strength: float, floor: float) -> Tensor:
-    """Eq. 4, one factor per input channel."""
-    act_range_C = act_absmax_C.clamp(min=floor)
-    weight_range_C = weight_absmax_C.clamp(min=floor)
-    return (act_range_C**strength / weight_range_C ** (1 - strength)).clamp(min=floor)
+    return place(target, {site.name: Transform(scale_C=state[f"{site.name}/scale"]) for site in smoothed_sites(target)})

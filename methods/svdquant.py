@@ -46,6 +46,7 @@ from harness.quant.lowrank import Split, branches, capped_rank, output_error, re
 from harness.quant.quantizers import ActQuant, QuantizedWeight, fake_quantize_activation, quantize_weight
 from harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
+from harness.quant.smoothing import place
 from harness.quant.spec import Bits, QuantSpec
 from harness.quant.steps import StepTable
 from harness.quant.target import Site, Target, weight_matrix
@@ -159,19 +160,11 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
 def placement(
     target: Target, state: dict[str, Tensor], bits: Bits, params: Params
 ) -> tuple[dict[str, Transform], frozenset[str]]:
-    """The transforms by layer, and the sites whose transform is folded into their producer."""
-    transforms: dict[str, Transform] = {}
-    folded = set()
+    by_site = {}
     for site in branch_sites(target, params):
         width = weight_matrix(target.module(site.consumers[0])).shape[1]
-        shared = transform_of(site, width, state.get(f"{site.name}/scale"), bits, params)
-        if shared.is_identity:
-            continue
-        fold = params.fold and site.producer is not None
-        if fold:
-            folded.add(site.name)  # layers that stay in float follow the fold
-        transforms |= dict.fromkeys(site.consumers if fold else quantized_consumers(target, site), shared)
-    return transforms, frozenset(folded)
+        by_site[site.name] = transform_of(site, width, state.get(f"{site.name}/scale"), bits, params)
+    return place(target, by_site, fold=params.fold)
 
 
 def transform_of(site: Site, width: int, scale_C: Tensor | None, bits: Bits, params: Params) -> Transform:

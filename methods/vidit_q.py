@@ -38,8 +38,9 @@ from harness.errors import UserError
 from harness.observe import ChannelStats, channel_stats
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
+from harness.quant.smoothing import place, weight_absmax
 from harness.quant.spec import FLOAT_BITS, Bits, QuantSpec, parse_label
-from harness.quant.target import Site, Target, weight_matrix
+from harness.quant.target import Target
 from harness.quant.transforms import Hadamard, Transform, random_signs
 
 HIGHEST_NOISE = 0  # the first denoising step
@@ -93,18 +94,13 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:
-    """The transforms by layer, and the sites whose scale is folded; a site without a producer divides online."""
-    transforms, folded = {}, set()
+    """A site without a producer divides online."""
+    by_site = {}
     for site in target.linear_sites():
-        scale_C, signs_C = state.get(f"{site.name}/scale"), state.get(f"{site.name}/signs")
+        signs_C = state.get(f"{site.name}/signs")
         rotations = () if signs_C is None else (Hadamard(len(signs_C), signs_C),)
-        shared = Transform(scale_C=scale_C, rotations=rotations)
-        if site.producer is not None and scale_C is not None:
-            folded.add(site.name)
-            transforms |= dict.fromkeys(site.consumers, shared)  # those in float as well: their input is scaled too
-        else:
-            transforms |= {name: shared for name in site.consumers if name in target.layers}
-    return transforms, frozenset(folded)
+        by_site[site.name] = Transform(scale_C=state.get(f"{site.name}/scale"), rotations=rotations)
+    return place(target, by_site)
 
 
 def activation_absmax(stats: ChannelStats, statistics: str) -> Tensor:
@@ -118,11 +114,6 @@ def channel_scale(act_absmax_C: Tensor, weight_absmax_C: Tensor, params: Params)
     weight_range_C = weight_absmax_C.clamp(min=params.floor)
     mask_C = weight_range_C**params.alpha / act_range_C ** (1 - params.alpha)
     return (1 / mask_C).clamp(min=params.floor)
-
-
-def weight_absmax(target: Target, site: Site) -> Tensor:
-    """Largest |weight| per input channel over all layers that read the site."""
-    return torch.stack([weight_matrix(target.module(n)).float().abs().amax(0) for n in site.consumers]).amax(0)
 
 
 def bit_plan(target: Target, bits: Bits, params: Params) -> dict[str, Bits]:

@@ -105,10 +105,6 @@ class Transform(nn.Module):
     def is_identity(self) -> bool:
         return self.shift is None and self.scale_C is None and not self.rotations
 
-    @property
-    def rotates(self) -> bool:
-        return len(self.rotations) > 0
-
     def shift_and_scale_only(self) -> Transform:
         return Transform(self.shift, self.scale_C)
 

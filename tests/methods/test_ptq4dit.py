@@ -12,9 +12,10 @@ from harness.conformance import DYNAMIC, STATIC
 from harness.quant.build import build, float_copy, quant_layers
 from harness.quant.effective import effective_linear
 from harness.quant.quantizers import quantize_weight
+from harness.quant.smoothing import weight_absmax
 from harness.quant.target import Site, Target
 from methods import ptq4dit, smoothquant
-from methods.ptq4dit import Params, balance, spearman, timestep_weights, weight_salience
+from methods.ptq4dit import Params, balance, spearman, timestep_weights
 
 ROUNDED = Params(reconstruct="none")  # where only the balance is looked at
 
@@ -172,7 +173,7 @@ def test_salience_of_q_k_v_is_taken_over_the_three(small_target):
     site = small_target.sites[0]
     stacked = torch.cat([small_target.module(name).weight for name in site.consumers])
     assert stacked.shape == (144, 48)
-    assert torch.equal(weight_salience(small_target, site), stacked.abs().amax(0))
+    assert torch.equal(weight_absmax(small_target, site), stacked.abs().amax(0))
 
 
 def test_switched_off_it_is_rounding_with_searched_ranges(small_target, small_calibration):

@@ -58,7 +58,7 @@ def test_rotations_run_online_and_nothing_is_folded(small_target, small_calibrat
         shared = {id(recipe.layers[name].transform) for name in site.consumers}
         assert len(shared) == 1
         transform = recipe.layers[site.consumers[0]].transform
-        assert transform.rotates and transform.shift is None and transform.scale_C is None
+        assert transform.rotations and transform.shift is None and transform.scale_C is None
 
 
 def test_a_layer_that_stays_in_float_is_not_rotated(small_model, small_calibration):

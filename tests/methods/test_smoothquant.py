@@ -7,9 +7,10 @@ import torch
 
 from harness.conformance import DYNAMIC, relative_error
 from harness.quant.build import build, float_copy, quant_layers
+from harness.quant.smoothing import smoothing_scale
 from harness.quant.target import AdaLNRows
 from methods import smoothquant
-from methods.smoothquant import Params, smoothing_scale
+from methods.smoothquant import Params
 
 
 def by_hand(target, calibration, site, strength: float, floor: float) -> list[float]:

@@ -15,9 +15,10 @@ from harness.paths import CONF
 from harness.quant.build import build, float_copy, quant_layers
 from harness.quant.hadamard import hadamard
 from harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
+from harness.quant.smoothing import smoothing_scale
 from harness.quant.spec import Bits, QuantSpec
 from harness.quant.transforms import Hadamard, Transform, random_signs
-from methods import smoothquant, vidit_q
+from methods import vidit_q
 from methods.vidit_q import Params, bit_plan, channel_scale
 
 SITE, LAYER = "transformer_blocks.1.ff_mid", "transformer_blocks.1.ff.net.2"
@@ -67,7 +68,7 @@ def test_its_alpha_is_one_minus_the_strength_of_smoothquant(alpha, normal):
     act, weight = normal(48).abs().exp(), normal(48, seed=1).abs() * 0.1
     act[3], weight[5] = 0.0, 0.0
     found = channel_scale(act, weight, Params(alpha=alpha))
-    torch.testing.assert_close(found, smoothquant.smoothing_scale(act, weight, 1 - alpha, 1e-5), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, smoothing_scale(act, weight, 1 - alpha, 1e-5), rtol=1e-12, atol=0)
 
 
 def test_a_layer_computes_the_product_of_both_scaled_and_rotated_sides(small_target, small_calibration, normal):
@@ -118,7 +119,7 @@ def test_scales_are_folded_where_the_input_has_a_producer_and_rotations_run_onli
     assert recipe.folded == {site.name for site in small_target.sites if site.producer is not None}
     layers = quant_layers(build(small_target, recipe, dtype=torch.float32))
     for name in small_target.layers:
-        assert layers[name].transform.rotates
+        assert layers[name].transform.rotations
         assert (layers[name].transform.scale_C is not None) == name.endswith("ff.net.2")
 
 

@@ -146,7 +146,7 @@ def test_what_runs_online_is_counted_and_constants_are_not(transform, added, nor
     weight = quantize_weight(normal(4, 8), QuantSpec(4, "per_channel"))
     plain = stored_bytes(LayerRecipe(weight=weight), folded=False)
     assert stored_bytes(LayerRecipe(transform, weight), folded=False) == plain + added
-    if not transform.rotates:
+    if not transform.rotations:
         assert stored_bytes(LayerRecipe(transform, weight), folded=True) == plain
 
 

@@ -125,7 +125,7 @@ def test_the_two_halves_of_a_transform_make_the_whole(normal):
     step = torch.tensor(2)
     halves = transform.rotations_only()(transform.shift_and_scale_only()(x, step))
     assert torch.equal(halves, transform(x, step))
-    assert not transform.shift_and_scale_only().rotates and transform.rotates
+    assert not transform.shift_and_scale_only().rotations and transform.rotations
     assert Transform().is_identity and not transform.is_identity
 
 
