@@ -91,11 +91,14 @@ def report_command(arguments: list[str]) -> int:
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
     parser.add_argument("--out", type=Path, help="file to write; html default: <results-dir>/report[-EXPERIMENT].html")
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="headline metrics, in this order")
+    parser.add_argument("--over-seeds", action="store_true", help="one row for runs that differ in their seed only")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
     options = parser.parse_args(arguments)
     from harness.report import report
 
-    made = report(options.results_dir, options.experiment, options.format, options.out, options.metrics)
+    made = report(
+        options.results_dir, options.experiment, options.format, options.out, options.metrics, options.over_seeds
+    )
     print(made.text)
     if made.path is not None:
         print(made.path)

@@ -12,6 +12,7 @@ from harness.record import Record, experiment_folder, read_all
 from harness.report import compare, text
 from harness.report.frame import frame
 from harness.report.html import page
+from harness.report.seeds import over_seeds
 
 FORMATS = ("md", "csv", "latex", "html")
 
@@ -30,11 +31,13 @@ def report(
     format: str = "md",
     out: Path | None = None,
     metrics: Sequence[str] | None = None,
+    merge_seeds: bool = False,
 ) -> Report:
     """The newest attempt of every run of one experiment (or of all) as a table or a page.
 
     html goes to `out` or to `<results_dir>/report[-<experiment>].html`; the others go to `out` only if it is given.
-    `metrics` chooses the columns of md and latex; csv and html always hold every metric.
+    `metrics` chooses the columns of md and latex; csv and html always hold every metric. merge_seeds: runs that differ in
+    their seed only become one row.
 
     Raises:
         UserError: unknown format, experiment or metric; no records; a record that cannot be read.
@@ -42,6 +45,7 @@ def report(
     if format not in FORMATS:
         raise unknown_name("report format", format, FORMATS)
     records = _records(Path(results_dir), experiment)
+    records = over_seeds(records) if merge_seeds else records
     groups = compare.groups(records)
     headline = compare.headline(groups, metrics)
     if format == "html":

@@ -1,0 +1,80 @@
+"""Runs that differ in their seed only, as one row: the mean over seeds, with Student's interval over them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from harness.record import Record
+
+CI_METHOD = "Student's t over the seeds"
+_NO_NUMBER_DEPENDS_ON = ("seed", "name", "tracker", "results_dir", "cache_dir", "force", "debug")
+
+
+def over_seeds(records: Iterable[Record]) -> list[Record]:
+    """One record for every set of finished runs that share all but the seed; what has no twin stays as it is.
+
+    Metrics: mean, 95 % interval of the mean over seeds (n stays that of one seed; the largest noise floor counts).
+    Other numbers: mean. All the rest: as in the first seed's record.
+    """
+    alike: dict[str, dict[Any, Record]] = {}
+    alone = []
+    for record in records:
+        if record.status == "ok":
+            alike.setdefault(_all_but_the_seed(record), {})[record.config.get("seed")] = record
+        else:
+            alone.append(record)
+    sets = [[found[seed] for seed in sorted(found, key=str)] for found in alike.values()]
+    return [_merged(members) if len(members) > 1 else members[0] for members in sets] + alone
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of two values or more, taken as independent and normal."""
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread
+    return mean - half, mean + half
+
+
+def _all_but_the_seed(record: Record) -> str:
+    config = {name: value for name, value in record.config.items() if name not in _NO_NUMBER_DEPENDS_ON}
+    return json.dumps([record.model, record.method, config], sort_keys=True, default=str)
+
+
+def _merged(members: list[Record]) -> Record:
+    first = members[0]
+    seeds = ", ".join(str(record.config.get("seed")) for record in members)
+    averaged = {
+        section: _mean([getattr(record, section) for record in members])
+        for section in ("bits", "efficiency", "timings_s", "cost")
+    }
+    metrics = {name: _metric([record.metrics.get(name, {}) for record in members]) for name in first.metrics}
+    return replace(first, config=first.config | {"seed": seeds}, metrics=metrics, layers={}, **averaged)
+
+
+def _metric(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """One metric's entry; it is skipped if any seed skipped it."""
+    values = [entry.get("value") for entry in entries]
+    if None in values:
+        return next(entry for entry in entries if entry.get("value") is None)
+    floors = [entry["noise_floor"] for entry in entries if entry.get("noise_floor") is not None]
+    passport = (entries[0].get("passport") or {}) | {"ci_method": CI_METHOD, "seeds": len(entries)}
+    return entries[0] | {
+        "value": float(np.mean(values)),
+        "ci95": list(t_interval(values)),
+        "noise_floor": max(floors, default=None),
+        "passport": passport,
+    }
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Numbers averaged, mappings key by key, anything else (and what some lack) as in the first."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _mean([value.get(key) if isinstance(value, dict) else None for value in values]) for key in first}
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return float(np.mean(values)) if numbers else first
