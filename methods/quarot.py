@@ -4,7 +4,7 @@
 
     paper   here                        meaning
     Q       Hadamard(C, signs)          one per layer input, signs drawn once with `seed`
-    clip    (none: the CLI default 1.0)
+    clip    clip                        share of each token's range that dynamic quantizers keep; 1 keeps all
 
 Departs from the paper: no rotation of the residual stream. adaLN multiplies by 1 + γ(c) after the norm, which does not
 commute with Q, so each linear rotates its own input online. Weights are rounded to nearest (the paper's RTN variant).
@@ -13,14 +13,14 @@ Widths without a Hadamard matrix take block-diagonal blocks of the largest admis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from harness.calibrate import Calibration
 from harness.errors import UserError
-from harness.quant.recipe import ModelRecipe
+from harness.quant.recipe import LayerRecipe, ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
 from harness.quant.spec import Bits
 from harness.quant.target import Target
@@ -33,8 +33,11 @@ class Params:
 
     seed: int = 0
     block_size: int | None = None  # None: the full width, or the largest admissible block
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.clip <= 1.0:
+            raise ValueError(f"quarot: clip must be in (0, 1], got {self.clip}")
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"quarot: block_size must be at least 2, got {self.block_size}")
 
@@ -49,7 +52,16 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
 
 
 def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:
-    return nearest(target, bits, state, rotations(target, state, params))
+    recipe = nearest(target, bits, state, rotations(target, state, params))
+    layers = {name: clipped(layer, params.clip) for name, layer in recipe.layers.items()}
+    return replace(recipe, layers=layers)
+
+
+def clipped(layer: LayerRecipe, clip: float) -> LayerRecipe:
+    """Dynamic ranges times `clip`; static ones are what the calibration found."""
+    if layer.act is None or not layer.act.spec.dynamic:
+        return layer
+    return replace(layer, act=replace(layer.act, clip=clip))
 
 
 def rotations(target: Target, state: dict[str, Tensor], params: Params) -> dict[str, Transform]:

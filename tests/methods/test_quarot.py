@@ -100,3 +100,17 @@ def test_with_outlier_channels_it_loses_less_than_rounding_alone(own_model, smal
 def test_a_block_of_one_channel_is_refused():
     with pytest.raises(ValueError, match="block_size must be at least 2"):
         Params(block_size=1)
+
+
+def test_clip_shrinks_the_range_of_dynamic_tokens_and_leaves_static_ones(small_target, small_calibration, normal):
+    clipped = recipe_of(small_target, small_calibration, params=Params(clip=0.8)).layers[LAYER]
+    x = normal(5, 192)
+    scale = 0.8 * x.abs().amax(-1, keepdim=True) / 127
+    expected = (x / scale).round().clamp(-127, 127) * scale
+    torch.testing.assert_close(fake_quantize_activation(x, clipped.act), expected, rtol=1e-5, atol=1e-6)
+    assert recipe_of(small_target, small_calibration, STATIC, Params(clip=0.8)).layers[LAYER].act.clip == 1.0
+
+
+def test_clip_is_a_share():
+    with pytest.raises(ValueError, match=r"clip must be in \(0, 1\]"):
+        Params(clip=1.2)
