@@ -12,6 +12,7 @@ from harness import methods, papers, reproduce
 from harness.errors import UserError
 from harness.paths import PAPERS
 from harness.record import Record
+from harness.reproduce import rows, verdicts
 
 TINY = (
     "protocol.n=4",
@@ -287,17 +288,17 @@ def test_a_reproduction_on_tiny_dit_prints_every_row_and_why_it_is_not_comparabl
 
 def test_without_overrides_another_model_takes_its_usual_n_and_steps():
     table = papers.table("ptq4dit-table1")
-    lines = [line for line in reproduce.plan_lines(table, table.reproduce, "tiny-dit", ()) if line.job]
-    for config in reproduce._configurations(line.job for line in lines).values():
+    lines = [line for line in rows.plan_lines(table, table.reproduce, "tiny-dit", ()) if line.job]
+    for config in rows.configurations(line.job for line in lines).values():
         assert (config["protocol"]["n"], config["protocol"]["steps"]) == (256, 20)
         assert (config["protocol"]["sampler"], config["protocol"]["scope"]) == ("ddpm", "all")
 
 
 def test_the_ablation_turns_off_what_its_rows_name():
     table = papers.table("ptq4dit-table3")
-    lines = reproduce.plan_lines(table, table.reproduce, None, ())
+    lines = rows.plan_lines(table, table.reproduce, None, ())
     assert [line.job is None for line in lines] == [False, True, False], "salience at t = T/2 has no counterpart"
-    bare, whole = reproduce._configurations(line.job for line in lines).values()
+    bare, whole = rows.configurations(line.job for line in lines).values()
     assert (bare["method"]["parts"], whole["method"]["parts"]) == ("none", "csb+ssc")
     assert bare["bits"]["label"] == "w4a8" and bare["protocol"]["steps"] == 250
 
@@ -317,11 +318,11 @@ def test_the_ablation_turns_off_what_its_rows_name():
     ],
 )
 def test_a_verdict_is_within_by_interval_or_by_tolerance(paper, ours, ci95, tolerance, expected):
-    assert reproduce.verdict(paper, ours, ci95, tolerance) == expected
+    assert verdicts.verdict(paper, ours, ci95, tolerance) == expected
 
 
 def test_a_reason_comes_before_any_number():
-    assert reproduce.verdict(7.0, 7.0, (6.9, 7.1), 0.3, ["model", "n"]) == "not comparable: model, n"
+    assert verdicts.verdict(7.0, 7.0, (6.9, 7.1), 0.3, ["model", "n"]) == "not comparable: model, n"
 
 
 def config(**changes):
@@ -340,16 +341,16 @@ def config(**changes):
 
 
 def test_settings_that_differ_are_reasons_and_where_the_weights_lie_is_none():
-    assert reproduce.departures(config(), config()) == {}
+    assert verdicts.departures(config(), config()) == {}
     same = config(model__source="/here", generate__batch_size=8, calibration__batch_size=4, protocol__name="mine")
-    assert reproduce.departures(same, config()) == {}
-    assert reproduce.departures(config(protocol__n=5000, method__parts="none", bits__act={"bits": 4}), config()) == {
+    assert verdicts.departures(same, config()) == {}
+    assert verdicts.departures(config(protocol__n=5000, method__parts="none", bits__act={"bits": 4}), config()) == {
         "n": "5000, not 10000",
         "method.parts": "none, not csb+ssc",
         "bits.act.bits": "4, not 8",
     }
-    assert reproduce.departures(config(protocol__skip=["qkv"]), config()) == {"skip": "['qkv'], not []"}
-    assert reproduce.departures(config(model__stress={"seed": 0}), config())
+    assert verdicts.departures(config(protocol__skip=["qkv"]), config()) == {"skip": "['qkv'], not []"}
+    assert verdicts.departures(config(model__stress={"seed": 0}), config())
 
 
 @pytest.mark.parametrize(
@@ -363,7 +364,7 @@ def test_settings_that_differ_are_reasons_and_where_the_weights_lie_is_none():
 )
 def test_another_evaluator_is_a_reason(metric, reference, expected):
     wanted = metric.removesuffix("_judge")
-    assert set(reproduce.evaluator_departures(metric, wanted, {"reference": reference}, "real.npz")) == expected
+    assert set(verdicts.evaluator_departures(metric, wanted, {"reference": reference}, "real.npz")) == expected
 
 
 def a_record(value: float | None, status: str = "ok") -> Record:
@@ -377,10 +378,10 @@ def a_record(value: float | None, status: str = "ok") -> Record:
     return Record("0" * 12, status, config(), "ptq4dit", "dit-xl-2-256", "x", error="broke", metrics=metrics)
 
 
-def judged(row: papers.Row, record: Record | None, refusal: str | None = None) -> reproduce.Judged:
+def judged(row: papers.Row, record: Record | None, refusal: str | None = None) -> verdicts.Judged:
     section = papers.table("ptq4dit-table1").reproduce
     expected = type("Expected", (), {"raw": config()})()
-    return reproduce._judged_row(reproduce.Line(row, ("a",), ("a",)), section, record, refusal, expected)["FID"]
+    return verdicts.judged_row(rows.Line(row, ("a",), ("a",)), section, record, refusal, expected)["FID"]
 
 
 def row(fid: float | None = 7.09, confidence: str = "primary") -> papers.Row:
@@ -407,4 +408,4 @@ def test_a_value_from_memory_is_never_confirmed():
 def test_every_name_of_ours_that_a_reproducible_table_uses_is_mapped_or_known_to_be_unmapped():
     used = {row.name for name in REPRODUCIBLE for row in papers.table(name).rows}
     variants = {name for each in REPRODUCIBLE for name in papers.table(each).reproduce.rows}
-    assert used - set(reproduce.OURS) - variants == {"TFMQ-DM", "G4W+P4A", "CSB (salience at t=T/2)"}
+    assert used - set(rows.OURS) - variants == {"TFMQ-DM", "G4W+P4A", "CSB (salience at t=T/2)"}
