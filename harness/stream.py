@@ -117,12 +117,14 @@ class BlockStream:
             for _ in self.outputs(block):
                 pass
 
-    def sample(self, steps: int, rows: int) -> list[BlockInput]:
-        """At most `steps` of the current block's inputs, spread over the trajectory, with at most `rows` rows of each.
+    def sample(self, steps: int, rows: int, tokens: int) -> list[BlockInput]:
+        """At most `steps` of the current block's inputs, spread over the trajectory, with at most `rows` rows of each,
+        and at most `tokens` tokens in all (but one row of each).
 
         Side by side in one batch, which is faster.
         """
         calls = [self.inputs[index] for index in _spread(len(self.inputs), steps).tolist()]
+        rows = min(rows, max(1, tokens // (len(calls) * calls[0].hidden_BTC[0, ..., 0].numel())))
         return BlockInput.side_by_side([call.rows(_spread(len(call.hidden_BTC), rows)) for call in calls])
 
     def restart_at(self, other: BlockStream) -> None:

@@ -30,13 +30,14 @@ outlier score, Δ, the grid (that of 2DQuant by the same author: diagonal first,
 (`cbc_depth`: all blocks before, or 1, the previous block on otherwise float input), ranges as ratios of each row's
 ends, one quantizer rounded at a time during the search, all steps pooled. Quantizers of one block do not see one another.
 
-Departs from the paper: K is 20 and candidates stop at 0.4 (2DQuant: 100 and 0), on 4 samples × 4 steps, for CPUs. ε is
-divided by mean|Y_L|, or the target would follow the scale of the outputs. With one scale per token, grouping hurts, since
-the outliers' half sets the scale of both; with permutation=group, activations that are dynamic per token therefore get one
-scale per token and Hadamard block (`act_scale` auto). Dynamic activations have no fixed ends: one clip ratio per layer
-input is searched. Where nothing follows, the target is the layer's own output. `target` fp_network judges against
-the float network's own response, which lets a block make up for errors before it. Linears outside the blocks, and attention
-operands, are rounded plainly. With dynamic activations CBC alone calibrates nothing: its row equals the base.
+Departs from the paper: K is 20 and candidates stop at 0.4 (2DQuant: 100 and 0), on 4 samples × 4 steps and at most 1,024
+tokens, for CPUs. ε is divided by mean|Y_L|, or the target would follow the scale of the outputs. With one scale per token,
+grouping hurts, since the outliers' half sets the scale of both; with permutation=group, activations that are dynamic per
+token therefore get one scale per token and Hadamard block (`act_scale` auto). Dynamic activations have no fixed ends: one
+clip ratio per layer input is searched. Where nothing follows, the target is the layer's own output. `target` fp_network
+judges against the float network's own response, which lets a block make up for errors before it. Linears outside the
+blocks, and attention operands, are rounded plainly. With dynamic activations CBC alone calibrates nothing: its row equals
+the base.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Params:
     local: int = 1  # how far around the best of the diagonal (i, i) the pairs (i + a, j + b) are searched
     search_samples: int = 4
     search_steps: int = 4
+    search_tokens: int = 1024  # in all of them: fewer samples of a model with longer sequences, but one per step
     seed: int = 0  # of permutation=random
     max_bytes: int = MAX_BYTES  # of the hidden states held at a time
 
@@ -103,7 +105,7 @@ class Params:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"clq: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("blocks", "grid", "search_samples", "search_steps"):
+        for name in ("blocks", "grid", "search_samples", "search_steps", "search_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"clq: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("reach", "local"):
@@ -351,8 +353,9 @@ def clps(
 ) -> dict[str, Tensor]:
     start = target.blocks.index(block)
     near = [name for b in target.blocks[start : start + params.reach + 1] for name in layers_of(target, b)]
-    calls = stream.sample(params.search_steps, params.search_samples)
-    own = floats.sample(params.search_steps, params.search_samples) if params.target == "fp_network" else calls
+    budget = params.search_steps, params.search_samples, params.search_tokens
+    calls = stream.sample(*budget)
+    own = floats.sample(*budget) if params.target == "fp_network" else calls
     expected = floats.layer_outputs(block, params.reach, own, near)
     searching = CrossLayerSearch(target, stream, block, layers, calls, expected, dict(state), bits, params)
     return {key: value for each in quantizers(sites, layers, bits) for key, value in searching.ends(each).items()}

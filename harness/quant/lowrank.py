@@ -47,13 +47,31 @@ def split(
     """
     weight_MC = weight_MC.double()
     wanted_MC = weight_MC if without_MC is None else weight_MC - without_MC.double()
-    if rank == 0:
-        down_rC, up_Mr = wanted_MC[:0], wanted_MC[:, :0]
-    else:
-        left_Mk, singular_k, right_kC = torch.linalg.svd(wanted_MC, full_matrices=False)
-        down_rC, up_Mr = right_kC[:rank], left_Mk[:, :rank] * singular_k[:rank]
+    down_rC, up_Mr = leading_factors(wanted_MC, rank)
     down_rC, up_Mr = down_rC.to(dtype).contiguous(), up_Mr.to(dtype).contiguous()
     return Split(down_rC, up_Mr, residual(weight_MC, LowRank(down_rC, up_Mr)))
+
+
+def leading_factors(weight_MC: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """V_rᵀ (r, C) and U_r S_r (M, r), float64.
+
+    From the eigenvectors of the smaller Gram matrix, many times faster than the whole SVD. What that loses, relative
+    precision of singular values below √eps of the largest, is far below the factors' own 16 bits.
+    """
+    if rank == 0:
+        return weight_MC[:0], weight_MC[:, :0]
+    if weight_MC.shape[0] >= weight_MC.shape[1]:
+        right_Cr = _leading_eigenvectors(weight_MC.T @ weight_MC, rank)
+        return right_Cr.T, weight_MC @ right_Cr
+    left_Mr = _leading_eigenvectors(weight_MC @ weight_MC.T, rank)
+    scaled_rC = left_Mr.T @ weight_MC
+    singular_r1 = scaled_rC.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return scaled_rC / singular_r1, left_Mr * singular_r1.T
+
+
+def _leading_eigenvectors(gram_CC: Tensor, rank: int) -> Tensor:
+    """(C, r), the largest eigenvalue first."""
+    return torch.linalg.eigh(gram_CC).eigenvectors[:, -rank:].flip(1)
 
 
 def residual(weight_OC: Tensor, branch: LowRank | None) -> Tensor:

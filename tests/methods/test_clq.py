@@ -18,6 +18,7 @@ from harness.quant.steps import StepClock
 from harness.quant.target import Site, Target
 from harness.quant.transforms import Hadamard, Permutation
 from harness.stream import BlockStream
+from harness.trial import float_model
 from methods import clq, rtn
 from methods.clq import Params, Quantizer, Score, channel_order, hadamard_blocks, loudest, search
 
@@ -681,3 +682,11 @@ def test_values_that_cannot_be_used_are_refused(values, words):
 
 def test_what_hydra_gives_is_what_python_gives():
     assert Params(cbc_depth=1, probe=[0.5, 1.0]) == Params(cbc_depth="1", probe=(0.5, 1.0))
+
+
+@pytest.mark.parametrize(("rows_of_tokens", "rows"), [(100, 6), (4, 4), (1, 2)])
+def test_the_search_has_a_budget_of_tokens_but_sees_every_step(rows_of_tokens, rows, small_target, small_calibration):
+    stream = BlockStream(float_model(small_target, [], torch.float32), small_target.blocks, small_calibration)
+    per_row = stream.inputs[0].hidden_BTC.shape[1]
+    calls = stream.sample(steps=2, rows=3, tokens=rows_of_tokens * per_row)
+    assert sum(len(call.hidden_BTC) for call in calls) == rows

@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.quant.lowrank import FACTOR_DTYPE, branches, capped_rank, output_error, refine, residual, split
+from harness.quant.lowrank import (
+    FACTOR_DTYPE,
+    branches,
+    capped_rank,
+    leading_factors,
+    output_error,
+    refine,
+    residual,
+    split,
+)
 from harness.quant.quantizers import quantize_weight
 from harness.quant.recipe import LowRank
 from harness.quant.spec import QuantSpec
@@ -65,14 +74,31 @@ def test_the_slices_of_a_shared_branch_stack_to_the_joint_svd(normal):
     stacked = torch.cat(list(weights.values()))
     found = branches(tuple(weights), split(stacked, 6, dtype=torch.float64), [24, 24, 12])
     left, singular, right = torch.linalg.svd(stacked)
-    up = torch.cat([branch.up_Or for branch in found.values()])
-    torch.testing.assert_close(up, left[:, :6] * singular[:6], rtol=1e-12, atol=1e-12)
-    assert all(branch.down_rC is found["q"].down_rC for branch in found.values())
-    torch.testing.assert_close(found["k"].down_rC, right[:6], rtol=1e-12, atol=1e-12)
+    up, down = torch.cat([branch.up_Or for branch in found.values()]), found["k"].down_rC
+    assert all(branch.down_rC is down for branch in found.values())
+    signs = (down * right[:6]).sum(1).sign()  # a pair of singular vectors is one up to its sign
+    torch.testing.assert_close(up * signs, left[:, :6] * singular[:6], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(down * signs[:, None], right[:6], rtol=1e-11, atol=1e-11)
     assert [tuple(branch.up_Or.shape) for branch in found.values()] == [(24, 6), (24, 6), (12, 6)]
     parts = split(stacked, 6)
     each = [residual(weights[n], branch) for n, branch in branches(tuple(weights), parts, [24, 24, 12]).items()]
     torch.testing.assert_close(torch.cat(each), parts.residual_MC, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_the_factors_are_those_of_the_whole_svd_for_tall_and_wide_weights(shape, normal):
+    weight = normal(*shape)
+    down, up = leading_factors(weight, 5)
+    left, singular, right = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close(up @ down, left[:, :5] * singular[:5] @ right[:5], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(down @ down.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-11)
+
+
+def test_a_weight_of_lower_rank_than_its_branch_has_finite_factors(normal):
+    weight = normal(12, 1) @ normal(1, 30, seed=1)
+    down, up = leading_factors(weight, 4)
+    assert bool(down.isfinite().all()) and bool(up.isfinite().all())
+    torch.testing.assert_close(up @ down, weight, rtol=1e-7, atol=1e-7)
 
 
 def test_a_layer_without_a_branch_keeps_its_weight(normal):
