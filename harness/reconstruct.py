@@ -50,6 +50,7 @@ class Reconstruction:
     reconstruct: str = "block"  # block | none: weights rounded to nearest, ranges as found
     iterations: int = 100  # per block
     batch_size: int = 16
+    batch_tokens: int = 1024  # of a minibatch, at most: fewer rows of a model with longer sequences, but one
     learning_rate: float = 3e-2  # Adam, of α
     scale_learning_rate: float = 4e-5  # Adam with cosine to 0, of static activation scales
     scale_iterations: int = 0  # 0: scales are learned together with the rounding; otherwise after it
@@ -67,7 +68,7 @@ class Reconstruction:
         method = type(self).__module__.rpartition(".")[2]
         if self.reconstruct not in ("block", "none"):
             raise ValueError(f"{method}: reconstruct must be block or none, got {self.reconstruct!r}")
-        for name in ("iterations", "batch_size"):
+        for name in ("iterations", "batch_size", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{method}: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "input_prob", "act_prob"):
@@ -274,6 +275,8 @@ class _Samples:
         self.settings, self.generator = settings, generator
         self.call_N = torch.cat([torch.full((len(c.hidden_BTC),), i) for i, c in enumerate(stream.inputs)])
         self.row_N = torch.cat([torch.arange(len(c.hidden_BTC)) for c in stream.inputs])
+        tokens = stream.inputs[0].hidden_BTC[0, ..., 0].numel()
+        self.batch_size = min(settings.batch_size, max(1, settings.batch_tokens // tokens))
         self.by_step = clock_of(stream.model).num_steps is not None
 
     def draw(self) -> tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -282,7 +285,7 @@ class _Samples:
         if self.by_step:
             chosen = self.call_N[torch.randint(len(self.call_N), (), generator=self.generator)]
             pool_N = pool_N[self.call_N == chosen]
-        picked_B = pool_N[torch.randint(len(pool_N), (self.settings.batch_size,), generator=self.generator)]
+        picked_B = pool_N[torch.randint(len(pool_N), (self.batch_size,), generator=self.generator)]
         picked_B = picked_B.sort().values
         parts = [
             (int(call), self.row_N[picked_B[self.call_N[picked_B] == call]]) for call in self.call_N[picked_B].unique()

@@ -17,6 +17,7 @@ from harness.quant.rounding import nearest, static_ranges
 from harness.quant.spec import Bits
 from harness.quant.transforms import Transform
 from harness.reconstruct import Reconstruction, learned_weights, output_error, reconstruct, sharpness
+from harness.stream import BlockStream
 from methods import htg
 
 W4A8_STATIC = STATIC.with_widths(4, 8)
@@ -145,6 +146,16 @@ def test_targets_are_the_float_blocks_on_float_inputs_row_by_row(recorded, small
         with torch.no_grad():
             torch.testing.assert_close(exact.get_submodule(name)(hidden, *args, **kwargs), target)
         assert len(kwargs["timestep"].unique()) > 1
+
+
+@pytest.mark.parametrize(("rows_of_tokens", "rows"), [(100, 9), (4, 4), (0.5, 1)])
+def test_a_minibatch_has_a_budget_of_tokens(recorded, rows_of_tokens, rows, small_target, small_calibration):
+    _, recipe = start(small_target, small_calibration, DYNAMIC)
+    tokens = BlockStream(build(small_target, ModelRecipe({})), small_target.blocks, small_calibration).inputs[0]
+    budget = int(rows_of_tokens * tokens.hidden_BTC.shape[1])
+    reconstruct(small_target, recipe, small_calibration, replace(SHORT, batch_size=9, batch_tokens=budget))
+    hidden, target, _, _ = recorded[0][2].draw()
+    assert len(hidden) == len(target) == rows
 
 
 def test_inputs_are_those_that_the_rounded_blocks_before_give(recorded, small_target, small_calibration):
