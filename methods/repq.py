@@ -16,11 +16,14 @@ The paper folds r and b into LayerNorm; a DiT's LayerNorm has no weight, so they
 input (as PTQ4DiT did for its RepQ-ViT rows). The weights' quantizers are set after that, by the same percentile search,
 and the other layers' static ranges as well.
 
-Departs from the paper: z̃ is rounded, so that codes are integers (the output is unchanged for any z̃). The log√2 quantizer
-of the softmax map is not in: where a protocol quantizes attention operands, the map has uniform 8 bits. A dead channel
-follows the others (r = 1). With dynamic activations nothing is left of the one range; the fold is then made all the same,
-with the step sizes that the calibration gives, and the quantizer is what `bits` says. With float activations there is
-nothing to re-parameterise.
+Where the protocol quantizes attention, the softmax map takes codes that are even in log√2 (static activations only):
+
+    q = max(round(−2 log2(x / δ)), 0),   x̂ = δ 2^(−q/2), or 0 where q does not fit its bits
+
+Departs from the paper: z̃ is rounded, so that codes are integers (the output is unchanged for any z̃). The softmax map has
+8 bits whatever `bits` says, as in PTQ4DiT's protocol. A dead channel follows the others (r = 1). With dynamic activations
+nothing is left of the one range; the fold is then made all the same, with the step sizes that the calibration gives, and
+the quantizers are what `bits` says. With float activations there is nothing to re-parameterise.
 """
 
 from __future__ import annotations
@@ -49,11 +52,14 @@ class Params:
 
     ranges: str = "mse"  # of weights and activations: mse (percentile search) | minmax
     tokens: int = 64  # kept per model call for the search, beside each channel's extremes
+    softmax: str = "log_sqrt2"  # codes of the map, where the protocol quantizes attention: log_sqrt2 | uniform
     floor: float = 1e-8  # a channel whose step is smaller counts as dead
 
     def __post_init__(self) -> None:
         if self.ranges not in ("mse", "minmax"):
             raise ValueError(f"repq: ranges must be mse or minmax, got {self.ranges!r}")
+        if self.softmax not in ("log_sqrt2", "uniform"):
+            raise ValueError(f"repq: softmax must be log_sqrt2 or uniform, got {self.softmax!r}")
         if self.tokens < 1:
             raise ValueError(f"repq: tokens must be at least 1, got {self.tokens}")
 
@@ -70,7 +76,9 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         state |= {f"{site.name}/shift": shift_C, f"{site.name}/scale": ratio_C}
         for name in site.consumers:
             ends |= {f"{name}/act_low": low[None], f"{name}/act_high": high[None]}
-    ranges = static_ranges(target, bits, calibration, *placement(target, state), ranges=params.ranges)
+    ranges = static_ranges(
+        target, bits, calibration, *placement(target, state), ranges=params.ranges, softmax=params.softmax
+    )
     return state | ranges | {name: end for name, end in ends.items() if name in ranges}
 
 

@@ -100,6 +100,32 @@ class ActQuant:
             )
 
 
+@dataclass(frozen=True)
+class LogSqrt2Quant(ActQuant):
+    """Codes of a softmax map that are even in log√2 (RepQ-ViT, arXiv:2212.08254): x̂ = δ · 2^(−q/2), scale: the table of δ.
+
+    q = max(round(−2 log2(x / δ)), 0); where q does not fit the bits, x̂ = 0.
+    """
+
+    def rounded(self, x: Tensor, step: Tensor | None) -> Tensor:
+        assert self.scale is not None
+        return log_sqrt2(x, self.scale.at(step), self.spec.bits)
+
+
+def log_sqrt2(x: Tensor, delta: Tensor, bits: int) -> Tensor:
+    """x >= 0 at the nearest level in the logarithm; see `LogSqrt2Quant`."""
+    codes = (-2 * torch.log2(x / delta)).round().clamp(min=0)  # of 0: infinite, and so no level
+    return torch.where(codes < 2**bits, delta * 2 ** (-codes / 2), 0.0)
+
+
+def log_sqrt2_delta(values_N: Tensor, bits: int) -> Tensor:
+    """Of three percentiles of a sample, the δ with the least squared error; a scalar."""
+    ordered_N = values_N.float().sort().values
+    candidates = [ordered_N[round(p * (len(ordered_N) - 1))] for p in MSE_PERCENTILES]
+    errors = torch.stack([(log_sqrt2(ordered_N, delta, bits) - ordered_N).square().sum() for delta in candidates])
+    return candidates[int(errors.argmin())]
+
+
 def affine_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Ends of ranges → (scale, zero_point or None); an empty range gets scale 1, NaN stays NaN."""
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -175,6 +201,8 @@ def fake_quantize_activation(x: Tensor, quant: ActQuant, step: Tensor | None = N
     """Quantize and dequantize x (…, C) in float32 (float64 stays float64)."""
     shape = x.shape
     x = x if x.dtype == torch.float64 else x.float()
+    if isinstance(quant, LogSqrt2Quant):
+        return quant.rounded(x, step)
     if quant.spec.granularity == "per_group":
         x = x.unflatten(-1, (-1, quant.spec.group_size))
     scale, zero_point = activation_affine(x, quant, step)

@@ -18,8 +18,10 @@ from harness.quant.build import build, clock_of, quant_layers
 from harness.quant.effective import effective_linear
 from harness.quant.quantizers import (
     ActQuant,
+    LogSqrt2Quant,
     LookupWeight,
     QuantizedWeight,
+    log_sqrt2_delta,
     quantize_weight,
     searched_range,
     static_quant,
@@ -96,11 +98,12 @@ def static_ranges(
     *,
     ranges: str = "minmax",
     group_of_layer: dict[str, Tensor] | None = None,
+    softmax: str = "uniform",
 ) -> dict[str, Tensor]:
     """Range ends of every transformed layer input (and attention operand), over all steps or per group of steps.
 
     Returns {layer/act_low, layer/act_high: (G,)} and, where there are groups, {layer/act_group_of_step: (S,)}; empty when
-    activations are dynamic or float.
+    activations are dynamic or float. softmax: "uniform", or "log_sqrt2": then {attention.probabilities/act_delta: (1,)}.
     ranges: "minmax"; or "mse", "shrink": searched on a sample of the values, as in `quantize_weight`.
     group_of_layer: group_of_step by layer name; layers and operands without one have a single range.
     """
@@ -127,16 +130,28 @@ def static_ranges(
     from harness.observe import run_calibration
 
     run_calibration(model, calibration, watch.set_step, "ranges")
-    return watch.state(bits.act, ranges)
+    state = watch.state(bits.act, ranges)
+    if softmax == "log_sqrt2":
+        for name in target.attention:
+            state[f"{name}.probabilities/act_delta"] = watch.delta(f"{name}.probabilities", SOFTMAX_BITS)[None]
+    return state
 
 
 def _attention_recipe(spec: QuantSpec, state: dict[str, Tensor], name: str) -> AttentionRecipe:
-    """q, k, v at the activation width, the softmax map at 8 bits (PTQ4DiT's `sm_abit`), all per tensor and asymmetric."""
+    """q, k, v at the activation width, the softmax map at 8 bits (PTQ4DiT's `sm_abit`), all per tensor and asymmetric.
+
+    Where the state has a δ for the map, its codes are log√2.
+    """
     quantizers = {}
     for operand in OPERANDS:
         bits = SOFTMAX_BITS if operand == "probabilities" else spec.bits
         operand_spec = QuantSpec(bits, "per_tensor", symmetric=False, dynamic=spec.dynamic)
-        quantizers[operand] = act_quant(operand_spec, state, f"{name}.{operand}")
+        delta = state.get(f"{name}.{operand}/act_delta")
+        quantizers[operand] = (
+            act_quant(operand_spec, state, f"{name}.{operand}")
+            if delta is None
+            else LogSqrt2Quant(operand_spec, StepTable(delta))
+        )
     return AttentionRecipe(**quantizers)
 
 
@@ -175,6 +190,10 @@ class _RangeWatch:
             if name in self.group_of_layer:
                 found[f"{name}/act_group_of_step"] = self.group_of_layer[name]
         return found
+
+    def delta(self, name: str, bits: int) -> Tensor:
+        """δ of a map's log√2 codes, over all steps."""
+        return log_sqrt2_delta(torch.cat([*self.values[name, 0], self.high[name, 0][None]]), bits)
 
     def _range(self, key: tuple[str, int], spec: QuantSpec, ranges: str) -> tuple[Tensor, Tensor]:
         low, high = self.low[key], self.high[key]

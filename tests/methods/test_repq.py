@@ -8,7 +8,7 @@ from torch import nn
 
 from harness.conformance import DYNAMIC, STATIC, relative_error
 from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.quantizers import quantize_weight
+from harness.quant.quantizers import ActQuant, LogSqrt2Quant, log_sqrt2, log_sqrt2_delta, quantize_weight
 from harness.quant.spec import Bits, QuantSpec
 from harness.quant.target import AdaLNRows, Site, Target
 from methods import repq, rtn
@@ -228,3 +228,39 @@ def test_with_float_activations_nothing_is_reparameterised(small_target, small_c
 def test_parameters_out_of_range_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Params(**wrong)
+
+
+def test_the_softmax_map_takes_log_sqrt2_codes_by_hand():
+    """δ = 1, 3 bits: levels 1, 1/√2, 1/2, … 2^(−7/2); what lies below the last is 0."""
+    x = torch.tensor([1.0, 0.9, 0.72, 0.5, 0.3, 2**-3.5, 2**-3.9, 0.0, 1.7], dtype=torch.float64)
+    levels = [2 ** (-q / 2) for q in range(8)]
+    expected = [1.0, 1.0, levels[1], levels[2], levels[3], levels[7], 0.0, 0.0, 1.0]
+    torch.testing.assert_close(log_sqrt2(x, torch.tensor(1.0), 3), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_delta_is_the_percentile_with_the_least_error(normal):
+    values = normal(4000).abs().float()
+    values[0] = 50.0
+    found = log_sqrt2_delta(values, 4)
+    ordered = values.sort().values
+    tried = [ordered[round(p * 3999)] for p in (0.999, 0.9999, 0.99999)]
+    errors = [float((log_sqrt2(values, delta, 4) - values).square().sum()) for delta in tried]
+    assert float(found) == float(tried[errors.index(min(errors))])
+
+
+@pytest.mark.parametrize(("softmax", "kind"), [("log_sqrt2", LogSqrt2Quant), ("uniform", ActQuant)])
+def test_a_protocol_with_attention_gets_the_map_it_asks_for(softmax, kind, small_model, small_calibration):
+    target = small_model.target(attention=True)
+    params = Params(softmax=softmax)
+    recipe = repq.apply(target, repq.fit(target, small_calibration, STATIC, params), STATIC, params)
+    for attention in recipe.attention.values():
+        assert type(attention.probabilities) is kind and attention.probabilities.spec.bits == 8
+        assert type(attention.query) is ActQuant
+    model = build(target, recipe, dtype=torch.float32)
+    inputs = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in small_calibration.per_step[0].items()
+    }
+    with torch.no_grad():
+        model.clock.set(0, small_calibration.num_steps)
+        assert bool(model(**inputs).sample.isfinite().all())
