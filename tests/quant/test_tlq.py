@@ -329,3 +329,10 @@ def test_at_eight_bits_it_is_close_to_rounding_to_nearest(normal):
     weight = normal(8, 256)
     error = relative_mse(twin_log(weight, spec(8)).dequantize().double(), weight)
     assert error < 4 * relative_mse(quantize_weight(weight, spec(8)).dequantize().double(), weight)
+
+
+def test_a_weight_of_zero_counts_as_positive(normal):
+    weight = normal(4, 32)
+    weight[:, 3] = 0.0
+    found = twin_log(weight, QuantSpec(3, "per_channel"))
+    assert bool((found.codes_OC[:, 3] < 4).all()) and bool((found.dequantize()[:, 3] > 0).all())
