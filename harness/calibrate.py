@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.environment import code_identity
 from harness.errors import UserError
 from harness.files import atomic_path, canonical_sha256
 from harness.models.base import Conditions, LoadedModel, Sampler
 from harness.progress import progress as progress_bar
-from harness.quant.build import float_copy
+from harness.quant.build import clock_of, float_copy
 from harness.seeds import sample_seeds
 
 SECONDS = "seconds"  # metadata of cached files
@@ -42,14 +43,30 @@ class Calibration:
     def num_steps(self) -> int:
         return len(self.per_step)
 
+    def num_rows(self, step: int) -> int:
+        return len(next(iter(self.per_step[step].values())))
+
+    def rows(self, step: int, wanted: int) -> dict[str, Tensor]:
+        """The inputs of at most `wanted` rows of a step, evenly spread, so that conditional and null rows are both seen."""
+        kept = spread(self.num_rows(step), wanted)
+        return {name: tensor[kept] for name, tensor in self.per_step[step].items()}
+
+    def call(self, model: nn.Module, step: int, inputs: dict[str, Tensor]) -> Any:
+        """What a built model (`build`, with its clock) gives for some rows of a step, in its own dtype, on its own device."""
+        clock = clock_of(model)
+        clock.set(step, self.num_steps)
+        dtype, device = float_dtype(model), clock.step.device
+        return model(
+            **{n: (t.to(dtype) if t.is_floating_point() else t).to(device) for n, t in inputs.items()},
+        )
+
     def num_batches(self, batch_size: int = 64) -> int:
-        return sum(-(-len(next(iter(inputs.values()))) // batch_size) for inputs in self.per_step)
+        return sum(-(-self.num_rows(step) // batch_size) for step in range(self.num_steps))
 
     def batches(self, batch_size: int = 64) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(step, inputs) in step order, at most batch_size rows at a time."""
         for step, inputs in enumerate(self.per_step):
-            rows = len(next(iter(inputs.values())))
-            for start in range(0, rows, batch_size):
+            for start in range(0, self.num_rows(step), batch_size):
                 yield step, {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}
 
 
@@ -125,6 +142,16 @@ def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) 
     )
     key = canonical_sha256({"of": calibration.key, "chosen": chosen})
     return Calibration(per_step, key, None, calibration.device, calibration.saved_s)
+
+
+def spread(length: int, wanted: int) -> Tensor:
+    """At most `wanted` indices below length, evenly spread, int64."""
+    return torch.linspace(0, length - 1, min(wanted, length)).round().long().unique()
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """Of the model's float parameters; float32 if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def saved_seconds(path: Path) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.calibrate import Calibration
+from harness.calibrate import Calibration, spread
 from harness.files import atomic_path
 from harness.quant.build import build, clock_of, quant_layers
 from harness.quant.layer import QuantLinear
@@ -66,7 +66,7 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
     exact = build(target, recipe.without_rounding(), dtype=torch.float32)
     exact_layers = quant_layers(exact)
     names = (*layers, *target.blocks)
-    steps = tuple(_spread(calibration.num_steps, MAX_STEPS).tolist())
+    steps = tuple(spread(calibration.num_steps, MAX_STEPS).tolist())
     signal, noise = np.zeros((len(names), len(steps))), np.zeros((len(names), len(steps)))
     device = clock_of(model).step.device
     place = {name: row for row, name in enumerate(names)}
@@ -87,14 +87,10 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
         compare = lambda _, inputs, output, name=name: add(name, block_outputs[name], output)  # noqa: E731
         handles.append(exact.get_submodule(name).register_forward_hook(keep))
         handles.append(model.get_submodule(name).register_forward_hook(compare))
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     for column, step in enumerate(steps):
         current["column"] = column
-        rows = _rows(calibration.per_step[step])
         for each in (exact, model):
-            clock_of(each).set(step, calibration.num_steps)
-        exact(**{n: t.float() if t.is_floating_point() else t for n, t in rows.items()})
-        model(**{n: (t.to(dtype) if t.is_floating_point() else t).to(device) for n, t in rows.items()})
+            calibration.call(each, step, calibration.rows(step, ROWS))
     for handle in handles:
         handle.remove()
     return ErrorAtlas(names, steps, signal, noise)
@@ -117,12 +113,3 @@ def layer_table(model: nn.Module, atlas: ErrorAtlas | None) -> dict[str, dict[st
 
 def rounded_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {n: q for n, q in quant_layers(model).items() if q.weight_spec is not None or q.act_spec is not None}
-
-
-def _rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    kept = _spread(len(next(iter(inputs.values()))), ROWS)
-    return {name: tensor[kept] for name, tensor in inputs.items()}
-
-
-def _spread(length: int, wanted: int) -> Tensor:
-    return torch.linspace(0, length - 1, min(wanted, length)).round().long().unique()

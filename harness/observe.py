@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.calibrate import SECONDS, Calibration, saved_seconds
+from harness.calibrate import SECONDS, Calibration, float_dtype, saved_seconds
 from harness.files import atomic_path, canonical_sha256
 from harness.progress import progress
-from harness.quant.build import clock_of, float_copy
+from harness.quant.build import float_copy
 from harness.quant.target import Site, Target
 
 STATS_VERSION = 1  # of what is cached: raise it when ChannelStats changes
@@ -79,7 +79,7 @@ def channel_stats(target: Target, calibration: Calibration) -> dict[str, Channel
 
 def _observe_sites(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
     steps = calibration.num_steps
-    model = float_copy(target, dtype=_dtype_of(target.transformer), device=calibration.device)
+    model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device)
     running: dict[str, dict[str, Tensor]] = {}
     samples: dict[str, Tensor] = {}
 
@@ -131,7 +131,7 @@ def token_sample(target: Target, calibration: Calibration, sites: list[Site], to
         found[site].append(x_NC[kept.to(x_NC.device)].cpu())
 
     if sites:
-        model = float_copy(target, dtype=_dtype_of(target.transformer), device=calibration.device)
+        model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device)
         with inputs_observed(model, {site.consumers[0]: site.name for site in sites}, observe) as set_step:
             run_calibration(model, calibration, set_step, "sample")
     missing = [name for name, parts in found.items() if not parts]
@@ -159,19 +159,9 @@ def inputs_observed(model: nn.Module, names: dict[str, str], observe: Callable[[
 @torch.no_grad()
 def run_calibration(model: nn.Module, calibration: Calibration, set_step: Callable[[int], None], title: str) -> None:
     """Feed every recorded call to model, with its clock and set_step on the step of the call."""
-    dtype, device = _dtype_of(model), clock_of(model).step.device
     for step, inputs in progress(calibration.batches(), total=calibration.num_batches(), desc=title):
-        model.clock.set(step, calibration.num_steps)
         set_step(step)
-        model(**{name: _cast(tensor, dtype).to(device) for name, tensor in inputs.items()})
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+        calibration.call(model, step, inputs)
 
 
 def _read(path) -> dict[str, ChannelStats]:

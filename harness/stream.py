@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.calibrate import Calibration
+from harness.calibrate import Calibration, spread
 from harness.progress import progress
 
 MAX_BYTES = 2**30
@@ -123,9 +123,9 @@ class BlockStream:
 
         Side by side in one batch, which is faster.
         """
-        calls = [self.inputs[index] for index in _spread(len(self.inputs), steps).tolist()]
+        calls = [self.inputs[index] for index in spread(len(self.inputs), steps).tolist()]
         rows = min(rows, max(1, tokens // (len(calls) * calls[0].hidden_BTC[0, ..., 0].numel())))
-        return BlockInput.side_by_side([call.rows(_spread(len(call.hidden_BTC), rows)) for call in calls])
+        return BlockInput.side_by_side([call.rows(spread(len(call.hidden_BTC), rows)) for call in calls])
 
     def restart_at(self, other: BlockStream) -> None:
         """Take over the inputs that another stream holds for the same block."""
@@ -174,7 +174,7 @@ class BlockStream:
         rows = max(1, max_bytes // (one_row.hidden_BTC.nbytes * len(batches)))
         found = []
         for step, inputs in batches:
-            kept = _spread(len(next(iter(inputs.values()))), rows)
+            kept = spread(len(next(iter(inputs.values()))), rows)
             found.append(self._enter(step, {name: tensor[kept] for name, tensor in inputs.items()}))
         return found
 
@@ -187,11 +187,9 @@ class BlockStream:
             found.append(BlockInput(step, args[0].detach(), args[1:], kwargs))
             raise _Entered
 
-        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         handle = self.model.get_submodule(self.blocks[0]).register_forward_pre_hook(enter, with_kwargs=True)
         try:
-            self.model.clock.set(step, self.calibration.num_steps)
-            self.model(**{n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()})
+            self.calibration.call(self.model, step, inputs)
         except _Entered:
             pass
         finally:
@@ -210,8 +208,3 @@ def watched(hooks: dict[nn.Module, Callable[[Tensor], None]]):
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _spread(length: int, rows: int) -> Tensor:
-    """At most `rows` indices, evenly spread, so that conditional and null rows both remain."""
-    return torch.linspace(0, length - 1, min(rows, length)).round().long().unique()

@@ -58,7 +58,7 @@ class Params(Reconstruction):
 
 def select_calibration(calibration: Calibration, params: Params, seed: int) -> Calibration:
     """Rows at timesteps drawn from the normal; every recorded row is used equally often (or once less)."""
-    steps, recorded = calibration.num_steps, len(next(iter(calibration.per_step[0].values())))
+    steps, recorded = calibration.num_steps, calibration.num_rows(0)
     generator = torch.Generator().manual_seed(seed)
     wanted = min(params.samples, recorded * steps)
     step_N = draw_steps(wanted, steps, params, generator)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from harness.calibrate import Calibration
-from harness.quant.build import build, clock_of, float_copy
+from harness.quant.build import build, float_copy
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
 from harness.quant.spec import Bits
@@ -80,13 +80,12 @@ def correct_step(state: dict[str, Tensor], params: Params, step: int, noise: Ten
 @torch.no_grad()
 def noise_estimates(model: nn.Module, calibration: Calibration, step: int, batch_size: int = 64) -> Tensor:
     """The model's estimates (B, c, h, w) on all recorded rows of one step, without a learned variance; float64."""
-    clock_of(model).set(step, calibration.num_steps)
-    inputs = {n: t.float() if t.is_floating_point() else t for n, t in calibration.per_step[step].items()}
-    channels, rows = inputs["hidden_states"].shape[1], len(inputs["hidden_states"])
+    inputs, rows = calibration.per_step[step], calibration.num_rows(step)
+    channels = inputs["hidden_states"].shape[1]
     parts = []
     for start in range(0, rows, batch_size):
-        output = model(**{name: tensor[start : start + batch_size] for name, tensor in inputs.items()}).sample
-        parts.append(output[:, :channels].double())
+        part = {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}
+        parts.append(calibration.call(model, step, part).sample[:, :channels].double())
     return torch.cat(parts)
 
 

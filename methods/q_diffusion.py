@@ -59,7 +59,7 @@ def select_calibration(calibration: Calibration, params: Params, seed: int) -> C
     """All rows of `steps` evenly spaced steps, the first one included; nothing of the others."""
     total = calibration.num_steps
     kept = {total * i // min(params.steps, total) for i in range(min(params.steps, total))}
-    everything = torch.arange(len(next(iter(calibration.per_step[0].values()))))
+    everything = torch.arange(calibration.num_rows(0))
     rows = [everything if step in kept else everything[:0] for step in range(total)]
     return selected(calibration, rows, f"q_diffusion steps={params.steps}")
 

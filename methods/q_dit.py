@@ -35,9 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.blockwise import round_blockwise, weight_from_state, weight_state
-from harness.calibrate import Calibration
+from harness.calibrate import Calibration, spread
 from harness.errors import UserError
-from harness.quant.build import build, clock_of, float_copy
+from harness.quant.build import build, float_copy
 from harness.quant.gptq import gptq
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest
@@ -170,12 +170,8 @@ class OutputError:
     """The relative squared error of the model with a candidate's group sizes, on a sample of the calibration."""
 
     def __init__(self, target: Target, calibration: Calibration, bits: Bits, params: Params) -> None:
-        self.target, self.bits, self.params, self.num_steps = target, bits, params, calibration.num_steps
-        self.calls = [
-            (step, {name: tensor[spread(len(tensor), params.fitness_rows)] for name, tensor in inputs.items()})
-            for step in spread(calibration.num_steps, params.fitness_steps).tolist()
-            for inputs in [calibration.per_step[step]]
-        ]
+        self.target, self.bits, self.params, self.calibration = target, bits, params, calibration
+        self.steps = spread(calibration.num_steps, params.fitness_steps).tolist()
         self.expected = list(self.outputs(float_copy(target, dtype=torch.float32)))
 
     def __call__(self, sizes: Candidate) -> float:
@@ -187,14 +183,9 @@ class OutputError:
 
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> Iterator[Tensor]:
-        for step, inputs in self.calls:
-            clock_of(model).set(step, self.num_steps)
-            yield model(**{n: t.float() if t.is_floating_point() else t for n, t in inputs.items()}).sample
-
-
-def spread(length: int, wanted: int) -> Tensor:
-    """At most `wanted` indices, evenly spread: high and low noise, conditional and null rows."""
-    return torch.linspace(0, length - 1, min(wanted, length)).round().long().unique()
+        for step in self.steps:
+            rows = self.calibration.rows(step, self.params.fitness_rows)
+            yield self.calibration.call(model, step, rows).sample
 
 
 def evolve(

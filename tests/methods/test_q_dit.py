@@ -95,7 +95,7 @@ def test_the_fitness_sees_each_side_alone(small_target, small_calibration):
 def test_the_fitness_is_the_relative_squared_error_of_the_output(small_target, small_calibration):
     params = replace(RTN, fitness_steps=2, fitness_rows=3)
     error = OutputError(small_target, small_calibration, DYNAMIC, params)
-    assert [step for step, _ in error.calls] == [0, 3]
+    assert error.steps == [0, 3]
     sizes = preset(small_target, 16)
     recipe = q_dit.apply(small_target, q_dit.fit(small_target, small_calibration, DYNAMIC, RTN), DYNAMIC, RTN)
     model, noise, signal = build(small_target, recipe, dtype=torch.float32), 0.0, 0.0
