@@ -11,7 +11,7 @@ from harness.errors import UserError
 from harness.observe import channel_stats, inputs_observed, run_calibration, token_sample
 from harness.quant.build import build, float_copy, quant_layers
 from harness.quant.effective import effective_linear
-from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, fake_quantize_activation
+from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, fake_quantize_activation, quantize_weight
 from harness.quant.rotations import Dual, dual_rotation
 from harness.quant.smoothing import weight_absmax
 from harness.quant.spec import Bits, QuantSpec
@@ -144,6 +144,19 @@ def test_measured_takes_the_rotation_with_the_lower_output_error(small_target, s
         assert (f"{site.name}/dual/order_C" in state) == choices[-1]
         assert (f"{site.name}/signs" in state) != choices[-1]
     assert len(set(choices)) == 2, "both rotations should win somewhere, or this test sees nothing"
+
+
+def test_only_layers_that_are_quantized_count_in_the_output_error(small_model, normal):
+    whole, part = small_model.target(), small_model.target(skip=["to_k"])
+    site = whole.site_of("transformer_blocks.0.attn1.to_k")
+    x, bits = normal(20, 48), Bits(QuantSpec(3, "per_channel"), None)
+    error = {
+        name: lrq_dit.output_error(target, site, x, Transform(), bits, Params(parts="none"))
+        for name, target in (("whole", whole), ("part", part))
+    }
+    weight = whole.module("transformer_blocks.0.attn1.to_k").weight.double()
+    of_k = float((x @ (quantize_weight(weight, bits.weight).dequantize().double() - weight).T).square().sum())
+    assert error["whole"] - error["part"] == pytest.approx(of_k, rel=1e-5)
 
 
 def test_choosing_the_dual_rotation_for_one_site_moves_no_other(small_target, small_calibration):

@@ -113,6 +113,18 @@ def test_scales_learned_after_the_rounding_leave_the_rounding_alone(small_target
         assert not torch.allclose(kept[f"{name}/act_high"], moved[f"{name}/act_high"], rtol=1e-3)
 
 
+def test_scales_that_are_learned_after_the_rounding_see_rounded_weights(small_target, small_calibration, monkeypatch):
+    kept, soft = module._BlockLearner._descend, []
+
+    def descend(self, block, samples, roundings, static, *more):
+        soft.append([layer.kernel.rounding is not None for layer in self.layers.values()])
+        kept(self, block, samples, roundings, static, *more)
+
+    monkeypatch.setattr(module._BlockLearner, "_descend", descend)
+    learned(small_target, small_calibration, W4A8_STATIC, replace(SHORT, iterations=2, scale_iterations=2))
+    assert [any(each) for each in soft] == [True, False] * len(small_target.blocks)
+
+
 def test_attention_operands_are_learned_too_and_put_back_as_plain_quantizers(
     small_model, small_calibration, monkeypatch
 ):

@@ -172,3 +172,12 @@ def test_the_widths_of_todays_models_have_a_full_hadamard_rotation(order):
 def test_a_width_without_one_takes_blocks():
     """92 = 4 · 23 needs another construction than Paley's."""
     assert Hadamard(92).block_size == 4 and Hadamard(2432).block_size == 2432
+
+
+def test_the_second_rotation_is_fitted_on_what_the_first_and_the_permutation_give(normal):
+    x, replay = with_outliers(normal), generator()
+    dual = dual_rotation(x, 12, 40, generator())
+    rotated = BlockRotation(48, greedy_rotation(x, 12, 40, replay))(x)
+    order = snake_order(rotated.abs().amax(0), 12)
+    assert torch.equal(dual.order_C, order)
+    assert torch.equal(dual.second_gg, greedy_rotation(rotated[:, order], 12, 40, replay))
