@@ -56,7 +56,7 @@ def caption(runs: pd.DataFrame) -> str:
     over = f"over {seeds} seeds" if seeds > 1 else "over bootstrap resamples"
     return (
         f"{first.model}, n = {first.n:,} images × {seeds} seed{'s' * (seeds > 1)}, {first.steps} steps, guidance {first.guidance}; "
-        f"95 % intervals {over}; {first.device}."
+        f"95 % intervals {over}; ~: inside the noise floor; {first.device}, commit {first.commit[:7]}."
     )
 
 

@@ -88,6 +88,7 @@ def _plain_columns(group: Group, record: Record) -> dict[str, Any]:
         "kind": efficiency.get("kind"),
         "backend": efficiency.get("backend"),
         "device": efficiency.get("device"),
+        "commit": record.env.get("git"),
         "compression": efficiency.get("compression"),
         "model_mib": mib(efficiency.get("model_bytes")),
         "baseline_model_mib": mib(efficiency.get("baseline_model_bytes")),
