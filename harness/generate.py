@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eval.base import ImageSet
 from harness.errors import UserError
 from harness.files import atomic_path
-from harness.models.base import Conditions, CorrectStep, LoadedModel, Sampler
+from harness.models.base import Conditions, Correction, LoadedModel, Sampler
 from harness.progress import progress as progress_bar
 from harness.seeds import sample_seeds
 
@@ -43,7 +43,7 @@ def generate(
     sampler: Sampler,
     *,
     batch_size: int,
-    correct: CorrectStep | None = None,
+    correct: Correction | None = None,
     title: str = "generate",
 ) -> ImageSet:
     """Draw all samples with the given transformer (float or quantized).

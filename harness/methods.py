@@ -4,7 +4,8 @@ A method is a module with: a docstring whose first line names it and its paper; 
 `fit(target, calibration, bits, params) -> {str: Tensor}`; `apply(target, state, bits, params) -> ModelRecipe`.
 Optional: `check_bits(bits)` raises UserError for formats it does not define;
 `select_calibration(calibration, params, seed) -> Calibration` chooses what it is calibrated on (PTQ4DM, Q-Diffusion);
-`correct_step(state, params, step, noise) -> noise` corrects the sampler's guided noise estimate (PTQD).
+`correct_step(state, params, step, noise) -> noise` corrects the sampler's guided noise estimate, and
+`correct_variance(state, params, step, variance, weight) -> variance` what an ancestral sampler adds (PTQD).
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import importlib
 import inspect
 import pkgutil
 from dataclasses import asdict, fields
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 from harness.errors import UserError, unknown_name
+from harness.models.base import Correction
 from harness.quant.spec import Bits
 
 ENTRY_POINTS = "ditbench.methods"
@@ -48,6 +52,17 @@ def known_methods() -> dict[str, ModuleType]:
     for name, module in found.items():
         _check_shape(name, module)
     return dict(sorted(found.items()))
+
+
+def correction(name: str, state: dict[str, Tensor], params: Any) -> Correction | None:
+    """What the method changes in the sampler's step; None for most."""
+    step, variance = (getattr(method(name), hook, None) for hook in ("correct_step", "correct_variance"))
+    if step is None and variance is None:
+        return None
+    return Correction(
+        noise=None if step is None else partial(step, state, params),
+        variance=None if variance is None else partial(variance, state, params),
+    )
 
 
 def method(name: str) -> ModuleType:

@@ -161,14 +161,13 @@ def stage_account(config: RunConfig, model: LoadedModel, target: Target, recipe:
 
 
 def stage_generate(config: RunConfig, model: LoadedModel, quantized: nn.Module, state: dict[str, Tensor]) -> ImageSet:
-    correct = getattr(methods.method(config.method), "correct_step", None)
     return generate(
         model,
         quantized,
         conditions(model, config.protocol.n, config.seed, config.protocol.labels),
         config.protocol.sampler,
         batch_size=config.section("generate")["batch_size"],
-        correct=None if correct is None else lambda step, noise: correct(state, config.params, step, noise),
+        correct=methods.correction(config.method, state, config.params),
         title=f"generate {title(config)}",
     )
 

@@ -10,16 +10,21 @@ At every denoising step t the error of the quantized estimate ε̂ is a part tha
     σ_q(t)      residual_std_S   standard deviation of the residual
     floor       least_gain       least 1 + k_t that is divided by
 
-The statistics are taken in `fit` from the calibration's inputs, given to the float model and to the quantized one;
-`correct_step` corrects the sampler's estimate. With guidance they are those of the conditional and the null rows together,
-and the guided estimate null + w (conditional − null) is corrected: its weights w and 1 − w sum to one, so k_t and a bias
-that both rows share are those of the guided estimate as well.
+An ancestral sampler (DDPM) adds noise of variance σ_t²; the residual adds its own, and so less is added:
 
-Departs from the paper: weights are rounded to nearest with min-max ranges (the paper: BRECQ), and first and last layers
-are as the protocol says (the paper: 8 bits). The calibration of the variance schedule, which takes σ_q² off the variance
-that DDPM adds, is not in: the hook sees the estimate and not the scheduler. σ_q is in the state for whoever looks. The
-regression has one intercept per channel, which is the bias: with a common one, biases would leak into k_t. Where 1 + k_t
-falls below `least_gain` (an estimate that has little to do with ε) it is held there; dividing would only amplify noise.
+    σ_t'² = max(0, σ_t² − c_t² (σ_q / (1 + k_t))²),   c_t: the weight of ε̂ in the step's mean
+
+The statistics are taken in `fit` from the calibration's inputs, given to the float model and to the quantized one;
+`correct_step` corrects the sampler's estimate, `correct_variance` what it adds. With guidance they are those of the
+conditional and the null rows together, and the guided estimate null + w (conditional − null) is corrected: its weights w
+and 1 − w sum to one, so k_t and a bias that both rows share are those of the guided estimate as well.
+
+Departs from the paper: weights are rounded to nearest with min-max ranges (the paper: BRECQ), and first and last layers are
+as the protocol says (the paper: 8 bits). σ_q is divided by 1 + k_t, as the residual is when the estimate is corrected (the
+release: not), and c_t is DDPM's own, which equals the paper's (written for DDIM with noise) where σ_t² is the posterior's.
+With guidance σ_q is that of the single estimates. The regression has one intercept per channel, which is the bias: with a
+common one, biases would leak into k_t. Where 1 + k_t falls below `least_gain` (an estimate that has little to do with ε) it
+is held there; dividing would only amplify noise.
 """
 
 from __future__ import annotations
@@ -40,10 +45,11 @@ from harness.quant.target import Target
 
 @dataclass(frozen=True)
 class Params:
-    """slope and bias switch the two corrections off one by one."""
+    """slope, bias and variance switch the corrections off one by one."""
 
     slope: bool = True
     bias: bool = True
+    variance: bool = True  # of samplers that add noise; DDIM adds none
     least_gain: float = 0.5
 
     def __post_init__(self) -> None:
@@ -75,6 +81,14 @@ def correct_step(state: dict[str, Tensor], params: Params, step: int, noise: Ten
     bias_c = state["bias_Sc"][step].to(noise)
     gain = (1 + state["slope_S"][step]).to(noise)
     return (noise - bias_c[:, None, None]) / gain
+
+
+def correct_variance(state: dict[str, Tensor], params: Params, step: int, variance: Tensor, weight: Tensor) -> Tensor:
+    """σ² less what the corrected estimate's residual adds; nothing below 0."""
+    if not params.variance:
+        return variance
+    residual_std = (state["residual_std_S"][step] / (1 + state["slope_S"][step])).to(variance)
+    return (variance - (weight.to(variance) * residual_std) ** 2).clamp(min=0)
 
 
 @torch.no_grad()

@@ -24,7 +24,18 @@ from harness.models.zoo import WEIGHTS
 from harness.quant.target import QUANTIZABLE, Site, Target
 
 OnCall = Callable[[int, dict[str, Tensor]], None]
-CorrectStep = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a method may change in the sampler's step (PTQD).
+
+    noise(step, guided estimate) → the estimate that is used.
+    variance(step, σ² that an ancestral sampler adds, the estimate's weight in its mean) → the σ² that is used.
+    """
+
+    noise: Callable[[int, Tensor], Tensor] | None = None
+    variance: Callable[[int, Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ class Adapter(Protocol):
         sampler: Sampler,
         *,
         on_call: OnCall | None = None,
-        correct: CorrectStep | None = None,
+        correct: Correction | None = None,
     ) -> Tensor: ...
 
     def decode(self, pipe: Any, latents: Tensor) -> Tensor: ...

@@ -8,6 +8,8 @@ second FFN layer reads GELU, through which nothing can be folded.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2
 from torch import Tensor, nn
 
 from harness.errors import UserError
-from harness.models.base import Conditions, CorrectStep, OnCall, Sampler
+from harness.models.base import Conditions, Correction, OnCall, Sampler
 from harness.quant.target import AdaLNRows, Site, ValueRows
 
 BLOCKS = "transformer_blocks"
 FLOAT_IN_BLOCKS = r"norm1\."  # the adaLN linear and the embedders that diffusers keeps per block
 SAMPLERS = ("ddim", "ddpm")
+NO_VARIANCE = 1e-20  # has a logarithm
 
 
 def load(folder: str, revision: str | None, dtype: torch.dtype) -> DiTPipeline:
@@ -88,12 +91,12 @@ def sample(
     sampler: Sampler,
     *,
     on_call: OnCall | None = None,
-    correct: CorrectStep | None = None,
+    correct: Correction | None = None,
 ) -> Tensor:
     """`DiTPipeline.__call__` with one generator per sample, latents in float32 and the step index published.
 
     Returns latents (B, C, h, w), float32, on the CPU. Guidance > 1 doubles the batch: [conditional, null].
-    on_call(step, kwargs) sees the transformer's inputs; correct(step, noise) may replace the guided noise estimate.
+    on_call(step, kwargs) sees the transformer's inputs; `correct` may replace the guided estimate, and DDPM's variance.
     """
     config, device = transformer.config, next(transformer.parameters()).device
     dtype = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight.dtype
@@ -127,9 +130,11 @@ def sample(
             conditional, null = noise.chunk(2)
             noise = null + sampler.guidance * (conditional - null)
             variance = variance.chunk(2)[0]
-        if correct is not None:
-            noise = correct(step, noise)
+        if correct is not None and correct.noise is not None:
+            noise = correct.noise(step, noise)
         if sampler.kind == "ddpm":
+            if correct is not None and correct.variance is not None:
+                scheduler.correct = partial(correct.variance, step)
             estimate = torch.cat([noise, variance], 1) if learned_variance else noise
             latents = scheduler.step(estimate, timestep, latents, generator=generators).prev_sample
         else:
@@ -137,11 +142,35 @@ def sample(
     return latents
 
 
-def _scheduler(pipe: DiTPipeline, sampler: Sampler, learned_variance: bool) -> DDIMScheduler | DDPMScheduler:
+class CorrectedDDPM(DDPMScheduler):
+    """DDPM whose added variance passes `correct(σ², weight of the estimate in the mean)`, if that is set."""
+
+    correct: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def _get_variance(
+        self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor:
+        """σ², or log σ² where the variance is learned: what `step` expects of it."""
+        variance = super()._get_variance(t, predicted_variance, variance_type)
+        if self.correct is None:
+            return variance
+        if (variance_type or self.config.variance_type) == "learned_range":
+            return self.correct(variance.exp(), self.estimate_weight(t)).clamp(min=NO_VARIANCE).log()
+        return self.correct(variance, self.estimate_weight(t)).clamp(min=0)
+
+    def estimate_weight(self, t: int) -> Tensor:
+        """c in x_{t−1} = x_t / √α_t − c ε̂ + σ z: β_t / (√α_t √(1 − ᾱ_t))."""
+        before = self.previous_timestep(t)
+        cumulative = self.alphas_cumprod[t]
+        alpha = cumulative / (self.alphas_cumprod[before] if before >= 0 else self.one)
+        return (1 - alpha) / (alpha * (1 - cumulative)).sqrt()
+
+
+def _scheduler(pipe: DiTPipeline, sampler: Sampler, learned_variance: bool) -> DDIMScheduler | CorrectedDDPM:
     if sampler.kind == "ddim":
         return DDIMScheduler.from_config(pipe.scheduler.config)
     variance = "learned_range" if learned_variance else "fixed_small"
-    return DDPMScheduler.from_config(pipe.scheduler.config, variance_type=variance, clip_sample=False)
+    return CorrectedDDPM.from_config(pipe.scheduler.config, variance_type=variance, clip_sample=False)
 
 
 def decode(pipe: DiTPipeline, latents: Tensor) -> Tensor:

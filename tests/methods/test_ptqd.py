@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from harness.conformance import DYNAMIC
 from harness.conformance import relative_error as error_of
 from harness.generate import conditions, generate
+from harness.models.base import Correction
+from harness.models.dit import CorrectedDDPM
 from harness.quant.build import build, float_copy
 from harness.quant.spec import Bits
 from harness.quant.steps import StepClock
 from methods import ptqd, rtn
-from methods.ptqd import Params, correct_step, error_statistics, noise_estimates
+from methods.ptqd import Params, correct_step, correct_variance, error_statistics, noise_estimates
 
 BITS = DYNAMIC.with_widths(3, 4)
 
@@ -170,7 +173,7 @@ def test_the_sampler_is_given_the_corrected_estimate(small_model, small_target, 
         return corrected
 
     plain = generate(small_model, quantized, wanted, small_sampler, batch_size=2)
-    ours = generate(small_model, quantized, wanted, small_sampler, batch_size=2, correct=correct)
+    ours = generate(small_model, quantized, wanted, small_sampler, batch_size=2, correct=Correction(noise=correct))
     assert seen == [(step, torch.float32, torch.float32, True) for step in range(4)]
     assert not torch.allclose(plain.latents_NChw, ours.latents_NChw, rtol=1e-3)
 
@@ -179,3 +182,44 @@ def test_the_sampler_is_given_the_corrected_estimate(small_model, small_target, 
 def test_a_least_gain_out_of_range_is_refused(gain):
     with pytest.raises(ValueError, match="least_gain must be above 0 and at most 1"):
         Params(least_gain=gain)
+
+
+def test_the_residuals_variance_is_taken_off_what_the_sampler_adds():
+    state = {"slope_S": torch.tensor([0.0, 0.25]), "residual_std_S": torch.tensor([0.3, 0.5])}
+    variance, weight = torch.tensor(0.5, dtype=torch.float64), torch.tensor(1.2, dtype=torch.float64)
+    found = correct_variance(state, Params(), 1, variance, weight)
+    assert float(found) == pytest.approx(0.5 - (1.2 * 0.5 / 1.25) ** 2, rel=1e-6)
+    assert float(correct_variance(state, Params(), 1, torch.tensor(0.01), weight)) == 0.0
+    assert float(correct_variance(state, Params(variance=False), 1, variance, weight)) == 0.5
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_weight_of_the_estimate_is_the_papers_where_the_variance_is_the_posteriors(learned):
+    """√(1 − ᾱ' − σ²) − √(ᾱ' (1 − ᾱ) / ᾱ), the form that PTQD gives for DDIM with noise σ."""
+    kind = "learned_range" if learned else "fixed_small"
+    scheduler = CorrectedDDPM(num_train_timesteps=1000, variance_type=kind, clip_sample=False)
+    scheduler.set_timesteps(10)
+    posterior = DDPMScheduler(num_train_timesteps=1000, variance_type="fixed_small")
+    posterior.set_timesteps(10)
+    for t in scheduler.timesteps[:-1].tolist():
+        now, before = scheduler.alphas_cumprod[t].double(), scheduler.alphas_cumprod[t - 100].double()
+        sigma_2 = posterior._get_variance(t).double()
+        paper = (1 - before - sigma_2).sqrt() - (before * (1 - now) / now).sqrt()
+        assert float(scheduler.estimate_weight(t)) == pytest.approx(-float(paper), rel=1e-3)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_scheduler_adds_the_corrected_variance(learned, normal):
+    kind = "learned_range" if learned else "fixed_small"
+    x, noise = normal(2, 1, 4, 4).float(), normal(2, 1, 4, 4, seed=1).float()
+    estimate = torch.cat([noise, torch.zeros_like(noise)], 1) if learned else noise
+    steps = []
+    for correct in (None, lambda variance, weight: variance / 4, lambda variance, weight: 0 * variance):
+        scheduler = CorrectedDDPM(num_train_timesteps=1000, variance_type=kind, clip_sample=False)
+        scheduler.set_timesteps(10)
+        scheduler.correct = correct
+        t = int(scheduler.timesteps[2])
+        steps.append(scheduler.step(estimate, t, x, generator=torch.Generator().manual_seed(3)).prev_sample)
+    full, quarter, none = steps
+    torch.testing.assert_close(quarter - none, (full - none) / 2, rtol=1e-4, atol=1e-5)
+    assert float((full - none).abs().mean()) > 1e-3

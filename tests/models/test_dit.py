@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from harness.conformance import SMALL_DIT, relative_error
 from harness.errors import UserError
-from harness.models.base import Conditions, ModelSpec, Sampler, load_model
+from harness.models.base import Conditions, Correction, ModelSpec, Sampler, load_model
 from harness.quant.build import float_copy
 from harness.quant.target import AdaLNRows, ValueRows
 
@@ -126,10 +126,23 @@ def test_a_corrected_noise_estimate_is_the_one_that_is_used(latent_model):
         seen.append((step, noise.shape))
         return noise if step < 2 else 0.5 * noise
 
-    corrected = draw(latent_model, sampler, correct=correct)
+    corrected = draw(latent_model, sampler, correct=Correction(noise=correct))
     assert seen == [(step, (4, 4, 8, 8)) for step in range(3)], "the guided estimate, without variance channels"
     assert not torch.allclose(corrected, plain, atol=1e-3)
-    torch.testing.assert_close(draw(latent_model, sampler, correct=lambda step, noise: noise), plain)
+    torch.testing.assert_close(draw(latent_model, sampler, correct=Correction(noise=lambda step, noise: noise)), plain)
+
+
+def test_a_corrected_variance_is_the_one_that_ddpm_adds(latent_model):
+    seen = []
+
+    def correct(step, variance, weight):
+        seen.append(step)
+        return 0 * variance
+
+    sampler = Sampler("ddpm", 3, 1.5)
+    still, plain = draw(latent_model, sampler, correct=Correction(variance=correct)), draw(latent_model, sampler)
+    assert seen == [0, 1], "the last step adds nothing"
+    assert not torch.allclose(still, plain, atol=1e-3)
 
 
 def test_fewer_than_one_step_is_refused():
