@@ -217,7 +217,8 @@ def save_artifacts(
     save_grid(float_model, folder / "float_grid.png")
     saved = {"images": "images.npz", "grid": "grid.png", "float_grid": "float_grid.png"}
     if state:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
+        # cloned: entries may be one tensor under several names, which safetensors refuses
+        save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "state.safetensors")
         saved["state"] = "state.safetensors"
     if atlas is not None:
         atlas.save(folder / "layer_errors.npz")

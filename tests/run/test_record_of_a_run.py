@@ -200,3 +200,11 @@ def _cpu():
     import torch
 
     return torch.device("cpu")
+
+
+def test_a_state_whose_entries_share_a_tensor_is_saved(run, tmp_path, read_records):
+    """HTG with static ranges names one grouping of the steps for every layer that reads a site."""
+    static = "bits.act={granularity:per_tensor,symmetric:false,dynamic:false}"
+    assert run("method=htg", "bits=w8a8", static, "metrics=fidelity", "generate.noise_floor_seeds=0") == 0
+    (only,) = read_records(tmp_path).values()
+    assert only["status"] == "ok" and only["artifacts"]["state"] == "state.safetensors"
