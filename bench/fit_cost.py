@@ -3,7 +3,8 @@
     python bench/fit_cost.py --out results/bench/fit_cost.jsonl                      # every method, w4a4
     python bench/fit_cost.py --methods svdquant clq --blocks 4 --limit-minutes 40
 
-Runs on `dit-xl-2-256-random`: the true shapes of DiT-XL/2, no download. Each line of the output says what was run and where.
+The default model is `dit-xl-2-256-random`: the true shapes of DiT-XL/2, no download. Each line of the output says what was
+run, where, and whether it was ok, refused (by a message to the user) or an error.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 
 import torch
 
@@ -22,11 +22,12 @@ from harness import methods
 from harness.calibrate import calibrate
 from harness.config import parse
 from harness.environment import environment
+from harness.errors import UserError
 from harness.memory import peak_memory
-from harness.run import cached_model, reason, stage_quantize
+from harness.run import Timer, cached_model, fit_cost, reason, stage_quantize
 from harness.sweep import composed
 
-MODEL = "dit-xl-2-256-random"
+PASSED_ON = ("model", "bits", "samples", "steps")  # to the process of one method
 GIB = 2**30
 
 
@@ -34,11 +35,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     known = [name for name in methods.known_methods() if name != methods.FLOAT]
     parser.add_argument("--methods", nargs="+", default=known, choices=known, metavar="NAME")
+    parser.add_argument("--model", default="dit-xl-2-256-random")
     parser.add_argument("--bits", default="w4a4")
-    parser.add_argument("--blocks", type=int, help="the first blocks only (default: all 28)")
+    parser.add_argument("--blocks", type=int, help="of a model with random weights: so many instead of its own")
     parser.add_argument("--samples", type=int, default=2, help="calibration samples")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps")
     parser.add_argument("--limit-minutes", type=float, default=60, help="per method")
+    parser.add_argument(
+        "--cache", type=Path, help="keep the calibration here; what it saves is added to a method's time"
+    )
     parser.add_argument("--out", type=Path, help="one JSON line per method is appended here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -53,11 +58,12 @@ def main() -> None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
+    print("", *map(described, sorted(lines, key=lambda line: line.get("fit_s", 0.0))), sep="\n")
 
 
 def in_a_fresh_process(name: str, options: argparse.Namespace) -> dict:
-    arguments = [f"--{key}={getattr(options, key)}" for key in ("bits", "samples", "steps")]
-    arguments += [f"--blocks={options.blocks}"] if options.blocks else []
+    arguments = [f"--{key}={getattr(options, key)}" for key in PASSED_ON]
+    arguments += [f"--{key}={getattr(options, key)}" for key in ("blocks", "cache") if getattr(options, key)]
     try:
         done = subprocess.run(
             [sys.executable, __file__, f"--one={name}", *arguments],
@@ -67,57 +73,51 @@ def in_a_fresh_process(name: str, options: argparse.Namespace) -> dict:
             check=True,
         )
     except subprocess.TimeoutExpired:
-        return {"method": name, "bits": options.bits, "error": f"not done in {options.limit_minutes:g} minutes"}
+        return asked(name, options) | {"status": "error", "error": f"not done in {options.limit_minutes:g} minutes"}
     except subprocess.CalledProcessError as error:
-        return {"method": name, "bits": options.bits, "error": f"the process ended with {error.returncode}"}
+        return asked(name, options) | {"status": "error", "error": f"the process ended with {error.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def asked(name: str, options: argparse.Namespace) -> dict:
+    wanted = {"method": name} | {key: getattr(options, key) for key in (*PASSED_ON, "blocks")}
+    return wanted | {"env": environment(torch.device("cpu"), seed=0)}
 
 
 def fit(name: str, options: argparse.Namespace) -> dict:
     overrides = [
-        f"model={MODEL}",
+        f"model={options.model}",
         f"method={name}",
         f"bits={options.bits}",
         f"calibration.n={options.samples}",
         f"protocol.steps={options.steps}",
+        "seed=0",
         "device=cpu",
     ]
     overrides += [f"model.random.num_layers={options.blocks}"] if options.blocks else []
     (raw,) = composed([overrides])
     config = parse(raw)
     model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
-    found = {
-        "method": name,
-        "bits": options.bits,
-        "model": MODEL,
-        "blocks": len(model.transformer.transformer_blocks),
-        "samples": options.samples,
-        "steps": options.steps,
-        "error": None,
-        "env": environment(torch.device("cpu"), config.seed),
-    }
     target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
-    with peak_memory(torch.device("cpu")) as memory:
-        start = perf_counter()
+    found = asked(name, options) | {"blocks": len(target.blocks), "status": "ok", "error": None}
+    timer = Timer()
+    with peak_memory(config.device) as memory:
         try:
-            recording = calibrate(model, config.protocol.sampler, options.samples, config.seed)  # and nothing cached
-            calibrated = perf_counter()
-            stage_quantize(config, target, recording)
+            with timer("calibrate"):
+                recording = calibrate(model, config.protocol.sampler, options.samples, config.seed, cache=options.cache)
+            with timer("quantize"):
+                stage_quantize(config, target, recording)
         except Exception as error:
-            return found | {"error": reason(error)}
-        found |= {"calibrate_s": calibrated - start, "quantize_s": perf_counter() - calibrated}
-    return found | {"peak_memory_bytes": memory.peak_bytes, "memory_before_bytes": memory.before_bytes}
+            return found | {"status": "refused" if isinstance(error, UserError) else "error", "error": reason(error)}
+    return found | fit_cost(timer.seconds, recording, memory)
 
 
 def described(line: dict) -> str:
-    if line.get("error"):
-        return f"{line['method']:12} {line['bits']}  {line['error']}"
-    seconds = line["calibrate_s"] + line["quantize_s"]
-    peak, before = line["peak_memory_bytes"] or 0, line["memory_before_bytes"] or 0
-    return (
-        f"{line['method']:12} {line['bits']}  {line['blocks']:3} blocks  {seconds:8.1f} s"
-        f"  peak {peak / GIB:5.2f} GiB (model and libraries {before / GIB:.2f})"
-    )
+    what = f"{line['method']:12} {line['bits']}  {line['blocks'] or 'all':>3} blocks"
+    if line["status"] != "ok":
+        return f"{what}  {line['status']}: {line['error']}"
+    peak, before = (f"{(line[f'{key}_bytes'] or 0) / GIB:5.2f}" for key in ("peak_memory", "memory_before"))
+    return f"{what}  {line['fit_s']:8.1f} s  peak {peak} GiB (model and libraries {before})"
 
 
 if __name__ == "__main__":
