@@ -84,7 +84,7 @@ def greedy_rotation(x_NC: Tensor, g: int, steps: int, generator: torch.Generator
     product_gg = torch.eye(g, dtype=torch.float64)
     best_gg, best_peak = product_gg, float("inf")
     for remaining in range(steps, -1, -1):
-        low_g, high_g = torch.aminmax(x_Ng, dim=0)
+        low_g, high_g = x_Ng.amin(0), x_Ng.amax(0)  # over rows, aminmax takes 20 times as long
         peak = float(high_g.max() - low_g.min())
         if peak < best_peak:
             best_gg, best_peak = product_gg, peak
