@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from harness.backends.base import AUTO
+from harness.memory import trim
 from harness.quant.attention import QuantAttnProcessor, set_processor
 from harness.quant.effective import effective_linear, touched_layers
 from harness.quant.layer import QuantLinear, QuantPatchEmbed
@@ -46,6 +47,7 @@ def build(
             backend=backend if name in recipe.layers and recipe.layers[name].weight else AUTO,
         ).to(device)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
+        trim()
     for name, attention in recipe.attention.items():
         set_processor(model, name, QuantAttnProcessor(attention, clock))
     model.clock = clock  # type: ignore[assignment]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import UserError
+from harness.memory import trim
 from harness.quant.attention import OPERANDS, QuantAttnProcessor, set_processor
 from harness.quant.build import build, clock_of, quant_layers
 from harness.quant.effective import effective_linear
@@ -77,6 +78,7 @@ def nearest(
             weight=rounded,
             act=None if own.act is None else act_quant(own.act, state, name),
         )
+        trim()
     attention = {name: _attention_recipe(bits.act, state, name) for name in target.attention} if bits.act else {}
     return ModelRecipe(layers, folded, attention, num_steps)
 

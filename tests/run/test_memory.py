@@ -1,3 +1,4 @@
+import ctypes
 import sys
 
 import pytest
@@ -24,3 +25,15 @@ def test_where_the_system_does_not_tell_nothing_is_claimed(monkeypatch, tmp_path
     with peak_memory(torch.device("cpu")) as found:
         pass
     assert found.peak_bytes is None and found.before_bytes is None
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the allocator is not that of glibc")
+def test_holes_between_tensors_that_stay_are_given_back():
+    tensors = [torch.ones(25_000) for _ in range(2000)]  # 100 kB each: small enough to lie side by side
+    tensors = tensors[::2]
+    with peak_memory(torch.device("cpu")) as with_holes:
+        memory.trim()
+    with peak_memory(torch.device("cpu")) as without:
+        pass
+    assert without.before_bytes < with_holes.before_bytes - 50 * MIB
+    assert len(tensors) == 1000
