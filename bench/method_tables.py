@@ -1,9 +1,11 @@
 """The tables of docs/methods.md, from the recorded sweeps in results/tiny-dit-stress/*.csv.
 
     ditbench report --over-seeds --format csv --experiment w4a4 --out results/tiny-dit-stress/w4a4.csv
+    ditbench report --format csv --experiment w4a4 --out results/tiny-dit-stress/w4a4.seeds.csv
     python bench/method_tables.py                 # writes the tables between the markers <!-- table: NAME --> and <!-- end -->; --check only compares
 
-Numbers are means over seeds with 95 % intervals (Student's t). Rows are in the order of PSNR.
+Numbers are means over seeds with 95 % intervals (Student's t). Rows are in the order of PSNR. A line between
+<!-- paired: NAME, METRIC, RUN, RUN --> and <!-- end --> is the difference of two rows, seed by seed.
 """
 
 from __future__ import annotations
@@ -14,10 +16,18 @@ from pathlib import Path
 
 import pandas as pd
 
+from harness.report.seeds import t_interval
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 RESULTS = ROOT / "results" / "tiny-dit-stress"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAIRED = re.compile(
+    r"(<!-- paired: (?P<name>[\w-]+), (?P<metric>[\w/]+), (?P<one>.+?), (?P<other>.+?) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
+)
+COST = ROOT / "results" / "bench" / "fit_cost-dit-xl-2-256-random.jsonl"
+FIT = re.compile(r"(<!-- fit cost -->\n).*?(<!-- end -->)", re.DOTALL)
 FID = "torchmetrics/fid_judge"
 COLUMNS = {FID: ("FID (judge) ↓", 1), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 4), "accuracy": ("recognised ↑", 3)}
 
@@ -25,6 +35,8 @@ COLUMNS = {FID: ("FID (judge) ↓", 1), "psnr": ("PSNR dB ↑", 2), "ssim": ("SS
 def main() -> None:
     page = PAGE.read_text()
     filled = MARKED.sub(lambda match: f"{match[1]}{table(match['name'])}\n{match[3]}", page)
+    filled = PAIRED.sub(lambda m: f"{m[1]}{difference(m['name'], m['metric'], m['one'], m['other'])}\n{m[6]}", filled)
+    filled = FIT.sub(lambda m: f"{m[1]}{fit_cost()}\n{m[2]}", filled)
     if "--check" not in sys.argv:
         PAGE.write_text(filled)
     elif filled != page:
@@ -42,6 +54,26 @@ def table(name: str) -> str:
         lines.append([*cells, f"{run.fit_s:.0f}", f"{run.fit_peak_memory_mib:.0f}"])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{text}\n\n{caption(runs)}"
+
+
+def difference(name: str, metric: str, one: str, other: str) -> str:
+    runs = pd.read_csv(RESULTS / f"{name}.seeds.csv").set_index("seed")
+    first, second = (runs[runs.run == run][metric] for run in (one, other))
+    steps = (first - second).dropna()
+    low, high = t_interval(steps.tolist())
+    title, decimals = COLUMNS[metric]
+    return (
+        f"{one} − {other}, {title.split()[0]}: {steps.mean():+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}] "
+        f"over {len(steps)} seeds, paired."
+    )
+
+
+def fit_cost() -> str:
+    runs = pd.read_json(COST, lines=True).sort_values("fit_s", ascending=False)
+    lines = ["| method | blocks | seconds | peak GiB |", "| --- | ---: | ---: | ---: |"]
+    for _, run in runs.iterrows():
+        lines.append(f"| {run.method} | {run.blocks} | {run.fit_s:.0f} | {run.peak_memory_bytes / 2**30:.1f} |")
+    return "\n".join(lines)
 
 
 def with_interval(run: pd.Series, metric: str, decimals: int) -> str:
