@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.calibrate import calibrate
+from harness.calibrate import Calibration, calibrate
 from harness.conformance import DYNAMIC, SMALL_DIT, STATIC, relative_error
 from harness.errors import UserError
 from harness.models.base import ModelSpec, Sampler, load_model
@@ -381,11 +381,7 @@ def chain(normal, *, blocks: int = 2):
         Chain(), names, tuple(Site(f"{n}.in", (n,)) for n in names), blocks=tuple(f"blocks.{b}" for b in range(blocks))
     )
     steps = [normal(3, 5, 4, seed=70 + s).float() for s in range(2)]
-    calibration = SimpleNamespace(
-        per_step=tuple({"x": x} for x in steps),
-        num_steps=2,
-        batches=lambda: ((s, {"x": x}) for s, x in enumerate(steps)),
-    )
+    calibration = Calibration(tuple({"x": x} for x in steps), key="chain")
     return target, calibration, torch.cat(steps).double()
 
 
