@@ -115,3 +115,8 @@ def test_switched_off_parts_leave_no_trace(small_target, small_calibration):
 def test_impossible_parameters_are_refused(wrong):
     with pytest.raises(ValueError, match="htg: "):
         htg.Params(**wrong)
+
+
+def test_without_grouping_all_steps_are_one_group():
+    assert htg.Params(parts="shift+scale", groups=3).groups_of(20) == 1
+    assert htg.Params(groups=3).groups_of(20) == 3 and htg.Params().groups_of(20) == 2
