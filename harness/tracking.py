@@ -37,6 +37,7 @@ def log(tracker: dict[str, Any], record: Record, folder: Path) -> None:
         run.log(values(record) | pictures(record, folder))
     finally:
         run.finish()
+        wandb.teardown()  # finish() returns before W&B's own process has closed the file; this waits for it
 
 
 def mode(wanted: str) -> str:
