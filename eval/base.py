@@ -21,15 +21,47 @@ from harness.errors import unknown_name
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """Images as they are saved: images_NHWC uint8 0–255 (C = 3); labels_N int64; latents_NChw float32."""
+class Prompt:
+    """One line of a prompt file: the text, and what else the file says of it (GenEval's tag and include, VBench's dimension)."""
 
-    images_NHWC: Tensor
+    text: str
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was generated, as it is saved.
+
+    pixels: uint8 0–255, images (N, H, W, 3) or videos (N, F, H, W, 3). labels_N: int64. latents: float32 (N, …).
+    prompts: one per sample, or none. fps: frames per second of videos.
+    """
+
+    pixels: Tensor
     labels_N: Tensor | None = None
-    latents_NChw: Tensor | None = None
+    latents: Tensor | None = None
+    prompts: tuple[Prompt, ...] = ()
+    fps: float = 8.0
 
     def __len__(self) -> int:
-        return len(self.images_NHWC)
+        return len(self.pixels)
+
+    @property
+    def is_video(self) -> bool:
+        return self.pixels.ndim == 5
+
+    @property
+    def images_NHWC(self) -> Tensor:
+        """Raises MetricSkipped: these are videos."""
+        if self.is_video:
+            raise MetricSkipped("a metric of images; these are videos")
+        return self.pixels
+
+    @property
+    def videos_NFHWC(self) -> Tensor:
+        """Raises MetricSkipped: these are images, or videos of one frame."""
+        if not self.is_video or self.pixels.shape[1] < 2:
+            raise MetricSkipped("a metric of videos; these are images" if not self.is_video else "videos of one frame")
+        return self.pixels
 
 
 @dataclass(frozen=True)
@@ -55,8 +87,8 @@ class FeatureModel:
 class Evidence:
     """Everything a metric may look at. `float_model` has the same noise and labels as `generated`, row by row."""
 
-    generated: ImageSet
-    float_model: ImageSet | None = None
+    generated: Samples
+    float_model: Samples | None = None
     reference: Reference | None = None
     judge: FeatureModel | None = None
     seed: int = 0  # of resampling

@@ -1,4 +1,4 @@
-"""How far a quantized model's images are from the float model's, sample by sample: same noise, same label.
+"""How far a quantized model's samples are from the float model's, one by one: same noise, same label or prompt.
 
 With few images these tell methods apart where FID cannot: both sides share their noise, so it cancels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eval.base import Evidence, ImageSet, Measurement, MetricSkipped, metric
+from eval.base import Evidence, Measurement, MetricSkipped, Samples, metric
 from eval.features import BATCH
 from eval.passport import FLOAT_MODEL, need_samples, passport
 from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
@@ -19,19 +19,20 @@ SSIM_SIGMA, SSIM_KERNEL = 1.5, 11
 
 @metric("psnr", better="higher", paired=True, unit="dB")
 def psnr(evidence: Evidence) -> Measurement:
-    """Peak signal-to-noise ratio to the float model's image, mean of the per-image values."""
-    images_NHWC, float_NHWC = _image_pairs(evidence)
-    error_N = (images_NHWC.double() - float_NHWC.double()).square().mean(dim=(1, 2, 3)) / 255.0**2
-    settings = {"averaged": "per image (not over the set's MSE)", "peak": 255, "cap_db": CAP_DB, "dtype": "float64"}
+    """Peak signal-to-noise ratio to the float model's image or video, mean of the per-sample values."""
+    pixels_N, float_N = _pixel_pairs(evidence)
+    error_N = (pixels_N.double() - float_N.double()).square().flatten(1).mean(dim=1) / 255.0**2
+    settings = {"averaged": "per sample (not over the set's MSE)", "peak": 255, "cap_db": CAP_DB, "dtype": "float64"}
     return _measurement(evidence, "ditbench psnr", "ditbench", _decibel(1.0 / error_N), settings)
 
 
 @metric("ssim", better="higher", paired=True)
 def ssim(evidence: Evidence) -> Measurement:
-    """Structural similarity to the float model's image, mean of the per-image values."""
+    """Structural similarity to the float model's image, mean of the per-sample values (of a video: of its frames)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    images_NHWC, float_NHWC = _image_pairs(evidence)
+    pixels_N, float_N = _pixel_pairs(evidence)
+    images_NHWC, float_NHWC = (pixels.reshape(-1, *pixels.shape[-3:]) for pixels in (pixels_N, float_N))
     sigma, kernel = _ssim_window(min(images_NHWC.shape[1:3]))
     values = [
         structural_similarity_index_measure(
@@ -40,20 +41,21 @@ def ssim(evidence: Evidence) -> Measurement:
         for batch, float_batch in zip(images_NHWC.split(BATCH), float_NHWC.split(BATCH), strict=True)
     ]
     settings = {"data_range": 1.0, "gaussian_sigma": sigma, "kernel_size": kernel, "dtype": "float32"}
-    return _measurement(evidence, "torchmetrics ssim", "torchmetrics", torch.cat(values), settings)
+    values_N = torch.cat(values).reshape(len(pixels_N), -1).mean(dim=1)
+    return _measurement(evidence, "torchmetrics ssim", "torchmetrics", values_N, settings)
 
 
 @metric("sqnr", better="higher", paired=True, unit="dB")
 def sqnr(evidence: Evidence) -> Measurement:
     """Signal-to-quantization-noise ratio of the latents: signal is the float model's, noise the difference to it."""
-    latents_NChw, float_NChw = evidence.generated.latents_NChw, _float_model(evidence).latents_NChw
-    if latents_NChw is None or float_NChw is None:
-        raise MetricSkipped("no latents were kept with the images")
-    _same_shape(latents_NChw, float_NChw)
-    if not (latents_NChw.isfinite().all() and float_NChw.isfinite().all()):
+    latents_N, float_NChw = evidence.generated.latents, _float_model(evidence).latents
+    if latents_N is None or float_NChw is None:
+        raise MetricSkipped("no latents were kept with the samples")
+    _same_shape(latents_N, float_NChw)
+    if not (latents_N.isfinite().all() and float_NChw.isfinite().all()):
         raise MetricSkipped("some latents are not finite; the sampler diverged")
     signal_N = float_NChw.double().square().flatten(1).sum(dim=1)
-    noise_N = (latents_NChw.double() - float_NChw.double()).square().flatten(1).sum(dim=1)
+    noise_N = (latents_N.double() - float_NChw.double()).square().flatten(1).sum(dim=1)
     if (signal_N == 0).any():
         raise MetricSkipped("a latent of the float model is all zeros; a ratio to it has no meaning")
     settings = {"averaged": "per sample", "cap_db": CAP_DB, "dtype": "float64"}
@@ -90,13 +92,13 @@ def _ssim_window(side: int) -> tuple[float, int]:
     return half / 3.5, 2 * half + 1
 
 
-def _image_pairs(evidence: Evidence) -> tuple[Tensor, Tensor]:
-    images_NHWC, float_NHWC = evidence.generated.images_NHWC, _float_model(evidence).images_NHWC
-    _same_shape(images_NHWC, float_NHWC)
-    return images_NHWC, float_NHWC
+def _pixel_pairs(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    pixels_N, float_N = evidence.generated.pixels, _float_model(evidence).pixels
+    _same_shape(pixels_N, float_N)
+    return pixels_N, float_N
 
 
-def _float_model(evidence: Evidence) -> ImageSet:
+def _float_model(evidence: Evidence) -> Samples:
     need_samples(evidence, 1)
     if evidence.float_model is None:
         raise MetricSkipped("no samples of the float model to compare with")

@@ -12,24 +12,24 @@ from typing import Any
 
 import torch
 
-from eval.base import ImageSet
+from eval.base import Samples
 from harness.config import RunConfig
 from harness.environment import code_identity
 from harness.files import canonical_sha256, write_json
-from harness.generate import conditions, generate, load_images, save_images
+from harness.generate import conditions, generate, load_samples, save_samples
 from harness.models.base import LoadedModel
 from harness.quant.build import float_copy
 
 SEED_STRIDE = 1_000_003  # extra seeds lie far from the seeds that users give
 
 
-def float_images(config: RunConfig, model: LoadedModel, seed: int, dtype: str | None = None) -> ImageSet:
+def float_images(config: RunConfig, model: LoadedModel, seed: int, dtype: str | None = None) -> Samples:
     """The float model's images with the same labels and noise as a run with this seed; from the cache if there."""
     section = config.section("generate")
     dtype = dtype or section["reference_dtype"]
     path = config.cache_dir / "float" / _key(config, model, seed, dtype) / "images.npz"
     if path.exists():
-        return load_images(path)
+        return load_samples(path)
     images = generate(
         model,
         float_copy(model.target(), dtype=getattr(torch, dtype), device=config.device),
@@ -38,7 +38,7 @@ def float_images(config: RunConfig, model: LoadedModel, seed: int, dtype: str | 
         batch_size=section["batch_size"],
         title=f"generate {model.spec.name} {dtype} seed {seed}",
     )
-    save_images(images, path)
+    save_samples(images, path)
     return images
 
 
@@ -46,7 +46,7 @@ def noise_floor(
     config: RunConfig,
     model: LoadedModel,
     metrics: dict[str, dict[str, Any]],
-    evaluate: Callable[[ImageSet, ImageSet], dict[str, Any]],
+    evaluate: Callable[[Samples, Samples], dict[str, Any]],
     evaluator: dict[str, Any],
 ) -> None:
     """Write into each unpaired metric the largest difference between any two seeds of the 16-bit float model.

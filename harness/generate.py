@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval.base import ImageSet
+from eval.base import Prompt, Samples
 from harness.errors import UserError
 from harness.files import atomic_path
 from harness.models.base import Conditions, Correction, LoadedModel, Sampler
@@ -45,7 +47,7 @@ def generate(
     batch_size: int,
     correct: Correction | None = None,
     title: str = "generate",
-) -> ImageSet:
+) -> Samples:
     """Draw all samples with the given transformer (float or quantized).
 
     Raises:
@@ -67,31 +69,37 @@ def generate(
                 raise UserError(f"{title}: NaN or infinity in the samples {start}–{start + len(part) - 1}")
             latents.append(drawn)
             images.append(to_uint8(model.adapter.decode(model.pipe, drawn)))
-    return ImageSet(torch.cat(images), wanted.labels_N, torch.cat(latents))
+    return Samples(torch.cat(images), wanted.labels_N, torch.cat(latents))
 
 
-def to_uint8(images_N3HW: Tensor) -> Tensor:
-    """[−1, 1] → uint8 (N, H, W, 3), rounded to nearest (as DiT's clamp(127.5 x + 128) does)."""
-    return ((images_N3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+def to_uint8(pixels: Tensor) -> Tensor:
+    """[−1, 1], (N, 3, H, W) or (N, F, 3, H, W) → uint8 with the channels last, rounded to nearest (as DiT's clamp(127.5 x + 128) does)."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
 
 
-def save_images(images: ImageSet, path: Path) -> None:
-    """ADM's .npz format (arr_0: uint8 NHWC, arr_1: labels), with the latents beside them."""
+def save_samples(samples: Samples, path: Path) -> None:
+    """ADM's .npz format (arr_0: uint8 NHWC or NFHWC, arr_1: labels), with latents and prompts beside them."""
+    arrays = {
+        "arr_0": samples.pixels.numpy(),
+        "arr_1": np.zeros(0) if samples.labels_N is None else samples.labels_N.numpy(),
+        "latents": np.zeros(0) if samples.latents is None else samples.latents.numpy(),
+        "prompts": np.array([json.dumps(asdict(prompt)) for prompt in samples.prompts], dtype=np.str_),
+        "fps": np.float64(samples.fps),
+    }
     with atomic_path(path) as part, part.open("wb") as file:
-        np.savez_compressed(
-            file,
-            arr_0=images.images_NHWC.numpy(),
-            arr_1=images.labels_N.numpy() if images.labels_N is not None else np.zeros(0),
-            latents=images.latents_NChw.numpy() if images.latents_NChw is not None else np.zeros(0),
+        np.savez_compressed(file, **arrays)
+
+
+def load_samples(path: Path) -> Samples:
+    with np.load(path) as arrays:
+        pixels, labels, latents = (torch.from_numpy(arrays[name]) for name in ("arr_0", "arr_1", "latents"))
+        prompts = tuple(Prompt(**json.loads(line)) for line in arrays["prompts"].tolist())
+        return Samples(
+            pixels, labels if len(labels) else None, latents if len(latents) else None, prompts, float(arrays["fps"])
         )
 
 
-def load_images(path: Path) -> ImageSet:
-    with np.load(path) as arrays:
-        return ImageSet(*(torch.from_numpy(arrays[name]) for name in ("arr_0", "arr_1", "latents")))
-
-
-def save_grid(images: ImageSet, path: Path, columns: int = 10, rows: int = 4, cell: int = 64) -> None:
+def save_grid(images: Samples, path: Path, columns: int = 10, rows: int = 4, cell: int = 64) -> None:
     """A PNG of the first columns × rows samples, small images enlarged without smoothing."""
     shown = images.images_NHWC[: columns * rows].numpy()
     scale = max(1, cell // shown.shape[1])

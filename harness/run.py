@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval.base import Evidence, FeatureModel, ImageSet, Reference, evaluate
+from eval.base import Evidence, FeatureModel, Reference, Samples, evaluate
 from eval.judges import load_judge
 from eval.reference import load_reference
 from harness import methods, record, tracking
@@ -27,7 +27,7 @@ from harness.environment import code_identity, environment
 from harness.errors import UserError
 from harness.files import canonical_sha256, disk_errors_explained, is_disk_error
 from harness.float_images import float_images, noise_floor
-from harness.generate import conditions, generate, save_grid, save_images
+from harness.generate import conditions, generate, save_grid, save_samples
 from harness.layer_error import ErrorAtlas, error_atlas, layer_table
 from harness.measure import kind_of, measure
 from harness.memory import PeakMemory, peak_memory
@@ -160,7 +160,7 @@ def stage_account(config: RunConfig, model: LoadedModel, target: Target, recipe:
     return account(target, recipe, macs, config.bits.label)
 
 
-def stage_generate(config: RunConfig, model: LoadedModel, quantized: nn.Module, state: dict[str, Tensor]) -> ImageSet:
+def stage_generate(config: RunConfig, model: LoadedModel, quantized: nn.Module, state: dict[str, Tensor]) -> Samples:
     return generate(
         model,
         quantized,
@@ -172,7 +172,7 @@ def stage_generate(config: RunConfig, model: LoadedModel, quantized: nn.Module, 
     )
 
 
-def stage_evaluate(config: RunConfig, model: LoadedModel, images: ImageSet, float_model: ImageSet) -> dict[str, Any]:
+def stage_evaluate(config: RunConfig, model: LoadedModel, images: Samples, float_model: Samples) -> dict[str, Any]:
     section = config.section("metrics")
     evidence = Evidence(
         generated=images,
@@ -210,9 +210,9 @@ def stage_layer_errors(
 
 
 def save_artifacts(
-    images: ImageSet, float_model: ImageSet, atlas: ErrorAtlas | None, state: dict[str, Tensor], folder: Path
+    images: Samples, float_model: Samples, atlas: ErrorAtlas | None, state: dict[str, Tensor], folder: Path
 ) -> dict[str, str]:
-    save_images(images, folder / "images.npz")
+    save_samples(images, folder / "images.npz")
     save_grid(images, folder / "grid.png")
     save_grid(float_model, folder / "float_grid.png")
     saved = {"images": "images.npz", "grid": "grid.png", "float_grid": "float_grid.png"}

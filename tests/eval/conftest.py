@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eval.base import Evidence, FeatureModel, ImageSet, Reference
+from eval.base import Evidence, FeatureModel, Reference, Samples
 from harness.models.zoo.judge import FEATURE_WIDTH, Judge
 
 
@@ -53,8 +53,8 @@ def make_evidence(judge: FeatureModel, n: int = 96, reference_n: int = 300, seed
     latents = torch.randn(n, 4, 2, 2, generator=random)
     labels = torch.arange(n) % 10
     return Evidence(
-        generated=ImageSet(uint8(noisy), labels, latents + 0.1 * torch.randn(latents.shape, generator=random)),
-        float_model=ImageSet(uint8(float_images), labels, latents),
+        generated=Samples(uint8(noisy), labels, latents + 0.1 * torch.randn(latents.shape, generator=random)),
+        float_model=Samples(uint8(float_images), labels, latents),
         reference=Reference("bright", uint8(images(reference_n, 60.0)), "f" * 64),
         judge=judge,
         resamples=60,

@@ -7,7 +7,7 @@ import torch
 from scipy import linalg
 
 from eval import features, libraries
-from eval.base import ImageSet, evaluate, known_metrics
+from eval.base import Samples, evaluate, known_metrics
 from eval.features import judge_pair, outputs
 from harness.errors import UserError
 
@@ -164,7 +164,7 @@ def test_accuracy_counts_the_labels_the_judge_recognises(evidence):
         "accuracy"
     ]
     assert entry["value"] == pytest.approx(72 / 96) and entry["passport"]["ci_method"] == "Wilson"
-    unlabelled = replace(evidence, generated=ImageSet(evidence.generated.images_NHWC))
+    unlabelled = replace(evidence, generated=Samples(evidence.generated.images_NHWC))
     assert "labels" in evaluate(["accuracy"], unlabelled)["accuracy"]["reason"]
 
 
@@ -219,7 +219,7 @@ def test_features_are_forgotten_with_the_images_and_the_evidence(evidence_of):
 def test_images_made_in_inference_mode_can_be_scored(evidence):
     with torch.inference_mode():
         images = evidence.generated.images_NHWC.clone()
-    made = replace(evidence, generated=ImageSet(images))
+    made = replace(evidence, generated=Samples(images))
     assert evaluate(["clean_fid/fid_judge"], made)["clean_fid/fid_judge"]["status"] == "ok"
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import correlate1d
 
-from eval.base import Evidence, ImageSet, evaluate
+from eval.base import Evidence, Samples, evaluate
 
 
 def value(name: str, evidence: Evidence) -> float:
@@ -19,7 +19,7 @@ def value(name: str, evidence: Evidence) -> float:
 def test_psnr_is_the_mean_of_each_images_psnr_and_not_that_of_the_pooled_error(evidence):
     a, b = evidence.generated.images_NHWC.numpy().astype(float), evidence.float_model.images_NHWC.numpy().astype(float)
     a[0] = 255 - b[0]  # one bad image: the two conventions now differ by several dB
-    bad_first = replace(evidence.generated, images_NHWC=torch.from_numpy(a.astype(np.uint8)))
+    bad_first = replace(evidence.generated, pixels=torch.from_numpy(a.astype(np.uint8)))
     each = [20 * np.log10(255 / np.sqrt(np.mean((x - y) ** 2))) for x, y in zip(a, b, strict=True)]
     pooled = 20 * np.log10(255 / np.sqrt(np.mean((a - b) ** 2)))
     assert abs(np.mean(each) - pooled) > 3
@@ -28,7 +28,7 @@ def test_psnr_is_the_mean_of_each_images_psnr_and_not_that_of_the_pooled_error(e
 
 def test_psnr_of_one_level_everywhere_is_48_13_db():
     images = torch.full((3, 8, 8, 3), 100, dtype=torch.uint8)
-    assert value("psnr", Evidence(ImageSet(images + 1), ImageSet(images))) == pytest.approx(20 * np.log10(255))
+    assert value("psnr", Evidence(Samples(images + 1), Samples(images))) == pytest.approx(20 * np.log10(255))
 
 
 @pytest.mark.parametrize("name", ["psnr", "sqnr"])
@@ -54,14 +54,14 @@ def test_ssim_is_wangs_formula_written_with_scipy(evidence, side, sigma, radius)
     c1, c2 = 0.01**2, 0.03**2
     expected = ((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
     assert expected < 0.99
-    assert value("ssim", Evidence(ImageSet(a), ImageSet(b))) == pytest.approx(expected, abs=2e-5)
+    assert value("ssim", Evidence(Samples(a), Samples(b))) == pytest.approx(expected, abs=2e-5)
 
 
 def test_sqnr_divides_by_the_difference_and_takes_the_float_model_as_signal():
     signal = torch.full((2, 1, 2, 2), 2.0)
     noisy = signal * torch.tensor([1.1, 1.01]).view(2, 1, 1, 1)
     images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
-    evidence = Evidence(ImageSet(images, latents_NChw=noisy), ImageSet(images, latents_NChw=signal))
+    evidence = Evidence(Samples(images, latents=noisy), Samples(images, latents=signal))
     assert value("sqnr", evidence) == pytest.approx((20 + 40) / 2, abs=1e-4)
 
 
@@ -69,18 +69,18 @@ def test_fidelity_without_the_float_model_or_latents_is_skipped_with_a_reason(ev
     entries = evaluate(["psnr", "ssim", "sqnr"], replace(evidence, float_model=None))
     assert {entry["status"] for entry in entries.values()} == {"skipped"}
     assert all("float model" in entry["reason"] for entry in entries.values())
-    no_latents = replace(evidence, generated=ImageSet(evidence.generated.images_NHWC))
+    no_latents = replace(evidence, generated=Samples(evidence.generated.images_NHWC))
     assert "latents" in evaluate(["sqnr"], no_latents)["sqnr"]["reason"]
 
 
 def test_latents_of_a_diverged_sampler_are_skipped_and_not_recorded_as_nan(evidence):
-    latents = evidence.generated.latents_NChw.clone()
+    latents = evidence.generated.latents.clone()
     latents[3] = float("nan")
-    broken = replace(evidence, generated=replace(evidence.generated, latents_NChw=latents))
+    broken = replace(evidence, generated=replace(evidence.generated, latents=latents))
     assert "not finite" in evaluate(["sqnr"], broken)["sqnr"]["reason"]
 
 
 def test_sets_that_do_not_pair_row_by_row_are_an_error(evidence):
-    fewer = replace(evidence, float_model=ImageSet(evidence.float_model.images_NHWC[:-1]))
+    fewer = replace(evidence, float_model=Samples(evidence.float_model.images_NHWC[:-1]))
     with pytest.raises(ValueError, match="same seeds"):
         evaluate(["psnr"], fewer)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from eval import inception
-from eval.base import Evidence, ImageSet, Reference, evaluate, known_metrics
+from eval.base import Evidence, Reference, Samples, evaluate, known_metrics
 
 INCEPTION_METRICS = [
     "clean_fid/fid", "clean_fid/kid", "torch_fidelity/fid", "torch_fidelity/is", "torch_fidelity/kid",
@@ -77,7 +77,7 @@ def photos() -> Evidence:
     images = random.integers(0, 256, (9, 320, 340, 3), dtype=np.uint8)
     images[:4] = images[:4] // 2 + 60
     images = torch.from_numpy(images)
-    return Evidence(ImageSet(images[:4]), reference=Reference("noise", images[4:], "e" * 64), resamples=10)
+    return Evidence(Samples(images[:4]), reference=Reference("noise", images[4:], "e" * 64), resamples=10)
 
 
 def scored(name: str, evidence: Evidence) -> dict:

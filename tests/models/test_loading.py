@@ -40,7 +40,7 @@ def test_a_saved_pipeline_loads_and_generates_through_its_vae(latent_folder, lat
         found.append(generate(model, transformer, conditions(model, 3, seed=0), Sampler("ddim", 3, 1.5), batch_size=2))
     one, other = found
     assert one.images_NHWC.shape == (3, 16, 16, 3) and one.images_NHWC.dtype == torch.uint8
-    assert one.latents_NChw.shape == (3, 4, 8, 8)
+    assert one.latents.shape == (3, 4, 8, 8)
     assert torch.equal(one.images_NHWC, other.images_NHWC)
 
 
