@@ -57,7 +57,7 @@ def round_blockwise(
             run_calibration(model, calibration, lambda step: None, "second moments")
         _round(outside, moments, round_weight, found)
 
-    stream = BlockStream(model, target.blocks, calibration, max_bytes=max_bytes)
+    stream = BlockStream(model, target, calibration, max_bytes=max_bytes)
     for block_name, block in stream:
         inside = {name: layer for name, layer in all_layers.items() if name.startswith(f"{block_name}.")}
         moments = {name: SecondMoment() for name in inside}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from eval.base import Prompt
+from harness.calls import Shape, placed, take_apart
 from harness.environment import code_identity
 from harness.errors import UserError
 from harness.files import atomic_path, canonical_sha256
-from harness.models.base import Conditions, LoadedModel, Sampler
+from harness.models.base import PROMPTS, Conditions, LoadedModel, Sampler
 from harness.progress import progress as progress_bar
 from harness.quant.build import clock_of, float_copy
 from harness.seeds import sample_seeds
@@ -28,13 +31,15 @@ SECONDS = "seconds"  # metadata of cached files
 class Calibration:
     """The transformer's inputs at every denoising step.
 
-    per_step[s]: {argument name: tensor with one row per model-call row}, the steps in sampling order (high noise first).
-    With guidance, each recorded call has its conditional rows first, then as many with the null label. `key` is the
-    content address; `cache` the folder where statistics derived from it are kept (None: nowhere).
+    per_step[s]: {argument name: tensor with one row per model-call row}, the steps in sampling order (high noise first);
+    shapes[s]: what else the transformer is called with at that step. With guidance, each recorded call has conditional
+    and unconditional rows, in the family's order. `key` is the content address; `cache` the folder where statistics
+    derived from it are kept (None: nowhere).
     """
 
     per_step: tuple[dict[str, Tensor], ...]
     key: str
+    shapes: tuple[Shape, ...] = ()  # none: the rows are all there is
     cache: Path | None = None
     device: torch.device = torch.device("cpu")  # where models that are observed on it run
     saved_s: dict[str, float] = field(default_factory=dict, compare=False)  # seconds that the cache saved, by what
@@ -55,10 +60,8 @@ class Calibration:
         """What a built model (`build`, with its clock) gives for some rows of a step, in its own dtype, on its own device."""
         clock = clock_of(model)
         clock.set(step, self.num_steps)
-        dtype, device = float_dtype(model), clock.step.device
-        return model(
-            **{n: (t.to(dtype) if t.is_floating_point() else t).to(device) for n, t in inputs.items()},
-        )
+        arguments = self.shapes[step].arguments(inputs) if self.shapes else inputs
+        return model(**placed(arguments, float_dtype(model), clock.step.device))
 
     def num_batches(self, batch_size: int = 64) -> int:
         return sum(-(-self.num_rows(step) // batch_size) for step in range(self.num_steps))
@@ -79,21 +82,24 @@ def calibrate(
     batch_size: int = 64,
     cache: Path | None = None,
     device: torch.device | str = "cpu",
+    prompts: Sequence[Prompt] = (),
 ) -> Calibration:
-    """Record n samples with classes drawn at random, or read the recording of the same arguments from the cache.
+    """Record n samples with classes drawn at random (or with the model's calibration prompts), or read the recording of
+    the same arguments from the cache.
 
     Raises:
         UserError: n < 1, or the model produces NaN.
     """
     if n < 1:
         raise UserError(f"calibration.n must be at least 1, got {n}")
-    classes = model.adapter.num_classes(model.transformer)
+    wanted = conditions_for_calibration(model, n, seed, prompts)
     key = canonical_sha256(
         {
             "model": model.fingerprint,
             "sampler": vars(sampler),
             "n": n,
             "seed": seed,
+            "prompts": [prompt.text for prompt in wanted.prompts],
             "batch_size": batch_size,
             "device": str(device),
             "code": code_identity(),
@@ -102,33 +108,45 @@ def calibrate(
     device = torch.device(device)
     path = None if cache is None else cache / "calibration" / key / "inputs.safetensors"
     if path is not None and path.exists():
-        return Calibration(_read(path), key, path.parent, device, {"calibration": saved_seconds(path)})
+        per_step, shapes = _read(path)
+        return Calibration(per_step, key, shapes, path.parent, device, {"calibration": saved_seconds(path)})
 
     start_time = perf_counter()
-    labels = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
-    conditions = Conditions(labels, sample_seeds(seed, n, stream="calibration"))
-    steps: list[list[dict[str, Tensor]]] = [[] for _ in range(sampler.steps)]
+    steps: list[list[tuple[dict[str, Tensor], Shape]]] = [[] for _ in range(sampler.steps)]
     transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device)
     with torch.no_grad(), progress_bar(total=sampler.steps * -(-n // batch_size), desc="calibrate") as progress:
 
-        def record(step: int, inputs: dict[str, Tensor]) -> None:
-            steps[step].append({name: tensor.detach().cpu().clone() for name, tensor in inputs.items()})
+        def record(step: int, arguments: dict[str, Any]) -> None:
+            rows, shape = take_apart(arguments, len(arguments["hidden_states"]), model.adapter.SHARED)
+            cpu = {name: tensor.cpu() for name, tensor in shape.shared.items()}
+            steps[step].append(
+                ({name: tensor.cpu().clone() for name, tensor in rows.items()}, replace(shape, shared=cpu))
+            )
             progress.update()
 
         for start in range(0, n, batch_size):
-            model.adapter.sample(
-                model.pipe, transformer, conditions.rows(start, min(start + batch_size, n)), sampler, on_call=record
-            )
-    per_step = tuple({name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in steps)
+            part = wanted.rows(start, min(start + batch_size, n))
+            model.adapter.sample(model.pipe, transformer, part, sampler, on_call=record, decode=False)
+    per_step = tuple({name: torch.cat([rows[name] for rows, _ in calls]) for name in calls[0][0]} for calls in steps)
+    shapes = tuple(calls[0][1] for calls in steps)
     if not all(tensor.isfinite().all() for tensor in per_step[-1].values()):
         raise UserError(
             f"model {model.spec.name}: NaN in the float model's own samples; check the checkpoint and sampler"
         )
     if path is not None:
-        flat = {f"{s:04d}/{n}": t.contiguous() for s, i in enumerate(per_step) for n, t in i.items()}
-        with atomic_path(path) as part:
-            save_file(flat, part, metadata={SECONDS: f"{perf_counter() - start_time:.6f}"})
-    return Calibration(per_step, key, None if path is None else path.parent, device)
+        _write(path, per_step, shapes, perf_counter() - start_time)
+    return Calibration(per_step, key, shapes, None if path is None else path.parent, device)
+
+
+def conditions_for_calibration(model: LoadedModel, n: int, seed: int, prompts: Sequence[Prompt] = ()) -> Conditions:
+    """Classes drawn with the seed, or the prompts in turn."""
+    seeds = sample_seeds(seed, n, stream="calibration")
+    if model.adapter.CONDITION == PROMPTS:
+        if not prompts:
+            raise UserError(f"model {model.spec.name} is told by prompts what to draw; set calibration.prompts")
+        return Conditions(seeds, prompts=tuple(prompts[index % len(prompts)] for index in range(n)))
+    classes = model.adapter.num_classes(model.transformer)
+    return Conditions(seeds, torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed)))
 
 
 def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) -> Calibration:
@@ -141,7 +159,7 @@ def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) 
         for inputs, rows in zip(calibration.per_step, rows_of_step, strict=True)
     )
     key = canonical_sha256({"of": calibration.key, "chosen": chosen})
-    return Calibration(per_step, key, None, calibration.device, calibration.saved_s)
+    return Calibration(per_step, key, calibration.shapes, None, calibration.device, calibration.saved_s)
 
 
 def spread(length: int, wanted: int) -> Tensor:
@@ -160,9 +178,25 @@ def saved_seconds(path: Path) -> float:
         return float((file.metadata() or {}).get(SECONDS, 0.0))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], ...]:
-    steps: dict[str, dict[str, Tensor]] = {}
+SHARED, SHAPES = "shared:", "shapes"  # in the file: prefix of tensors without rows; metadata
+
+
+def _write(path: Path, per_step: tuple[dict[str, Tensor], ...], shapes: tuple[Shape, ...], seconds: float) -> None:
+    flat = {f"{s:04d}/{n}": t.contiguous() for s, inputs in enumerate(per_step) for n, t in inputs.items()}
+    for step, shape in enumerate(shapes):
+        flat |= {f"{step:04d}/{SHARED}{n}": t.contiguous().clone() for n, t in shape.shared.items()}
+    metadata = {SECONDS: f"{seconds:.6f}", SHAPES: json.dumps([shape.tree for shape in shapes])}
+    with atomic_path(path) as part:
+        save_file(flat, part, metadata=metadata)
+
+
+def _read(path: Path) -> tuple[tuple[dict[str, Tensor], ...], tuple[Shape, ...]]:
+    with safe_open(path, framework="pt") as file:
+        trees = json.loads(file.metadata()[SHAPES])
+    rows: list[dict[str, Tensor]] = [{} for _ in trees]
+    shapes = [Shape(tree) for tree in trees]
     for key, tensor in load_file(path).items():
         step, name = key.split("/", 1)
-        steps.setdefault(step, {})[name] = tensor
-    return tuple(steps[step] for step in sorted(steps))
+        shared = name.startswith(SHARED)
+        (shapes[int(step)].shared if shared else rows[int(step)])[name.removeprefix(SHARED)] = tensor
+    return tuple(rows), tuple(shapes)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from eval.base import known_metrics
+from eval.base import Prompt, known_metrics
 from harness import methods
 from harness.backends.base import AUTO, known_backends
 from harness.errors import UserError, unknown_name
 from harness.models.base import ModelSpec, Sampler, family
+from harness.prompts import load_prompts
 from harness.quant.spec import FLOAT_BITS, Bits, QuantSpec, parse_label
 
 # What can change a number; everything else (where results go, who is told) cannot.
@@ -63,6 +64,7 @@ class Protocol:
     sampler: Sampler
     n: int
     labels: str
+    prompts: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class RunConfig:
     params: Any
     bits: Bits
     protocol: Protocol
+    calibration_prompts: tuple[Prompt, ...]
     seed: int
     device: torch.device
     backend: str
@@ -106,7 +109,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     raw["bits"] = raw["bits"] | {"label": bits.label.lower()}  # of the widths, wherever they were set
     methods.check_bits(raw["method"]["name"], bits)
     params = _params(raw["method"])
-    protocol = raw["protocol"]
+    protocol, calibration_prompts = raw["protocol"], raw["calibration"]["prompts"]
     model = {key: value for key, value in raw["model"].items() if key != "usual"}
     return RunConfig(
         raw=raw,
@@ -123,7 +126,9 @@ def parse(raw: dict[str, Any]) -> RunConfig:
             sampler=Sampler(protocol["sampler"], protocol["steps"], protocol["guidance"]),
             n=protocol["n"],
             labels=protocol["labels"],
+            prompts=load_prompts(protocol["prompts"]) if protocol["prompts"] else (),
         ),
+        calibration_prompts=load_prompts(calibration_prompts) if calibration_prompts else (),
         seed=raw["seed"],
         device=pick_device(raw["device"]),
         backend=raw["backend"],

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from harness import methods
 from harness.calibrate import Calibration, calibrate
+from harness.calls import placed
 from harness.errors import UserError
 from harness.files import tensors_sha256
 from harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
@@ -76,7 +77,7 @@ class Case:
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
-        return self.model.adapter.step_inputs(self.model.transformer, 3)
+        return self.model.step_inputs(3)
 
     @cached_property
     def float_output(self) -> Tensor:
@@ -104,7 +105,7 @@ class Case:
         if hasattr(model, "clock"):
             model.clock.set(step, self.calibration.num_steps)
         with torch.no_grad():
-            return model(**{n: t.to(dtype) if t.is_floating_point() else t for n, t in self.inputs.items()}).sample
+            return model(**placed(self.inputs, dtype, "cpu")).sample
 
 
 def transforms_are_exact(case: Case) -> None:
@@ -188,9 +189,9 @@ def ugly_channels_are_borne(case: Case) -> None:
     """A dead channel and one a thousand times too large: still exact before rounding, finite after."""
     ugly = Case(case.name, case.seed + 1, case.scope)
     for site in ugly.target.sites:
-        if site.producer is not None and hasattr(site.producer, "shift_rows"):
-            producer = ugly.model.transformer.get_submodule(site.producer.linear)
-            first, second = site.producer.shift_rows.start, site.producer.scale_rows.start
+        if site.modulated:
+            producer = ugly.model.transformer.get_submodule(site.producers[0].linear)
+            first, second = site.producers[0].shift_rows.start, site.producers[0].scale_rows.start
             for rows, offset in ((first, 0.0), (second, -1.0)):  # β = 0 and γ = −1: the channel is always 0
                 producer.weight[rows], producer.bias[rows] = 0.0, offset
             producer.bias[first + 1] = 1000.0

@@ -80,3 +80,9 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
 def is_disk_error(error: BaseException) -> bool:
     """Whether nothing can be written any more (as against a file that somebody's code misses)."""
     return isinstance(error, OSError) and error.errno in (*NO_ROOM, *NOT_WRITABLE)
+
+
+def pipeline_without(folder: str, part: str) -> dict[str, None]:
+    """{part: None} if the diffusers pipeline in a local folder says that it has none; for `from_pretrained`."""
+    index = Path(folder) / "model_index.json"
+    return {part: None} if index.exists() and json.loads(index.read_text()).get(part) == [None, None] else {}

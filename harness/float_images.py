@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def float_images(config: RunConfig, model: LoadedModel, seed: int, dtype: str | 
     images = generate(
         model,
         float_copy(model.target(), dtype=getattr(torch, dtype), device=config.device),
-        conditions(model, config.protocol.n, seed, config.protocol.labels),
+        conditions(model, config.protocol.n, seed, config.protocol.labels, config.protocol.prompts),
         config.protocol.sampler,
         batch_size=section["batch_size"],
         title=f"generate {model.spec.name} {dtype} seed {seed}",
@@ -83,6 +84,7 @@ def _key(config: RunConfig, model: LoadedModel, seed: int, dtype: str) -> str:
         {
             "weights": model.fingerprint,
             "protocol": config.section("protocol"),
+            "prompts": [asdict(prompt) for prompt in config.protocol.prompts],
             "batch_size": config.section("generate")["batch_size"],
             "seed": seed,
             "dtype": dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,19 +15,30 @@ from torch import Tensor, nn
 from eval.base import Prompt, Samples
 from harness.errors import UserError
 from harness.files import atomic_path
-from harness.models.base import Conditions, Correction, LoadedModel, Sampler
+from harness.models.base import PROMPTS, Conditions, Correction, LoadedModel, Sampler
 from harness.progress import progress as progress_bar
 from harness.seeds import sample_seeds
 
 
-def conditions(model: LoadedModel, n: int, seed: int, labels: str = "balanced") -> Conditions:
-    """n labels and seeds. labels: "balanced" (0, 1, 2, … in turn) or "random" (drawn with the seed).
+def conditions(
+    model: LoadedModel, n: int, seed: int, labels: str = "balanced", prompts: Sequence[Prompt] = ()
+) -> Conditions:
+    """n labels or prompts, and seeds. labels: "balanced" (0, 1, 2, … in turn) or "random" (drawn with the seed).
+
+    Prompts are taken in turn; a second round over them has other seeds.
 
     Raises:
-        UserError: n < 1.
+        UserError: n < 1, or a model that is told by prompts got none.
     """
     if n < 1:
         raise UserError(f"protocol.n must be at least 1 image, got {n}")
+    seeds = sample_seeds(seed, n, stream="generate")
+    if model.adapter.CONDITION == PROMPTS:
+        if not prompts:
+            raise UserError(
+                f"model {model.spec.name} is told by prompts what to draw; set protocol.prompts to a set or file"
+            )
+        return Conditions(seeds, prompts=tuple(prompts[index % len(prompts)] for index in range(n)))
     classes = model.adapter.num_classes(model.transformer)
     if labels == "balanced":
         drawn = torch.arange(n) % classes
@@ -34,7 +46,7 @@ def conditions(model: LoadedModel, n: int, seed: int, labels: str = "balanced") 
         drawn = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
     else:
         raise UserError(f"protocol.labels={labels!r}; expected balanced or random")
-    return Conditions(drawn, sample_seeds(seed, n, stream="generate"))
+    return Conditions(seeds, drawn)
 
 
 @torch.no_grad()
@@ -53,7 +65,7 @@ def generate(
     Raises:
         UserError: the samples contain NaN or infinity.
     """
-    latents, images = [], []
+    latents, pixels = [], []
     with progress_bar(total=len(wanted) * sampler.steps, desc=title, unit="img·step") as progress:
         for start in range(0, len(wanted), batch_size):
             part = wanted.rows(start, min(start + batch_size, len(wanted)))
@@ -65,11 +77,12 @@ def generate(
                 on_call=lambda step, inputs, rows=len(part): progress.update(rows),
                 correct=correct,
             )
-            if not bool(drawn.isfinite().all()):
+            if not bool(drawn.latents.isfinite().all()):
                 raise UserError(f"{title}: NaN or infinity in the samples {start}–{start + len(part) - 1}")
-            latents.append(drawn)
-            images.append(to_uint8(model.adapter.decode(model.pipe, drawn)))
-    return Samples(torch.cat(images), wanted.labels_N, torch.cat(latents))
+            assert drawn.pixels is not None, "sample decodes unless told not to"
+            latents.append(drawn.latents)
+            pixels.append(to_uint8(drawn.pixels))
+    return Samples(torch.cat(pixels), wanted.labels_N, torch.cat(latents), wanted.prompts)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harness.blocks import tokens_of
 from harness.calibrate import Calibration, spread
 from harness.files import atomic_path
 from harness.quant.build import build, clock_of, quant_layers
@@ -83,8 +84,8 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
 
     handles = [exact_layers[name].register_forward_hook(layer_hook(name)) for name in layers]
     for name in target.blocks:
-        keep = lambda _, inputs, output, name=name: block_outputs.update({name: output})  # noqa: E731
-        compare = lambda _, inputs, output, name=name: add(name, block_outputs[name], output)  # noqa: E731
+        keep = lambda _, inputs, output, name=name: block_outputs.update({name: tokens_of(output)})  # noqa: E731
+        compare = lambda _, inputs, output, name=name: add(name, block_outputs[name], tokens_of(output))  # noqa: E731
         handles.append(exact.get_submodule(name).register_forward_hook(keep))
         handles.append(model.get_submodule(name).register_forward_hook(compare))
     for column, step in enumerate(steps):

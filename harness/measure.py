@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harness.calls import placed
 from harness.models.base import LoadedModel
 from harness.progress import progress
 from harness.quant.build import float_copy, quant_layers
@@ -65,11 +66,8 @@ def measure(
     if kind != "measured":
         return found
     baseline = float_copy(target, dtype=torch.bfloat16, device=device)
-    step_inputs = model.adapter.step_inputs(model.transformer, 2 * samples)
-    baseline_inputs, inputs = (
-        {name: (x.to(wanted) if x.is_floating_point() else x).to(device) for name, x in step_inputs.items()}
-        for wanted in (torch.bfloat16, dtype)
-    )
+    step_inputs = model.step_inputs(2 * samples)
+    baseline_inputs, inputs = (placed(step_inputs, wanted, device) for wanted in (torch.bfloat16, dtype))
     times: dict[str, list[float]] = {"baseline": [], "quantized": []}
     for repeat in progress(range(warmup + repeats), desc="measure"):
         for name, candidate, its_inputs in (("baseline", baseline, baseline_inputs), ("quantized", quantized, inputs)):

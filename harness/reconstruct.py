@@ -88,8 +88,8 @@ def reconstruct(
         return {}
     exact = build(target, recipe.without_rounding(), dtype=torch.float32)
     quantized = build(target, recipe, dtype=torch.float32, backend=simulate.NAME)
-    floats = BlockStream(exact, target.blocks, calibration, max_bytes=settings.max_bytes // STREAMS)
-    stream = BlockStream(quantized, target.blocks, calibration, max_bytes=settings.max_bytes // STREAMS)
+    floats = BlockStream(exact, target, calibration, max_bytes=settings.max_bytes // STREAMS)
+    stream = BlockStream(quantized, target, calibration, max_bytes=settings.max_bytes // STREAMS)
     generator = torch.Generator().manual_seed(settings.seed)
     float_layers = quant_layers(exact)
     state: dict[str, Tensor] = {}
@@ -241,8 +241,8 @@ class _BlockLearner:
             cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], T_max=iterations)
         for iteration in range(iterations):
             with torch.enable_grad():
-                hidden_BTC, target_BTC, args, kwargs = samples.draw()
-                loss = output_error(block(hidden_BTC, *args, **kwargs), target_BTC, power)
+                hidden_BTC, target_BTC, kwargs = samples.draw()
+                loss = output_error(samples.stream.run(block, hidden_BTC, kwargs), target_BTC, power)
                 b = sharpness(iteration, settings) if roundings else None
                 if b is not None:
                     loss = loss + settings.regulariser * sum(rounding.regulariser(b) for rounding in roundings)
@@ -279,7 +279,7 @@ class _Samples:
         self.batch_size = min(settings.batch_size, max(1, settings.batch_tokens // tokens))
         self.by_step = clock_of(stream.model).num_steps is not None
 
-    def draw(self) -> tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Any]]:
+    def draw(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """hidden_BTC, target_BTC, and the block's other arguments."""
         pool_N = torch.arange(len(self.call_N))
         if self.by_step:
@@ -298,9 +298,8 @@ class _Samples:
             hidden_BTC = _mix(hidden_BTC, float_BTC, self.settings.input_prob, self.generator)
         target_BTC = torch.cat([self.targets[call][rows] for call, rows in parts])
         rows = [rows for _, rows in parts]
-        args = tuple(_join(calls, rows, [call.args[i] for call in calls]) for i in range(len(calls[0].args)))
         kwargs = {name: _join(calls, rows, [call.kwargs[name] for call in calls]) for name in calls[0].kwargs}
-        return hidden_BTC, target_BTC, args, kwargs
+        return hidden_BTC, target_BTC, kwargs
 
 
 def _join(calls: list[BlockInput], rows: list[Tensor], values: list[Any]) -> Any:

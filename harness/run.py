@@ -137,6 +137,7 @@ def stage_calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
         batch_size=section["batch_size"],
         cache=config.cache_dir,
         device=config.device,
+        prompts=config.calibration_prompts,
     )
 
 
@@ -156,7 +157,7 @@ def stage_quantize(
 
 
 def stage_account(config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe):
-    macs = count_macs(model.transformer, model.adapter.step_inputs(model.transformer, 1))
+    macs = count_macs(model.transformer, model.step_inputs(1))
     return account(target, recipe, macs, config.bits.label)
 
 
@@ -164,7 +165,7 @@ def stage_generate(config: RunConfig, model: LoadedModel, quantized: nn.Module, 
     return generate(
         model,
         quantized,
-        conditions(model, config.protocol.n, config.seed, config.protocol.labels),
+        conditions(model, config.protocol.n, config.seed, config.protocol.labels, config.protocol.prompts),
         config.protocol.sampler,
         batch_size=config.section("generate")["batch_size"],
         correct=methods.correction(config.method, state, config.params),

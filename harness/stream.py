@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.blocks import by_name
 from harness.calibrate import Calibration, spread
 from harness.progress import progress
+from harness.quant.target import Target
 
 MAX_BYTES = 2**30
 
 
 @dataclass
 class BlockInput:
-    """One call of a block: hidden_BTC, and the other arguments that all blocks share."""
+    """One call of a block: hidden_BTC, the state that goes from block to block, and the arguments that all blocks share."""
 
     step: int
     hidden_BTC: Tensor
-    args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def rows(self, kept: Tensor) -> BlockInput:
@@ -49,12 +50,11 @@ class BlockInput:
         return [calls[0]._map(lambda _: next(joined))]
 
     def _values(self) -> list[Any]:
-        return [self.hidden_BTC, *self.args, *self.kwargs.values()]
+        return [self.hidden_BTC, *self.kwargs.values()]
 
     def _map(self, function: Callable[[Any], Any]) -> BlockInput:
         hidden_BTC, *others = [function(value) for value in self._values()]
-        args, values = others[: len(self.args)], others[len(self.args) :]
-        return BlockInput(self.step, hidden_BTC, tuple(args), dict(zip(self.kwargs, values, strict=True)))
+        return BlockInput(self.step, hidden_BTC, dict(zip(self.kwargs, others, strict=True)))
 
     def _by_row(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self.hidden_BTC)
@@ -63,6 +63,8 @@ class BlockInput:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
     return one is other or one == other
 
 
@@ -83,9 +85,10 @@ class BlockStream:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: tuple[str, ...], calibration: Calibration, *, max_bytes: int = MAX_BYTES
+        self, model: nn.Module, target: Target, calibration: Calibration, *, max_bytes: int = MAX_BYTES
     ) -> None:
-        self.model, self.blocks, self.calibration = model, blocks, calibration
+        self.model, self.blocks, self.calibration = model, target.blocks, calibration
+        self.block_call = target.block_call
         self.inputs = self._entrance(max_bytes)
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
@@ -109,7 +112,11 @@ class BlockStream:
     def outputs(self, block: nn.Module) -> Iterator[Tensor]:
         """The block on each of its inputs."""
         for call in self.calls():
-            yield block(call.hidden_BTC, *call.args, **call.kwargs)
+            yield self.run(block, call.hidden_BTC, call.kwargs)
+
+    def run(self, block: nn.Module, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """One call of the block: the state before → the state behind."""
+        return self.block_call.run(block, hidden_BTC, kwargs)
 
     def watch(self, block: nn.Module, hooks: dict[nn.Module, Callable[[Tensor], None]]) -> None:
         """Run the block once on all inputs; each hook sees every input of its module."""
@@ -155,7 +162,7 @@ class BlockStream:
                 hidden_BTC = call.hidden_BTC
                 try:
                     for module in blocks:
-                        hidden_BTC = module(hidden_BTC, *call.args, **call.kwargs)
+                        hidden_BTC = self.run(module, hidden_BTC, call.kwargs)
                 except _Seen:
                     pass
         finally:
@@ -184,10 +191,12 @@ class BlockStream:
         found: list[BlockInput] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(BlockInput(step, args[0].detach(), args[1:], kwargs))
+            hidden_BTC, rest = self.block_call.enter(module, by_name(module, args, kwargs))
+            found.append(BlockInput(step, hidden_BTC.detach(), rest))
             raise _Entered
 
-        handle = self.model.get_submodule(self.blocks[0]).register_forward_pre_hook(enter, with_kwargs=True)
+        first = self.model.get_submodule(self.blocks[0])
+        handle = first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)  # before any fold at the door
         try:
             self.calibration.call(self.model, step, inputs)
         except _Entered:

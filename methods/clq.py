@@ -151,7 +151,7 @@ def walk(target: Target, calibration: Calibration, bits: Bits, params: Params, s
     """CBC: fill the state block by block; `stream` holds what a block is calibrated on, `floats` the float network's."""
     inside = [name for block in target.blocks for name in layers_of(target, block)]
     stream, floats = (
-        BlockStream(float_model(target, inside, torch.float32), target.blocks, calibration, max_bytes=params.max_bytes)
+        BlockStream(float_model(target, inside, torch.float32), target, calibration, max_bytes=params.max_bytes)
         for _ in range(2)
     )
     trials = trial_layers(stream.model)

@@ -83,7 +83,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         centre_SC = site_stats.centre_SC
         group_of_step = adjacent_clusters(centre_SC, groups)
         group_of_layer |= dict.fromkeys(site.consumers, group_of_step)
-        if site.producer is None:
+        if not site.foldable:
             continue
         shift_GC = (
             group_means(centre_SC, group_of_step)

@@ -83,7 +83,7 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
 
 
 def balanced_sites(target: Target) -> list[Site]:
-    return [site for site in target.linear_sites() if site.producer is not None]
+    return [site for site in target.linear_sites() if site.foldable]
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:

@@ -42,7 +42,7 @@ from harness.quant.rounding import nearest, static_ranges
 from harness.quant.smoothing import place
 from harness.quant.spec import Bits, QuantSpec
 from harness.quant.steps import StepTable
-from harness.quant.target import AdaLNRows, Site, Target
+from harness.quant.target import Site, Target
 from harness.quant.transforms import Transform
 
 
@@ -87,7 +87,7 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
 
 
 def reparameterised_sites(target: Target) -> list[Site]:
-    return [site for site in target.linear_sites() if isinstance(site.producer, AdaLNRows)]
+    return [site for site in target.linear_sites() if site.modulated]
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:

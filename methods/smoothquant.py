@@ -29,7 +29,7 @@ from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
 from harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from harness.quant.spec import Bits
-from harness.quant.target import AdaLNRows, Site, Target
+from harness.quant.target import Site, Target
 from harness.quant.transforms import Transform
 
 
@@ -61,7 +61,7 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
 
 
 def smoothed_sites(target: Target) -> list[Site]:
-    return [site for site in target.linear_sites() if isinstance(site.producer, AdaLNRows)]
+    return [site for site in target.linear_sites() if site.modulated]
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:

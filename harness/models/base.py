@@ -18,12 +18,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from eval.base import Prompt
+from harness.blocks import BlockCall
 from harness.errors import UserError, unknown_name
 from harness.files import tensors_sha256
 from harness.models.zoo import WEIGHTS
 from harness.quant.target import QUANTIZABLE, Site, Target
+from harness.stress import inject_outliers
 
-OnCall = Callable[[int, dict[str, Tensor]], None]
+OnCall = Callable[[int, dict[str, Any]], None]  # step, arguments of the transformer's call
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class ModelSpec:
 class Sampler:
     """How images are drawn: the same for every method of one protocol."""
 
-    kind: str  # ddim | ddpm
+    kind: str  # one of the family's SAMPLERS
     steps: int
     guidance: float
 
@@ -71,30 +74,47 @@ class Sampler:
             raise UserError(f"protocol.steps must be at least 1, got {self.steps}")
 
 
+LABELS, PROMPTS = "labels", "prompts"  # what a family is told to draw
+
+
 @dataclass(frozen=True)
 class Conditions:
-    """What is to be drawn, one row per sample: class labels (and, in later families, prompts)."""
+    """What is to be drawn, one row per sample: class labels or prompts. seeds: noise does not depend on the batch size."""
 
-    labels_N: Tensor
-    seeds: tuple[int, ...]  # one per sample: noise does not depend on the batch size
+    seeds: tuple[int, ...]
+    labels_N: Tensor | None = None
+    prompts: tuple[Prompt, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.labels_N)
+        return len(self.seeds)
 
     def rows(self, start: int, stop: int) -> Conditions:
-        return Conditions(self.labels_N[start:stop], self.seeds[start:stop])
+        labels_N = None if self.labels_N is None else self.labels_N[start:stop]
+        return Conditions(self.seeds[start:stop], labels_N, self.prompts[start:stop])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """latents: (B, …) float32; pixels in [−1, 1], (B, 3, H, W) or (B, F, 3, H, W), float32, or None if not asked for."""
+
+    latents: Tensor
+    pixels: Tensor | None
 
 
 class Adapter(Protocol):
-    """One model family. Module-level functions of harness/models/<family>.py."""
+    """One model family: module-level names of harness/models/<family>.py, or those of its FAMILY object."""
 
-    BLOCKS: str  # attribute of the transformer that lists its blocks
     FLOAT_IN_BLOCKS: str  # regex: linears inside the blocks that the default protocol leaves in float
     SAMPLERS: tuple[str, ...]
+    CONDITION: str  # LABELS | PROMPTS
+    SHARED: tuple[str, ...]  # arguments of the transformer that have no row per sample
+    BLOCK_CALL: BlockCall
 
     def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any: ...
 
     def random_pipeline(self, arguments: dict[str, Any], dtype: torch.dtype) -> Any: ...
+
+    def blocks(self, transformer: nn.Module) -> list[str]: ...
 
     def sites(self, transformer: nn.Module) -> list[Site]: ...
 
@@ -111,13 +131,10 @@ class Adapter(Protocol):
         *,
         on_call: OnCall | None = None,
         correct: Correction | None = None,
-    ) -> Tensor: ...
+        decode: bool = True,
+    ) -> Drawn: ...
 
-    def decode(self, pipe: Any, latents: Tensor) -> Tensor: ...
-
-    def step_inputs(self, transformer: nn.Module, batch: int) -> dict[str, Tensor]: ...
-
-    def stress(self, transformer: nn.Module, channels: int, log2_factor: int, seed: int) -> None: ...
+    def step_inputs(self, pipe: Any, batch: int) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -135,11 +152,17 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all weights of the transformer (and VAE, if any)."""
-        tensors = {f"transformer.{n}": t for n, t in self.transformer.state_dict().items()}
-        if getattr(self.pipe, "vae", None) is not None:
-            tensors |= {f"vae.{n}": t for n, t in self.pipe.vae.state_dict().items()}
-        return tensors_sha256(tensors)
+        """SHA-256 of all weights: transformer, and VAE and text encoders, if any."""
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        return tensors_sha256({f"{name}.{n}": t for name, part in parts.items() for n, t in part.state_dict().items()})
+
+    def step_inputs(self, batch: int) -> dict[str, Any]:
+        """Arguments of one transformer call on `batch` rows; one denoising step with guidance has twice the samples."""
+        return self.adapter.step_inputs(self.pipe, batch)
+
+    def inject_outliers(self, channels: int, log2_factor: int, seed: int) -> None:
+        """Give the activations outlier channels, in place; the output stays as it is (`harness.stress`)."""
+        inject_outliers(self.transformer, self.adapter.sites(self.transformer), channels, log2_factor, seed)
 
     def target(self, scope: str = "blocks", skip: Iterable[str] = (), attention: bool = False) -> Target:
         """What a protocol quantizes.
@@ -149,10 +172,12 @@ class LoadedModel:
         """
         if scope not in ("blocks", "all"):
             raise UserError(f"protocol.scope={scope!r}; expected blocks or all")
-        inside = re.compile(rf"^{self.adapter.BLOCKS}\.\d+\.(?!.*(?:{self.adapter.FLOAT_IN_BLOCKS}))")
+        blocks = tuple(self.adapter.blocks(self.transformer))
+        in_float = re.compile(self.adapter.FLOAT_IN_BLOCKS or "(?!)")
         names = [n for n, m in self.transformer.named_modules() if isinstance(m, QUANTIZABLE)]
         if scope == "blocks":
-            names = [n for n in names if inside.match(n)]
+            places = [(n, next((f"{b}." for b in blocks if n.startswith(f"{b}.")), None)) for n in names]
+            names = [n for n, block in places if block and not in_float.search(n.removeprefix(block))]
         patterns = [re.compile(pattern) for pattern in skip]
         names = [n for n in names if not any(pattern.search(n) for pattern in patterns)]
         if not names:
@@ -163,14 +188,12 @@ class LoadedModel:
         known = {consumer for site in sites for consumer in site.consumers}
         sites += [Site(name, (name,)) for name in names if name not in known]
         operands = tuple(self.adapter.attention(self.transformer)) if attention else ()
-        blocks = self.transformer.get_submodule(self.adapter.BLOCKS)
-        return Target(
-            self.transformer,
-            tuple(names),
-            tuple(sites),
-            operands,
-            tuple(f"{self.adapter.BLOCKS}.{name}" for name, _ in blocks.named_children()),
-        )
+        if attention and not operands:
+            raise UserError(
+                f"model {self.spec.name}: attention operands of family {self.spec.family} cannot be quantized; "
+                "set protocol.attention=false"
+            )
+        return Target(self.transformer, tuple(names), tuple(sites), operands, blocks, self.adapter.BLOCK_CALL)
 
 
 def family(name: str) -> Adapter:
@@ -179,7 +202,8 @@ def family(name: str) -> Adapter:
     families = {m.name for m in pkgutil.iter_modules(package.__path__)} - {"base", "zoo"}
     if name not in families:
         raise unknown_name("model family", name, families)
-    return importlib.import_module(f"harness.models.{name}")  # type: ignore[return-value]
+    module = importlib.import_module(f"harness.models.{name}")
+    return getattr(module, "FAMILY", module)  # type: ignore[return-value]
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -200,15 +224,16 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         if (Path(folder) / "judge").is_dir():
             extras["judge"] = Path(folder) / "judge"
     pipe.transformer.eval().requires_grad_(False)
-    for part in (pipe.transformer, getattr(pipe, "vae", None)):
-        for name, tensor in part.state_dict().items() if part is not None else ():
+    for part in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
+        for name, tensor in part.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise UserError(
                     f"model {spec.name}: NaN or infinity in {name}; the checkpoint is damaged, fetch it again"
                 )
+    model = LoadedModel(spec, pipe, adapter, extras)
     if spec.stress:
-        adapter.stress(pipe.transformer, **spec.stress)
-    return LoadedModel(spec, pipe, adapter, extras)
+        model.inject_outliers(**spec.stress)
+    return model
 
 
 def _source_folder(spec: ModelSpec) -> str:

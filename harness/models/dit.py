@@ -7,38 +7,33 @@ second FFN layer reads GELU, through which nothing can be folded.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
+from harness.blocks import OneStream
 from harness.errors import UserError
-from harness.models.base import Conditions, Correction, OnCall, Sampler
+from harness.files import pipeline_without
+from harness.models.base import LABELS, Conditions, Correction, Drawn, OnCall, Sampler
 from harness.quant.target import AdaLNRows, Site, ValueRows
+from harness.samplers import CorrectedDDPM
 
 BLOCKS = "transformer_blocks"
 FLOAT_IN_BLOCKS = r"norm1\."  # the adaLN linear and the embedders that diffusers keeps per block
 SAMPLERS = ("ddim", "ddpm")
-NO_VARIANCE = 1e-20  # has a logarithm
+CONDITION = LABELS
+SHARED = ()
+BLOCK_CALL = OneStream()
 
 
 def load(folder: str, revision: str | None, dtype: torch.dtype) -> DiTPipeline:
-    without_vae = {"vae": None} if _pixel_space(folder) else {}
-    pipe = DiTPipeline.from_pretrained(folder, revision=revision, dtype=dtype, **without_vae)
+    pipe = DiTPipeline.from_pretrained(folder, revision=revision, dtype=dtype, **pipeline_without(folder, "vae"))
     if not isinstance(pipe.transformer, DiTTransformer2DModel):
         raise TypeError(f"its transformer is a {type(pipe.transformer).__name__}, not a DiTTransformer2DModel")
     return pipe
-
-
-def _pixel_space(folder: str) -> bool:
-    """Whether a local pipeline folder says that it has no VAE."""
-    index = Path(folder) / "model_index.json"
-    return index.exists() and json.loads(index.read_text()).get("vae") == [None, None]
 
 
 def random_pipeline(arguments: dict[str, Any], dtype: torch.dtype) -> DiTPipeline:
@@ -53,6 +48,10 @@ def random_pipeline(arguments: dict[str, Any], dtype: torch.dtype) -> DiTPipelin
     return DiTPipeline(transformer, vae=None, scheduler=scheduler)
 
 
+def blocks(transformer: nn.Module) -> list[str]:
+    return [f"{BLOCKS}.{index}" for index in range(len(transformer.transformer_blocks))]
+
+
 def sites(transformer: nn.Module) -> list[Site]:
     width = transformer.inner_dim
 
@@ -60,24 +59,23 @@ def sites(transformer: nn.Module) -> list[Site]:
         return slice(chunk * width, (chunk + 1) * width)
 
     found = []
-    for index in range(len(transformer.transformer_blocks)):
-        block = f"{BLOCKS}.{index}"
+    for block in blocks(transformer):
         adaln = f"{block}.norm1.linear"
         found += [
             Site(
                 f"{block}.attn_in",
                 tuple(f"{block}.attn1.to_{operand}" for operand in "qkv"),
-                AdaLNRows(adaln, shift_rows=rows(0), scale_rows=rows(1)),
+                (AdaLNRows(adaln, shift_rows=rows(0), scale_rows=rows(1)),),
             ),
-            Site(f"{block}.attn_out", (f"{block}.attn1.to_out.0",), ValueRows(f"{block}.attn1.to_v")),
-            Site(f"{block}.ff_in", (f"{block}.ff.net.0.proj",), AdaLNRows(adaln, rows(3), rows(4))),
+            Site(f"{block}.attn_out", (f"{block}.attn1.to_out.0",), (ValueRows(f"{block}.attn1.to_v"),)),
+            Site(f"{block}.ff_in", (f"{block}.ff.net.0.proj",), (AdaLNRows(adaln, rows(3), rows(4)),)),
             Site(f"{block}.ff_mid", (f"{block}.ff.net.2",)),
         ]
     return found
 
 
 def attention(transformer: nn.Module) -> list[str]:
-    return [f"{BLOCKS}.{index}.attn1" for index in range(len(transformer.transformer_blocks))]
+    return [f"{block}.attn1" for block in blocks(transformer)]
 
 
 def num_classes(transformer: nn.Module) -> int:
@@ -92,10 +90,11 @@ def sample(
     *,
     on_call: OnCall | None = None,
     correct: Correction | None = None,
-) -> Tensor:
+    decode: bool = True,
+) -> Drawn:
     """`DiTPipeline.__call__` with one generator per sample, latents in float32 and the step index published.
 
-    Returns latents (B, C, h, w), float32, on the CPU. Guidance > 1 doubles the batch: [conditional, null].
+    Latents are (B, C, h, w), on the CPU. Guidance > 1 doubles the batch: [conditional, null].
     on_call(step, kwargs) sees the transformer's inputs; `correct` may replace the guided estimate, and DDPM's variance.
     """
     config, device = transformer.config, next(transformer.parameters()).device
@@ -107,6 +106,7 @@ def sample(
     scheduler = _scheduler(pipe, sampler, learned_variance)
     scheduler.set_timesteps(sampler.steps)
     guided = sampler.guidance > 1
+    assert conditions.labels_N is not None, "a class-conditional model"
     labels = conditions.labels_N.to(device)
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
@@ -139,31 +139,7 @@ def sample(
             latents = scheduler.step(estimate, timestep, latents, generator=generators).prev_sample
         else:
             latents = scheduler.step(noise, timestep, latents).prev_sample
-    return latents
-
-
-class CorrectedDDPM(DDPMScheduler):
-    """DDPM whose added variance passes `correct(σ², weight of the estimate in the mean)`, if that is set."""
-
-    correct: Callable[[Tensor, Tensor], Tensor] | None = None
-
-    def _get_variance(
-        self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None
-    ) -> Tensor:
-        """σ², or log σ² where the variance is learned: what `step` expects of it."""
-        variance = super()._get_variance(t, predicted_variance, variance_type)
-        if self.correct is None:
-            return variance
-        if (variance_type or self.config.variance_type) == "learned_range":
-            return self.correct(variance.exp(), self.estimate_weight(t)).clamp(min=NO_VARIANCE).log()
-        return self.correct(variance, self.estimate_weight(t)).clamp(min=0)
-
-    def estimate_weight(self, t: int) -> Tensor:
-        """c in x_{t−1} = x_t / √α_t − c ε̂ + σ z: β_t / (√α_t √(1 − ᾱ_t))."""
-        before = self.previous_timestep(t)
-        cumulative = self.alphas_cumprod[t]
-        alpha = cumulative / (self.alphas_cumprod[before] if before >= 0 else self.one)
-        return (1 - alpha) / (alpha * (1 - cumulative)).sqrt()
+    return Drawn(latents, pixels(pipe, latents) if decode else None)
 
 
 def _scheduler(pipe: DiTPipeline, sampler: Sampler, learned_variance: bool) -> DDIMScheduler | CorrectedDDPM:
@@ -173,7 +149,7 @@ def _scheduler(pipe: DiTPipeline, sampler: Sampler, learned_variance: bool) -> D
     return CorrectedDDPM.from_config(pipe.scheduler.config, variance_type=variance, clip_sample=False)
 
 
-def decode(pipe: DiTPipeline, latents: Tensor) -> Tensor:
+def pixels(pipe: DiTPipeline, latents: Tensor) -> Tensor:
     """Latents → images (B, 3, H, W) in [−1, 1], float32; without a VAE the latents are the pixels."""
     if pipe.vae is None:
         images = latents
@@ -183,9 +159,8 @@ def decode(pipe: DiTPipeline, latents: Tensor) -> Tensor:
     return (images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)).clamp(-1, 1)
 
 
-def step_inputs(transformer: nn.Module, batch: int) -> dict[str, Tensor]:
-    """Inputs of one transformer call on `batch` rows; one denoising step with guidance has twice the samples."""
-    config = transformer.config
+def step_inputs(pipe: DiTPipeline, batch: int) -> dict[str, Tensor]:
+    config = pipe.transformer.config
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config.in_channels, config.sample_size, config.sample_size)
     return {
@@ -193,32 +168,3 @@ def step_inputs(transformer: nn.Module, batch: int) -> dict[str, Tensor]:
         "timestep": torch.full((batch,), 500),
         "class_labels": torch.randint(config.num_embeds_ada_norm, (batch,), generator=generator),
     }
-
-
-def stress(transformer: nn.Module, channels: int, log2_factor: int, seed: int) -> None:
-    """Give activations outlier channels without changing the output: adaLN rows × k, next layer's columns ÷ k; V and proj likewise.
-
-    In every site that has a producer, `channels` channels are scaled by 2^(log2_factor − 2) … 2^log2_factor, at least by
-    2 (powers of two: nothing is lost in the columns). Works in place.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for site in sites(transformer):
-        if site.producer is None:
-            continue
-        width = transformer.inner_dim
-        chosen = torch.randperm(width, generator=generator)[:channels]
-        exponents = torch.randint(max(1, log2_factor - 2), log2_factor + 1, (channels,), generator=generator)
-        factor = torch.ones(width)
-        factor[chosen] = 2.0**exponents
-        producer = transformer.get_submodule(site.producer.linear)
-        if isinstance(site.producer, AdaLNRows):
-            producer.weight[site.producer.shift_rows] *= factor[:, None]
-            producer.bias[site.producer.shift_rows] *= factor
-            producer.weight[site.producer.scale_rows] *= factor[:, None]
-            scale_bias = producer.bias[site.producer.scale_rows]
-            producer.bias[site.producer.scale_rows] = (scale_bias + 1) * factor - 1
-        else:
-            producer.weight *= factor[:, None]
-            producer.bias *= factor
-        for consumer in site.consumers:
-            transformer.get_submodule(consumer).weight /= factor

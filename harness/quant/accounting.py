@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.calls import placed, take_apart
 from harness.quant.effective import effective_linear, touched_layers
 from harness.quant.quantizers import LookupWeight
 from harness.quant.recipe import LayerRecipe, ModelRecipe
@@ -74,7 +75,7 @@ def account(
 
 
 @torch.no_grad()
-def count_macs(transformer: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
+def count_macs(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
     """Multiply-accumulates of one call on a batch of one row, by layer name; "" is the whole call, attention included."""
     macs: dict[str, int] = {}
 
@@ -91,10 +92,11 @@ def count_macs(transformer: nn.Module, inputs: dict[str, Tensor]) -> dict[str, i
         if isinstance(module, QUANTIZABLE)
     ]
     dtype = next(p.dtype for p in transformer.parameters())
-    one = {n: (t[:1].to(dtype) if t.is_floating_point() else t[:1]) for n, t in inputs.items()}
+    rows, shape = take_apart(inputs, len(inputs["hidden_states"]))
+    one = shape.arguments({name: tensor[:1] for name, tensor in rows.items()})
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
-            transformer(**one)
+            transformer(**placed(one, dtype, "cpu"))
     finally:
         for handle in handles:
             handle.remove()
@@ -142,7 +144,7 @@ def _layer_bytes(target: Target, recipe: ModelRecipe, name: str) -> tuple[int, i
 def _bias_rows(target: Target, name: str, transforms: dict[str, Transform], recipe: ModelRecipe) -> int:
     steps_matter = any(t.shift is not None and t.shift.group_of_step is not None for t in transforms.values())
     if not steps_matter:
-        folded_into = any(s.producer and s.producer.linear == name for s in target.sites if s.name in recipe.folded)
+        folded_into = any(s.rows_of(name) for s in target.sites if s.name in recipe.folded)
         own_shift = transforms.get(name, Transform()).shift is not None
         return int(target.module(name).bias is not None or own_shift or folded_into)
     bias = effective_linear(target, name, transforms, recipe.folded).bias

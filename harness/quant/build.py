@@ -12,6 +12,7 @@ from harness.memory import trim
 from harness.quant.attention import QuantAttnProcessor, set_processor
 from harness.quant.effective import effective_linear, touched_layers
 from harness.quant.layer import QuantLinear, QuantPatchEmbed
+from harness.quant.modulation import fold_tables
 from harness.quant.recipe import LayerRecipe, ModelRecipe
 from harness.quant.steps import StepClock, StepTable
 from harness.quant.target import Target
@@ -48,6 +49,7 @@ def build(
         ).to(device)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
         trim()
+    fold_tables(model, target, recipe, transforms, clock)
     for name, attention in recipe.attention.items():
         set_processor(model, name, QuantAttnProcessor(attention, clock))
     model.clock = clock  # type: ignore[assignment]

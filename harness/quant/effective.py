@@ -4,6 +4,7 @@ Folding a site's shift z and scale s into its producer (DiT's `modulate` with 1 
 
     adaLN rows   W_β ← W_β / s,  b_β ← (b_β − z) / s;   W_γ ← W_γ / s,  b_γ ← (b_γ + 1) / s − 1
     V rows       W_v ← W_v / s,  b_v ← (b_v − z) / s     (softmax rows sum to one, so the shift passes through)
+    table rows   see `harness.quant.modulation`
 
 Consumers take W ← W · diag(s) · R and b ← b + W z. Row operations on a producer commute with the column operations that
 the same layer undergoes as a consumer; the bias is built consumer first. Everything is computed in float64, layer by
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from harness.quant.recipe import ModelRecipe
 from harness.quant.steps import StepTable
-from harness.quant.target import AdaLNRows, Site, Target, ValueRows, weight_matrix
+from harness.quant.target import AdaLNRows, Site, TableRows, Target, weight_matrix
 from harness.quant.transforms import Transform
 
 
@@ -45,12 +46,12 @@ def effective_linear(
     bias = transform.of_bias(own_bias, weight)
     weight = transform.of_weight(weight)
     for site in target.sites:
-        if site.name in folded and site.producer is not None and site.producer.linear == name:
+        for producer in site.rows_of(name) if site.name in folded else ():
             shared = shared_transform(site, transforms)
-            if isinstance(site.producer, AdaLNRows):
-                weight, bias = _fold_adaln(weight, bias, site.producer, shared, name)
-            elif isinstance(site.producer, ValueRows):
-                weight, bias = _fold_rows(weight, bias, slice(None), shared, offset=0.0, name=name)
+            if isinstance(producer, AdaLNRows):
+                weight, bias = _fold_adaln(weight, bias, producer, shared)
+            else:
+                weight, bias = _fold_rows(weight, bias, slice(None), shared, offset=0.0)
     return EffectiveLinear(weight, bias)
 
 
@@ -69,21 +70,22 @@ def shared_transform(site: Site, transforms: dict[str, Transform]) -> Transform:
 
 
 def touched_layers(target: Target, recipe: ModelRecipe) -> list[str]:
-    """Layers that the recipe rebuilds: those with a recipe and the producers that folds rewrite."""
-    producers = [s.producer.linear for s in target.sites if s.name in recipe.folded and s.producer is not None]
-    return list(dict.fromkeys([*recipe.layers, *producers]))
+    """Layers that the recipe rebuilds: those with a recipe and the linear producers that folds rewrite."""
+    folded = [site for site in target.sites if site.name in recipe.folded]
+    linear = [producer.linear for site in folded for producer in site.producers if not isinstance(producer, TableRows)]
+    return list(dict.fromkeys([*recipe.layers, *linear]))
 
 
 def _fold_adaln(
-    weight: Tensor, bias: StepTable | None, producer: AdaLNRows, transform: Transform, name: str
+    weight: Tensor, bias: StepTable | None, producer: AdaLNRows, transform: Transform
 ) -> tuple[Tensor, StepTable]:
-    weight, bias = _fold_rows(weight, bias, producer.shift_rows, transform, offset=0.0, name=name)
+    weight, bias = _fold_rows(weight, bias, producer.shift_rows, transform, offset=0.0)
     scale_only = Transform(scale_C=transform.scale_C)
-    return _fold_rows(weight, bias, producer.scale_rows, scale_only, offset=1.0, name=name)
+    return _fold_rows(weight, bias, producer.scale_rows, scale_only, offset=1.0)
 
 
 def _fold_rows(
-    weight: Tensor, bias: StepTable | None, rows: slice, transform: Transform, offset: float, name: str
+    weight: Tensor, bias: StepTable | None, rows: slice, transform: Transform, offset: float
 ) -> tuple[Tensor, StepTable]:
     """W[rows] ← W[rows] / s and b[rows] ← (b[rows] + offset − z) / s − offset."""
     scale = torch.ones(()) if transform.scale_C is None else transform.scale_C

@@ -39,7 +39,7 @@ def place(
         shared = by_site.get(site.name, Transform())
         if shared.is_identity:
             continue
-        if fold and site.producer is not None and not shared.shift_and_scale_only().is_identity:
+        if fold and site.foldable and not shared.shift_and_scale_only().is_identity:
             folded.add(site.name)
         transforms |= {name: shared for name in site.consumers if name in target.layers or site.name in folded}
     return transforms, frozenset(folded)

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+
+from harness.blocks import BlockCall, OneStream
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
 class AdaLNRows:
-    """The input is LN(x) · (1 + γ) + β; β and γ are these rows of the linear layer `linear`."""
+    """The input is norm(x) · (1 + γ) + β; β and γ are these rows of the linear layer `linear` (adaLN-Zero and its kin)."""
 
     linear: str
     shift_rows: slice
     scale_rows: slice
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """The input is norm(x) · (1 + γ) + β with (β, γ, …) = the table of `block` + its argument e (adaLN-single).
+
+    e is shared by all blocks, so what is folded is added to e at this block's door. e is (…, rows · C) or (…, rows, C).
+    """
+
+    block: str
+    table: str  # attribute of the block: parameter (rows, C), leading ones allowed
+    argument: str  # of the block's forward
+    shift_row: int
+    scale_row: int
 
 
 @dataclass(frozen=True)
@@ -25,13 +41,33 @@ class ValueRows:
     linear: str
 
 
+Producer = AdaLNRows | TableRows | ValueRows
+
+
 @dataclass(frozen=True)
 class Site:
-    """One tensor that one or several layers read. A transform of it can be folded if `producer` is known."""
+    """One tensor that one or several layers read.
+
+    A transform of it can be folded if its producers are known: each makes the input of some of the tokens (in a
+    two-stream block, those of the image and those of the text).
+    """
 
     name: str
     consumers: tuple[str, ...]
-    producer: AdaLNRows | ValueRows | None = None
+    producers: tuple[Producer, ...] = ()
+
+    @property
+    def foldable(self) -> bool:
+        return bool(self.producers)
+
+    @property
+    def modulated(self) -> bool:
+        """Whether the input comes out of a modulated norm."""
+        return self.foldable and not any(isinstance(producer, ValueRows) for producer in self.producers)
+
+    def rows_of(self, linear: str) -> list[AdaLNRows | ValueRows]:
+        """The producers that are rows of this linear layer."""
+        return [p for p in self.producers if isinstance(p, AdaLNRows | ValueRows) and p.linear == linear]
 
 
 @dataclass(frozen=True)
@@ -42,7 +78,7 @@ class Target:
     sites: the inputs of these layers; every layer in `layers` is a consumer of exactly one site. A site's consumers
         may include layers that stay in float; they follow its transform as well.
     attention: names of the attention modules whose operands the protocol quantizes.
-    blocks: names of the transformer blocks, in the order of execution.
+    blocks: names of the transformer blocks, in the order of execution; block_call: how one is called.
     """
 
     transformer: nn.Module
@@ -50,6 +86,7 @@ class Target:
     sites: tuple[Site, ...]
     attention: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    block_call: BlockCall = field(default_factory=OneStream)
 
     def module(self, name: str) -> nn.Linear | nn.Conv2d:
         layer = self.transformer.get_submodule(name)

@@ -276,7 +276,7 @@ def test_a_whole_transformer_agrees_with_its_simulation():
     target = model.target()
     bits = Bits(*PLAIN)
     recipe = rtn.apply(target, {}, bits, rtn.Params())
-    inputs = model.adapter.step_inputs(model.transformer, 2)
+    inputs = model.step_inputs(2)
     integer, simulated = (
         build(target, recipe, dtype=torch.float32, backend=backend) for backend in ("auto", "simulate")
     )

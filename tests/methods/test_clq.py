@@ -627,9 +627,9 @@ def test_cbc_changes_static_ranges_and_clps_lies_inside_them(small_target, small
 
 
 def test_with_outlier_channels_it_loses_less_than_rounding_alone(own_model, small_calibration):
-    own_model.adapter.stress(own_model.transformer, channels=4, log2_factor=5, seed=0)
+    own_model.inject_outliers(channels=4, log2_factor=5, seed=0)
     target = own_model.target()
-    inputs = own_model.adapter.step_inputs(own_model.transformer, 4)
+    inputs = own_model.step_inputs(4)
     params = replace(FAST, grid=10)
     with torch.no_grad():
         expected = float_copy(target, dtype=torch.float32)(**inputs).sample
@@ -682,7 +682,7 @@ def test_what_hydra_gives_is_what_python_gives():
 
 @pytest.mark.parametrize(("rows_of_tokens", "rows"), [(100, 6), (4, 4), (1, 2)])
 def test_the_search_has_a_budget_of_tokens_but_sees_every_step(rows_of_tokens, rows, small_target, small_calibration):
-    stream = BlockStream(float_model(small_target, [], torch.float32), small_target.blocks, small_calibration)
+    stream = BlockStream(float_model(small_target, [], torch.float32), small_target, small_calibration)
     per_row = stream.inputs[0].hidden_BTC.shape[1]
     calls = stream.sample(steps=2, rows=3, tokens=rows_of_tokens * per_row)
     assert sum(len(call.hidden_BTC) for call in calls) == rows

@@ -59,7 +59,7 @@ def test_every_site_is_rotated_and_the_smoothing_is_folded_where_it_can_be(small
     state = duquant.fit(small_target, small_calibration, DYNAMIC, params)
     recipe = duquant.apply(small_target, state, DYNAMIC, params)
     assert all(len(recipe.layers[name].transform.rotations) == 3 for name in small_target.layers)
-    assert recipe.folded == {site.name for site in small_target.sites if site.producer is not None}
+    assert recipe.folded == {site.name for site in small_target.sites if site.foldable}
     online = quant_layers(build(small_target, recipe, dtype=torch.float32))
     assert online["transformer_blocks.0.attn1.to_q"].transform.scale_C is None
     assert online[LAYER].transform.scale_C is not None
@@ -90,9 +90,9 @@ def test_static_ranges_are_those_of_the_transformed_input(small_target, small_ca
 
 
 def test_with_outlier_channels_it_loses_less_than_rounding_alone(own_model, small_calibration):
-    own_model.adapter.stress(own_model.transformer, channels=4, log2_factor=5, seed=0)
+    own_model.inject_outliers(channels=4, log2_factor=5, seed=0)
     target, bits = own_model.target(), Bits(None, QuantSpec(6, "per_token", dynamic=True))
-    inputs = own_model.adapter.step_inputs(own_model.transformer, 4)
+    inputs = own_model.step_inputs(4)
     params = Params(**FAST)
     recipe = duquant.apply(target, duquant.fit(target, small_calibration, bits, params), bits, params)
     with torch.no_grad():

@@ -65,7 +65,7 @@ def test_a_stream_without_changes_gives_the_float_models_hidden_states(small_tar
             model(**inputs)
     for handle in handles:
         handle.remove()
-    stream = BlockStream(model, small_target.blocks, small_calibration)
+    stream = BlockStream(model, small_target, small_calibration)
     for name, _ in stream:
         for call, expected in zip(stream.calls(), seen[name], strict=True):
             torch.testing.assert_close(call.hidden_BTC, expected)
@@ -73,9 +73,9 @@ def test_a_stream_without_changes_gives_the_float_models_hidden_states(small_tar
 
 def test_a_small_budget_keeps_fewer_rows_of_every_step(small_target, small_calibration):
     model = build(small_target, ModelRecipe(layers={}), dtype=torch.float32)
-    whole = BlockStream(model, small_target.blocks, small_calibration)
+    whole = BlockStream(model, small_target, small_calibration)
     held = sum(call.hidden_BTC.nbytes for call in whole.calls())
-    half = BlockStream(model, small_target.blocks, small_calibration, max_bytes=held // 2)
+    half = BlockStream(model, small_target, small_calibration, max_bytes=held // 2)
     kept = list(half.calls())
     assert sum(call.hidden_BTC.nbytes for call in kept) <= held // 2
     assert [call.step for call in kept] == [call.step for call in whole.calls()]

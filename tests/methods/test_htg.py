@@ -38,7 +38,7 @@ def recorded(small_target, small_calibration):
 
 def test_shift_groups_and_scale_are_the_papers(small_target, state, recorded):
     for site in small_target.linear_sites():
-        if site.producer is None:
+        if not site.foldable:
             assert f"{site.name}/shift" not in state
             continue
         steps = recorded[site.name]
@@ -90,7 +90,7 @@ def test_static_ranges_differ_between_groups_and_cover_what_was_seen(small_targe
         assert low.shape == high.shape == (2,)
         widths.append((high - low).diff().abs())
     assert max(float(width) for width in widths) > 0
-    site = next(site for site in small_target.linear_sites() if site.producer is not None)
+    site = next(site for site in small_target.linear_sites() if site.foldable)
     group, name = state[f"{site.name}/group_of_step"], site.consumers[0]
     for step, x in enumerate(recorded[site.name]):
         shifted = (x - state[f"{site.name}/shift"][group[step]].double()) / state[f"{site.name}/scale"].double()

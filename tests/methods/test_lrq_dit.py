@@ -186,7 +186,7 @@ def test_parts_switch_what_they_name(parts, smooth, rotate, tlq, small_target, s
         assert (layer.transform.scale_C is not None) == smooth
         assert bool(layer.transform.rotations) == rotate
         assert isinstance(layer.weight, LookupWeight if tlq else QuantizedWeight)
-    with_producer = {site.name for site in small_target.sites if site.producer is not None}
+    with_producer = {site.name for site in small_target.sites if site.foldable}
     assert recipe.folded == (with_producer if smooth else set())
 
 
@@ -289,7 +289,7 @@ def test_the_log_grid_is_what_three_bits_need(own_model, small_calibration):
         weight = target.module(name).weight
         weight.data *= 1 + 7 * (torch.rand(weight.shape, generator=generator) < 0.01)
     bits = Bits(QuantSpec(3, "per_channel"), None)
-    inputs = own_model.adapter.step_inputs(own_model.transformer, 4)
+    inputs = own_model.step_inputs(4)
     errors = {}
     with torch.no_grad():
         expected = float_copy(target, dtype=torch.float32)(**inputs).sample

@@ -85,9 +85,9 @@ def test_static_ranges_are_those_of_the_rotated_input(small_target, small_calibr
 
 def test_with_outlier_channels_it_loses_less_than_rounding_alone(own_model, small_calibration):
     """At 7 bits; with too few, noise spread over all channels is worse than small channels rounded to 0."""
-    own_model.adapter.stress(own_model.transformer, channels=4, log2_factor=5, seed=0)
+    own_model.inject_outliers(channels=4, log2_factor=5, seed=0)
     target, bits = own_model.target(), Bits(None, QuantSpec(7, "per_token", dynamic=True))
-    inputs = own_model.adapter.step_inputs(own_model.transformer, 4)
+    inputs = own_model.step_inputs(4)
     with torch.no_grad():
         expected = float_copy(target, dtype=torch.float32)(**inputs).sample
         errors = [

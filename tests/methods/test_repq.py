@@ -10,7 +10,7 @@ from harness.conformance import DYNAMIC, STATIC, relative_error
 from harness.quant.build import build, float_copy, quant_layers
 from harness.quant.quantizers import ActQuant, LogSqrt2Quant, log_sqrt2, log_sqrt2_delta, quantize_weight
 from harness.quant.spec import Bits, QuantSpec
-from harness.quant.target import AdaLNRows, Site, Target
+from harness.quant.target import Site, Target
 from methods import repq, rtn
 from methods.repq import Params, channel_quantizers, reparameterise
 
@@ -92,7 +92,7 @@ def test_every_channel_fills_the_one_range(small_target, small_calibration):
 def test_adaln_inputs_are_reparameterised_and_folded_and_nothing_runs_online(small_target, small_calibration):
     state = repq.fit(small_target, small_calibration, STATIC, Params())
     recipe = repq.apply(small_target, state, STATIC, Params())
-    sites = {site.name for site in small_target.sites if isinstance(site.producer, AdaLNRows)}
+    sites = {site.name for site in small_target.sites if site.modulated}
     assert recipe.folded == sites and len(sites) == 4
     assert {f"{s}/{part}" for s in sites for part in ("shift", "scale")} <= set(state)
     built = build(small_target, recipe, dtype=torch.float32)
@@ -101,10 +101,7 @@ def test_adaln_inputs_are_reparameterised_and_folded_and_nothing_runs_online(sma
 
 def test_the_output_is_unchanged_before_rounding_and_the_shift_takes_part(small_model, small_target, small_calibration):
     recipe = recipe_of(small_target, small_calibration)
-    inputs = {
-        n: t.double() if t.is_floating_point() else t
-        for n, t in small_model.adapter.step_inputs(small_model.transformer, 2).items()
-    }
+    inputs = {n: t.double() if t.is_floating_point() else t for n, t in small_model.step_inputs(2).items()}
     with torch.no_grad():
         expected = float_copy(small_target, dtype=torch.float64)(**inputs).sample
         output = build(small_target, recipe.without_rounding(), dtype=torch.float64)(**inputs).sample
@@ -118,7 +115,7 @@ def test_a_layer_that_stays_in_float_follows_the_fold(skip, small_model, small_c
     target = small_model.target(skip=[skip])
     recipe = recipe_of(target, small_calibration)
     assert {n for n, layer in recipe.layers.items() if layer.weight} == set(target.layers)
-    inputs = small_model.adapter.step_inputs(small_model.transformer, 2)
+    inputs = small_model.step_inputs(2)
     with torch.no_grad():
         expected = float_copy(target, dtype=torch.float32)(**inputs).sample
         output = build(target, recipe.without_rounding(), dtype=torch.float32)(**inputs).sample
@@ -183,9 +180,9 @@ def test_all_tokens_and_steps_count_and_extremes_are_exact(small_target, small_c
 
 def test_outlier_channels_cost_less_than_with_one_range_alone(own_model, small_calibration):
     """Static 6-bit activations, four channels up to 32 times too large."""
-    own_model.adapter.stress(own_model.transformer, channels=4, log2_factor=5, seed=0)
+    own_model.inject_outliers(channels=4, log2_factor=5, seed=0)
     target, bits = own_model.target(), Bits(None, ACT)
-    inputs = own_model.adapter.step_inputs(own_model.transformer, 4)
+    inputs = own_model.step_inputs(4)
     with torch.no_grad():
         expected = float_copy(target, dtype=torch.float32)(**inputs).sample
         ours, plain = (

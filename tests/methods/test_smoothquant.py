@@ -8,7 +8,6 @@ import torch
 from harness.conformance import DYNAMIC, relative_error
 from harness.quant.build import build, float_copy, quant_layers
 from harness.quant.smoothing import smoothing_scale
-from harness.quant.target import AdaLNRows
 from methods import smoothquant
 from methods.smoothquant import Params
 
@@ -65,7 +64,7 @@ def test_at_one_half_both_sides_get_the_same_range(normal):
 def test_the_inputs_of_norms_are_smoothed_and_folded_and_q_k_v_share(small_target, small_calibration):
     state = smoothquant.fit(small_target, small_calibration, DYNAMIC, Params())
     recipe = smoothquant.apply(small_target, state, DYNAMIC, Params())
-    smoothed = {site.name for site in small_target.sites if isinstance(site.producer, AdaLNRows)}
+    smoothed = {site.name for site in small_target.sites if site.modulated}
     assert recipe.folded == smoothed and len(smoothed) == 4
     assert set(state) == {f"{name}/scale" for name in smoothed}
     for site in small_target.sites:
@@ -83,10 +82,7 @@ def test_a_layer_that_stays_in_float_follows_the_fold(skip, small_model, small_c
     recipe = smoothquant.apply(target, smoothquant.fit(target, small_calibration, DYNAMIC, params), DYNAMIC, params)
     quantized = {name for name, layer in recipe.layers.items() if layer.weight is not None}
     assert quantized == set(target.layers) and not any(skip in name for name in quantized)
-    inputs = {
-        n: t.double() if t.is_floating_point() else t
-        for n, t in small_model.adapter.step_inputs(small_model.transformer, 2).items()
-    }
+    inputs = {n: t.double() if t.is_floating_point() else t for n, t in small_model.step_inputs(2).items()}
     with torch.no_grad():
         expected = float_copy(target, dtype=torch.float64)(**inputs).sample
         output = build(target, recipe.without_rounding(), dtype=torch.float64)(**inputs).sample

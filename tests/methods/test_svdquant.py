@@ -40,7 +40,7 @@ def inputs_of(target, calibration, name: str) -> torch.Tensor:
 
 
 def output_of(model, small_model, dtype=torch.float32, step: int = 2) -> torch.Tensor:
-    inputs = small_model.adapter.step_inputs(small_model.transformer, 2)
+    inputs = small_model.step_inputs(2)
     model.clock.set(step, 4)
     with torch.no_grad():
         return model(**{n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}).sample
@@ -251,7 +251,7 @@ def test_at_rank_zero_without_smoothing_and_shift_it_is_plain_rounding(small_mod
 
 def test_it_loses_less_than_rounding_in_the_same_groups(own_model, small_calibration):
     """On a model with outlier channels; smoothing and branch each help."""
-    own_model.adapter.stress(own_model.transformer, channels=4, log2_factor=5, seed=0)
+    own_model.inject_outliers(channels=4, log2_factor=5, seed=0)
     target = own_model.target()
     expected = output_of(float_copy(target, dtype=torch.float32), own_model)
 

@@ -97,7 +97,7 @@ def test_rotating_before_scaling_is_another_transform(normal):
 
 def test_scaling_and_rotating_each_make_tokens_less_incoherent(own_model, small_calibration):
     """max / RMS at the highest noise, with four outlier channels: less after either, and after both."""
-    own_model.adapter.stress(own_model.transformer, channels=4, log2_factor=5, seed=0)
+    own_model.inject_outliers(channels=4, log2_factor=5, seed=0)
     target, name = own_model.target(), "transformer_blocks.0.ff.net.0.proj"
     incoherence = {}
     for scale in (False, True):
@@ -116,7 +116,7 @@ def test_scaling_and_rotating_each_make_tokens_less_incoherent(own_model, small_
 
 def test_scales_are_folded_where_the_input_has_a_producer_and_rotations_run_online(small_target, small_calibration):
     recipe = recipe_of(small_target, small_calibration)
-    assert recipe.folded == {site.name for site in small_target.sites if site.producer is not None}
+    assert recipe.folded == {site.name for site in small_target.sites if site.foldable}
     layers = quant_layers(build(small_target, recipe, dtype=torch.float32))
     for name in small_target.layers:
         assert layers[name].transform.rotations
@@ -127,10 +127,7 @@ def test_scales_are_folded_where_the_input_has_a_producer_and_rotations_run_onli
 def test_a_layer_that_stays_in_float_follows_the_fold(skip, small_model, small_calibration):
     target = small_model.target(skip=[skip])
     recipe = recipe_of(target, small_calibration)
-    inputs = {
-        n: t.double() if t.is_floating_point() else t
-        for n, t in small_model.adapter.step_inputs(small_model.transformer, 2).items()
-    }
+    inputs = {n: t.double() if t.is_floating_point() else t for n, t in small_model.step_inputs(2).items()}
     with torch.no_grad():
         expected = float_copy(target, dtype=torch.float64)(**inputs).sample
         output = build(target, recipe.without_rounding(), dtype=torch.float64)(**inputs).sample

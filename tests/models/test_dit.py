@@ -11,7 +11,6 @@ from harness.conformance import SMALL_DIT, relative_error
 from harness.errors import UserError
 from harness.models.base import Conditions, Correction, ModelSpec, Sampler, load_model
 from harness.quant.build import float_copy
-from harness.quant.target import AdaLNRows, ValueRows
 
 LABELS, SEEDS = (7, 0, 999, 7), (11, 12, 13, 14)
 KINDS = ("ddim", "ddpm")
@@ -22,10 +21,14 @@ def draw(model, sampler: Sampler, labels=LABELS, seeds=SEEDS, **hooks):
         return model.adapter.sample(
             model.pipe,
             float_copy(model.target(), dtype=torch.float32),
-            Conditions(torch.tensor(labels), tuple(seeds)),
+            Conditions(tuple(seeds), torch.tensor(labels)),
             sampler,
             **hooks,
         )
+
+
+def latents_of(*args, **kwargs):
+    return draw(*args, **kwargs).latents
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5, 4.0])
@@ -37,7 +40,7 @@ def test_samples_are_those_of_the_diffusers_pipeline(guidance, steps, latent_pip
         list(LABELS), guidance_scale=guidance, generator=generators, num_inference_steps=steps, output_type="pt"
     ).images
     with torch.no_grad():
-        images = latent_model.adapter.decode(latent_pipe, draw(latent_model, Sampler("ddim", steps, guidance)))
+        images = draw(latent_model, Sampler("ddim", steps, guidance)).pixels
     assert expected.shape == images.shape == (4, 3, 16, 16)
     assert float(expected.std()) > 1e-2
     torch.testing.assert_close(images / 2 + 0.5, expected, rtol=0, atol=1e-4)
@@ -46,19 +49,19 @@ def test_samples_are_those_of_the_diffusers_pipeline(guidance, steps, latent_pip
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_does_not_depend_on_its_batch(kind, latent_model):
     sampler = Sampler(kind, 4, 1.5)
-    together = draw(latent_model, sampler)
+    together = latents_of(latent_model, sampler)
     for start, stop in ((0, 1), (1, 4)):
-        part = draw(latent_model, sampler, LABELS[start:stop], SEEDS[start:stop])
+        part = latents_of(latent_model, sampler, LABELS[start:stop], SEEDS[start:stop])
         torch.testing.assert_close(part, together[start:stop], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_follows_its_own_seed_and_label(kind, latent_model):
     sampler = Sampler(kind, 4, 1.5)
-    first = draw(latent_model, sampler)
-    assert torch.equal(draw(latent_model, sampler), first)
-    other_seed = draw(latent_model, sampler, seeds=(11, 12, 99, 14))
-    other_label = draw(latent_model, sampler, labels=(7, 1, 999, 7))
+    first = latents_of(latent_model, sampler)
+    assert torch.equal(latents_of(latent_model, sampler), first)
+    other_seed = latents_of(latent_model, sampler, seeds=(11, 12, 99, 14))
+    other_label = latents_of(latent_model, sampler, labels=(7, 1, 999, 7))
     changed = [(not torch.allclose(a, b, atol=1e-3)) for a, b in zip(first, other_seed, strict=True)]
     assert changed == [False, False, True, False]
     changed = [(not torch.allclose(a, b, atol=1e-5)) for a, b in zip(first, other_label, strict=True)]
@@ -68,29 +71,29 @@ def test_a_sample_follows_its_own_seed_and_label(kind, latent_model):
 
 def test_drawing_leaves_the_global_random_state_alone(latent_model):
     before = torch.get_rng_state()
-    draw(latent_model, Sampler("ddpm", 3, 1.5))
+    latents_of(latent_model, Sampler("ddpm", 3, 1.5))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_ddpm_uses_the_learned_variance(latent_model):
     """Other variance channels, other samples: the noise of the same seeds is scaled by another σ."""
     changed = replace(latent_model, pipe=copy.deepcopy(latent_model.pipe))
-    before = draw(changed, Sampler("ddpm", 4, 1.5))
-    unchanged_ddim = draw(changed, Sampler("ddim", 4, 1.5))
+    before = latents_of(changed, Sampler("ddpm", 4, 1.5))
+    unchanged_ddim = latents_of(changed, Sampler("ddim", 4, 1.5))
     bias = changed.transformer.proj_out_2.bias.view(2, 2, 8)  # patch, patch, channels
     bias[..., 4:] += 2.0
-    assert not torch.allclose(draw(changed, Sampler("ddpm", 4, 1.5)), before, atol=1e-3)
-    assert torch.equal(draw(changed, Sampler("ddim", 4, 1.5)), unchanged_ddim)
+    assert not torch.allclose(latents_of(changed, Sampler("ddpm", 4, 1.5)), before, atol=1e-3)
+    assert torch.equal(latents_of(changed, Sampler("ddim", 4, 1.5)), unchanged_ddim)
 
 
 def test_a_model_without_learned_variance_runs_ddpm_too(small_model):
-    samples = draw(small_model, Sampler("ddpm", 4, 1.5), labels=(1, 2, 3, 4))
+    samples = latents_of(small_model, Sampler("ddpm", 4, 1.5), labels=(1, 2, 3, 4))
     assert samples.shape == (4, 1, 8, 8) and bool(samples.isfinite().all())
 
 
 def test_every_call_is_seen_with_its_step_and_doubled_for_guidance(small_model):
     seen = []
-    draw(
+    latents_of(
         small_model,
         Sampler("ddim", 3, 1.5),
         (1, 2, 3, 4),
@@ -104,7 +107,7 @@ def test_every_call_is_seen_with_its_step_and_doubled_for_guidance(small_model):
         conditional, null = inputs["hidden_states"].chunk(2)
         assert torch.equal(conditional, null)
     seen.clear()
-    draw(small_model, Sampler("ddim", 2, 1.0), (1, 2, 3, 4), on_call=lambda step, inputs: seen.append(inputs))
+    latents_of(small_model, Sampler("ddim", 2, 1.0), (1, 2, 3, 4), on_call=lambda step, inputs: seen.append(inputs))
     assert [inputs["class_labels"].tolist() for inputs in seen] == [[1, 2, 3, 4]] * 2
 
 
@@ -113,23 +116,25 @@ def test_the_clock_says_the_step_during_each_call(small_model):
     steps = []
     model.register_forward_pre_hook(lambda *_: steps.append(int(model.clock.step)))
     with torch.no_grad():
-        conditions = Conditions(torch.tensor([1]), (5,))
+        conditions = Conditions((5,), torch.tensor([1]))
         small_model.adapter.sample(small_model.pipe, model, conditions, Sampler("ddim", 4, 1.5))
     assert steps == [0, 1, 2, 3]
 
 
 def test_a_corrected_noise_estimate_is_the_one_that_is_used(latent_model):
     sampler, seen = Sampler("ddim", 3, 1.5), []
-    plain = draw(latent_model, sampler)
+    plain = latents_of(latent_model, sampler)
 
     def correct(step, noise):
         seen.append((step, noise.shape))
         return noise if step < 2 else 0.5 * noise
 
-    corrected = draw(latent_model, sampler, correct=Correction(noise=correct))
+    corrected = latents_of(latent_model, sampler, correct=Correction(noise=correct))
     assert seen == [(step, (4, 4, 8, 8)) for step in range(3)], "the guided estimate, without variance channels"
     assert not torch.allclose(corrected, plain, atol=1e-3)
-    torch.testing.assert_close(draw(latent_model, sampler, correct=Correction(noise=lambda step, noise: noise)), plain)
+    torch.testing.assert_close(
+        latents_of(latent_model, sampler, correct=Correction(noise=lambda step, noise: noise)), plain
+    )
 
 
 def test_a_corrected_variance_is_the_one_that_ddpm_adds(latent_model):
@@ -140,7 +145,10 @@ def test_a_corrected_variance_is_the_one_that_ddpm_adds(latent_model):
         return 0 * variance
 
     sampler = Sampler("ddpm", 3, 1.5)
-    still, plain = draw(latent_model, sampler, correct=Correction(variance=correct)), draw(latent_model, sampler)
+    still, plain = (
+        latents_of(latent_model, sampler, correct=Correction(variance=correct)),
+        latents_of(latent_model, sampler),
+    )
     assert seen == [0, 1], "the last step adds nothing"
     assert not torch.allclose(still, plain, atol=1e-3)
 
@@ -152,7 +160,7 @@ def test_fewer_than_one_step_is_refused():
 
 def test_pixels_without_a_vae_are_grey_images_in_range(small_model):
     latents = 3 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    images = small_model.adapter.decode(small_model.pipe, latents)
+    images = small_model.adapter.pixels(small_model.pipe, latents)
     assert images.shape == (2, 3, 8, 8) and torch.equal(images[:, 0], images[:, 2])
     assert torch.equal(images[:, :1], latents.clamp(-1, 1))
 
@@ -160,10 +168,7 @@ def test_pixels_without_a_vae_are_grey_images_in_range(small_model):
 def test_the_producers_named_by_the_sites_make_the_inputs_of_their_consumers(small_model):
     """From recorded tensors: LN(x)(1 + γ) + β with the named rows; the attention output from the V rows."""
     model = float_copy(small_model.target(), dtype=torch.float64)
-    inputs = {
-        n: t.double() if t.is_floating_point() else t
-        for n, t in small_model.adapter.step_inputs(small_model.transformer, 2).items()
-    }
+    inputs = {n: t.double() if t.is_floating_point() else t for n, t in small_model.step_inputs(2).items()}
     entered, left = {}, {}
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda _, args, name=name: entered.update({name: args[0]}) if args else None)
@@ -177,16 +182,16 @@ def test_the_producers_named_by_the_sites_make_the_inputs_of_their_consumers(sma
             "one shared input"
         )
         block = site.name.rsplit(".", 1)[0]
-        if isinstance(site.producer, AdaLNRows):
+        if site.modulated:
             norm = "norm1.norm" if site.name.endswith("attn_in") else "norm3"
-            rows = left[site.producer.linear][:, None]
+            rows = left[site.producers[0].linear][:, None]
             expected = (
-                left[f"{block}.{norm}"] * (1 + rows[..., site.producer.scale_rows])
-                + rows[..., site.producer.shift_rows]
+                left[f"{block}.{norm}"] * (1 + rows[..., site.producers[0].scale_rows])
+                + rows[..., site.producers[0].shift_rows]
             )
-        elif isinstance(site.producer, ValueRows):
+        elif site.foldable:
             q, k, v = (left[f"{block}.attn1.to_{o}"].unflatten(-1, (2, 24)).transpose(1, 2) for o in "qkv")
-            assert site.producer.linear == f"{block}.attn1.to_v"
+            assert site.producers[0].linear == f"{block}.attn1.to_v"
             expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         else:
             assert site.name.endswith("ff_mid")
@@ -231,14 +236,14 @@ def activations(model) -> torch.Tensor:
         lambda _, args: seen.append(args[0].flatten(0, -2))
     )
     with torch.no_grad():
-        copy_(**model.adapter.step_inputs(model.transformer, 8))
+        copy_(**model.step_inputs(8))
     return seen[0]
 
 
 @pytest.mark.parametrize("log2_factor", [3, 5])
 def test_stress_keeps_the_output_and_gives_the_activations_outlier_channels(log2_factor, small_model, own_model):
-    own_model.adapter.stress(own_model.transformer, channels=3, log2_factor=log2_factor, seed=0)
-    inputs = small_model.adapter.step_inputs(small_model.transformer, 8)
+    own_model.inject_outliers(channels=3, log2_factor=log2_factor, seed=0)
+    inputs = small_model.step_inputs(8)
     with torch.no_grad():
         expected, output = (m.transformer(**inputs).sample for m in (small_model, own_model))
     assert relative_error(output, expected) < 1e-5
@@ -261,12 +266,12 @@ def test_stress_keeps_the_output_and_gives_the_activations_outlier_channels(log2
 
 def test_stress_reaches_every_site_that_has_a_producer(small_model, own_model):
     """Three columns of each consumer are divided; nothing that reads GELU's output is touched."""
-    own_model.adapter.stress(own_model.transformer, channels=3, log2_factor=5, seed=0)
+    own_model.inject_outliers(channels=3, log2_factor=5, seed=0)
     for site in small_model.adapter.sites(small_model.transformer):
         for name in site.consumers:
             after, before = (model.transformer.get_submodule(name).weight for model in (own_model, small_model))
             of_column = (after / before).median(dim=0).values  # the rows of V are scaled too, most of them by 1
-            assert int((of_column < 0.9).sum()) == (3 if site.producer is not None else 0), name
+            assert int((of_column < 0.9).sum()) == (3 if site.foldable else 0), name
 
 
 def test_stress_by_its_seed_is_part_of_the_models_fingerprint():

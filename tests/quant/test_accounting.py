@@ -178,7 +178,7 @@ def test_four_bits_make_the_layers_of_a_dit_xl_at_least_three_and_a_half_times_s
 def test_macs_are_those_of_a_count_by_hand(small_model):
     """T = 16 tokens, C = 48, 2 blocks; the embedders of block 0 run once more for the last adaLN."""
     tokens, width = 16, 48
-    macs = count_macs(small_model.transformer, small_model.adapter.step_inputs(small_model.transformer, 3))
+    macs = count_macs(small_model.transformer, small_model.step_inputs(3))
     expected = {"pos_embed.proj": tokens * width * 4, "proj_out_1": width * 2 * width, "proj_out_2": tokens * width * 4}
     attention = 0
     for block, calls in ((0, 2), (1, 1)):
@@ -196,10 +196,7 @@ def test_macs_are_those_of_a_count_by_hand(small_model):
 
 
 def test_counting_is_for_one_sample_whatever_the_batch_and_leaves_no_hook(small_model):
-    counts = [
-        count_macs(small_model.transformer, small_model.adapter.step_inputs(small_model.transformer, batch))
-        for batch in (1, 4)
-    ]
+    counts = [count_macs(small_model.transformer, small_model.step_inputs(batch)) for batch in (1, 4)]
     assert counts[0] == counts[1]
     assert not any(module._forward_hooks for module in small_model.transformer.modules())
 

@@ -87,7 +87,7 @@ def test_a_protocol_that_asks_for_it_gets_static_operand_ranges(small_model, sma
         assert [getattr(attention, o).spec.bits for o in OPERANDS] == [6, 6, 6, 8]
         assert 0 < float(state[f"{name}.probabilities/act_high"]) <= 1
         assert float(state[f"{name}.query/act_low"]) < 0 < float(state[f"{name}.query/act_high"])
-    inputs = small_model.adapter.step_inputs(small_model.transformer, 3)
+    inputs = small_model.step_inputs(3)
     with torch.no_grad():
         plain = build(target, ModelRecipe(recipe.layers), dtype=torch.float32)(**inputs).sample
         operands = build(target, recipe, dtype=torch.float32)(**inputs).sample

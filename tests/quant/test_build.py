@@ -40,7 +40,7 @@ def layer_of(
 
 @pytest.fixture
 def inputs(small_model):
-    return small_model.adapter.step_inputs(small_model.transformer, 3)
+    return small_model.step_inputs(3)
 
 
 def run(model: nn.Module, inputs, dtype: torch.dtype = torch.float32):

@@ -40,11 +40,11 @@ def transforms_of(target: Target, rotate: bool = False) -> dict[str, Transform]:
 
 
 def foldable(target: Target) -> frozenset[str]:
-    return frozenset(site.name for site in target.sites if site.producer is not None)
+    return frozenset(site.name for site in target.sites if site.foldable)
 
 
 def site_with(target: Target, producer: type) -> Site:
-    return next(site for site in target.sites if isinstance(site.producer, producer))
+    return next(site for site in target.sites if isinstance(next(iter(site.producers), None), producer))
 
 
 def unrounded(target: Target, transforms: dict[str, Transform], folded: frozenset[str]) -> torch.nn.Module:
@@ -65,15 +65,15 @@ def errors_by_step(target: Target, model: torch.nn.Module, inputs: dict[str, Ten
 
 @pytest.fixture(scope="module")
 def inputs(small_model) -> dict[str, Tensor]:
-    return small_model.adapter.step_inputs(small_model.transformer, 3)
+    return small_model.step_inputs(3)
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["attention input", "feed-forward input"])
 def test_folded_adaln_rows_make_the_shifted_and_scaled_input(index, small_target, normal):
     """HTG Alg. 2 with DiT's 1 + γ: LN(x)(1 + γ') + β' = (LN(x)(1 + γ) + β − z) / s at every step, < 1e-10."""
-    sites = [site for site in small_target.sites if isinstance(site.producer, AdaLNRows)]
+    sites = [site for site in small_target.sites if site.modulated]
     transforms = transforms_of(small_target)
-    producer, transform = sites[index].producer, transforms[sites[index].consumers[0]]
+    producer, transform = sites[index].producers[0], transforms[sites[index].consumers[0]]
     plain = small_target.module(producer.linear)
     folded = effective_linear(small_target, producer.linear, transforms, frozenset({sites[index].name}))
     condition, normed = F.silu(normal(5, 48)), F.layer_norm(normal(5, 48, seed=1), (48,))
@@ -87,10 +87,12 @@ def test_folded_adaln_rows_make_the_shifted_and_scaled_input(index, small_target
 
 def test_rows_that_no_fold_names_stay_as_they_are(small_target):
     site = site_with(small_target, AdaLNRows)
-    plain = small_target.module(site.producer.linear)
-    folded = effective_linear(small_target, site.producer.linear, transforms_of(small_target), frozenset({site.name}))
+    plain = small_target.module(site.producers[0].linear)
+    folded = effective_linear(
+        small_target, site.producers[0].linear, transforms_of(small_target), frozenset({site.name})
+    )
     others = torch.ones(len(plain.weight), dtype=torch.bool)
-    others[site.producer.shift_rows] = others[site.producer.scale_rows] = False
+    others[site.producers[0].shift_rows] = others[site.producers[0].scale_rows] = False
     assert int(others.sum()) == 4 * 48
     assert torch.equal(folded.weight_OC[others], plain.weight[others].double())
     for step in map(torch.tensor, range(STEPS)):
@@ -100,9 +102,9 @@ def test_rows_that_no_fold_names_stay_as_they_are(small_target):
 def test_folded_value_rows_pass_the_shift_through_any_row_stochastic_map(small_target, normal):
     """A (Z W_vᵀ + b_v)' = (A (Z W_vᵀ + b_v) − z) / s for every A whose rows sum to one."""
     site, transforms = site_with(small_target, ValueRows), transforms_of(small_target)
-    values = small_target.module(site.producer.linear)
+    values = small_target.module(site.producers[0].linear)
     folded = effective_linear(
-        small_target, site.producer.linear, {n: transforms[n] for n in site.consumers}, frozenset({site.name})
+        small_target, site.producers[0].linear, {n: transforms[n] for n in site.consumers}, frozenset({site.name})
     )
     z, attention = normal(6, 48), normal(6, 6, seed=1).softmax(-1)
     explicit = attention @ F.linear(z, values.weight.double(), values.bias.double())
@@ -165,7 +167,7 @@ def test_a_consumer_without_its_transform_refuses_to_be_folded(small_target):
     transforms = transforms_of(small_target)
     del transforms[site.consumers[2]]
     with pytest.raises(ValueError, match=f"{site.name}: .*one transform object"):
-        effective_linear(small_target, site.producer.linear, transforms, frozenset({site.name}))
+        effective_linear(small_target, site.producers[0].linear, transforms, frozenset({site.name}))
 
 
 def test_folds_rebuild_the_producers_too(small_target):

@@ -153,20 +153,20 @@ def test_targets_are_the_float_blocks_on_float_inputs_row_by_row(recorded, small
     exact = build(small_target, ModelRecipe({}), dtype=torch.float32)
     assert len(recorded) == 2
     for name, (_, _, samples) in zip(small_target.blocks, recorded, strict=True):
-        hidden, target, args, kwargs = samples.draw()
+        hidden, target, kwargs = samples.draw()
         assert len(hidden) == len(target) == 9
         with torch.no_grad():
-            torch.testing.assert_close(exact.get_submodule(name)(hidden, *args, **kwargs), target)
+            torch.testing.assert_close(exact.get_submodule(name)(hidden, **kwargs), target)
         assert len(kwargs["timestep"].unique()) > 1
 
 
 @pytest.mark.parametrize(("rows_of_tokens", "rows"), [(100, 9), (4, 4), (0.5, 1)])
 def test_a_minibatch_has_a_budget_of_tokens(recorded, rows_of_tokens, rows, small_target, small_calibration):
     _, recipe = start(small_target, small_calibration, DYNAMIC)
-    tokens = BlockStream(build(small_target, ModelRecipe({})), small_target.blocks, small_calibration).inputs[0]
+    tokens = BlockStream(build(small_target, ModelRecipe({})), small_target, small_calibration).inputs[0]
     budget = int(rows_of_tokens * tokens.hidden_BTC.shape[1])
     reconstruct(small_target, recipe, small_calibration, replace(SHORT, batch_size=9, batch_tokens=budget))
-    hidden, target, _, _ = recorded[0][2].draw()
+    hidden, target, _ = recorded[0][2].draw()
     assert len(hidden) == len(target) == rows
 
 
@@ -193,7 +193,7 @@ def test_a_share_of_the_inputs_elements_is_float(recorded, small_target, small_c
     shares = []
 
     def look(self, block, samples):
-        hidden, _, _, _ = samples.draw()
+        hidden, _, _ = samples.draw()
         recorded.append((self, block, samples))
         exact = torch.cat(samples.float_inputs)
         row_of = torch.cdist(hidden.flatten(1), exact.flatten(1)).argmin(1)
@@ -229,7 +229,7 @@ def test_where_tables_depend_on_the_step_a_minibatch_is_of_one_step(recorded, sm
     reconstruct(small_target, recipe, small_calibration, SHORT)
     samples, steps = recorded[0][2], set()
     for _ in range(20):
-        _, _, _, kwargs = samples.draw()
+        _, _, kwargs = samples.draw()
         assert len(kwargs["timestep"].unique()) == 1
         step = int(samples.stream.model.clock.step)
         assert float(kwargs["timestep"][0]) == float(small_calibration.per_step[step]["timestep"][0])

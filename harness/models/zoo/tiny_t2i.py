@@ -1,0 +1,126 @@
+"""`tiny-t2i`: text to image on the shapes world.
+
+A real `PixArtAlphaPipeline` without a VAE: it denoises 32×32 RGB pixels in 4×4 patches (64 tokens), and reads captions
+through a small T5 encoder, trained with it, and a real word-level tokenizer.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from harness.models.zoo import shapes
+from harness.models.zoo.training import Schedule, train
+
+TEXT_LENGTH = 16  # tokens, the end included
+TEXT_WIDTH = 64
+CAPTION_DROP = 0.1
+BATCH = 64
+TRANSFORMER = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "num_layers": 5,
+    "cross_attention_dim": 128,
+    "sample_size": shapes.SIDE,
+    "patch_size": 4,
+    "caption_channels": TEXT_WIDTH,
+    "use_additional_conditions": False,
+}
+KIND_WEIGHTS = {
+    "single_object": 1, "two_object": 2, "counting": 2, "colors": 2, "position": 2, "color_attr": 3,
+}  # fmt: skip
+SCHEDULE = Schedule(steps=9000, learning_rate=1.5e-3)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the shapes world, `</s>` at the end, padded with `<pad>`."""
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *shapes.words()])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_LENGTH
+    )
+
+
+def new_text_encoder(vocabulary: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=vocabulary, d_model=TEXT_WIDTH, d_kv=16, num_heads=4, d_ff=128, num_layers=2, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", relative_attention_num_buckets=16, relative_attention_max_distance=16,
+    )  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def scheduler() -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="v_prediction"
+    )
+
+
+class TextToImage(nn.Module):
+    """Both parts that are trained. Velocity v = √ᾱ ε − √(1 − ᾱ) x (Salimans & Ho, arXiv:2202.00512)."""
+
+    def __init__(self, text_encoder: T5EncoderModel, transformer: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder, self.transformer = text_encoder, transformer
+
+    def forward(self, noisy: Tensor, timestep: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        text_BTC = self.text_encoder(**tokens).last_hidden_state
+        return self.transformer(
+            noisy,
+            encoder_hidden_states=text_BTC,
+            encoder_attention_mask=tokens["attention_mask"],
+            timestep=timestep,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ).sample
+
+
+def new_model(seed: int = 0) -> TextToImage:
+    torch.manual_seed(seed)
+    transformer = PixArtTransformer2DModel(**TRANSFORMER)
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return TextToImage(new_text_encoder(len(tokenizer())), transformer)
+
+
+def pairs(count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """count fresh scenes: images (count, 3, 32, 32) in [−1, 1], and their captions."""
+    random_ = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+    kinds = random_.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()), k=count)
+    captions = [shapes.random_caption(kind, random_) for kind in kinds]
+    images = [torch.from_numpy(shapes.render(shapes.draw_scene(caption, random_))) for caption in captions]
+    return torch.stack(images).permute(0, 3, 1, 2) / 127.5 - 1, [caption.text for caption in captions]
+
+
+def train_model(checkpoint, schedule: Schedule = SCHEDULE) -> tuple[TextToImage, list[float]]:
+    words, alphas_cumprod = tokenizer(), scheduler().alphas_cumprod
+
+    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
+        images, captions = pairs(BATCH, generator)
+        dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROP
+        texts = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
+        tokens = words(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+        return velocity_loss(model, images, tokens, alphas_cumprod, generator)
+
+    return train(new_model(schedule.seed).train(), loss_of, schedule, checkpoint, "tiny-t2i")
+
+
+def velocity_loss(
+    model: nn.Module, clean: Tensor, tokens, alphas_cumprod: Tensor, generator: torch.Generator
+) -> Tensor:
+    timestep = torch.randint(len(alphas_cumprod), (len(clean),), generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    signal = alphas_cumprod[timestep].view(-1, *[1] * (clean.ndim - 1))
+    noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+    velocity = signal.sqrt() * noise - (1 - signal).sqrt() * clean
+    wanted = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    return F.mse_loss(model(noisy, timestep, wanted).float(), velocity)

@@ -1,0 +1,41 @@
+"""What a prompt-told model is asked to draw: a set of the shapes world, a set that `ditbench data` knows, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from eval.base import Prompt
+from harness.models.zoo import shapes
+
+CALIBRATION_SEED = 1  # other captions than those that are scored
+MANY = 240
+
+SETS: dict[str, Callable[[], tuple[Prompt, ...]]] = {
+    "shapes": lambda: _captions(seed=0),
+    "shapes-calibration": lambda: _captions(CALIBRATION_SEED),
+    "shapes-video": lambda: _motions(seed=0),
+    "shapes-video-calibration": lambda: _motions(CALIBRATION_SEED),
+}
+
+
+@cache
+def load_prompts(name: str) -> tuple[Prompt, ...]:
+    """The prompts of a set or file, in its order.
+
+    Raises:
+        UserError: no such set or file, or a line that cannot be read.
+    """
+    if name in SETS:
+        return SETS[name]()
+    from eval import prompts
+
+    return prompts.load_prompts(name)
+
+
+def _captions(seed: int) -> tuple[Prompt, ...]:
+    return tuple(Prompt(caption.text, caption.about) for caption in shapes.prompts(MANY, seed))
+
+
+def _motions(seed: int) -> tuple[Prompt, ...]:
+    return tuple(Prompt(motion.text, motion.about) for motion in shapes.motions(MANY, seed))
