@@ -39,7 +39,8 @@ class PipelineFamily:
     pipelines, transformer: names of diffusers classes. lists: attributes of the transformer that list its blocks, in the
     order of execution. sites: the inputs whose producers are known. call: what the pipeline's `__call__` gets beside
     prompt, steps, guidance and generators. guidance: the name of its guidance argument. samplers: schedulers it can run.
-    pixels: latents of a pipeline without a VAE → pixels (B, 3, H, W) or (B, F, 3, H, W).
+    pixels: latents of a pipeline without a VAE → pixels (B, 3, H, W) or (B, F, 3, H, W). size: height, width and
+    num_frames, where a model says other ones than `call`.
     """
 
     pipelines: tuple[str, ...]
@@ -55,6 +56,7 @@ class PipelineFamily:
     call: Callable[[Any], dict[str, Any]] = lambda pipe: {}
     guidance: str = "guidance_scale"
     pixels: Callable[[Tensor], Tensor] = lambda latents: latents
+    size: dict[str, int] = field(default_factory=dict)
 
     def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
         from harness.files import pipeline_without
@@ -112,7 +114,7 @@ class PipelineFamily:
                 output_type="pt" if decode and not pixel_space else "latent",
                 return_dict=False,
                 **{self.guidance: sampler.guidance},
-                **self.call(pipe),
+                **self.call(pipe) | self.size,
             )[0]
         if seen.step != sampler.steps:
             raise UserError(
@@ -145,7 +147,7 @@ class PipelineFamily:
                 generator=[torch.Generator().manual_seed(seed) for seed in conditions.seeds],
                 output_type="latent",
                 **{self.guidance: 1.0},
-                **self.call(pipe),
+                **self.call(pipe) | self.size,
             )
         except _Taken:
             pass

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from harness.blocks import BlockCall
 from harness.errors import UserError, unknown_name
 from harness.files import tensors_sha256
 from harness.models.zoo import WEIGHTS
-from harness.quant.target import QUANTIZABLE, Site, Target
+from harness.quant.target import Site, Target, is_linear_map
 from harness.stress import inject_outliers
 
 OnCall = Callable[[int, dict[str, Any]], None]  # step, arguments of the transformer's call
@@ -47,6 +47,7 @@ class ModelSpec:
 
     source: "zoo:<name>" (shipped), a local pipeline folder, or a hub id "<owner>/<name>" with `revision`.
     random: instead of source, arguments of the family's transformer class; weights are drawn with `seed`.
+    size: height, width, num_frames of what is drawn, where it is not the family's usual.
     stress: {channels, log2_factor, seed}: function-preserving rescaling that gives the activations outliers.
     """
 
@@ -57,6 +58,7 @@ class ModelSpec:
     random: dict[str, Any] | None = None
     seed: int = 0
     dtype: str = "float32"
+    size: dict[str, int] | None = None
     stress: dict[str, Any] | None = None
     note: str = ""
 
@@ -174,7 +176,7 @@ class LoadedModel:
             raise UserError(f"protocol.scope={scope!r}; expected blocks or all")
         blocks = tuple(self.adapter.blocks(self.transformer))
         in_float = re.compile(self.adapter.FLOAT_IN_BLOCKS or "(?!)")
-        names = [n for n, m in self.transformer.named_modules() if isinstance(m, QUANTIZABLE)]
+        names = [n for n, m in self.transformer.named_modules() if is_linear_map(m)]
         if scope == "blocks":
             places = [(n, next((f"{b}." for b in blocks if n.startswith(f"{b}.")), None)) for n in names]
             names = [n for n, block in places if block and not in_float.search(n.removeprefix(block))]
@@ -213,6 +215,10 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         UserError: no such weights, unreadable or truncated weights, another architecture, NaN in the weights.
     """
     adapter = family(spec.family)
+    if spec.size:
+        if not is_dataclass(adapter):
+            raise UserError(f"model {spec.name}: family {spec.family} draws one size; leave model.size out")
+        adapter = replace(adapter, size=spec.size)
     dtype = getattr(torch, spec.dtype)
     extras: dict[str, Path] = {}
     if spec.random is not None:

@@ -11,6 +11,13 @@ from harness.blocks import BlockCall, OneStream
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
 
 
+def is_linear_map(module: nn.Module) -> bool:
+    """A linear layer, or a convolution that is one: of patches that do not overlap, or of single pixels."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.kernel_size == module.stride and not any(module.padding)
+    return isinstance(module, nn.Linear)
+
+
 @dataclass(frozen=True)
 class AdaLNRows:
     """The input is norm(x) · (1 + γ) + β; β and γ are these rows of the linear layer `linear` (adaLN-Zero and its kin)."""

@@ -8,17 +8,25 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    T5Config,
+    T5EncoderModel,
+)  # fmt: skip
 
 from harness.models.zoo.tiny_t2i import tokenizer
 
 SMALL_TEXT = 24
 
 
-def t5() -> dict[str, Any]:
+def t5(width: int = SMALL_TEXT) -> dict[str, Any]:
     words = tokenizer()
     config = T5Config(
-        vocab_size=len(words), d_model=SMALL_TEXT, d_kv=8, num_heads=2, d_ff=32, num_layers=1, dropout_rate=0.0
+        vocab_size=len(words), d_model=width, d_kv=8, num_heads=2, d_ff=32, num_layers=1, dropout_rate=0.0
     )
     return {"tokenizer": words, "text_encoder": T5EncoderModel(config)}
 
@@ -65,4 +73,96 @@ def cogvideox() -> Any:
     return diffusers.CogVideoXPipeline(transformer=lively(transformer), vae=vae, scheduler=scheduler, **t5())
 
 
-SMALL: dict[str, Callable[[], Any]] = {"pixart": pixart, "cogvideox": cogvideox}
+def clip(projected: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
+    words = tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, projection_dim=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=16, eos_token_id=1, bos_token_id=3, pad_token_id=0,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def sd3() -> Any:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, out_channels=4, pos_embed_max_size=8,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=lively(transformer), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=image_vae(4, shift_factor=0.06), text_encoder=clip(True), tokenizer=tokenizer(), text_encoder_2=clip(True),
+        tokenizer_2=tokenizer(), text_encoder_3=t5(32)["text_encoder"], tokenizer_3=tokenizer(),
+    )  # fmt: skip
+
+
+def flux() -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=SMALL_TEXT, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return diffusers.FluxPipeline(
+        transformer=lively(transformer), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=image_vae(4, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False), text_encoder=clip(False),
+        tokenizer=tokenizer(), text_encoder_2=t5()["text_encoder"], tokenizer_2=tokenizer(),
+    )  # fmt: skip
+
+
+def sana() -> Any:
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=16,
+        sample_size=8,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
+        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+    )  # fmt: skip
+    words = tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.SanaPipeline(
+        transformer=lively(transformer), vae=vae, scheduler=scheduler, tokenizer=words, text_encoder=Gemma2Model(config)
+    )
+
+
+def wan() -> Any:
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=SMALL_TEXT, freq_dim=16,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return diffusers.WanPipeline(transformer=lively(transformer), vae=vae, scheduler=scheduler, **t5())
+
+
+def ltx() -> Any:
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=2,
+        caption_channels=SMALL_TEXT,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1,) * 4,
+        timestep_conditioning=False, patch_size=1, patch_size_t=1, encoder_causal=True, decoder_causal=False,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.LTXPipeline(transformer=lively(transformer), vae=vae, scheduler=scheduler, **t5())
+
+
+SMALL: dict[str, Callable[[], Any]] = {
+    "pixart": pixart, "cogvideox": cogvideox, "sd3": sd3, "flux": flux, "sana": sana, "wan": wan, "ltx": ltx,
+}  # fmt: skip
+SIZES: dict[str, dict[str, int]] = {
+    "flux": {"height": 16, "width": 16},
+    "sana": {"height": 32, "width": 32},
+    "wan": {"height": 16, "width": 16, "num_frames": 5},
+    "ltx": {"height": 32, "width": 32, "num_frames": 9},
+}

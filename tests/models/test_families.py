@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_pipelines import SMALL
+from small_pipelines import SIZES, SMALL
 from torch import Tensor
 
 from eval.base import Prompt
@@ -21,6 +21,7 @@ from harness.stream import BlockStream
 
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"), Prompt("a cross above a white triangle"))
 STEPS = 2
+IN_FLOAT32 = ("wan",)  # norms and modulation whatever the model's dtype
 
 
 @pytest.fixture(scope="module", params=sorted(SMALL))
@@ -28,7 +29,9 @@ def model(request, tmp_path_factory) -> LoadedModel:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp(request.param)
     SMALL[request.param]().save_pretrained(folder)
-    return load_model(ModelSpec(f"small-{request.param}", request.param, source=str(folder)))
+    return load_model(
+        ModelSpec(f"small-{request.param}", request.param, source=str(folder), size=SIZES.get(request.param))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +60,14 @@ def test_a_recording_gives_the_call_back(model, sampler, calibration):
     """What the pipeline called its transformer with, called again from the recording, gives the same."""
     seen = []
     transformer = float_copy(model.target(), dtype=torch.float32)
-    transformer.register_forward_hook(lambda module, args, result: seen.append(result[0]))
+    handle = transformer.register_forward_hook(lambda module, args, result: seen.append(result[0]))
     with torch.no_grad():
         model.adapter.sample(
             model.pipe, transformer, conditions_of(model, 2, stream="calibration"), sampler, decode=False
         )
+    handle.remove()
     again = [output(model, transformer, torch.float32, calibration, step) for step in range(STEPS)]
-    torch.testing.assert_close(torch.cat(seen[: len(seen) // 2]), torch.cat(again), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(seen), torch.cat(again), rtol=1e-4, atol=1e-4)
 
 
 def conditions_of(model, n, stream="generate"):
@@ -94,7 +98,8 @@ def test_folds_keep_the_float_output_in_float64(model, calibration):
     plain, changed = float_copy(target, dtype=torch.float64), build(target, recipe, dtype=torch.float64)
     for step in range(STEPS):
         expected, found = (output(model, each, torch.float64, calibration, step) for each in (plain, changed))
-        assert float((found - expected).norm() / expected.norm()) < 1e-8
+        tolerance = 1e-6 if model.spec.family in IN_FLOAT32 else 1e-8
+        assert float((found - expected).norm() / expected.norm()) < tolerance
     if folded:
         assert all(site.foldable for site in target.sites if site.name in folded)
 
@@ -120,7 +125,7 @@ def test_samples_are_those_of_the_diffusers_pipeline(model, sampler):
             generator=[torch.Generator().manual_seed(seed) for seed in wanted.seeds],
             output_type="pt",
             return_dict=False,
-            **model.adapter.call(model.pipe),
+            **model.adapter.call(model.pipe) | model.adapter.size,
         )[0]
     torch.testing.assert_close((ours.pixels + 1) / 2, theirs.float(), rtol=0, atol=1e-4)
 

@@ -1,0 +1,46 @@
+"""LTX-Video (HaCohen et al., arXiv:2501.00103): adaLN-single blocks over RMS-normed video tokens, cross-attention to T5.
+
+Rows of scale_shift_table: shift, scale, gate of attention, then of the feed-forward, added to `temb`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from harness.pipeline import PipelineFamily
+from harness.quant.target import Site
+from harness.sites import QKV, reads, table, values
+
+HEIGHT, WIDTH, FRAMES = 512, 704, 161  # the pipeline's defaults
+
+
+def sites(transformer: nn.Module) -> list[Site]:
+    found = []
+    for index in range(len(transformer.transformer_blocks)):
+        block = f"transformer_blocks.{index}"
+        found += [
+            reads("attn_in", block, QKV, table(block, "temb", 0, 1)),
+            reads("attn_out", block, ("attn1.to_out.0",), *values(block, "attn1.to_v")),
+            reads("cross_query", block, ("attn2.to_q",)),
+            reads("caption", block, ("attn2.to_k", "attn2.to_v")),
+            reads("cross_out", block, ("attn2.to_out.0",), *values(block, "attn2.to_v")),
+            reads("ff_in", block, ("ff.net.0.proj",), table(block, "temb", 3, 4)),
+            reads("ff_mid", block, ("ff.net.2",)),
+        ]
+    return found
+
+
+def call(pipe: Any) -> dict[str, Any]:
+    usual = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+    return usual | {"max_sequence_length": min(128, pipe.tokenizer.model_max_length)}
+
+
+FAMILY = PipelineFamily(
+    pipelines=("LTXPipeline",),
+    transformer="LTXVideoTransformer3DModel",
+    SHARED=("rope_interpolation_scale", "video_coords"),
+    sites=sites,
+    call=call,
+)
