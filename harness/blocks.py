@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from harness.errors import UserError
+
 Arguments = dict[str, Any]
 TEXT_TOKENS = "text_tokens"  # of a two-stream state: how many come first
 
@@ -47,12 +49,14 @@ class OneStream:
 class TwoStreams:
     """Text and image (or video) tokens are two arguments and two outputs, the latter in the order of `outputs`.
 
-    A last block that gives no text (None) leaves a state of image tokens alone.
+    A last block that gives no text (None) leaves a state of image tokens alone. by_place: the other arguments go by their
+    place, for families whose kinds of blocks call them by different names.
     """
 
     outputs: tuple[str, str]
     image: str = "hidden_states"
     text: str = "encoder_hidden_states"
+    by_place: bool = False
 
     def enter(self, block: nn.Module, arguments: Arguments) -> tuple[Tensor, Arguments]:
         image, text = arguments[self.image], arguments[self.text]
@@ -62,8 +66,25 @@ class TwoStreams:
     def run(self, block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
         rest = {name: value for name, value in arguments.items() if name != TEXT_TOKENS}
         text, image = hidden.tensor_split([arguments[TEXT_TOKENS]], 1)
-        found = dict(zip(self.outputs, block(**{self.image: image, self.text: text}, **rest), strict=True))
+        if self.by_place:
+            outputs = block(image, text, *rest.values())
+        else:
+            outputs = block(**{self.image: image, self.text: text}, **rest)
+        found = dict(zip(self.outputs, outputs, strict=True))
         return torch.cat([part for part in (found[self.text], found[self.image]) if part is not None], 1)
+
+
+@dataclass(frozen=True)
+class NotInLine:
+    """Blocks that also read what others gave long before: no state goes from block to block. Block-wise methods are refused."""
+
+    why: str
+
+    def enter(self, block: nn.Module, arguments: Arguments) -> tuple[Tensor, Arguments]:
+        raise UserError(f"a method that works block by block cannot be used with this model: {self.why}")
+
+    def run(self, block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+        raise UserError(f"a method that works block by block cannot be used with this model: {self.why}")
 
 
 def by_name(block: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:

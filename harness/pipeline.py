@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import diffusers
@@ -37,7 +38,7 @@ class PipelineFamily:
     """One family, told by prompts.
 
     pipelines, transformer: names of diffusers classes. lists: attributes of the transformer that list its blocks, in the
-    order of execution. sites: the inputs whose producers are known. call: what the pipeline's `__call__` gets beside
+    order of execution (in_turn: one of each list at a time). stream: how a block is called. sites: the inputs whose producers are known. call: what the pipeline's `__call__` gets beside
     prompt, steps, guidance and generators. guidance: the name of its guidance argument. samplers: schedulers it can run.
     pixels: latents of a pipeline without a VAE → pixels (B, 3, H, W) or (B, F, 3, H, W). size: height, width and
     num_frames, where a model says other ones than `call`.
@@ -49,7 +50,8 @@ class PipelineFamily:
     FLOAT_IN_BLOCKS: str = r"norm"
     SAMPLERS: tuple[str, ...] = (PIPELINE,)
     SHARED: tuple[str, ...] = ()
-    BLOCK_CALL: BlockCall = field(default_factory=OneStream)
+    stream: Callable[[nn.Module], BlockCall] = lambda transformer: OneStream()
+    in_turn: bool = False
     CONDITION: str = PROMPTS
     sites: Callable[[nn.Module], list[Site]] = no_sites
     attention_modules: tuple[str, ...] = ()
@@ -81,7 +83,11 @@ class PipelineFamily:
         )
 
     def blocks(self, transformer: nn.Module) -> list[str]:
-        return [f"{name}.{index}" for name in self.lists for index in range(len(getattr(transformer, name)))]
+        lists = [[f"{name}.{index}" for index in range(len(getattr(transformer, name)))] for name in self.lists]
+        return list(chain(*zip(*lists, strict=True))) if self.in_turn else list(chain(*lists))
+
+    def block_call(self, transformer: nn.Module) -> BlockCall:
+        return self.stream(transformer)
 
     def attention(self, transformer: nn.Module) -> list[str]:
         return [f"{block}.{name}" for block in self.blocks(transformer) for name in self.attention_modules]

@@ -110,13 +110,14 @@ class Adapter(Protocol):
     SAMPLERS: tuple[str, ...]
     CONDITION: str  # LABELS | PROMPTS
     SHARED: tuple[str, ...]  # arguments of the transformer that have no row per sample
-    BLOCK_CALL: BlockCall
 
     def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any: ...
 
     def random_pipeline(self, arguments: dict[str, Any], dtype: torch.dtype) -> Any: ...
 
     def blocks(self, transformer: nn.Module) -> list[str]: ...
+
+    def block_call(self, transformer: nn.Module) -> BlockCall: ...
 
     def sites(self, transformer: nn.Module) -> list[Site]: ...
 
@@ -195,7 +196,9 @@ class LoadedModel:
                 f"model {self.spec.name}: attention operands of family {self.spec.family} cannot be quantized; "
                 "set protocol.attention=false"
             )
-        return Target(self.transformer, tuple(names), tuple(sites), operands, blocks, self.adapter.BLOCK_CALL)
+        return Target(
+            self.transformer, tuple(names), tuple(sites), operands, blocks, self.adapter.block_call(self.transformer)
+        )
 
 
 def family(name: str) -> Adapter:

@@ -51,7 +51,7 @@ FAMILY = PipelineFamily(
     transformer="CogVideoXTransformer3DModel",
     SAMPLERS=(PIPELINE, "ddim"),
     SHARED=("image_rotary_emb",),
-    BLOCK_CALL=TwoStreams(outputs=("hidden_states", "encoder_hidden_states")),
+    stream=lambda transformer: TwoStreams(outputs=("hidden_states", "encoder_hidden_states")),
     sites=sites,
     call=call,
 )

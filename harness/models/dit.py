@@ -26,7 +26,6 @@ FLOAT_IN_BLOCKS = r"norm1\."  # the adaLN linear and the embedders that diffuser
 SAMPLERS = ("ddim", "ddpm")
 CONDITION = LABELS
 SHARED = ()
-BLOCK_CALL = OneStream()
 
 
 def load(folder: str, revision: str | None, dtype: torch.dtype) -> DiTPipeline:
@@ -50,6 +49,10 @@ def random_pipeline(arguments: dict[str, Any], dtype: torch.dtype) -> DiTPipelin
 
 def blocks(transformer: nn.Module) -> list[str]:
     return [f"{BLOCKS}.{index}" for index in range(len(transformer.transformer_blocks))]
+
+
+def block_call(transformer: nn.Module) -> OneStream:
+    return OneStream()
 
 
 def sites(transformer: nn.Module) -> list[Site]:

@@ -21,7 +21,7 @@ SIDE = 1024  # pixels, where the checkpoint does not say
 
 
 def sites(transformer: nn.Module) -> list[Site]:
-    width = transformer.inner_dim
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     found = []
     for index in range(len(transformer.transformer_blocks)):
         block = f"transformer_blocks.{index}"
@@ -58,7 +58,7 @@ FAMILY = PipelineFamily(
     transformer="FluxTransformer2DModel",
     lists=("transformer_blocks", "single_transformer_blocks"),
     SHARED=("img_ids", "txt_ids"),
-    BLOCK_CALL=TwoStreams(outputs=("encoder_hidden_states", "hidden_states")),
+    stream=lambda transformer: TwoStreams(outputs=("encoder_hidden_states", "hidden_states")),
     sites=sites,
     call=call,
 )

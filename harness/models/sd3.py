@@ -65,7 +65,7 @@ def call(pipe: Any) -> dict[str, Any]:
 FAMILY = PipelineFamily(
     pipelines=("StableDiffusion3Pipeline",),
     transformer="SD3Transformer2DModel",
-    BLOCK_CALL=TwoStreams(outputs=("encoder_hidden_states", "hidden_states")),
+    stream=lambda transformer: TwoStreams(outputs=("encoder_hidden_states", "hidden_states")),
     sites=sites,
     call=call,
 )

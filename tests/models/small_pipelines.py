@@ -8,15 +8,19 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from transformers import (
+from transformers import (  # fmt: skip
+    BertConfig,
+    BertModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    LlamaConfig,
+    LlamaModel,
     T5Config,
     T5EncoderModel,
-)  # fmt: skip
+)
 
 from harness.models.zoo.tiny_t2i import tokenizer
 
@@ -73,11 +77,11 @@ def cogvideox() -> Any:
     return diffusers.CogVideoXPipeline(transformer=lively(transformer), vae=vae, scheduler=scheduler, **t5())
 
 
-def clip(projected: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
+def clip(projected: bool, tokens: int = 16) -> CLIPTextModel | CLIPTextModelWithProjection:
     words = tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=16, projection_dim=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=16, eos_token_id=1, bos_token_id=3, pad_token_id=0,
+        num_attention_heads=2, max_position_embeddings=tokens, eos_token_id=1, bos_token_id=3, pad_token_id=0,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
@@ -157,12 +161,81 @@ def ltx() -> Any:
     return diffusers.LTXPipeline(transformer=lively(transformer), vae=vae, scheduler=scheduler, **t5())
 
 
+def hunyuan_video() -> Any:
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=16, rope_axes_dim=(2, 4, 4),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+    )  # fmt: skip
+    words = tokenizer()
+    llama = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    return diffusers.HunyuanVideoPipeline(
+        transformer=lively(transformer), vae=vae, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=LlamaModel(llama), tokenizer=words, text_encoder_2=clip(False, 77), tokenizer_2=tokenizer(),
+    )  # fmt: skip
+
+
+def latte() -> Any:
+    transformer = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=32,
+        attention_bias=True, sample_size=8, patch_size=2, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, caption_channels=SMALL_TEXT,
+        video_length=3,
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler()
+    return diffusers.LattePipeline(transformer=lively(transformer), vae=image_vae(), scheduler=scheduler, **t5())
+
+
+def hunyuan_dit() -> Any:
+    transformer = diffusers.HunyuanDiT2DModel(
+        sample_size=8, num_layers=4, patch_size=2, attention_head_dim=8, num_attention_heads=2, hidden_size=16,
+        in_channels=4, cross_attention_dim=16, cross_attention_dim_t5=SMALL_TEXT, pooled_projection_dim=16,
+        activation_fn="gelu-approximate", use_style_cond_and_image_meta_size=False,
+    )  # fmt: skip
+    words = tokenizer()
+    bert = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    return diffusers.HunyuanDiTPipeline(
+        transformer=lively(transformer), vae=image_vae(), scheduler=diffusers.DDPMScheduler(),
+        text_encoder=BertModel(bert), tokenizer=words, text_encoder_2=t5()["text_encoder"], tokenizer_2=tokenizer(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def lumina2() -> Any:
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=3, num_kv_heads=1, multiple_of=2, axes_dim_rope=(4, 2, 2), axes_lens=(64, 32, 32),
+        cap_feat_dim=16,
+    )  # fmt: skip
+    words = tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    return diffusers.Lumina2Pipeline(
+        transformer=lively(transformer), vae=image_vae(4, shift_factor=0.06), tokenizer=words,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), text_encoder=Gemma2Model(config),
+    )  # fmt: skip
+
+
 SMALL: dict[str, Callable[[], Any]] = {
     "pixart": pixart, "cogvideox": cogvideox, "sd3": sd3, "flux": flux, "sana": sana, "wan": wan, "ltx": ltx,
+    "hunyuan_video": hunyuan_video, "hunyuan_dit": hunyuan_dit, "lumina2": lumina2, "latte": latte, "generic": pixart,
 }  # fmt: skip
 SIZES: dict[str, dict[str, int]] = {
     "flux": {"height": 16, "width": 16},
+    "generic": {"height": 16, "width": 16},
     "sana": {"height": 32, "width": 32},
+    "hunyuan_video": {"height": 16, "width": 16, "num_frames": 9},
     "wan": {"height": 16, "width": 16, "num_frames": 5},
     "ltx": {"height": 32, "width": 32, "num_frames": 9},
 }

@@ -8,7 +8,9 @@ from small_pipelines import SIZES, SMALL
 from torch import Tensor
 
 from eval.base import Prompt
+from harness.blocks import NotInLine
 from harness.calibrate import Calibration, calibrate
+from harness.errors import UserError
 from harness.generate import conditions, generate
 from harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
 from harness.quant.build import build, float_copy
@@ -92,6 +94,8 @@ def folds(target: Target) -> tuple[dict[str, Transform], frozenset[str]]:
 
 
 def test_folds_keep_the_float_output_in_float64(model, calibration):
+    if model.spec.family == "hunyuan_dit":
+        pytest.skip("diffusers' model does not run in float64, and nothing is folded")
     target = model.target()
     transforms, folded = folds(target)
     recipe = ModelRecipe({name: LayerRecipe(t) for name, t in transforms.items()}, folded, num_steps=STEPS)
@@ -105,6 +109,8 @@ def test_folds_keep_the_float_output_in_float64(model, calibration):
 
 
 def test_a_sample_does_not_depend_on_its_batch(model, sampler):
+    if model.spec.family == "latte":
+        pytest.skip("its pipeline cuts the caption of a lone prompt and masks those of several")
     transformer = float_copy(model.target(), dtype=torch.float32)
     wanted = conditions(model, 3, 0, prompts=PROMPTS)
     together = generate(model, transformer, wanted, sampler, batch_size=3)
@@ -134,6 +140,10 @@ def test_blocks_walked_one_by_one_are_the_model(model, calibration):
     """The state behind the last block, block by block, is what the model itself computes."""
     target = model.target()
     transformer = float_copy(target, dtype=torch.float32)
+    if isinstance(target.block_call, NotInLine):
+        with pytest.raises(UserError, match="block by block"):
+            BlockStream(transformer, target, calibration)
+        return
     last, seen = transformer.get_submodule(target.blocks[-1]), []
     handle = last.register_forward_hook(lambda module, args, result: seen.append(result))
     for step in range(STEPS):

@@ -1,0 +1,43 @@
+"""Hunyuan-DiT (Li et al., arXiv:2405.08748): blocks with long skip connections; norms have weights and modulation only shifts.
+
+What a norm with its own weights gives could take over a scale, but the blocks behind the middle also read the outputs of those
+before it, so a state that goes from block to block does not describe them: nothing is folded and block-wise methods are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from harness.blocks import NotInLine
+from harness.pipeline import PipelineFamily
+from harness.quant.target import Site
+from harness.sites import QKV, reads
+
+
+def sites(transformer: nn.Module) -> list[Site]:
+    found = []
+    for index in range(len(transformer.blocks)):
+        block = f"blocks.{index}"
+        found += [
+            reads("attn_in", block, QKV),
+            reads("caption", block, ("attn2.to_k", "attn2.to_v")),
+        ]
+    return found
+
+
+def call(pipe: Any) -> dict[str, Any]:
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return {"height": side, "width": side, "use_resolution_binning": False, "original_size": (side, side)}
+
+
+FAMILY = PipelineFamily(
+    pipelines=("HunyuanDiTPipeline",),
+    transformer="HunyuanDiT2DModel",
+    lists=("blocks",),
+    SHARED=("image_rotary_emb",),
+    stream=lambda transformer: NotInLine("its later blocks read the outputs of its first ones (long skips)"),
+    sites=sites,
+    call=call,
+)
