@@ -229,11 +229,10 @@ def lumina2() -> Any:
 
 SMALL: dict[str, Callable[[], Any]] = {
     "pixart": pixart, "cogvideox": cogvideox, "sd3": sd3, "flux": flux, "sana": sana, "wan": wan, "ltx": ltx,
-    "hunyuan_video": hunyuan_video, "hunyuan_dit": hunyuan_dit, "lumina2": lumina2, "latte": latte, "generic": pixart,
+    "hunyuan_video": hunyuan_video, "hunyuan_dit": hunyuan_dit, "lumina2": lumina2, "latte": latte, "generic": sd3,
 }  # fmt: skip
 SIZES: dict[str, dict[str, int]] = {
     "flux": {"height": 16, "width": 16},
-    "generic": {"height": 16, "width": 16},
     "sana": {"height": 32, "width": 32},
     "hunyuan_video": {"height": 16, "width": 16, "num_frames": 9},
     "wan": {"height": 16, "width": 16, "num_frames": 5},

@@ -1,0 +1,105 @@
+"""Does a video of the shapes world show the object, the motion and the background that its prompt asks for? Read exactly.
+
+The object is followed through the frames by its colour and shape. It moves the way asked if its centre ends that way and
+further that way than across; speed is its path against half-way between the two speeds; the scene is the frames' edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from eval import shapes
+from eval.base import Evidence, Measurement, MetricSkipped, metric
+from eval.passport import passport
+from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
+from harness.models.zoo.shapes import DIRECTIONS, SIDE, SPEEDS
+
+LEAST_PATH = 0.04  # of the picture's side: less is standing still
+LEAST_FRAMES = 0.5  # share of frames in which the object has to be seen
+
+
+def path(video_FHWC: np.ndarray, about: dict) -> np.ndarray | None:
+    """Centres (x, y) of the object asked for, one per frame that shows it, or None if too few do."""
+    wanted = about["include"][0]
+    centres = []
+    for frame in video_FHWC:
+        seen = [
+            s for s in shapes.objects(frame) if s.colour == wanted.get("color", s.colour) and s.shape == wanted["class"]
+        ]
+        if seen:
+            centres.append(seen[0].centre)
+    return np.array(centres) if len(centres) >= max(2, LEAST_FRAMES * len(video_FHWC)) else None
+
+
+def shows_object(video_FHWC: np.ndarray, about: dict) -> bool:
+    return path(video_FHWC, about) is not None
+
+
+def moves_as_asked(video_FHWC: np.ndarray, about: dict) -> bool:
+    centres = moving_path(video_FHWC, about)
+    if centres is None:
+        return False
+    moved = centres[-1] - centres[0]
+    wanted = np.array(DIRECTIONS[about["direction"]])
+    along, across = float(moved @ wanted), float(np.abs(moved[wanted == 0]).sum())
+    return along >= LEAST_PATH * video_FHWC.shape[2] and along > across
+
+
+def moving_path(video_FHWC: np.ndarray, about: dict) -> np.ndarray | None:
+    """As `path`, of whatever moves: the object's colour is enough, since a shape may blur on its way."""
+    wanted, centres = about["include"][0], []
+    for frame in video_FHWC:
+        seen = [s for s in shapes.objects(frame) if s.colour == wanted.get("color", s.colour)]
+        if seen:
+            centres.append(seen[0].centre)
+    return np.array(centres) if len(centres) >= max(2, LEAST_FRAMES * len(video_FHWC)) else None
+
+
+def is_as_fast_as_asked(video_FHWC: np.ndarray, about: dict) -> bool:
+    centres = moving_path(video_FHWC, about)
+    if centres is None:
+        return False
+    per_frame = np.linalg.norm(centres[-1] - centres[0]) / (len(video_FHWC) - 1) * SIDE / video_FHWC.shape[2]
+    fast = bool(per_frame > sum(SPEEDS.values()) / len(SPEEDS))
+    return fast == (about["speed"] == "fast")
+
+
+def has_the_scene(video_FHWC: np.ndarray, about: dict) -> bool:
+    return np.mean([shapes.background(frame) == about["scene"] for frame in video_FHWC]) > 0.5
+
+
+def _measure(evidence: Evidence, check: Callable[[np.ndarray, dict], bool]) -> Measurement:
+    videos, prompts = evidence.generated.videos_NFHWC.numpy(), evidence.generated.prompts
+    if not prompts or not all("direction" in prompt.about for prompt in prompts):
+        raise MetricSkipped("needs prompts of the shapes world's videos; set protocol.prompts=shapes-video")
+    results = np.array([check(video, prompt.about) for video, prompt in zip(videos, prompts, strict=True)], float)
+    value, ci95 = mean_with_ci(results, evidence.seed, evidence.resamples)
+    settings = {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples}
+    card = passport("ditbench motion, exact reader", "ditbench", reference=None, dtype="uint8", **settings)
+    return Measurement(value, ci95, len(results), card)
+
+
+@metric("motion_shapes/object", better="higher")
+def object_(evidence: Evidence) -> Measurement:
+    """Share of videos of the shapes world that show the object asked for."""
+    return _measure(evidence, shows_object)
+
+
+@metric("motion_shapes/direction", better="higher")
+def direction(evidence: Evidence) -> Measurement:
+    """Share of videos of the shapes world whose object moves the way asked for."""
+    return _measure(evidence, moves_as_asked)
+
+
+@metric("motion_shapes/speed", better="higher")
+def speed(evidence: Evidence) -> Measurement:
+    """Share of videos of the shapes world whose object is as fast as asked for."""
+    return _measure(evidence, is_as_fast_as_asked)
+
+
+@metric("motion_shapes/scene", better="higher")
+def scene(evidence: Evidence) -> Measurement:
+    """Share of videos of the shapes world with the background asked for."""
+    return _measure(evidence, has_the_scene)
