@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eval.base import Reference
 from harness.errors import UserError, unknown_name
+from harness.files import atomic_path
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 DIGITS = "digits-1797"
@@ -48,7 +49,21 @@ def _digits() -> Reference:
 
 
 def _reference(name: str, images_NHWC: Tensor) -> Reference:
-    return Reference(name, images_NHWC, hashlib.sha256(images_NHWC.contiguous().numpy().data).hexdigest())
+    return Reference(name, images_NHWC, images_sha256(images_NHWC))
+
+
+def images_sha256(images_NHWC: Tensor) -> str:
+    return hashlib.sha256(images_NHWC.cpu().contiguous().numpy().data).hexdigest()
+
+
+def write_reference(images_NHWC: Tensor, path: Path) -> None:
+    """An ADM-style .npz: `arr_0`, uint8 (N, H, W, 3), as ADM's evaluator and load_reference read it."""
+    if images_NHWC.dtype != torch.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[-1] != 3:
+        raise ValueError(
+            f"{path}: expected uint8 images (N, H, W, 3), came {images_NHWC.dtype} {tuple(images_NHWC.shape)}"
+        )
+    with atomic_path(path) as part, part.open("wb") as file:
+        np.savez(file, arr_0=images_NHWC.cpu().numpy())
 
 
 def _read_npz(path: Path) -> Tensor:
