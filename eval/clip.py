@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from eval.base import MetricSkipped, Samples
 from eval.features import best_device, channels_first, remembered
@@ -37,7 +37,7 @@ class Clip:
     """name as it was asked for; side: of the square images it takes, in pixels; sha256: of its weight file."""
 
     name: str
-    module: nn.Module
+    module: Any  # transformers' CLIPModel
     tokenizer: Any
     side: int
     max_tokens: int

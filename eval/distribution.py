@@ -3,6 +3,9 @@
 Every metric here exists once per library and once per feature space. `<library>/<metric>_judge` looks through the
 judge that comes with the model, `<library>/<metric>` (eval/inception.py) through Inception; the two are never mixed.
 
+`…_to_float` takes the float model's images for the reference: how far the quantized model has moved, not how good either
+is. Those numbers have names of their own, because papers that print them as "FID" cannot be compared with the others.
+
 An interval says how the number would move with n other images of the same model. That FID falls as n grows is not in
 it: compare at equal n.
 """
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from eval import libraries, spread
 from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.features import Pair, judge_pair, need_judge, one_thread, outputs
+from eval.features import Pair, against_float, judge_pair, need_judge, one_thread, outputs
 from eval.passport import need_samples, passport
 from eval.statistics import NORMAL_BOOTSTRAP, WILSON, around, bootstrap_sd, share_with_ci
 
@@ -102,6 +105,14 @@ def register(views: dict[str, View], suffix: str, seen_by: str) -> None:
         for library in its_libraries:
             summary = f"{text}, {seen_by}, by {libraries.PACKAGES[library]}."
             metric(f"{library}/{kind}{suffix}", better=better)(_bound(compute, library, views[library], summary))
+    for library in libraries.FID:
+        summary = f"Fréchet distance to the float model's images, {seen_by}, by {libraries.PACKAGES[library]}."
+        to_float = _bound(_fid_to_float, library, views[library], summary)
+        metric(f"{library}/fid{suffix}_to_float", better="lower", paired=True)(to_float)
+
+
+def _fid_to_float(library: str, view: View, evidence: Evidence) -> Measurement:
+    return fid(library, view, against_float(evidence))
 
 
 def _bound(compute: Callable[..., Measurement], library: str, view: View, summary: str) -> Callable:

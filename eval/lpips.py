@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,13 @@ from eval.features import best_device, seeded
 from eval.fidelity import paired_measurement, pixel_pairs, unit_range
 from eval.weights import Upstream, local_weights, weights_folder
 
+Backbone = Literal["alex", "vgg"]
+
 BATCH = 16
-SMALLEST = {"alex": 31, "vgg": 16}  # pixels a side: below, the backbone's last pooling has nothing left to pool
+SMALLEST: dict[Backbone, int] = {
+    "alex": 31,
+    "vgg": 16,
+}  # pixels a side: below, the backbone's last pooling has nothing left to pool
 
 Network = Callable[[Tensor, Tensor], Tensor]  # two batches (B, 3, H, W) in [−1, 1] → B distances, of any shape
 
@@ -39,7 +45,7 @@ def lpips_vgg(evidence: Evidence) -> Measurement:
     return lpips(evidence, "vgg")
 
 
-def lpips(evidence: Evidence, backbone: str) -> Measurement:
+def lpips(evidence: Evidence, backbone: Backbone) -> Measurement:
     pixels_N, float_N = pixel_pairs(evidence)
     side, smallest = min(pixels_N.shape[-3:-1]), SMALLEST[backbone]
     if side < smallest:
@@ -62,7 +68,7 @@ def distances(network: Network, pixels_N: Tensor, float_N: Tensor) -> Tensor:
     return torch.cat(values).reshape(len(pixels_N), -1).mean(dim=1)
 
 
-def backbone_upstream(backbone: str) -> Upstream:
+def backbone_upstream(backbone: Backbone) -> Upstream:
     from torchvision.models import AlexNet_Weights, VGG16_Weights
 
     url = {"alex": AlexNet_Weights.DEFAULT, "vgg": VGG16_Weights.DEFAULT}[backbone].url
@@ -70,7 +76,7 @@ def backbone_upstream(backbone: str) -> Upstream:
 
 
 @cache
-def load_network(backbone: str, weights: Path, sha256: str) -> nn.Module:
+def load_network(backbone: Backbone, weights: Path, sha256: str) -> nn.Module:
     """torchmetrics' network with its own heads and the backbone's weights from the file."""
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
@@ -86,7 +92,7 @@ def load_network(backbone: str, weights: Path, sha256: str) -> nn.Module:
     return network.eval().to(best_device())
 
 
-def _weights(backbone: str) -> tuple[Path, str]:
+def _weights(backbone: Backbone) -> tuple[Path, str]:
     upstream = backbone_upstream(backbone)
     found = local_weights(upstream)
     if found is None:
