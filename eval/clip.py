@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from eval.base import MetricSkipped, Samples
-from eval.features import best_device, channels_first, remembered
+from eval.features import best_device, channels_first, full_precision, remembered
 from eval.weights import stored_sha256
 
 HUB = {
@@ -81,10 +81,11 @@ def embed_images(clip: Clip, images_NHWC: Tensor, *, stretch: bool = False) -> T
 
     def embed() -> Tensor:
         rows = []
-        for batch in channels_first(images_NHWC, BATCH):
-            pixels = prepare(batch, clip.side, stretch=stretch).to(best_device())
-            seen = clip.module.vision_model(pixel_values=pixels).pooler_output
-            rows.append(F.normalize(clip.module.visual_projection(seen), dim=-1).cpu())
+        with full_precision():
+            for batch in channels_first(images_NHWC, BATCH):
+                pixels = prepare(batch, clip.side, stretch=stretch).to(best_device())
+                seen = clip.module.vision_model(pixel_values=pixels).pooler_output
+                rows.append(F.normalize(clip.module.visual_projection(seen), dim=-1).cpu())
         return torch.cat(rows)
 
     return remembered(images_NHWC, clip.module, f"clip, stretch {stretch}", embed)
@@ -93,7 +94,7 @@ def embed_images(clip: Clip, images_NHWC: Tensor, *, stretch: bool = False) -> T
 def embed_texts(clip: Clip, texts: tuple[str, ...]) -> Tensor:
     """Unit vectors (N, width), float32 on the CPU; what is longer than CLIP's context is cut off."""
     rows = []
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         for start in range(0, len(texts), BATCH):
             tokens = clip.tokenizer(
                 list(texts[start : start + BATCH]),

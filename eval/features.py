@@ -131,6 +131,13 @@ def against_float(evidence: Evidence) -> Evidence:
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions in float32 on a GPU too, as products are by default: TF32 would move the features."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@contextmanager
 def one_thread() -> Iterator[None]:
     """BLAS and torch on one thread: many small products on two busy cores were ten times slower on two threads."""
     threads = torch.get_num_threads()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from eval.base import Evidence, MetricSkipped
 from eval.distribution import View, register
-from eval.features import Pair, best_device, channels_first, need_reference, pair_of, remembered, seeded
+from eval.features import Pair, best_device, channels_first, full_precision, need_reference, pair_of, remembered, seeded
 from eval.passport import need_samples
 from eval.weights import Upstream, find_weights
 
@@ -124,7 +124,7 @@ def _output(images_NHWC: Tensor, network: nn.Module, index: int) -> Tensor:
     """Output number `index` (features 0, logits 1); one pass over the images computes all of them."""
 
     def all_outputs() -> tuple[Tensor, ...]:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would move the features
+        with full_precision():
             batches = [network(batch.to(best_device())) for batch in channels_first(images_NHWC, BATCH)]
         return tuple(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*batches, strict=True))
 

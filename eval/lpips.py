@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.features import best_device, seeded
+from eval.features import best_device, full_precision, seeded
 from eval.fidelity import paired_measurement, pixel_pairs, unit_range
 from eval.weights import Upstream, local_weights, weights_folder
 
@@ -61,7 +61,7 @@ def distances(network: Network, pixels_N: Tensor, float_N: Tensor) -> Tensor:
     images_NHWC, float_NHWC = (pixels.reshape(-1, *pixels.shape[-3:]) for pixels in (pixels_N, float_N))
     device = best_device()
     values = []
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         for batch, float_batch in zip(images_NHWC.split(BATCH), float_NHWC.split(BATCH), strict=True):
             ours, theirs = (2 * unit_range(images.to(device)) - 1 for images in (batch, float_batch))
             values.append(network(ours, theirs).flatten().cpu())

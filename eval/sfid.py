@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from eval import distribution
 from eval.base import Evidence, Measurement, metric
-from eval.features import best_device, channels_first, need_reference, pair_of, remembered
+from eval.features import best_device, channels_first, full_precision, need_reference, pair_of, remembered
 from eval.inception import BATCH, torch_fidelity_network, torch_fidelity_upstream
 from eval.passport import need_samples
 from eval.weights import find_weights
@@ -43,7 +43,7 @@ def spatial_features(images_NHWC: Tensor, network: nn.Module) -> Tensor:
     def all_batches() -> Tensor:
         hook = network.get_submodule("network.Mixed_6d.branch1x1").register_forward_hook(keep)
         try:
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would move the features
+            with full_precision():
                 for batch in channels_first(images_NHWC, BATCH):
                     network(batch.to(best_device()))
         finally:

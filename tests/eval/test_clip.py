@@ -11,6 +11,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 
 from eval import clip, clip_metrics, spread
 from eval.base import Evidence, Prompt, Reference, Samples, evaluate, known_metrics
+from eval.statistics import resampled_rows
 
 CLIP_METRICS = ["clip_iqa", "clipscore_b32", "clipscore_l14", "cmmd", "cmmd_float"]
 WORDS = ["a", "red", "blue", "cat", "dog", "on", "the", "roof", "Good", "Bad", "photo", "."]
@@ -218,6 +219,22 @@ def test_cmmd_is_1000_times_the_biased_mmd_with_a_gaussian_of_width_10(installed
 def test_cmmd_of_two_points_is_the_closed_form():
     x, y = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
     assert clip_metrics.mmd2(x, y) == pytest.approx(2 - 2 * np.exp(-2 / 200))
+
+
+def test_the_interval_of_cmmd_is_that_of_a_plain_loop_over_resamples():
+    x, y = np.random.default_rng(0).normal(size=(2, 9, 5)) * 8
+    gamma, values = 1 / (2 * 10**2), []
+    for rows in resampled_rows(9, seed=3, resamples=15):
+        within = rbf_kernel(x[rows], x[rows], gamma)
+        values.append((within.sum() - np.trace(within)) / (9 * 8) - 2 * rbf_kernel(x[rows], y, gamma).mean())
+    sd = spread.kernel_sd(x, y, 3, 15, kernel=clip_metrics.gaussian_kernel)
+    assert sd == pytest.approx(np.std(values, ddof=1), rel=1e-9) and sd > 1e-3
+
+
+def test_cropped_and_stretched_images_are_not_taken_for_each_other(installed, painted):
+    images = painted.generated.images_NHWC.clone()
+    cropped, stretched = (clip.embed_images(installed, images, stretch=on) for on in (False, True))
+    assert (cropped - stretched).abs().max() > 1e-3
 
 
 def test_kernel_sums_do_not_depend_on_how_many_rows_are_held_at_once(monkeypatch):
