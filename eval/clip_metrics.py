@@ -21,7 +21,7 @@ from eval.base import Evidence, Measurement, metric
 from eval.clip import HUB, count_too_long, embed_images, embed_texts, load_clip, need_prompts
 from eval.features import against_float, need_reference
 from eval.passport import need_samples, passport
-from eval.statistics import NORMAL_BOOTSTRAP, PERCENTILE_BOOTSTRAP, around, mean_with_ci
+from eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, PERCENTILE_BOOTSTRAP, around, mean_with_ci
 
 GOOD, BAD = "Good photo.", "Bad photo."
 SCALE = 100.0  # of cosines: CLIP's trained temperature
@@ -63,7 +63,7 @@ def cmmd(evidence: Evidence) -> Measurement:
 @metric("cmmd_float", better="lower", paired=True)
 def cmmd_float(evidence: Evidence) -> Measurement:
     """CMMD to the float model's images: distance between the two sets' CLIP ViT-L/14-336 embeddings."""
-    return clip_mmd(against_float(evidence))
+    return clip_mmd(against_float(evidence), pairs=True)
 
 
 def clipscore(evidence: Evidence, name: str) -> Measurement:
@@ -76,7 +76,8 @@ def clipscore(evidence: Evidence, name: str) -> Measurement:
     return _mean(evidence, "clipscore", (SCALE * cosine_N).clamp(min=0), clip.passport | _CROPPED | settings)
 
 
-def clip_mmd(evidence: Evidence) -> Measurement:
+def clip_mmd(evidence: Evidence, pairs: bool = False) -> Measurement:
+    """pairs: row i of the reference has the noise of generated row i, so both are resampled together."""
     n = need_samples(evidence, 2)
     reference = need_reference(evidence)
     images_NHWC = evidence.generated.images_NHWC
@@ -85,13 +86,12 @@ def clip_mmd(evidence: Evidence) -> Measurement:
         embed_images(clip, images, stretch=True).double().numpy() for images in (images_NHWC, reference.images_NHWC)
     )
     value = CMMD_SCALE * mmd2(generated_NF, reference_MF)
-    sd = CMMD_SCALE * spread.kernel_sd(
-        generated_NF, reference_MF, evidence.seed, evidence.resamples, kernel=gaussian_kernel
-    )
-    low, high = around(value, sd)
+    kernel_sd = spread.kernel_sd_of_pairs if pairs else spread.kernel_sd
+    sd = kernel_sd(generated_NF, reference_MF, evidence.seed, evidence.resamples, kernel=gaussian_kernel)
+    low, high = around(value, CMMD_SCALE * sd)
     settings = clip.passport | _STRETCHED | {"dtype": "float32, kernel float64"}
     settings |= {"sigma": CMMD_SIGMA, "scale": CMMD_SCALE, "estimator": "biased (V-statistic), unit vectors"}
-    settings |= {"ci_method": NORMAL_BOOTSTRAP, "resamples": evidence.resamples}
+    settings |= {"ci_method": PAIRED_BOOTSTRAP if pairs else NORMAL_BOOTSTRAP, "resamples": evidence.resamples}
     return Measurement(
         value, (max(low, 0.0), high), n, passport("ditbench cmmd", "ditbench", reference=reference, **settings)
     )

@@ -125,6 +125,11 @@ def against_float(evidence: Evidence) -> Evidence:
     """The same evidence with the float model's images for a reference; the same object each time it is asked for."""
     if evidence not in _against_float:
         images_NHWC = need_float_model(evidence).images_NHWC
+        if images_NHWC.shape != evidence.generated.images_NHWC.shape:
+            raise ValueError(
+                f"generated {tuple(evidence.generated.images_NHWC.shape)} and float model {tuple(images_NHWC.shape)} "
+                "must pair row by row; generate both with the same seeds"
+            )
         reference = Reference(FLOAT_MODEL, images_NHWC, images_sha256(images_NHWC))
         _against_float[evidence] = replace(evidence, reference=reference)
     return _against_float[evidence]

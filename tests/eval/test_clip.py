@@ -231,6 +231,15 @@ def test_the_interval_of_cmmd_is_that_of_a_plain_loop_over_resamples():
     assert sd == pytest.approx(np.std(values, ddof=1), rel=1e-9) and sd > 1e-3
 
 
+def test_the_interval_of_cmmd_to_the_float_model_draws_both_images_of_a_pair(monkeypatch):
+    x, y = np.random.default_rng(0).normal(size=(2, 9, 5)) * 8
+    values = [clip_metrics.mmd2(x[rows], y[rows]) for rows in resampled_rows(9, seed=3, resamples=15)]
+    for rows_at_once in (100, 4):
+        monkeypatch.setattr(spread, "KERNEL_ROWS", rows_at_once)
+        sd = spread.kernel_sd_of_pairs(x, y, 3, 15, kernel=clip_metrics.gaussian_kernel)
+        assert sd == pytest.approx(np.std(values, ddof=1), rel=1e-9) and sd > 1e-3
+
+
 def test_cropped_and_stretched_images_are_not_taken_for_each_other(installed, painted):
     images = painted.generated.images_NHWC.clone()
     cropped, stretched = (clip.embed_images(installed, images, stretch=on) for on in (False, True))
@@ -250,6 +259,7 @@ def test_cmmd_to_the_float_model_takes_its_images_and_is_zero_for_the_same_ones(
     entry = scored("cmmd_float", painted)
     assert entry["value"] == scored("cmmd", as_reference)["value"] > 0
     assert entry["passport"]["reference"].startswith("float model")
+    assert "pairs" in entry["passport"]["ci_method"]
     same = replace(painted, float_model=painted.generated)
     assert scored("cmmd_float", same)["value"] == pytest.approx(0.0, abs=1e-9)
     assert "float model" in evaluate(["cmmd_float"], replace(painted, float_model=None))["cmmd_float"]["reason"]
