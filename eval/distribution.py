@@ -3,6 +3,9 @@
 Every metric here exists once per library and once per feature space. `<library>/<metric>_judge` looks through the
 judge that comes with the model, `<library>/<metric>` (eval/inception.py) through Inception; the two are never mixed.
 
+`…_to_float` takes the float model's images for the reference: how far the quantized model has moved, not how good either
+is. Those numbers have names of their own, because papers that print them as "FID" cannot be compared with the others.
+
 An interval says how the number would move with n other images of the same model. That FID falls as n grows is not in
 it: compare at equal n.
 """
@@ -19,9 +22,9 @@ from torch import Tensor
 
 from eval import libraries, spread
 from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.features import Pair, judge_pair, need_judge, one_thread, outputs
+from eval.features import Pair, against_float, judge_pair, need_judge, one_thread, outputs
 from eval.passport import need_samples, passport
-from eval.statistics import NORMAL_BOOTSTRAP, WILSON, around, bootstrap_sd, share_with_ci
+from eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, WILSON, around, bootstrap_sd, share_with_ci
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,16 @@ class View:
     narrow: bool = False  # features so narrow that threads only get in each other's way
 
 
-def fid(library: str, view: View, evidence: Evidence) -> Measurement:
+def fid(library: str, view: View, evidence: Evidence, pairs: bool = False) -> Measurement:
+    """pairs: row i of the reference has the noise of generated row i, so both are resampled together."""
     pair = view.pair(evidence)
     n, width = pair.generated_NF.shape
     value, settings = libraries.FID[library](pair.generated_NF, pair.reference_MF, evidence.seed)
     resamples = spread.frechet_resamples(width, evidence.resamples)
-    sd = pair.once("fid sd", lambda: _frechet_sd(pair, evidence.seed, resamples))
+    sd = pair.once("fid sd", lambda: _frechet_sd(pair, evidence.seed, resamples, pairs))
     if n <= width:
         settings["note"] = f"n = {n} is not above the feature width {width}: compare at equal n only"
-    settings |= {"ci_method": NORMAL_BOOTSTRAP, "resamples": resamples}
+    settings |= {"ci_method": PAIRED_BOOTSTRAP if pairs else NORMAL_BOOTSTRAP, "resamples": resamples}
     low, high = around(value, sd)
     return _measurement(library, "fid", view, evidence, value, (max(low, min(value, 0.0)), high), settings)
 
@@ -102,6 +106,14 @@ def register(views: dict[str, View], suffix: str, seen_by: str) -> None:
         for library in its_libraries:
             summary = f"{text}, {seen_by}, by {libraries.PACKAGES[library]}."
             metric(f"{library}/{kind}{suffix}", better=better)(_bound(compute, library, views[library], summary))
+    for library in libraries.FID:
+        summary = f"Fréchet distance to the float model's images, {seen_by}, by {libraries.PACKAGES[library]}."
+        to_float = _bound(_fid_to_float, library, views[library], summary)
+        metric(f"{library}/fid{suffix}_to_float", better="lower", paired=True)(to_float)
+
+
+def _fid_to_float(library: str, view: View, evidence: Evidence) -> Measurement:
+    return fid(library, view, against_float(evidence), pairs=True)
 
 
 def _bound(compute: Callable[..., Measurement], library: str, view: View, summary: str) -> Callable:
@@ -129,8 +141,9 @@ def _measurement(
     return Measurement(value, ci95, len(evidence.generated), passport(f"{package} {kind}", package, **fields))
 
 
-def _frechet_sd(pair: Pair, seed: int, resamples: int) -> float:
-    distance = spread.frechet(pair.generated_NF.numpy(), pair.reference_MF.numpy())
+def _frechet_sd(pair: Pair, seed: int, resamples: int, pairs: bool) -> float:
+    statistic = spread.frechet_of_pairs if pairs else spread.frechet
+    distance = statistic(pair.generated_NF.numpy(), pair.reference_MF.numpy())
     return bootstrap_sd(distance, len(pair.generated_NF), seed, resamples)
 
 

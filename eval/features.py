@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,15 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from eval.base import Evidence, FeatureModel, MetricSkipped, Reference
-from eval.passport import need_samples
+from eval.base import Evidence, FeatureModel, MetricSkipped, Reference, Samples
+from eval.passport import FLOAT_MODEL, need_samples
+from eval.reference import images_sha256
 
 BATCH = 512
 
 _outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # images_NHWC → {network: {output's name: (version, tensor)}}
 _pairs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # evidence → {network: Pair}
+_against_float: WeakIdKeyDictionary = WeakIdKeyDictionary()  # evidence → the same with the float model as reference
 
 
 @dataclass(eq=False)
@@ -95,6 +97,10 @@ def channels_first(images_NHWC: Tensor, batch: int) -> Iterator[Tensor]:
         yield images.permute(0, 3, 1, 2).contiguous()
 
 
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def need_judge(evidence: Evidence) -> FeatureModel:
     if evidence.judge is None:
         raise MetricSkipped("this model comes without a judge; use metrics=inception")
@@ -107,6 +113,33 @@ def need_reference(evidence: Evidence) -> Reference:
     if len(evidence.reference.images_NHWC) < 2:
         raise MetricSkipped(f"reference {evidence.reference.name} has fewer than 2 images")
     return evidence.reference
+
+
+def need_float_model(evidence: Evidence) -> Samples:
+    if evidence.float_model is None:
+        raise MetricSkipped("no samples of the float model to compare with")
+    return evidence.float_model
+
+
+def against_float(evidence: Evidence) -> Evidence:
+    """The same evidence with the float model's images for a reference; the same object each time it is asked for."""
+    if evidence not in _against_float:
+        images_NHWC = need_float_model(evidence).images_NHWC
+        if images_NHWC.shape != evidence.generated.images_NHWC.shape:
+            raise ValueError(
+                f"generated {tuple(evidence.generated.images_NHWC.shape)} and float model {tuple(images_NHWC.shape)} "
+                "must pair row by row; generate both with the same seeds"
+            )
+        reference = Reference(FLOAT_MODEL, images_NHWC, images_sha256(images_NHWC))
+        _against_float[evidence] = replace(evidence, reference=reference)
+    return _against_float[evidence]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions in float32 on a GPU too, as products are by default: TF32 would move the features."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @contextmanager

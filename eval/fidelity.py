@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eval.base import Evidence, Measurement, MetricSkipped, Samples, metric
-from eval.features import BATCH
+from eval.base import Evidence, Measurement, MetricSkipped, metric
+from eval.features import BATCH, need_float_model
 from eval.passport import FLOAT_MODEL, need_samples, passport
 from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
 
@@ -20,10 +20,10 @@ SSIM_SIGMA, SSIM_KERNEL = 1.5, 11
 @metric("psnr", better="higher", paired=True, unit="dB")
 def psnr(evidence: Evidence) -> Measurement:
     """Peak signal-to-noise ratio to the float model's image or video, mean of the per-sample values."""
-    pixels_N, float_N = _pixel_pairs(evidence)
+    pixels_N, float_N = pixel_pairs(evidence)
     error_N = (pixels_N.double() - float_N.double()).square().flatten(1).mean(dim=1) / 255.0**2
     settings = {"averaged": "per sample (not over the set's MSE)", "peak": 255, "cap_db": CAP_DB, "dtype": "float64"}
-    return _measurement(evidence, "ditbench psnr", "ditbench", _decibel(1.0 / error_N), settings)
+    return paired_measurement(evidence, "ditbench psnr", "ditbench", _decibel(1.0 / error_N), settings)
 
 
 @metric("ssim", better="higher", paired=True)
@@ -31,24 +31,25 @@ def ssim(evidence: Evidence) -> Measurement:
     """Structural similarity to the float model's image, mean of the per-sample values (of a video: of its frames)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    pixels_N, float_N = _pixel_pairs(evidence)
+    pixels_N, float_N = pixel_pairs(evidence)
     images_NHWC, float_NHWC = (pixels.reshape(-1, *pixels.shape[-3:]) for pixels in (pixels_N, float_N))
     sigma, kernel = _ssim_window(min(images_NHWC.shape[1:3]))
     values = [
         structural_similarity_index_measure(
-            _unit_range(batch), _unit_range(float_batch), sigma=sigma, data_range=1.0, reduction="none"
+            unit_range(batch), unit_range(float_batch), sigma=sigma, data_range=1.0, reduction="none"
         )
         for batch, float_batch in zip(images_NHWC.split(BATCH), float_NHWC.split(BATCH), strict=True)
     ]
     settings = {"data_range": 1.0, "gaussian_sigma": sigma, "kernel_size": kernel, "dtype": "float32"}
     values_N = torch.cat(values).reshape(len(pixels_N), -1).mean(dim=1)
-    return _measurement(evidence, "torchmetrics ssim", "torchmetrics", values_N, settings)
+    return paired_measurement(evidence, "torchmetrics ssim", "torchmetrics", values_N, settings)
 
 
 @metric("sqnr", better="higher", paired=True, unit="dB")
 def sqnr(evidence: Evidence) -> Measurement:
     """Signal-to-quantization-noise ratio of the latents: signal is the float model's, noise the difference to it."""
-    latents_N, float_NChw = evidence.generated.latents, _float_model(evidence).latents
+    need_samples(evidence, 1)
+    latents_N, float_NChw = evidence.generated.latents, need_float_model(evidence).latents
     if latents_N is None or float_NChw is None:
         raise MetricSkipped("no latents were kept with the samples")
     _same_shape(latents_N, float_NChw)
@@ -59,12 +60,13 @@ def sqnr(evidence: Evidence) -> Measurement:
     if (signal_N == 0).any():
         raise MetricSkipped("a latent of the float model is all zeros; a ratio to it has no meaning")
     settings = {"averaged": "per sample", "cap_db": CAP_DB, "dtype": "float64"}
-    return _measurement(evidence, "ditbench sqnr", "ditbench", _decibel(signal_N / noise_N), settings)
+    return paired_measurement(evidence, "ditbench sqnr", "ditbench", _decibel(signal_N / noise_N), settings)
 
 
-def _measurement(
+def paired_measurement(
     evidence: Evidence, implementation: str, package: str, values_N: Tensor, settings: dict
 ) -> Measurement:
+    """The mean of one value per sample, against the float model."""
     value, ci95 = mean_with_ci(values_N.cpu().numpy(), evidence.seed, evidence.resamples)
     settings |= {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples}
     return Measurement(value, ci95, len(values_N), passport(implementation, package, reference=FLOAT_MODEL, **settings))
@@ -74,7 +76,7 @@ def _decibel(ratio_N: Tensor) -> Tensor:
     return (10.0 * torch.log10(ratio_N)).clamp(max=CAP_DB)
 
 
-def _unit_range(images_NHWC: Tensor) -> Tensor:
+def unit_range(images_NHWC: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) → float32 in [0, 1], (B, 3, H, W)."""
     return images_NHWC.permute(0, 3, 1, 2).float() / 255.0
 
@@ -92,17 +94,12 @@ def _ssim_window(side: int) -> tuple[float, int]:
     return half / 3.5, 2 * half + 1
 
 
-def _pixel_pairs(evidence: Evidence) -> tuple[Tensor, Tensor]:
-    pixels_N, float_N = evidence.generated.pixels, _float_model(evidence).pixels
+def pixel_pairs(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    """Generated and float pixels, row by row: images (N, H, W, 3) or videos (N, F, H, W, 3)."""
+    need_samples(evidence, 1)
+    pixels_N, float_N = evidence.generated.pixels, need_float_model(evidence).pixels
     _same_shape(pixels_N, float_N)
     return pixels_N, float_N
-
-
-def _float_model(evidence: Evidence) -> Samples:
-    need_samples(evidence, 1)
-    if evidence.float_model is None:
-        raise MetricSkipped("no samples of the float model to compare with")
-    return evidence.float_model
 
 
 def _same_shape(samples: Tensor, float_samples: Tensor) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from eval.base import Evidence, MetricSkipped
 from eval.distribution import View, register
-from eval.features import Pair, channels_first, need_reference, pair_of, remembered, seeded
+from eval.features import Pair, best_device, channels_first, full_precision, need_reference, pair_of, remembered, seeded
 from eval.passport import need_samples
 from eval.weights import Upstream, find_weights
 
@@ -51,7 +51,7 @@ def torchmetrics_network(weights: Path, sha256: str) -> nn.Module:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     with _loading(weights):
-        network = NoTrainInceptionV3("inception-v3-compat", LAYERS, str(weights), antialias=True).to(_device())
+        network = NoTrainInceptionV3("inception-v3-compat", LAYERS, str(weights), antialias=True).to(best_device())
     return _Called(network, network._torch_fidelity_forward)  # its forward drops all layers but the first
 
 
@@ -60,7 +60,7 @@ def torch_fidelity_network(weights: Path, sha256: str) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with _loading(weights):
-        network = FeatureExtractorInceptionV3("inception-v3-compat", LAYERS, str(weights)).to(_device())
+        network = FeatureExtractorInceptionV3("inception-v3-compat", LAYERS, str(weights)).to(best_device())
     return _Called(network, network)
 
 
@@ -70,7 +70,7 @@ def clean_fid_network(weights: Path, sha256: str) -> nn.Module:
     from cleanfid.resize import build_resizer
 
     with _loading(weights):
-        network = InceptionV3W(str(weights.parent), download=False).to(_device())
+        network = InceptionV3W(str(weights.parent), download=False).to(best_device())
     resize = build_resizer("clean")
 
     def features(images_BCHW: Tensor) -> tuple[Tensor]:
@@ -124,8 +124,8 @@ def _output(images_NHWC: Tensor, network: nn.Module, index: int) -> Tensor:
     """Output number `index` (features 0, logits 1); one pass over the images computes all of them."""
 
     def all_outputs() -> tuple[Tensor, ...]:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would move the features
-            batches = [network(batch.to(_device())) for batch in channels_first(images_NHWC, BATCH)]
+        with full_precision():
+            batches = [network(batch.to(best_device())) for batch in channels_first(images_NHWC, BATCH)]
         return tuple(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*batches, strict=True))
 
     return remembered(images_NHWC, network, "all outputs", all_outputs)[index]
@@ -140,10 +140,6 @@ def _loading(weights: Path) -> Iterator[None]:
     except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError, AttributeError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise MetricSkipped(f"{weights}: not Inception's weights ({reason}); delete it and fetch it again") from error
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 register(

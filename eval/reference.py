@@ -14,27 +14,30 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from eval.base import Reference
+from eval.data import REFERENCE, names_of, need_file
 from harness.errors import UserError, unknown_name
+from harness.files import atomic_path
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 DIGITS = "digits-1797"
-KNOWN = (DIGITS,)
 
 
 def load_reference(name_or_path: str | Path | None) -> Reference | None:
-    """A known set by its name, an ADM-style .npz (`arr_0`: uint8 (N, H, W, 3)) or a folder of images; None for none."""
+    """A known or fetched set by its name, an ADM-style .npz (`arr_0`: uint8 (N, H, W, 3)) or a folder of images; None for none."""
     if name_or_path is None or str(name_or_path) in ("", "none"):
         return None
     if str(name_or_path) == DIGITS:
         return _digits()
     path = Path(name_or_path)
+    if str(path) in names_of(REFERENCE):
+        path = need_file(str(path))
     if path.is_dir():
         return _reference(path.name, _read_folder(path))
     if path.is_file():
         return _reference(path.name, _read_npz(path))
     if len(path.parts) == 1 and not path.suffix:
-        raise unknown_name("reference", str(name_or_path), KNOWN)
-    raise UserError(f"{path}: no such file or folder; expected {', '.join(KNOWN)}, an .npz file or a folder of images")
+        raise unknown_name("reference", str(name_or_path), (DIGITS, *names_of(REFERENCE)))
+    raise UserError(f"{path}: no such file or folder; expected {DIGITS}, an .npz file or a folder of images")
 
 
 @cache
@@ -48,7 +51,21 @@ def _digits() -> Reference:
 
 
 def _reference(name: str, images_NHWC: Tensor) -> Reference:
-    return Reference(name, images_NHWC, hashlib.sha256(images_NHWC.contiguous().numpy().data).hexdigest())
+    return Reference(name, images_NHWC, images_sha256(images_NHWC))
+
+
+def images_sha256(images_NHWC: Tensor) -> str:
+    return hashlib.sha256(images_NHWC.cpu().contiguous().numpy().data).hexdigest()
+
+
+def write_reference(images_NHWC: Tensor, path: Path) -> None:
+    """An ADM-style .npz: `arr_0`, uint8 (N, H, W, 3), as ADM's evaluator and load_reference read it."""
+    if images_NHWC.dtype != torch.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[-1] != 3:
+        raise ValueError(
+            f"{path}: expected uint8 images (N, H, W, 3), came {images_NHWC.dtype} {tuple(images_NHWC.shape)}"
+        )
+    with atomic_path(path) as part, part.open("wb") as file:
+        np.savez(file, arr_0=images_NHWC.cpu().numpy())
 
 
 def _read_npz(path: Path) -> Tensor:

@@ -20,6 +20,8 @@ HALVES = 50
 HALVES_METHOD = "value ± 1.96·sd over random halves of the generated rows (delete-half jackknife)"
 KERNEL_ROWS = 2048  # rows of a kernel matrix held at once
 
+Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]  # rows (N, F) and (M, F) → (N, M)
+
 
 def frechet_resamples(width: int, resamples: int) -> int:
     return resamples if width < WIDE else min(resamples, FEW_RESAMPLES)
@@ -47,23 +49,43 @@ def frechet(generated_NF: np.ndarray, reference_MF: np.ndarray) -> Callable[[np.
     return distance
 
 
-def kernel_sd(generated_NF: np.ndarray, reference_MF: np.ndarray, seed: int, resamples: int) -> float:
-    """Bootstrap of the unbiased MMD² with KID's kernel (x·y / width + 1)³, all resamples at once."""
+def frechet_of_pairs(generated_NF: np.ndarray, float_NF: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Rows of both sets → the Fréchet distance between them: what two rows of a pair share is drawn together."""
+    return lambda rows: frechet(generated_NF[rows], float_NF[rows])(np.arange(len(rows)))
+
+
+def cubic_kernel(x_NF: np.ndarray, y_MF: np.ndarray) -> np.ndarray:
+    """KID's: (x·y / width + 1)³."""
+    return (x_NF.astype(np.float64) @ y_MF.T.astype(np.float64) / x_NF.shape[1] + 1) ** 3
+
+
+def kernel_sd(
+    generated_NF: np.ndarray, reference_MF: np.ndarray, seed: int, resamples: int, kernel: Kernel = cubic_kernel
+) -> float:
+    """Bootstrap of the unbiased MMD², all resamples at once."""
     n = len(generated_NF)
     counts_RN = np.stack([np.bincount(rows, minlength=n) for rows in resampled_rows(n, seed, resamples)])
     within_R, across_R = np.zeros(resamples), np.zeros(resamples)
     for start in range(0, n, KERNEL_ROWS):
         block = slice(start, start + KERNEL_ROWS)
-        kernel_BN = cubic_kernel(generated_NF[block], generated_NF)
+        kernel_BN = kernel(generated_NF[block], generated_NF)
         own_B = kernel_BN[np.arange(len(kernel_BN)), np.arange(start, start + len(kernel_BN))]
         counts_RB = counts_RN[:, block]
         within_R += ((counts_RB @ kernel_BN) * counts_RN).sum(axis=1) - counts_RB @ own_B
-        across_R += counts_RB @ cubic_kernel(generated_NF[block], reference_MF).mean(axis=1)
+        across_R += counts_RB @ kernel(generated_NF[block], reference_MF).mean(axis=1)
     return float(np.std(within_R / (n * (n - 1)) - 2 * across_R / n, ddof=1))
 
 
-def cubic_kernel(x_NF: np.ndarray, y_MF: np.ndarray) -> np.ndarray:
-    return (x_NF.astype(np.float64) @ y_MF.T.astype(np.float64) / x_NF.shape[1] + 1) ** 3
+def kernel_sd_of_pairs(x_NF: np.ndarray, y_NF: np.ndarray, seed: int, resamples: int, kernel: Kernel) -> float:
+    """Bootstrap of the biased MMD² over pairs (x_i, y_i): Σ_ij h_ij / n², h_ij = k(x_i, x_j) + k(y_i, y_j) − 2 k(x_i, y_j)."""
+    n = len(x_NF)
+    counts_RN = np.stack([np.bincount(rows, minlength=n) for rows in resampled_rows(n, seed, resamples)])
+    total_R = np.zeros(resamples)
+    for start in range(0, n, KERNEL_ROWS):
+        block = slice(start, start + KERNEL_ROWS)
+        h_BN = kernel(x_NF[block], x_NF) + kernel(y_NF[block], y_NF) - 2 * kernel(x_NF[block], y_NF)
+        total_R += ((counts_RN[:, block] @ h_BN) * counts_RN).sum(axis=1)
+    return float(np.std(total_R / n**2, ddof=1))
 
 
 def inception_score_sd(logits_NK: np.ndarray, splits: int, seed: int, resamples: int) -> float:

@@ -19,6 +19,9 @@ Interval = tuple[float, float]
 PERCENTILE_BOOTSTRAP = "percentile bootstrap of the mean"
 WILSON = "Wilson"
 NORMAL_BOOTSTRAP = "value ± 1.96·sd over bootstrap resamples of the generated rows (percentiles would be biased)"
+PAIRED_BOOTSTRAP = (
+    "value ± 1.96·sd over bootstrap resamples of the pairs (an image and the float model's of the same noise)"
+)
 
 _Z95 = 1.96
 

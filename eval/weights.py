@@ -1,7 +1,7 @@
-"""Where Inception's weights are: a folder of ours, the library's own, or else the library's address.
+"""Where a network's weights are: a folder of ours, the library's own, or else (Inception's) the library's address.
 
-Files are looked for in `$DITBENCH_WEIGHTS` (default `~/.cache/ditbench/weights`), then where the library itself would
-have put them. `DITBENCH_OFFLINE=1` (or `HF_HUB_OFFLINE=1`) never asks the network.
+Files are looked for in `$DITBENCH_WEIGHTS` (default `$DITBENCH_DATA/weights`, that is `~/.cache/ditbench/weights`), then
+where the library itself would have put them. `DITBENCH_OFFLINE=1` (or `HF_HUB_OFFLINE=1`) never asks the network.
 """
 
 from __future__ import annotations
@@ -43,28 +43,49 @@ class Upstream:
         return match.group(1) if match else None
 
 
+def data_folder() -> Path:
+    """Where `ditbench data fetch` puts what others publish."""
+    return Path(os.environ.get("DITBENCH_DATA") or "~/.cache/ditbench").expanduser()
+
+
 def weights_folder() -> Path:
-    return Path(os.environ.get("DITBENCH_WEIGHTS") or "~/.cache/ditbench/weights").expanduser()
+    return Path(os.environ.get("DITBENCH_WEIGHTS") or data_folder() / "weights").expanduser()
 
 
-def find_weights(upstream: Upstream) -> tuple[Path, str]:
-    """The file and its SHA-256; downloads it if it is nowhere. MetricSkipped where it cannot be had."""
+def offline() -> bool:
+    return os.environ.get("DITBENCH_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+def local_weights(upstream: Upstream) -> tuple[Path, str] | None:
+    """The file and its SHA-256 if it is on this machine; MetricSkipped where it is not the file its name says."""
     for folder in (weights_folder(), upstream.library_folder):
         path = folder / upstream.file_name
         if path.is_file():
             return path, _checked_sha256(path, upstream)
+    return None
+
+
+def find_weights(upstream: Upstream) -> tuple[Path, str]:
+    """The file and its SHA-256; downloads it if it is nowhere. MetricSkipped where it cannot be had."""
+    if (found := local_weights(upstream)) is not None:
+        return found
     path = weights_folder() / upstream.file_name
     help_text = f"put {upstream.file_name} from {upstream.url} into {weights_folder()}"
-    if os.environ.get("DITBENCH_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1":
+    if offline():
         raise MetricSkipped(f"Inception's weights are not here, and downloads are switched off; {help_text}")
     if problem := _download(upstream.url, path):
         raise MetricSkipped(f"Inception's weights are not here and could not be downloaded ({problem}); {help_text}")
     return path, _checked_sha256(path, upstream)
 
 
-def _checked_sha256(path: Path, upstream: Upstream) -> str:
+def stored_sha256(path: Path) -> str:
+    """SHA-256 of a file, computed again only when the file has changed."""
     stat = path.stat()
-    sha256 = _file_sha256(path, stat.st_mtime_ns, stat.st_size)
+    return _file_sha256(path, stat.st_mtime_ns, stat.st_size)
+
+
+def _checked_sha256(path: Path, upstream: Upstream) -> str:
+    sha256 = stored_sha256(path)
     if upstream.sha256_prefix and not sha256.startswith(upstream.sha256_prefix):
         raise MetricSkipped(
             f"{path}: expected a SHA-256 beginning {upstream.sha256_prefix}, came {sha256[:8]}; "

@@ -1,4 +1,4 @@
-"""The command line: `ditbench run | report | list | paper | reproduce | check-method | doctor | zoo`."""
+"""The command line: `ditbench run | report | list | paper | reproduce | check-method | data | doctor | zoo`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench paper list|show NAME                                  numbers as papers report them, with their sources
   ditbench reproduce NAME --plan|--model tiny-dit                a paper's table, run here and held against it
   ditbench check-method NAME                                     does a method keep the contract?
+  ditbench data list|fetch NAME|verify [NAME]                    prompt sets, reference batches and judges of others
   ditbench doctor                                                what this machine can do, and what is missing
   ditbench zoo train tiny-dit                                    train an embedded model again
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         "paper": paper_command,
         "reproduce": reproduce_command,
         "check-method": check_method_command,
+        "data": data_command,
         "doctor": doctor_command,
         "zoo": zoo_command,
     }
@@ -157,6 +159,29 @@ def check_method_command(arguments: list[str]) -> int:
     from harness.conformance import check_methods
 
     return check_methods(parser.parse_args(arguments).name)
+
+
+def data_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ditbench data", description="What others publish: prompt sets, reference batches, judges' weights."
+    )
+    parser.add_argument("action", choices=["list", "fetch", "verify"])
+    parser.add_argument("name", nargs="?", help="of an entry (ditbench data list); verify without one takes all")
+    parser.add_argument("--debug", action="store_true")
+    options = parser.parse_args(arguments)
+    from eval import data, fetch
+
+    if options.action == "list":
+        print(data.listed())
+        return 0
+    if options.action == "fetch":
+        if options.name is None:
+            raise UserError("data fetch: what? `ditbench data list` names what there is")
+        print(fetch.fetch(data.find_data(options.name)))
+        return 0
+    text, good = data.verified([options.name] if options.name else data.known_data())
+    print(text)
+    return 0 if good else EXIT_USER
 
 
 def doctor_command(arguments: list[str]) -> int:

@@ -59,7 +59,8 @@ def _weights(path: Path) -> str:
 
 
 def _metrics() -> str:
-    """Judge metrics need nothing; for Inception's, which weights are here and where the others belong."""
+    """Judge metrics need nothing; for Inception's, which weights are here and where the others belong; others' data."""
+    from eval.data import known_data
     from eval.inception import clean_fid_upstream, torch_fidelity_upstream
     from eval.weights import weights_folder
 
@@ -72,6 +73,8 @@ def _metrics() -> str:
             if folders
             else f"{name}: not here; put {upstream.file_name} from {upstream.url} into {weights_folder()}"
         )
+    here = [name for name, data in known_data().items() if data.is_here]
+    lines.append(f"of others' data: {', '.join(here) or 'nothing'} here; `ditbench data list` names what there is")
     lines.append("reference sets: digits-1797 ready; others by metrics.reference=FILE.npz (ADM's format) or a folder")
     return "\n".join(lines)
 

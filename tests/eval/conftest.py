@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from eval.base import Evidence, FeatureModel, Reference, Samples
 from harness.models.zoo.judge import FEATURE_WIDTH, Judge
@@ -38,6 +42,45 @@ def evidence(judge) -> Evidence:
 def evidence_of(judge):
     """evidence_of(n=…, reference_n=…, seed=…) with the random judge."""
     return lambda **sizes: make_evidence(judge, **sizes)
+
+
+@pytest.fixture(scope="session")
+def port_weights(tmp_path_factory):
+    """A random state_dict of torch-fidelity's network, with its hash in its name as upstream has it."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            pass
+
+    folder = tmp_path_factory.mktemp("port")
+    torch.save({}, folder / "empty.pth")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Untrained("inception-v3-compat", ["2048"], str(folder / "empty.pth"))
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)  # so that the features do not fade to 1e-8
+    torch.save(network.state_dict(), folder / "weights.pth")
+    sha256 = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()
+    return (folder / "weights.pth").rename(folder / f"weights-inception-{sha256[:8]}.pth")
+
+
+@pytest.fixture
+def port_installed(port_weights, monkeypatch):
+    monkeypatch.setenv("DITBENCH_WEIGHTS", str(port_weights.parent))
+    url = f"https://example.invalid/{port_weights.name}"
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.URL_INCEPTION_V3", url)
+    return port_weights
+
+
+@pytest.fixture(scope="session")
+def photos() -> Evidence:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (9, 320, 340, 3), dtype=np.uint8)
+    images[:4] = images[:4] // 2 + 60
+    images = torch.from_numpy(images)
+    return Evidence(Samples(images[:4]), reference=Reference("noise", images[4:], "e" * 64), resamples=10)
 
 
 def make_evidence(judge: FeatureModel, n: int = 96, reference_n: int = 300, seed: int = 0) -> Evidence:

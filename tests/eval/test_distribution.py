@@ -1,4 +1,5 @@
 import gc
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from scipy import linalg
 
 from eval import features, libraries
-from eval.base import Samples, evaluate, known_metrics
+from eval.base import Reference, Samples, evaluate, known_metrics
 from eval.features import judge_pair, outputs
 from harness.errors import UserError
 
@@ -114,6 +115,31 @@ def test_every_judge_metric_has_a_finite_value_an_interval_around_it_and_a_full_
     assert passport.keys() >= PASSPORT | {"ci_method"}
     assert passport["weights_sha256"] == "0" * 64 and passport["features"] == "judge random"
     assert passport["reference"] == (None if "/is_" in name else "bright")
+
+
+TO_FLOAT = [f"{library}/fid_judge_to_float" for library in libraries.FID]
+
+
+@pytest.mark.parametrize("name", TO_FLOAT)
+def test_fid_to_float_is_fid_with_the_float_models_images_for_the_reference(name, evidence):
+    float_images = Reference("float", evidence.float_model.images_NHWC, "f" * 64)
+    entry = evaluate([name], evidence)[name]
+    same = name.removesuffix("_to_float")
+    expected = evaluate([same], replace(evidence, reference=float_images))[same]
+    assert entry["value"] == expected["value"] and "pairs" in entry["passport"]["ci_method"]
+    wide, narrow = (e["ci95"][1] - e["value"] for e in (expected, entry))
+    assert 0 < narrow < wide  # what the two images of a pair share does not widen it
+    assert entry["value"] != pytest.approx(evaluate([same], evidence)[same]["value"], rel=0.1)
+    assert entry["paired"] and entry["passport"]["reference"] == "float model, same noise and labels"
+    pixels = evidence.float_model.pixels.numpy().tobytes()
+    assert entry["passport"]["reference_sha256"] == hashlib.sha256(pixels).hexdigest()
+
+
+@pytest.mark.parametrize("name", TO_FLOAT)
+def test_fid_to_float_needs_no_reference_but_the_float_model(name, evidence):
+    assert evaluate([name], replace(evidence, reference=None))[name]["status"] == "ok"
+    entry = evaluate([name], replace(evidence, float_model=None))[name]
+    assert entry["status"] == "skipped" and "float model" in entry["reason"]
 
 
 def test_the_names_are_those_promised_and_the_judges_numbers_never_bear_inceptions_names():

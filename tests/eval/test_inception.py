@@ -4,49 +4,18 @@ so that every resize has something to do."""
 import hashlib
 import os
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from eval import inception
-from eval.base import Evidence, Reference, Samples, evaluate, known_metrics
+from eval.base import Evidence, evaluate, known_metrics
 
 INCEPTION_METRICS = [
     "clean_fid/fid", "clean_fid/kid", "torch_fidelity/fid", "torch_fidelity/is", "torch_fidelity/kid",
     "torch_fidelity/precision", "torch_fidelity/recall", "torchmetrics/fid", "torchmetrics/is", "torchmetrics/kid",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def port_weights(tmp_path_factory):
-    """A random state_dict of torch-fidelity's network, with its hash in its name as upstream has it."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Untrained(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict):
-            pass
-
-    folder = tmp_path_factory.mktemp("port")
-    torch.save({}, folder / "empty.pth")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Untrained("inception-v3-compat", ["2048"], str(folder / "empty.pth"))
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)  # so that the features do not fade to 1e-8
-    torch.save(network.state_dict(), folder / "weights.pth")
-    sha256 = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()
-    return (folder / "weights.pth").rename(folder / f"weights-inception-{sha256[:8]}.pth")
-
-
-@pytest.fixture
-def port_installed(port_weights, monkeypatch):
-    monkeypatch.setenv("DITBENCH_WEIGHTS", str(port_weights.parent))
-    url = f"https://example.invalid/{port_weights.name}"
-    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.URL_INCEPTION_V3", url)
-    return port_weights
 
 
 class StandIn(nn.Module):
@@ -71,15 +40,6 @@ def clean_fid_installed(tmp_path, monkeypatch):
     return path
 
 
-@pytest.fixture(scope="module")
-def photos() -> Evidence:
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (9, 320, 340, 3), dtype=np.uint8)
-    images[:4] = images[:4] // 2 + 60
-    images = torch.from_numpy(images)
-    return Evidence(Samples(images[:4]), reference=Reference("noise", images[4:], "e" * 64), resamples=10)
-
-
 def scored(name: str, evidence: Evidence) -> dict:
     entry = evaluate([name], evidence)[name]
     assert entry["status"] == "ok", entry["reason"]
@@ -88,8 +48,8 @@ def scored(name: str, evidence: Evidence) -> dict:
 
 def test_the_names_are_those_promised():
     libraries = ("torchmetrics/", "torch_fidelity/", "clean_fid/")
-    names = [name for name in known_metrics() if name.startswith(libraries) and not name.endswith("_judge")]
-    assert names == INCEPTION_METRICS
+    names = [name for name in known_metrics() if name.startswith(libraries) and "_judge" not in name]
+    assert names == sorted([*INCEPTION_METRICS, *(f"{library}fid_to_float" for library in libraries)])
 
 
 @pytest.mark.parametrize("name", INCEPTION_METRICS)

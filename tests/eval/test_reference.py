@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from eval.judges import load_judge
-from eval.reference import load_reference
+from eval.reference import load_reference, write_reference
 from harness.errors import UserError
 from harness.models.zoo import digits
 from harness.models.zoo import judge as zoo_judge
@@ -37,6 +37,23 @@ def test_an_npz_and_a_folder_of_the_same_images_are_the_same_reference(tmp_path)
     from_npz, from_folder = load_reference(tmp_path / "ref.npz"), load_reference(str(tmp_path / "folder"))
     assert from_npz.sha256 == from_folder.sha256
     assert (from_npz.images_NHWC.numpy() == images).all()
+
+
+def test_a_written_batch_is_read_back_and_holds_what_adms_evaluator_opens(tmp_path):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), dtype=np.uint8))
+    path = tmp_path / "deeper" / "batch.npz"
+    write_reference(images, path)
+    assert torch.equal(load_reference(path).images_NHWC, images)
+    with np.load(path) as arrays:
+        assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8
+    assert [file.name for file in path.parent.iterdir()] == ["batch.npz"]
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 4, 4, 3), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)])
+def test_images_that_would_not_be_read_back_are_not_written(images, tmp_path):
+    with pytest.raises(ValueError, match="expected uint8 images"):
+        write_reference(images, tmp_path / "batch.npz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_misspelt_reference_is_answered_with_the_nearest_name():

@@ -80,3 +80,13 @@ def test_wide_features_get_fewer_resamples():
     assert spread.frechet_resamples(64, 200) == 200
     assert spread.frechet_resamples(2048, 200) == spread.FEW_RESAMPLES
     assert spread.frechet_resamples(2048, 10) == 10
+
+
+def test_pairs_are_drawn_together_in_the_frechet_distance_of_pairs():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(30, 4))
+    y = x + 0.1 * random.normal(size=(30, 4))
+    rows = random.integers(0, 30, 30)
+    expected = spread.frechet(x[rows], y[rows])(np.arange(30))
+    assert spread.frechet_of_pairs(x, y)(rows) == expected < 0.3 * spread.frechet(x, y)(rows)
+    assert spread.frechet_of_pairs(x, x)(rows) == pytest.approx(0.0, abs=1e-9)

@@ -1,0 +1,152 @@
+"""CLIP as a judge: images and texts as unit vectors of one space (Radford et al. 2021, arXiv:2103.00020).
+
+Weights and tokenizer come from Hugging Face's local cache, or from a folder that `save_pretrained` wrote; nothing is
+downloaded here. Images are prepared in torch as CLIP's own preprocessing does it with PIL: bicubic antialiased resize
+of the short side, rounded to uint8, centre crop, CLIP's mean and deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+
+from eval.base import MetricSkipped, Samples
+from eval.features import best_device, channels_first, full_precision, remembered
+from eval.weights import stored_sha256
+
+HUB = {
+    "b32": "openai/clip-vit-base-patch32",
+    "l14": "openai/clip-vit-large-patch14",
+    "l14_336": "openai/clip-vit-large-patch14-336",
+}  # our name → the hub's, or a folder
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """name as it was asked for; side: of the square images it takes, in pixels; sha256: of its weight file."""
+
+    name: str
+    module: Any  # transformers' CLIPModel
+    tokenizer: Any
+    side: int
+    max_tokens: int
+    sha256: str
+
+    @property
+    def passport(self) -> dict[str, Any]:
+        return {"weights_sha256": self.sha256, "dtype": "float32", "features": f"CLIP {self.name}"}
+
+
+@cache
+def load_clip(name_or_folder: str) -> Clip:
+    """CLIP by its name on the hub, from the local cache only, or from a folder; MetricSkipped where it is not."""
+    weights = _weight_file(name_or_folder)
+    if weights is None:
+        raise MetricSkipped(f"CLIP {name_or_folder} is not here; fetch it with `hf download {name_or_folder}`")
+    from transformers import AutoTokenizer, CLIPModel
+
+    try:
+        module = CLIPModel.from_pretrained(name_or_folder, local_files_only=True).float().eval()
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise MetricSkipped(
+            f"CLIP {name_or_folder} is here but cannot be read ({reason}); fetch it again with "
+            f"`hf download {name_or_folder} --force-download`"
+        ) from error
+    config = module.config
+    return Clip(
+        name_or_folder,
+        module.to(best_device()),
+        tokenizer,
+        config.vision_config.image_size,
+        config.text_config.max_position_embeddings,
+        stored_sha256(weights),
+    )
+
+
+def embed_images(clip: Clip, images_NHWC: Tensor, *, stretch: bool = False) -> Tensor:
+    """Unit vectors (N, width), float32 on the CPU."""
+
+    def embed() -> Tensor:
+        rows = []
+        with full_precision():
+            for batch in channels_first(images_NHWC, BATCH):
+                pixels = prepare(batch, clip.side, stretch=stretch).to(best_device())
+                seen = clip.module.vision_model(pixel_values=pixels).pooler_output
+                rows.append(F.normalize(clip.module.visual_projection(seen), dim=-1).cpu())
+        return torch.cat(rows)
+
+    return remembered(images_NHWC, clip.module, f"clip, stretch {stretch}", embed)
+
+
+def embed_texts(clip: Clip, texts: tuple[str, ...]) -> Tensor:
+    """Unit vectors (N, width), float32 on the CPU; what is longer than CLIP's context is cut off."""
+    rows = []
+    with torch.no_grad(), full_precision():
+        for start in range(0, len(texts), BATCH):
+            tokens = clip.tokenizer(
+                list(texts[start : start + BATCH]),
+                padding=True,
+                truncation=True,
+                max_length=clip.max_tokens,
+                return_tensors="pt",
+            ).to(best_device())
+            read = clip.module.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+            rows.append(F.normalize(clip.module.text_projection(read.pooler_output), dim=-1).cpu())
+    return torch.cat(rows)
+
+
+def count_too_long(clip: Clip, texts: tuple[str, ...]) -> int:
+    """How many texts lose words to CLIP's context length."""
+    return sum(len(ids) > clip.max_tokens for ids in clip.tokenizer(list(texts), verbose=False)["input_ids"])
+
+
+def prepare(images_BCHW: Tensor, side: int, *, stretch: bool = False) -> Tensor:
+    """uint8 (B, 3, H, W) → what CLIP takes, float32 (B, 3, side, side).
+
+    stretch: both sides are resized to `side`, neither cropped nor rounded, as CMMD's authors do.
+    """
+    height, width = images_BCHW.shape[-2:]
+    short = min(height, width)
+    size = (side, side) if stretch else (side * height // short, side * width // short)
+    # In uint8 torch rounds after each of the two passes, as PIL does; it can do so on the CPU only.
+    images = images_BCHW.float() if stretch else images_BCHW
+    images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    images = images[..., top : top + side, left : left + side].float()
+    mean, deviation = (images.new_tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+    return (images / 255.0 - mean) / deviation
+
+
+def need_prompts(samples: Samples) -> tuple[str, ...]:
+    """The text each sample was made from."""
+    if not samples.prompts:
+        raise MetricSkipped("the samples carry no prompts; this metric is for text-to-image models")
+    if len(samples.prompts) != len(samples):
+        raise ValueError(f"clip: {len(samples)} samples but {len(samples.prompts)} prompts; give one per sample")
+    return tuple(prompt.text for prompt in samples.prompts)
+
+
+def _weight_file(name_or_folder: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in WEIGHT_FILES:
+        if Path(name_or_folder).is_dir():
+            path: Any = Path(name_or_folder) / file
+        else:
+            path = try_to_load_from_cache(name_or_folder, file)
+        if isinstance(path, (str, Path)) and Path(path).is_file():
+            return Path(path)
+    return None

@@ -1,0 +1,119 @@
+"""What CLIP says of images: do they show their prompt, do they look good, are they distributed like others?
+
+    CLIPScore   max(100 cos(image, prompt), 0)             Hessel et al. 2021, arXiv:2104.08718
+    CLIP-IQA    softmax over 100 cos(image, antonyms)      Wang et al. 2023, arXiv:2207.12396, eq. 3
+    CMMD        1000 MMD²(generated, reference), k(x, y) = exp(−‖x − y‖² / (2 · 10²))   Jayasumana et al. 2024,
+                                                                                 arXiv:2401.09603
+
+Depart from the papers: CLIPScore is scaled by 100 (torchmetrics, SVDQuant) instead of 2.5, and nothing is put before
+the prompt (there: "A photo depicts"). CLIP-IQA looks through ViT-L/14 (there: a ResNet-50 without positional embedding).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from eval import spread
+from eval.base import Evidence, Measurement, metric
+from eval.clip import HUB, count_too_long, embed_images, embed_texts, load_clip, need_prompts
+from eval.features import against_float, need_reference
+from eval.passport import need_samples, passport
+from eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, PERCENTILE_BOOTSTRAP, around, mean_with_ci
+
+GOOD, BAD = "Good photo.", "Bad photo."
+SCALE = 100.0  # of cosines: CLIP's trained temperature
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+
+_CROPPED = {"resize": "bicubic, short side, centre crop", "antialias": True}
+_STRETCHED = {"resize": "bicubic, both sides, not cropped", "antialias": True}
+
+
+@metric("clipscore_b32", better="higher")
+def clipscore_b32(evidence: Evidence) -> Measurement:
+    """CLIPScore, ViT-B/32: 100 · cosine of image and prompt, not below 0, mean over the samples."""
+    return clipscore(evidence, HUB["b32"])
+
+
+@metric("clipscore_l14", better="higher")
+def clipscore_l14(evidence: Evidence) -> Measurement:
+    """CLIPScore, ViT-L/14: 100 · cosine of image and prompt, not below 0, mean over the samples."""
+    return clipscore(evidence, HUB["l14"])
+
+
+@metric("clip_iqa", better="higher")
+def clip_iqa(evidence: Evidence) -> Measurement:
+    """CLIP-IQA, ViT-L/14: how sure CLIP is of "Good photo." against "Bad photo.", mean over the images."""
+    need_samples(evidence, 1)
+    images_NHWC = evidence.generated.images_NHWC
+    clip = load_clip(HUB["l14"])
+    anchors_2F = embed_texts(clip, (GOOD, BAD))
+    good_N = (SCALE * embed_images(clip, images_NHWC) @ anchors_2F.T).softmax(dim=1)[:, 0]
+    return _mean(evidence, "clip_iqa", good_N, clip.passport | _CROPPED | {"prompts": [GOOD, BAD]})
+
+
+@metric("cmmd", better="lower")
+def cmmd(evidence: Evidence) -> Measurement:
+    """CMMD to the reference: distance between the two sets' CLIP ViT-L/14-336 embeddings."""
+    return clip_mmd(evidence)
+
+
+@metric("cmmd_float", better="lower", paired=True)
+def cmmd_float(evidence: Evidence) -> Measurement:
+    """CMMD to the float model's images: distance between the two sets' CLIP ViT-L/14-336 embeddings."""
+    return clip_mmd(against_float(evidence), pairs=True)
+
+
+def clipscore(evidence: Evidence, name: str) -> Measurement:
+    need_samples(evidence, 1)
+    images_NHWC, texts = evidence.generated.images_NHWC, need_prompts(evidence.generated)
+    clip = load_clip(name)
+    cosine_N = (embed_images(clip, images_NHWC) * embed_texts(clip, texts)).sum(dim=1)
+    settings = {"scale": SCALE, "template": "{prompt}", "max_tokens": clip.max_tokens}
+    settings |= {"prompts_cut_off": count_too_long(clip, texts)}
+    return _mean(evidence, "clipscore", (SCALE * cosine_N).clamp(min=0), clip.passport | _CROPPED | settings)
+
+
+def clip_mmd(evidence: Evidence, pairs: bool = False) -> Measurement:
+    """pairs: row i of the reference has the noise of generated row i, so both are resampled together."""
+    n = need_samples(evidence, 2)
+    reference = need_reference(evidence)
+    images_NHWC = evidence.generated.images_NHWC
+    clip = load_clip(HUB["l14_336"])
+    generated_NF, reference_MF = (
+        embed_images(clip, images, stretch=True).double().numpy() for images in (images_NHWC, reference.images_NHWC)
+    )
+    value = CMMD_SCALE * mmd2(generated_NF, reference_MF)
+    kernel_sd = spread.kernel_sd_of_pairs if pairs else spread.kernel_sd
+    sd = kernel_sd(generated_NF, reference_MF, evidence.seed, evidence.resamples, kernel=gaussian_kernel)
+    low, high = around(value, CMMD_SCALE * sd)
+    settings = clip.passport | _STRETCHED | {"dtype": "float32, kernel float64"}
+    settings |= {"sigma": CMMD_SIGMA, "scale": CMMD_SCALE, "estimator": "biased (V-statistic), unit vectors"}
+    settings |= {"ci_method": PAIRED_BOOTSTRAP if pairs else NORMAL_BOOTSTRAP, "resamples": evidence.resamples}
+    return Measurement(
+        value, (max(low, 0.0), high), n, passport("ditbench cmmd", "ditbench", reference=reference, **settings)
+    )
+
+
+def mmd2(x_NF: np.ndarray, y_MF: np.ndarray) -> float:
+    """Squared MMD, the biased estimate: Gretton et al. 2012, eq. 5. Kernel matrices are held a block of rows at a time."""
+    return _mean_kernel(x_NF, x_NF) + _mean_kernel(y_MF, y_MF) - 2 * _mean_kernel(x_NF, y_MF)
+
+
+def gaussian_kernel(x_NF: np.ndarray, y_MF: np.ndarray) -> np.ndarray:
+    square_NM = (x_NF**2).sum(axis=1)[:, None] + (y_MF**2).sum(axis=1) - 2 * x_NF @ y_MF.T
+    return np.exp(-square_NM / (2 * CMMD_SIGMA**2))
+
+
+def _mean_kernel(x_NF: np.ndarray, y_MF: np.ndarray) -> float:
+    blocks = range(0, len(x_NF), spread.KERNEL_ROWS)
+    total = sum(gaussian_kernel(x_NF[start : start + spread.KERNEL_ROWS], y_MF).sum() for start in blocks)
+    return float(total / (len(x_NF) * len(y_MF)))
+
+
+def _mean(evidence: Evidence, kind: str, values_N: Tensor, settings: dict[str, Any]) -> Measurement:
+    value, ci95 = mean_with_ci(values_N.numpy(), evidence.seed, evidence.resamples)
+    settings |= {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples}
+    return Measurement(value, ci95, len(values_N), passport(f"ditbench {kind}", "ditbench", reference=None, **settings))

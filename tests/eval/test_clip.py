@@ -1,0 +1,301 @@
+"""The CLIP path with a small random CLIP and a real tokenizer, saved and loaded as the real ones are."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics.pairwise import rbf_kernel
+
+from eval import clip, clip_metrics, spread
+from eval.base import Evidence, Prompt, Reference, Samples, evaluate, known_metrics
+from eval.statistics import resampled_rows
+
+CLIP_METRICS = ["clip_iqa", "clipscore_b32", "clipscore_l14", "cmmd", "cmmd_float"]
+WORDS = ["a", "red", "blue", "cat", "dog", "on", "the", "roof", "Good", "Bad", "photo", "."]
+TEXTS = ["a red cat", "the blue dog on a roof", "cat", "a dog . the photo"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """CLIPModel with 8×8 patches of 32×32 pixels, and a word-level tokenizer with 12 tokens of context."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("clip")
+    special = {"<unk>": 0, "<|startoftext|>": 1, "<pad>": 2, "<|endoftext|>": 3}
+    vocabulary = special | {word: index + 4 for index, word in enumerate(WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 1), ("<|endoftext|>", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>",
+        bos_token="<|startoftext|>", eos_token="<|endoftext|>", model_max_length=12,
+    )  # fmt: skip
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = small | {"vocab_size": len(vocabulary), "max_position_embeddings": 12}
+    text |= {"bos_token_id": 1, "pad_token_id": 2, "eos_token_id": 3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vision = small | {"image_size": 32, "patch_size": 8}
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+        for parameter in model.parameters():
+            parameter.data.mul_(8.0) if parameter.ndim > 1 else None  # so that images and texts differ
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def installed(folder, monkeypatch):
+    for name in clip.HUB:
+        monkeypatch.setitem(clip.HUB, name, str(folder))
+    return clip.load_clip(str(folder))
+
+
+@pytest.fixture(scope="module")
+def painted() -> Evidence:
+    """Images larger than CLIP takes and not square; the reference is brighter."""
+    random = np.random.default_rng(0)
+    images = torch.from_numpy(random.integers(0, 200, (14, 50, 61, 3), dtype=np.uint8))
+    prompts = tuple(Prompt(text) for text in TEXTS)
+    generated = Samples(images[:4], prompts=prompts)
+    return Evidence(generated, Samples(images[4:8]), Reference("bright", images[8:] + 55, "e" * 64), resamples=30)
+
+
+def scored(name, evidence):
+    entry = evaluate([name], evidence)[name]
+    assert entry["status"] == "ok", entry["reason"]
+    return entry
+
+
+def test_every_clip_metric_is_registered_with_its_direction():
+    metrics = known_metrics()
+    assert {name: metrics[name].better for name in CLIP_METRICS} == {
+        "clip_iqa": "higher", "clipscore_b32": "higher", "clipscore_l14": "higher", "cmmd": "lower",
+        "cmmd_float": "lower",
+    }  # fmt: skip
+    assert [name for name in CLIP_METRICS if metrics[name].paired] == ["cmmd_float"]
+
+
+@pytest.mark.parametrize("name", CLIP_METRICS)
+def test_without_weights_it_is_skipped_with_the_command_that_fetches_them(name, painted, monkeypatch):
+    for model in clip.HUB:
+        monkeypatch.setitem(clip.HUB, model, f"nobody/no-such-clip-{model}")
+    entry = evaluate([name], painted)[name]
+    assert entry["status"] == "skipped" and "`hf download nobody/no-such-clip-" in entry["reason"]
+
+
+def test_each_metric_looks_through_the_clip_its_name_promises(painted, monkeypatch):
+    asked = {
+        "clipscore_b32": "b32",
+        "clipscore_l14": "l14",
+        "clip_iqa": "l14",
+        "cmmd": "l14_336",
+        "cmmd_float": "l14_336",
+    }
+    for model in clip.HUB:
+        monkeypatch.setitem(clip.HUB, model, f"nobody/{model}")
+    for name, model in asked.items():
+        assert f"nobody/{model} is not here" in evaluate([name], painted)[name]["reason"]
+
+
+def test_a_damaged_file_is_skipped_with_what_to_do(folder, tmp_path, painted, monkeypatch):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"<html>404</html>")
+    monkeypatch.setitem(clip.HUB, "b32", str(tmp_path))
+    reason = evaluate(["clipscore_b32"], painted)["clipscore_b32"]["reason"]
+    assert str(tmp_path) in reason and "--force-download" in reason
+
+
+@pytest.mark.parametrize("size", [(50, 61), (80, 50), (20, 31), (32, 32)])
+def test_images_are_prepared_as_clips_own_processor_does_with_pil(size):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    theirs = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+    ours = clip.prepare(torch.from_numpy(image).permute(2, 0, 1)[None], 32)
+    level = 1 / 255 / min(clip.DEVIATION)
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1.01 * level  # one grey level apart at most, and hardly ever
+    assert (ours - theirs).abs().mean() < 0.02 * level
+
+
+def test_stretching_keeps_the_whole_image_and_cropping_its_middle():
+    stripes = torch.zeros(1, 3, 40, 80, dtype=torch.uint8)
+    stripes[..., :20], stripes[..., 60:] = 255, 255
+    cropped, stretched = clip.prepare(stripes, 32), clip.prepare(stripes, 32, stretch=True)
+    black = -clip.MEAN[0] / clip.DEVIATION[0]
+    assert cropped[0, 0, :, 4:-4].max() == pytest.approx(black, abs=0.02)
+    assert (stretched[0, 0, 16] > 0).float().mean() == pytest.approx(0.5, abs=0.07)
+
+
+def test_embeddings_are_the_models_own_scaled_to_unit_length(installed, painted):
+    from transformers import AutoTokenizer, CLIPModel
+
+    model = CLIPModel.from_pretrained(installed.name).eval()
+    tokens = AutoTokenizer.from_pretrained(installed.name)(TEXTS, padding=True, return_tensors="pt")
+    pixels = clip.prepare(painted.generated.images_NHWC.permute(0, 3, 1, 2), 32)
+    with torch.no_grad():
+        theirs = model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels
+        )  # returns both, normalised
+    torch.testing.assert_close(clip.embed_images(installed, painted.generated.images_NHWC), theirs.image_embeds)
+    torch.testing.assert_close(clip.embed_texts(installed, tuple(TEXTS)), theirs.text_embeds)
+
+
+def test_texts_longer_than_the_context_are_cut_off_and_counted(installed):
+    short, long = "a red cat", "a red cat on the blue roof " * 3
+    assert clip.count_too_long(installed, (short, long)) == 1
+    vectors = clip.embed_texts(installed, (long, "a red cat on the blue roof a red cat on the dog"))
+    torch.testing.assert_close(vectors[0], vectors[1])  # their first ten words are the same
+
+
+def test_clipscore_is_100_cosines_with_those_below_zero_counted_as_zero(installed, painted):
+    images = clip.embed_images(installed, painted.generated.images_NHWC).double()
+    texts = clip.embed_texts(installed, tuple(TEXTS)).double()
+    cosines = [float(a @ b / a.norm() / b.norm()) for a, b in zip(images, texts, strict=True)]
+    assert min(cosines) < 0 < max(cosines)
+    entry = scored("clipscore_l14", painted)
+    assert entry["value"] == pytest.approx(np.mean([100 * max(cosine, 0.0) for cosine in cosines]), rel=1e-5)
+    assert entry["n"] == 4 and entry["ci95"][0] <= entry["value"] <= entry["ci95"][1]
+
+
+def test_clipscore_of_each_image_is_torchmetrics_own(installed, painted):
+    from torchmetrics.functional.multimodal.clip_score import _clip_score_update
+
+    class Processor:
+        """What torchmetrics asks of CLIPProcessor."""
+
+        def __call__(self, text=None, images=None, **_):
+            if text is not None:
+                return installed.tokenizer(text, padding=True, return_tensors="pt")
+            return {"pixel_values": clip.prepare(torch.stack(images), 32)}
+
+    class Model(torch.nn.Module):
+        """transformers 5 returns more than the features, which torchmetrics 1.9 does not expect."""
+
+        config = installed.module.config
+
+        def get_image_features(self, pixels):
+            return installed.module.get_image_features(pixels).pooler_output
+
+        def get_text_features(self, ids, mask):
+            return installed.module.get_text_features(ids, mask).pooler_output
+
+    images = list(painted.generated.images_NHWC.permute(0, 3, 1, 2))
+    with torch.no_grad():
+        theirs, _ = _clip_score_update(images, TEXTS, Model(), Processor())
+    assert scored("clipscore_b32", painted)["value"] == pytest.approx(float(theirs.clamp(min=0).mean()), rel=1e-4)
+
+
+def test_clip_iqa_is_torchmetrics_softmax_over_good_and_bad(installed, painted):
+    from torchmetrics.functional.multimodal.clip_iqa import _clip_iqa_compute, _clip_iqa_format_prompts
+
+    prompts, names = _clip_iqa_format_prompts(("quality",))
+    images, anchors = clip.embed_images(installed, painted.generated.images_NHWC), clip.embed_texts(installed, prompts)
+    theirs = _clip_iqa_compute(images, anchors, names)
+    assert theirs.std() > 1e-3
+    assert scored("clip_iqa", painted)["value"] == pytest.approx(float(theirs.mean()), rel=1e-5)
+
+
+def test_cmmd_is_1000_times_the_biased_mmd_with_a_gaussian_of_width_10(installed, painted):
+    x, y = (
+        clip.embed_images(installed, images, stretch=True).double().numpy()
+        for images in (painted.generated.images_NHWC, painted.reference.images_NHWC)
+    )
+    gamma = 1 / (2 * 10**2)
+    mmd = rbf_kernel(x, x, gamma).mean() + rbf_kernel(y, y, gamma).mean() - 2 * rbf_kernel(x, y, gamma).mean()
+    entry = scored("cmmd", painted)
+    assert entry["value"] == pytest.approx(1000 * mmd, rel=1e-6) and entry["value"] > 1e-3
+    assert entry["ci95"][0] < entry["value"] < entry["ci95"][1] and entry["passport"]["reference"] == "bright"
+
+
+def test_cmmd_of_two_points_is_the_closed_form():
+    x, y = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
+    assert clip_metrics.mmd2(x, y) == pytest.approx(2 - 2 * np.exp(-2 / 200))
+
+
+def test_the_interval_of_cmmd_is_that_of_a_plain_loop_over_resamples():
+    x, y = np.random.default_rng(0).normal(size=(2, 9, 5)) * 8
+    gamma, values = 1 / (2 * 10**2), []
+    for rows in resampled_rows(9, seed=3, resamples=15):
+        within = rbf_kernel(x[rows], x[rows], gamma)
+        values.append((within.sum() - np.trace(within)) / (9 * 8) - 2 * rbf_kernel(x[rows], y, gamma).mean())
+    sd = spread.kernel_sd(x, y, 3, 15, kernel=clip_metrics.gaussian_kernel)
+    assert sd == pytest.approx(np.std(values, ddof=1), rel=1e-9) and sd > 1e-3
+
+
+def test_the_interval_of_cmmd_to_the_float_model_draws_both_images_of_a_pair(monkeypatch):
+    x, y = np.random.default_rng(0).normal(size=(2, 9, 5)) * 8
+    values = [clip_metrics.mmd2(x[rows], y[rows]) for rows in resampled_rows(9, seed=3, resamples=15)]
+    for rows_at_once in (100, 4):
+        monkeypatch.setattr(spread, "KERNEL_ROWS", rows_at_once)
+        sd = spread.kernel_sd_of_pairs(x, y, 3, 15, kernel=clip_metrics.gaussian_kernel)
+        assert sd == pytest.approx(np.std(values, ddof=1), rel=1e-9) and sd > 1e-3
+
+
+def test_cropped_and_stretched_images_are_not_taken_for_each_other(installed, painted):
+    images = painted.generated.images_NHWC.clone()
+    cropped, stretched = (clip.embed_images(installed, images, stretch=on) for on in (False, True))
+    assert (cropped - stretched).abs().max() > 1e-3
+
+
+def test_kernel_sums_do_not_depend_on_how_many_rows_are_held_at_once(monkeypatch):
+    x, y = np.random.default_rng(0).normal(size=(2, 11, 5))
+    whole = clip_metrics.mmd2(x, y), spread.kernel_sd(x, y, 0, 20, kernel=clip_metrics.gaussian_kernel)
+    monkeypatch.setattr(spread, "KERNEL_ROWS", 4)
+    parts = clip_metrics.mmd2(x, y), spread.kernel_sd(x, y, 0, 20, kernel=clip_metrics.gaussian_kernel)
+    assert parts == pytest.approx(whole, rel=1e-9)
+
+
+def test_cmmd_to_the_float_model_takes_its_images_and_is_zero_for_the_same_ones(installed, painted):
+    as_reference = replace(painted, reference=Reference("float", painted.float_model.images_NHWC, "f" * 64))
+    entry = scored("cmmd_float", painted)
+    assert entry["value"] == scored("cmmd", as_reference)["value"] > 0
+    assert entry["passport"]["reference"].startswith("float model")
+    assert "pairs" in entry["passport"]["ci_method"]
+    same = replace(painted, float_model=painted.generated)
+    assert scored("cmmd_float", same)["value"] == pytest.approx(0.0, abs=1e-9)
+    assert "float model" in evaluate(["cmmd_float"], replace(painted, float_model=None))["cmmd_float"]["reason"]
+
+
+@pytest.mark.parametrize("name", ["clipscore_b32", "clipscore_l14"])
+def test_images_without_prompts_have_no_clipscore(name, installed, painted):
+    entry = evaluate([name], replace(painted, generated=Samples(painted.generated.pixels)))[name]
+    assert entry["status"] == "skipped" and "no prompts" in entry["reason"]
+
+
+def test_prompts_that_do_not_pair_with_the_images_are_an_error(installed, painted):
+    broken = replace(painted.generated, prompts=painted.generated.prompts[:3])
+    with pytest.raises(ValueError, match="4 samples but 3 prompts"):
+        evaluate(["clipscore_b32"], replace(painted, generated=broken))
+
+
+@pytest.mark.parametrize("name", CLIP_METRICS)
+def test_videos_are_skipped(name, installed, painted):
+    videos = Samples(painted.generated.pixels[:, None].repeat(1, 2, 1, 1, 1), prompts=painted.generated.prompts)
+    entry = evaluate([name], replace(painted, generated=videos))[name]
+    assert entry["status"] == "skipped" and "videos" in entry["reason"]
+
+
+@pytest.mark.parametrize("name", CLIP_METRICS)
+def test_the_passport_names_the_weights_by_their_hash_and_how_images_were_resized(name, installed, folder, painted):
+    passport = scored(name, painted)["passport"]
+    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert passport["weights_sha256"] == sha256 and passport["antialias"] is True
+    assert ("not cropped" in passport["resize"]) == name.startswith("cmmd")
+
+
+def test_images_are_embedded_once_for_all_metrics(installed, painted, monkeypatch):
+    calls = []
+    original = clip.prepare
+    monkeypatch.setattr(clip, "prepare", lambda *given, **how: calls.append(how) or original(*given, **how))
+    fresh = replace(painted, generated=replace(painted.generated, pixels=painted.generated.pixels.clone()))
+    evaluate(["clipscore_b32", "clipscore_l14", "clip_iqa"], fresh)
+    assert len(calls) == 1
