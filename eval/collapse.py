@@ -2,8 +2,8 @@
 
 Averages hide them: a blank video has perfect flickering and consistency, and one of noise the highest dynamic degree.
 Each alarm measures one number per sample and compares it with a threshold. Where the float model's samples are given,
-an alarm counts only if the float model's own sample, from the same noise, is clear of the threshold by `CLEAR`: a
-night sky that the float model draws too is no collapse.
+an alarm counts only if the float model's own sample, from the same noise, is well clear of that threshold: a night sky
+that the float model draws too is no collapse, and a scene at the threshold's edge must not alarm by chance.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from eval.base import Evidence, Measurement, Samples, metric
 from eval.passport import FLOAT_MODEL, need_samples, passport
 from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
 
-BLANK_STD = 2.0  # grey levels; rounding a flat field gives at most 0.5, the faintest scene of use more than 5
-SATURATED_SHARE = 0.5  # of one channel's values; clipped highlights and black borders of a good picture stay below
-FROZEN_CHANGE = 0.1  # grey levels between frames; one pixel in ten changing by one level, less than any movement does
-NOISE_RATIO = 0.75  # white noise has 1; photographs have 0.01 to 0.3 at every scale, since their power falls as 1/f²
+# Each threshold, and what the float model's own sample has to be clear of.
+BLANK_STD, BLANK_STD_FLOAT = 2.0, 4.0  # grey levels; rounding a flat field gives up to 0.5, photographs 90
+SATURATED_SHARE, SATURATED_SHARE_FLOAT = 0.5, 0.4  # of one channel's values; a photograph has up to 0.25, digits 0.3
+FROZEN_CHANGE, FROZEN_CHANGE_FLOAT = 0.1, 0.2  # grey levels between frames; 0.1 is one pixel in ten off by one level
+NOISE_RATIO, NOISE_RATIO_FLOAT = 0.75, 0.5  # white noise has 1, photographs 0.01 to 0.05 at every scale
 NON_FINITE_SHARE = 0.0  # a single one is too many
-CLEAR = 2.0  # how far off the threshold the float model must be; else scenes at its edge alarm by chance
 ALARM_SHARE = 0.1  # of the samples; below, single bad draws are a matter for the metrics
 
 NOISE_SCALES = (1, 2, 4, 8)  # latent noise is white only once the VAE's 8× upsampling is averaged away
@@ -34,11 +34,7 @@ NOISE_SIDE = 16  # pixels left a side; with fewer, the ratio of a good thumbnail
 
 def alarms(samples: Samples, float_model: Samples | None = None) -> dict[str, dict[str, Any]]:
     """{alarm: {share of samples, n, threshold, what}}; alarms that do not apply (latents not kept, images) are absent."""
-    return {
-        name: {"share": float(hit_N.double().mean()), "n": len(samples)}
-        | {"threshold": ALARMS[name].threshold, "what": ALARMS[name].what}
-        for name, hit_N in raised(samples, float_model).items()
-    }
+    return _described(raised(samples, float_model))
 
 
 def alarmed(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -51,18 +47,18 @@ def collapse(evidence: Evidence) -> Measurement:
     """Share of samples that are blank, saturated, frozen, noise or not finite while the float model's are not."""
     need_samples(evidence, 1)
     samples, float_model = evidence.generated, evidence.float_model
-    any_N = torch.stack(list(raised(samples, float_model).values())).any(dim=0)
+    hits = raised(samples, float_model)
+    any_N = torch.stack(list(hits.values())).any(dim=0)
     value, ci95 = mean_with_ci(any_N.numpy(), evidence.seed, evidence.resamples)
-    found = alarms(samples, float_model)
+    found = _described(hits)
     settings = passport(
         "ditbench collapse",
         "ditbench",
-        reference=FLOAT_MODEL if float_model else None,
+        reference=FLOAT_MODEL if float_model is not None else None,
         dtype="float32",
         alarms=found,
         alarmed=alarmed(found),
         alarm_share=ALARM_SHARE,
-        float_model_clear_by=CLEAR,
         ci_method=PERCENTILE_BOOTSTRAP,
         resamples=evidence.resamples,
     )
@@ -79,27 +75,28 @@ def raised(samples: Samples, float_model: Samples | None = None) -> dict[str, Te
     hits = {}
     for name, alarm in ALARMS.items():
         if alarm.applies(samples):
-            hit_N = alarm.shown(samples, 1.0)
+            hit_N = alarm.beyond(alarm.threshold, samples)
             if float_model is not None and alarm.applies(float_model):
-                hit_N &= ~alarm.shown(float_model, CLEAR)
+                hit_N &= ~alarm.beyond(alarm.float_threshold, float_model)
             hits[name] = hit_N
     return hits
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """measure: Samples → one number per sample. Raised below the threshold (`low`) or above it."""
+    """measure: Samples → one number per sample, bad below the threshold (`low`) or above it."""
 
     what: str
     measure: Callable[[Samples], Tensor]
     threshold: float
+    float_threshold: float
     low: bool
     applies: Callable[[Samples], bool] = lambda samples: True
 
-    def shown(self, samples: Samples, slack: float) -> Tensor:
-        """bool (N,); slack > 1 counts samples near the threshold too."""
+    def beyond(self, threshold: float, samples: Samples) -> Tensor:
+        """bool (N,)"""
         value_N = self.measure(samples)
-        return value_N < self.threshold * slack if self.low else value_N > self.threshold / slack
+        return value_N < threshold if self.low else value_N > threshold
 
 
 def spread(samples: Samples) -> Tensor:
@@ -143,6 +140,19 @@ def non_finite(samples: Samples) -> Tensor:
     return (~samples.latents.isfinite()).flatten(1).float().mean(dim=1)
 
 
+def _described(hits: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "share": float(hit_N.double().mean()),
+            "n": len(hit_N),
+            "threshold": ALARMS[name].threshold,
+            "float_threshold": ALARMS[name].float_threshold,
+            "what": ALARMS[name].what,
+        }
+        for name, hit_N in hits.items()
+    }
+
+
 def _over_frames(samples: Samples, measure: Callable[[Tensor], Tensor]) -> Tensor:
     """measure (F, H, W, 3) → (F, …) of every sample, (N, F, …); an image is one frame."""
     return torch.stack([measure(sample if samples.is_video else sample[None]) for sample in samples.pixels])
@@ -159,19 +169,31 @@ def _neighbour_ratio(frames_F3HW: Tensor) -> Tensor:
 
 
 ALARMS = {
-    "blank": Alarm("median over frames of the pixels' standard deviation, levels", spread, BLANK_STD, low=True),
-    "saturated": Alarm("share of a channel's values at 0 or 255", saturation, SATURATED_SHARE, low=False),
+    "blank": Alarm(
+        "below: standard deviation of a frame's pixels, levels", spread, BLANK_STD, BLANK_STD_FLOAT, low=True
+    ),
+    "saturated": Alarm(
+        "above: share of a channel's values at 0 or 255", saturation, SATURATED_SHARE, SATURATED_SHARE_FLOAT, low=False
+    ),
     "frozen": Alarm(
-        "mean absolute difference of neighbouring frames, levels",
+        "below: mean absolute difference of neighbouring frames, levels",
         change,
         FROZEN_CHANGE,
+        FROZEN_CHANGE_FLOAT,
         low=True,
         applies=lambda samples: samples.is_video and samples.pixels.shape[1] > 1,
     ),
-    "noise": Alarm("energy of neighbouring differences over 2 variances", noisiness, NOISE_RATIO, low=False),
+    "noise": Alarm(
+        "above: energy of neighbouring pixels' differences over twice the variance",
+        noisiness,
+        NOISE_RATIO,
+        NOISE_RATIO_FLOAT,
+        low=False,
+    ),
     "non-finite latents": Alarm(
-        "share of latent values that are not finite",
+        "above: share of latent values that are not finite",
         non_finite,
+        NON_FINITE_SHARE,
         NON_FINITE_SHARE,
         low=False,
         applies=lambda samples: samples.latents is not None,

@@ -67,6 +67,49 @@ def test_a_float_sample_just_off_the_threshold_is_not_clear_of_it():
     assert alarms(Samples(over), Samples(under))["saturated"]["share"] == 0.0
 
 
+def test_one_saturated_channel_is_enough():
+    red = scenes()
+    red[..., 0] = 255
+    assert alarms(Samples(red), Samples(scenes()))["saturated"]["share"] == 1.0
+
+
+def test_a_float_sample_that_is_nearly_blank_or_nearly_still_is_not_clear_of_the_threshold_either():
+    def stripes(levels: int, step: int) -> Samples:
+        """Half of the pixels `levels` brighter; one pixel in ten changes by `step` each frame."""
+        videos = torch.full((N, FRAMES, 20, 20, 3), 90, dtype=torch.uint8)
+        videos[:, :, ::2] += levels
+        videos[:, 1::2, :2] += step
+        return Samples(videos)
+
+    assert alarms(stripes(2, 1))["blank"]["share"] == 1.0 and alarms(stripes(6, 1))["blank"]["share"] == 0.0
+    assert alarms(stripes(2, 1), stripes(6, 1))["blank"]["share"] == 0.0
+    assert alarms(stripes(2, 1), stripes(12, 1))["blank"]["share"] == 1.0
+    assert alarms(stripes(50, 0), stripes(50, 1))["frozen"]["share"] == 0.0
+    assert alarms(stripes(50, 0), stripes(50, 3))["frozen"]["share"] == 1.0
+
+
+def test_saturation_alarms_where_the_float_models_own_black_is_a_third_of_the_picture():
+    """Digits on black: a third of their values are at 0, and a collapse of them must still be seen."""
+    digits = scenes()
+    digits[:, :, :11] = 0
+    collapsed = torch.where(digits > 128, 255, 0).to(torch.uint8)
+    assert alarms(Samples(collapsed), Samples(digits))["saturated"]["share"] == 1.0
+
+
+def test_grain_that_the_float_model_has_to_a_lesser_degree_is_no_alarm():
+    random = torch.Generator().manual_seed(3)
+    noise = torch.randn(scenes().shape, generator=random) * 40
+
+    def grainy(strength):
+        return Samples((scenes().float() * (1 - strength) + strength * (128 + noise)).clamp(1, 254).to(torch.uint8))
+
+    more, less = grainy(0.75), grainy(0.55)
+    over, under = collapse.noisiness(more), collapse.noisiness(less)
+    assert (over > 0.75).all() and (under > 0.5).all() and (under < 0.75).all()
+    assert alarms(more)["noise"]["share"] == 1.0
+    assert alarms(more, less)["noise"]["share"] == 0.0
+
+
 def test_a_flat_colour_is_blank_although_its_channels_differ():
     red = torch.tensor([220, 10, 10], dtype=torch.uint8).expand(N, FRAMES, SIDE, SIDE, 3).contiguous()
     assert alarms(Samples(red))["blank"]["share"] == 1.0
