@@ -87,7 +87,10 @@ def frame_features(videos_NFHWC: Tensor, judge: nn.Module, antialias: bool) -> T
 
 
 def load_judge(name: str) -> tuple[Any, dict[str, Any]]:
-    """A DinoJudge for DINO, a ClipJudge for CLIP and CLIP_LARGE, and the passport fields. MetricSkipped with the command that fetches it."""
+    """A DinoJudge for DINO, a ClipJudge for CLIP and CLIP_LARGE, and its passport fields.
+
+    MetricSkipped, with the command that fetches it, where it is not on this machine.
+    """
     folder = judge_folder(name)
     judge = _load(name, folder)
     weights = next(folder / file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).exists())

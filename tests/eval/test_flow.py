@@ -86,6 +86,33 @@ def test_raft_is_taken_when_its_weights_are_here_and_answers_in_the_videos_pixel
     assert found.estimate(video[:-1], video[1:]).shape == (2, 2, *size)
 
 
+@pytest.mark.parametrize(("size", "seen"), [((32, 40), (128, 160)), ((130, 150), (136, 152))])
+def test_raft_sees_larger_padded_frames_and_its_flow_is_scaled_and_cropped_back(size, seen, tmp_path, monkeypatch):
+    """In RAFT's place a network that says: each pixel moves to the right by its own column, and down by 16."""
+
+    class Columns(torch.nn.Module):
+        def forward(self, before, after, num_flow_updates):
+            assert before.shape == after.shape == (2, 3, *seen) and before.min() == -1.0 and before.max() == 1.0
+            flow_P2HW = torch.zeros(2, 2, *seen)
+            flow_P2HW[:, 0] = torch.arange(seen[1])
+            flow_P2HW[:, 1] = 16.0
+            return [torch.zeros_like(flow_P2HW), flow_P2HW]
+
+    monkeypatch.setattr("torchvision.models.optical_flow.raft_large", lambda weights: Columns())
+    torch.save({}, tmp_path / flow.RAFT_FILE)
+    video = torch.zeros(3, *size, 3, dtype=torch.uint8)
+    video[:, :, : size[1] // 2] = 255
+    across, down = flow.raft(tmp_path / flow.RAFT_FILE).estimate(video[:-1], video[1:])[1, :, 5]
+    assert (down == (16.0 if size[0] > 128 else 4.0)).all()
+    torch.testing.assert_close(across, torch.arange(size[1]).float(), atol=0.5, rtol=0)
+
+
+def test_a_block_at_the_border_is_the_mean_over_what_there_is_of_it():
+    averaging = flow._averaging(20)
+    assert averaging[0].tolist() == pytest.approx([1 / 5] * 5 + [0] * 15)
+    assert averaging[10].tolist() == pytest.approx([0] * 6 + [1 / 9] * 9 + [0] * 5)
+
+
 def test_a_raft_file_that_was_cut_short_is_a_skip_and_no_silent_other_estimator(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / flow.RAFT_FILE).write_bytes(b"cut short")
