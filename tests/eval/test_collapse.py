@@ -1,0 +1,183 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eval import collapse
+from eval.base import Evidence, Samples, evaluate
+from eval.collapse import alarmed, alarms
+
+N, FRAMES, SIDE = 10, 6, 32
+
+
+def scenes(seed: int = 0) -> torch.Tensor:
+    """Smooth pictures that drift by one pixel a frame, uint8 (N, F, H, W, 3)."""
+    random = torch.Generator().manual_seed(seed)
+    small = torch.rand(N, 3, 8, 8, generator=random) * 160 + 40
+    wide = torch.nn.functional.interpolate(small, size=SIDE + FRAMES, mode="bicubic")
+    frames = [wide[..., :SIDE, t : t + SIDE] for t in range(FRAMES)]
+    return torch.stack(frames, dim=1).permute(0, 1, 3, 4, 2).round().clamp(1, 254).to(torch.uint8).contiguous()
+
+
+def broken(kind: str) -> torch.Tensor:
+    """The scenes, all samples collapsed in one way."""
+    videos, random = scenes(), torch.Generator().manual_seed(1)
+    if kind == "blank":
+        return torch.full_like(videos, 90)
+    if kind == "saturated":
+        return torch.where(videos > 128, 255, 0).to(torch.uint8)
+    if kind == "frozen":
+        return videos[:, :1].expand_as(videos).contiguous()
+    noise = torch.randn(videos.shape, generator=random) * 40 + 128
+    return noise.clamp(1, 254).to(torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["blank", "saturated", "frozen", "noise"])
+def test_each_way_to_collapse_raises_its_alarm_for_every_sample(kind):
+    found = alarms(Samples(broken(kind)), Samples(scenes()))
+    assert found[kind]["share"] == 1.0 and found[kind]["n"] == N
+    assert kind in alarmed(found)
+
+
+def test_what_the_float_model_draws_is_no_alarm_and_neither_is_a_good_sample():
+    assert alarmed(alarms(Samples(scenes()), Samples(scenes(seed=1)))) == []
+    assert alarmed(alarms(Samples(scenes()))) == []
+    for kind in ("blank", "saturated", "frozen", "noise"):
+        assert alarmed(alarms(Samples(broken(kind)))) != [], "without the float model a collapse is still one"
+        assert alarmed(alarms(Samples(broken(kind)), Samples(broken(kind)))) == []
+
+
+def test_the_float_models_own_flat_background_is_no_alarm():
+    """A dark square on black: 94 % of the values at 0, in both models; a little more in the quantized one."""
+    dark = torch.zeros(N, FRAMES, SIDE, SIDE, 3, dtype=torch.uint8)
+    dark[:, :, 4:12, 4:12] = 70
+    darker = dark.clone()
+    darker[:, :, 4:6, 4:12] = 0
+    assert alarmed(alarms(Samples(darker))) != []
+    assert alarmed(alarms(Samples(darker), Samples(dark))) == []
+
+
+def test_a_float_sample_just_off_the_threshold_is_not_clear_of_it():
+    """Half of the picture black and a little less than half: the same scene, on two sides of the threshold."""
+    over, under = scenes(), scenes()
+    over[:, :, :17] = 0
+    under[:, :, :15] = 0
+    assert alarms(Samples(over))["saturated"]["share"] == 1.0
+    assert alarms(Samples(under))["saturated"]["share"] == 0.0
+    assert alarms(Samples(over), Samples(under))["saturated"]["share"] == 0.0
+
+
+def test_one_saturated_channel_is_enough():
+    red = scenes()
+    red[..., 0] = 255
+    assert alarms(Samples(red), Samples(scenes()))["saturated"]["share"] == 1.0
+
+
+def test_a_float_sample_that_is_nearly_blank_or_nearly_still_is_not_clear_of_the_threshold_either():
+    def stripes(levels: int, step: int) -> Samples:
+        """Half of the pixels `levels` brighter; one pixel in ten changes by `step` each frame."""
+        videos = torch.full((N, FRAMES, 20, 20, 3), 90, dtype=torch.uint8)
+        videos[:, :, ::2] += levels
+        videos[:, 1::2, :2] += step
+        return Samples(videos)
+
+    assert alarms(stripes(2, 1))["blank"]["share"] == 1.0 and alarms(stripes(6, 1))["blank"]["share"] == 0.0
+    assert alarms(stripes(2, 1), stripes(6, 1))["blank"]["share"] == 0.0
+    assert alarms(stripes(2, 1), stripes(12, 1))["blank"]["share"] == 1.0
+    assert alarms(stripes(50, 0), stripes(50, 1))["frozen"]["share"] == 0.0
+    assert alarms(stripes(50, 0), stripes(50, 3))["frozen"]["share"] == 1.0
+
+
+def test_saturation_alarms_where_the_float_models_own_black_is_a_third_of_the_picture():
+    """Digits on black: a third of their values are at 0, and a collapse of them must still be seen."""
+    digits = scenes()
+    digits[:, :, :11] = 0
+    collapsed = torch.where(digits > 128, 255, 0).to(torch.uint8)
+    assert alarms(Samples(collapsed), Samples(digits))["saturated"]["share"] == 1.0
+
+
+def test_grain_that_the_float_model_has_to_a_lesser_degree_is_no_alarm():
+    random = torch.Generator().manual_seed(3)
+    noise = torch.randn(scenes().shape, generator=random) * 40
+
+    def grainy(strength):
+        return Samples((scenes().float() * (1 - strength) + strength * (128 + noise)).clamp(1, 254).to(torch.uint8))
+
+    more, less = grainy(0.75), grainy(0.55)
+    over, under = collapse.noisiness(more), collapse.noisiness(less)
+    assert (over > 0.75).all() and (under > 0.5).all() and (under < 0.75).all()
+    assert alarms(more)["noise"]["share"] == 1.0
+    assert alarms(more, less)["noise"]["share"] == 0.0
+
+
+def test_a_flat_colour_is_blank_although_its_channels_differ():
+    red = torch.tensor([220, 10, 10], dtype=torch.uint8).expand(N, FRAMES, SIDE, SIDE, 3).contiguous()
+    assert alarms(Samples(red))["blank"]["share"] == 1.0
+
+
+def test_rounding_noise_on_a_blank_frame_is_blank_and_not_noise():
+    videos = torch.randint(90, 93, (N, FRAMES, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(0))
+    found = alarms(Samples(videos.to(torch.uint8)), Samples(scenes()))
+    assert found["blank"]["share"] == 1.0 and found["noise"]["share"] == 0.0
+
+
+def test_white_noise_has_ratio_one_and_latent_noise_shows_at_a_coarser_scale():
+    white = Samples(broken("noise"))
+    torch.testing.assert_close(collapse.noisiness(white), torch.ones(N), atol=0.12, rtol=0)
+    random = torch.Generator().manual_seed(2)
+    latent = torch.rand(N, 3, 32, 32, generator=random) * 200 + 25
+    pixels = latent.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3).permute(0, 2, 3, 1).to(torch.uint8)
+    assert (collapse.noisiness(Samples(pixels)) > collapse.NOISE_RATIO).all()
+    assert (collapse._neighbour_ratio(pixels.permute(0, 3, 1, 2).float()) < 0.2).all()
+
+
+def test_the_numbers_that_are_compared_are_those_one_counts_by_hand():
+    ramp = torch.arange(4, dtype=torch.uint8).view(1, 1, 4, 1) * 80  # columns 0, 80, 160, 240
+    video = Samples(ramp.expand(3, 4, 4, 3).unsqueeze(0).contiguous())
+    assert collapse.spread(video).item() == pytest.approx((80**2 * (1.5**2 + 0.5**2) / 2) ** 0.5)
+    assert collapse.saturation(video).item() == 0.25
+    assert collapse.change(video).item() == 0.0
+    # Differences along rows 80 and along columns 0: (80² + 0) / 2, over twice the variance 8000.
+    assert collapse.noisiness(video).item() == pytest.approx(3200 / 16000)
+    steps = torch.tensor([10, 10, 40], dtype=torch.uint8).view(1, 3, 1, 1, 1).expand(1, 3, 4, 4, 3)
+    assert collapse.change(Samples(steps)).item() == 15.0
+
+
+def test_latents_that_are_not_finite_alarm_and_latents_that_were_not_kept_do_not():
+    latents = torch.zeros(N, 4, 2, 2)
+    latents[:3, 0, 0, 0] = float("inf")
+    samples = Samples(scenes(), latents=latents)
+    assert alarms(samples)["non-finite latents"]["share"] == pytest.approx(0.3)
+    assert "non-finite latents" not in alarms(replace(samples, latents=None))
+
+
+def test_images_have_no_frozen_alarm_and_all_the_others():
+    images = Samples(broken("blank")[:, 0], latents=torch.zeros(N, 1))
+    assert set(alarms(images)) == set(collapse.ALARMS) - {"frozen"}
+    assert alarmed(alarms(images)) == ["blank"]
+
+
+def test_a_run_is_alarmed_above_one_sample_in_ten():
+    videos = scenes()
+    videos[0] = 90
+    assert alarmed(alarms(Samples(videos))) == []
+    videos[1] = 90
+    assert alarmed(alarms(Samples(videos))) == ["blank", "frozen"]
+
+
+def test_the_metric_counts_a_sample_once_however_many_alarms_it_raises():
+    videos = scenes()
+    videos[:3] = 90  # blank and frozen
+    videos[3] = broken("noise")[3]
+    entry = evaluate(["collapse"], Evidence(Samples(videos), Samples(scenes())))["collapse"]
+    low, high = entry["ci95"]
+    assert entry["value"] == pytest.approx(0.4) and low < 0.4 < high
+    assert entry["n"] == N and entry["better"] == "lower" and not entry["paired"]
+    passport = entry["passport"]
+    assert passport["alarms"]["blank"]["share"] == pytest.approx(0.3) and passport["reference"] is not None
+    assert passport["alarmed"] == ["blank", "frozen"]
+
+
+def test_a_float_model_that_does_not_pair_row_by_row_is_an_error():
+    with pytest.raises(ValueError, match="same seeds"):
+        alarms(Samples(scenes()), Samples(scenes()[:-1]))
