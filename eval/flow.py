@@ -2,16 +2,14 @@
 
 A flow (P, 2, H, W) of P pairs of frames says, in pixels, that before[y, x] is at after[y + flow[1], x + flow[0]].
 
-Three estimators, the first that is here is used and the passport names it; their numbers must not be compared:
+Two estimators, the first that is here is used and the passport names it; their numbers must not be compared:
 1. torchvision's RAFT (Teed & Deng 2020, arXiv:2003.12039), if its weights are on this machine: those trained on
    FlyingChairs and FlyingThings3D, ported from the raft-things.pth that VBench uses, with VBench's 20 updates;
-2. scikit-image's TV-L1, if it is installed;
-3. block matching, written here.
+2. block matching, written here.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +51,7 @@ def find_flow() -> Flow:
     for folder in (weights_folder(), Path(torch.hub.get_dir()) / "checkpoints"):
         if (folder / RAFT_FILE).is_file():
             return raft(folder / RAFT_FILE)
-    return tv_l1() if importlib.util.find_spec("skimage") else blocks()
+    return blocks()
 
 
 @cache
@@ -81,20 +79,6 @@ def raft(weights: Path) -> Flow:
 
     origin = {"flow": f"torchvision raft_large, {weights.name}", "flow_updates": RAFT_UPDATES}
     return Flow("torchvision", estimate, origin | {"weights_sha256": weights_sha256(weights)})
-
-
-@cache
-def tv_l1() -> Flow:
-    from skimage.registration import optical_flow_tvl1
-
-    def estimate(before_PHWC: Tensor, after_PHWC: Tensor) -> Tensor:
-        grey = [(_channels_first(frames).mean(dim=1) / 255.0).numpy() for frames in (before_PHWC, after_PHWC)]
-        flows = [
-            torch.from_numpy(optical_flow_tvl1(before, after)).float() for before, after in zip(*grey, strict=True)
-        ]
-        return torch.stack(flows).flip(1)  # scikit-image gives (rows, columns)
-
-    return Flow("scikit-image", estimate, {"flow": "scikit-image optical_flow_tvl1 of the mean of R, G, B (not RAFT)"})
 
 
 @cache

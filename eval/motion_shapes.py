@@ -14,7 +14,7 @@ from eval import shapes
 from eval.base import Evidence, Measurement, MetricSkipped, metric
 from eval.passport import passport
 from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
-from harness.models.zoo.shapes import DIRECTIONS, SIDE, SPEEDS
+from harness.models.zoo.shapes import DIRECTIONS, SPEEDS
 
 LEAST_PATH = 0.04  # of the picture's side: less is standing still
 LEAST_FRAMES = 0.5  # share of frames in which the object has to be seen
@@ -61,7 +61,7 @@ def is_as_fast_as_asked(video_FHWC: np.ndarray, about: dict) -> bool:
     centres = moving_path(video_FHWC, about)
     if centres is None:
         return False
-    per_frame = np.linalg.norm(centres[-1] - centres[0]) / (len(video_FHWC) - 1) * SIDE / video_FHWC.shape[2]
+    per_frame = np.linalg.norm(centres[-1] - centres[0]) / (len(video_FHWC) - 1)
     fast = bool(per_frame > sum(SPEEDS.values()) / len(SPEEDS))
     return fast == (about["speed"] == "fast")
 

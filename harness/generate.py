@@ -112,15 +112,33 @@ def load_samples(path: Path) -> Samples:
         )
 
 
-def save_grid(images: Samples, path: Path, columns: int = 10, rows: int = 4, cell: int = 64) -> None:
-    """A PNG of the first columns × rows samples, small images enlarged without smoothing."""
-    shown = images.images_NHWC[: columns * rows].numpy()
-    scale = max(1, cell // shown.shape[1])
-    shown = shown.repeat(scale, axis=1).repeat(scale, axis=2)
+def save_grid(samples: Samples, path: Path, columns: int = 10, rows: int = 4, cell: int = 64) -> None:
+    """A PNG of the first samples, small ones enlarged without smoothing: columns × rows images, or one video per row."""
+    pixels = samples.pixels
+    if samples.is_video:
+        frames = torch.linspace(0, pixels.shape[1] - 1, min(columns, pixels.shape[1])).round().long()
+        pixels, columns = pixels[:rows, frames].flatten(0, 1), len(frames)
+    with atomic_path(path) as part:
+        Image.fromarray(_tiled(pixels[: columns * rows].numpy(), columns, cell)).save(part, format="PNG")
+
+
+def save_animation(samples: Samples, path: Path, columns: int = 6, rows: int = 2, cell: int = 96) -> None:
+    """A GIF of the first columns × rows videos side by side, in a loop at their own speed."""
+    frames = samples.videos_NFHWC[: columns * rows].numpy().swapaxes(0, 1)
+    tiles = [Image.fromarray(_tiled(frame, columns, cell)) for frame in frames]
+    with atomic_path(path) as part:
+        tiles[0].save(
+            part, format="GIF", save_all=True, append_images=tiles[1:], duration=round(1000 / samples.fps), loop=0
+        )
+
+
+def _tiled(images_NHWC: np.ndarray, columns: int, cell: int) -> np.ndarray:
+    """One picture of all, row by row; images smaller than a cell are enlarged by a whole factor."""
+    scale = max(1, cell // images_NHWC.shape[1])
+    shown = images_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = shown.shape[1:3]
     canvas = np.zeros((-(-len(shown) // columns) * height, min(columns, len(shown)) * width, 3), np.uint8)
     for index, image in enumerate(shown):
         top, left = index // columns * height, index % columns * width
         canvas[top : top + height, left : left + width] = image
-    with atomic_path(path) as part:
-        Image.fromarray(canvas).save(part, format="PNG")
+    return canvas

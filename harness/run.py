@@ -27,7 +27,7 @@ from harness.environment import code_identity, environment
 from harness.errors import UserError
 from harness.files import canonical_sha256, disk_errors_explained, is_disk_error
 from harness.float_images import float_images, noise_floor
-from harness.generate import conditions, generate, save_grid, save_samples
+from harness.generate import conditions, generate, save_animation, save_grid, save_samples
 from harness.layer_error import ErrorAtlas, error_atlas, layer_table
 from harness.measure import kind_of, measure
 from harness.memory import PeakMemory, peak_memory
@@ -217,6 +217,10 @@ def save_artifacts(
     save_grid(images, folder / "grid.png")
     save_grid(float_model, folder / "float_grid.png")
     saved = {"images": "images.npz", "grid": "grid.png", "float_grid": "float_grid.png"}
+    if images.is_video:
+        save_animation(images, folder / "animation.gif")
+        save_animation(float_model, folder / "float_animation.gif")
+        saved |= {"animation": "animation.gif", "float_animation": "float_animation.gif"}
     if state:
         # cloned: entries may be one tensor under several names, which safetensors refuses
         save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "state.safetensors")

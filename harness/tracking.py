@@ -76,6 +76,10 @@ def pictures(record: Record, folder: Path) -> dict[str, Any]:
         path = folder / record.artifacts.get(name, "-")
         if path.exists():
             found[f"samples/{name}"] = wandb.Image(str(path))
+    for name in ("animation", "float_animation"):
+        path = folder / record.artifacts.get(name, "-")
+        if path.exists():
+            found[f"samples/{name}"] = wandb.Video(str(path), format="gif")
     if record.layers:
         columns = ["layer", *next(iter(record.layers.values()))]
         rows = [[layer, *entry.values()] for layer, entry in record.layers.items()]

@@ -217,6 +217,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     Raises:
         UserError: no such weights, unreadable or truncated weights, another architecture, NaN in the weights.
     """
+    quiet_libraries()
     adapter = family(spec.family)
     if spec.size:
         if not is_dataclass(adapter):
@@ -243,6 +244,15 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     if spec.stress:
         model.inject_outliers(**spec.stress)
     return model
+
+
+def quiet_libraries() -> None:
+    """No progress bars of diffusers and transformers among ours."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _source_folder(spec: ModelSpec) -> str:

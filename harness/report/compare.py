@@ -17,7 +17,7 @@ from harness.record import Record
 
 FLOAT_METHOD = "fp"
 # In this order; of each, the first metric that was computed and is called so.
-HEADLINE = ("fid", "psnr", "accuracy", "ssim", "lpips", "clip")
+HEADLINE = ("fid", "psnr", "accuracy", "overall", "direction", "temporal", "ssim", "lpips", "clipscore", "clip")
 _TOLD_APART_BY = ("method", "bits", "calibration", "backend")  # parts of a config
 _BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
 
@@ -65,7 +65,8 @@ def groups(records: Iterable[Record]) -> list[Group]:
 def judge(records: Sequence[Record], metric: str) -> list[Verdict]:
     """One verdict per record of a group.
 
-    Runs inside the noise floor cannot be told apart: they all stand at the float row's value and share one rank. Where
+    A run with a collapse alarm has no rank: a blank video would win every consistency. Runs inside the noise floor cannot
+    be told apart: they all stand at the float row's value and share one rank. Where
     every rival of a bits label stands level, or there is only one, nobody is marked.
     """
     center = float_value(records, metric)
@@ -76,7 +77,7 @@ def judge(records: Sequence[Record], metric: str) -> list[Verdict]:
         better = "higher"
         for index, record in enumerate(records):
             own = value(record, metric)
-            if bits_label(record) != label or record.method == FLOAT_METHOD or own is None:
+            if bits_label(record) != label or record.method == FLOAT_METHOD or own is None or alarms(record):
                 continue
             standing[index] = center if inside[index] and center is not None else own
             better = record.metrics[metric]["better"]
@@ -86,6 +87,13 @@ def judge(records: Sequence[Record], metric: str) -> list[Verdict]:
         for index, at in standing.items():
             marks[index] = {ranks[0]: "best", ranks[1]: "second"}.get(at, "")
     return [Verdict(mark, within) for mark, within in zip(marks, inside, strict=True)]
+
+
+def alarms(record: Record) -> list[str]:
+    """The ways in which more samples collapsed than an alarm allows (eval/collapse.py). Such a run has no rank."""
+    passport = record.metrics.get("collapse", {}).get("passport") or {}
+    found = passport.get("alarms", {})
+    return [f"{name} {found[name]['share']:.0%}" for name in passport.get("alarmed", ())]
 
 
 def value(record: Record, metric: str) -> float | None:

@@ -92,12 +92,13 @@ def gallery(group: Group) -> list[tuple[str, list[Picture]]]:
         pictures: list[Picture] = []
         float_uri = None
         for record, name in runs:
-            if record.artifacts.get("float_grid"):
-                reference = picture(record, "float_grid", "float", f"{_reference_dtype(record)}, same noise")
+            shown = "animation" if record.artifacts.get("animation") else "grid"
+            if record.artifacts.get(f"float_{shown}"):
+                reference = picture(record, f"float_{shown}", "float", f"{_reference_dtype(record)}, same noise")
                 if reference.uri != float_uri:  # once per row, again only where it is another image
                     pictures.append(reference)
                     float_uri = reference.uri
-            pictures.append(picture(record, "grid", name, _headline_text(group, record)))
+            pictures.append(picture(record, shown, name, _headline_text(group, record)))
         rows.append((bits, pictures))
     return rows
 
@@ -115,7 +116,7 @@ def picture(record: Record, artifact: str, title: str, caption: str) -> Picture:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             size, kind, reduced = image.size, Image.MIME[image.format or "PNG"], False
-            if len(content) > IMAGE_MAX_BYTES:
+            if len(content) > IMAGE_MAX_BYTES and not getattr(image, "is_animated", False):
                 image.thumbnail((IMAGE_MAX_SIDE, IMAGE_MAX_SIDE))
                 buffer = io.BytesIO()
                 image.convert("RGB").save(buffer, "WEBP", quality=88)

@@ -58,7 +58,7 @@ class Table:
     columns: list[Column]
     rows: list[Row]
     notes: list[str]
-    problems: list[str]  # one line per failed or skipped run
+    problems: list[str]  # one line per run that failed, was skipped or collapsed
 
 
 def table(group: Group, metrics: Sequence[str]) -> Table:
@@ -225,4 +225,8 @@ def _problems(group: Group) -> list[str]:
         f"{run} {compare.bits_label(record)} {record.status}: {reason(record)}"
         for record, run in zip(group.records, group.run_names, strict=True)
         if record.status != "ok"
+    ] + [
+        f"{run} {compare.bits_label(record)} not ranked, samples collapsed: {', '.join(found)} of them"
+        for record, run in zip(group.records, group.run_names, strict=True)
+        if (found := compare.alarms(record))
     ]

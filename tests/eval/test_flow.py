@@ -125,11 +125,3 @@ def test_a_flow_of_one_pixel_in_a_frame_of_twice_the_size_is_half_a_pixel():
     halved = flow._resized_flow(larger, (4, 4))
     assert halved.shape == (1, 2, 4, 4)
     torch.testing.assert_close(halved[0, :, 0, 0], torch.tensor([4.0 / 3, 1.0]))
-
-
-def test_scikit_images_flow_is_that_of_the_moving_square():
-    pytest.importorskip("skimage")
-    video = moving_square(1, 2)
-    torch.testing.assert_close(
-        on_the_square(flow.tv_l1().estimate(video[:-1], video[1:])), torch.tensor([1.0, 2.0]), atol=0.3, rtol=0
-    )

@@ -63,7 +63,7 @@ def parameters(path: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return sum(file.get_tensor(name).numel() for name in file.keys())
+        return sum(file.get_tensor(name).numel() for name in list(file.keys()))
 
 
 def _card(text: str, name: str, numbers: dict[str, Any]) -> str:

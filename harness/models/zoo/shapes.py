@@ -15,11 +15,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 import numpy as np
 
-SIDE = 32  # pixels
+SIDE, CELL = 32, 8  # pixels: of a picture, and of a cell, in the middle of which an object sits
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
     "red": (220, 40, 40),
@@ -30,13 +29,13 @@ COLOURS = {
     "purple": (160, 60, 190),
 }
 BACKGROUNDS = {"dark": (24, 24, 28), "light": (128, 132, 140)}
-RADII = {"small": 3.4, "large": 6.2, None: 4.8}
+RADII = {"small": 2.2, "large": 3.6, None: 3.0}
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # of the first, (x, y), y down
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SPEEDS = {"slowly": 0.6, "fast": 1.6}  # pixels per frame
+SPEEDS = {"slowly": 1, "fast": 2}  # pixels per frame
+VIDEO_RADIUS = 3.2
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-GAP = 1.5  # pixels between objects, at least
 
 
 @dataclass(frozen=True)
@@ -129,25 +128,18 @@ def random_caption(kind: str, random_: random.Random, sizes: float = 0.15) -> Ca
 
 
 def draw_scene(caption: Caption, random_: random.Random, side: int = SIDE) -> Scene:
-    """A random scene that the caption describes: nothing else in it, nothing overlapping, nothing cut off."""
+    """A random scene that the caption describes: nothing else in it, and each object in a cell of its own."""
     common = random_.choice(list(COLOURS))  # counted objects are of one colour or of several
     mixed = random_.random() < 0.5
+    cells = [(column, row) for column in range(side // CELL) for row in range(side // CELL)]
     while True:
         objects = []
-        for wanted in caption.wanted:
+        for wanted, (column, row) in zip(caption.wanted, random_.sample(cells, len(caption.wanted)), strict=True):
             free = common if caption.kind == "counting" and not mixed else random_.choice(list(COLOURS))
-            usual = RADII[wanted.size] if wanted.size else random_.uniform(3.6, 5.6)
-            radius = usual * (0.85 if len(caption.wanted) > 2 else 1.0)
-            x, y = (random_.uniform(radius + 1, side - radius - 1) for _ in "xy")
-            objects.append(Object(wanted.shape, wanted.colour or free, radius, x, y))
-        if all(apart(a, b) for a, b in combinations(objects, 2)) and (
-            caption.relation is None or related(*objects, caption.relation)
-        ):
+            x, y = (column + 0.5) * CELL, (row + 0.5) * CELL
+            objects.append(Object(wanted.shape, wanted.colour or free, RADII[wanted.size], x, y))
+        if caption.relation is None or related(*objects, caption.relation):
             return Scene(tuple(objects))
-
-
-def apart(a: Object, b: Object) -> bool:
-    return max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
 
 
 def related(a: Object, b: Object, relation: str) -> bool:
@@ -219,17 +211,16 @@ def random_motion(random_: random.Random) -> Motion:
 
 
 def draw_video(motion: Motion, random_: random.Random, frames: int, side: int) -> np.ndarray:
-    """uint8 (frames, side, side, 3): the object stays in the picture all the way."""
-    radius = random_.uniform(0.11, 0.16) * side
-    speed = SPEEDS[motion.speed] * side / SIDE
-    path = [(a * speed * (frames - 1)) for a in DIRECTIONS[motion.direction]]
-    low = [radius + 1 + max(0.0, -along) for along in path]
-    high = [side - radius - 1 - max(0.0, along) for along in path]
-    x, y = (random_.uniform(a, max(a, b)) for a, b in zip(low, high, strict=True))
-    start = Object(motion.wanted.shape, str(motion.wanted.colour), radius, x, y)
-    places = [(x + path[0] * k / (frames - 1), y + path[1] * k / (frames - 1)) for k in range(frames)]
-    scenes = [Scene((replace(start, x=x, y=y),), motion.background) for x, y in places]
-    return np.stack([render(scene, side) for scene in scenes])
+    """uint8 (frames, side, side, 3): whole pixels a frame, along a row or column of cells, in the picture all the way."""
+    step = [SPEEDS[motion.speed] * along for along in DIRECTIONS[motion.direction]]
+    start = []
+    for along in step:
+        path, margin = along * (frames - 1), CELL // 2
+        places = range(margin + max(0, -path), side - margin - max(0, path) + 1, 1 if along else CELL)
+        start.append(random_.choice(places))
+    moving = Object(motion.wanted.shape, str(motion.wanted.colour), VIDEO_RADIUS, *start)
+    at = [replace(moving, x=start[0] + k * step[0], y=start[1] + k * step[1]) for k in range(frames)]
+    return np.stack([render(Scene((one,), motion.background), side) for one in at])
 
 
 def prompts(n: int, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> Iterator[Caption]:
