@@ -24,7 +24,7 @@ def examine(results_dir: Path) -> str:
         ("kernels", format_matrix()),
         (
             "models",
-            table(("model", "weights"), [(p.stem, _weights(p)) for p in sorted((CONF / "model").glob("*.yaml"))]),
+            table(("model", "weights"), [(p.stem, _weights(p)) for p in sorted((CONF / "model").glob("[!_]*.yaml"))]),
         ),
         ("metrics", _metrics()),
         ("W&B", _wandb()),

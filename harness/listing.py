@@ -37,7 +37,7 @@ def list_methods() -> str:
 
 def list_models() -> str:
     rows = []
-    for path in sorted((CONF / "model").glob("*.yaml")):
+    for path in sorted((CONF / "model").glob("[!_]*.yaml")):
         comment = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
         rows.append((path.stem, " ".join(comment)))
     return table(("model", "what"), rows)

@@ -64,7 +64,7 @@ REFUSALS = [
     ("bits.weight.granularity=per_group", "group_size goes with granularity per_group", "group_size None"),
     ("name=../elsewhere", "name='../elsewhere'", "must not"),
     ("results_dir=", "results_dir is empty", "results_dir=./results"),
-    ("model.family=unet", "no model family 'unet'", "known: dit"),
+    ("model.family=unet", "no model family 'unet'", "known: cogvideox, dit, flux"),
     ("model.source=/nowhere/at/all", "/nowhere/at/all", "model.source"),
 ]
 
