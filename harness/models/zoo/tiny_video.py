@@ -21,9 +21,9 @@ from harness.models.zoo.tiny_t2i import (
     CAPTION_DROP,
     TEXT_LENGTH,
     TEXT_WIDTH,
+    clean_loss,
     new_text_encoder,
     tokenizer,
-    velocity_loss,
     zero,
 )
 from harness.models.zoo.training import Schedule, train
@@ -47,13 +47,13 @@ TRANSFORMER = {
     "max_text_seq_length": TEXT_LENGTH,
     "spatial_interpolation_scale": 1.0,
 }
-SCHEDULE = Schedule(steps=10000, learning_rate=1e-3)
+SCHEDULE = Schedule(steps=9000, learning_rate=1e-3)
 
 
 def scheduler() -> CogVideoXDDIMScheduler:
     return CogVideoXDDIMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
-        prediction_type="v_prediction", rescale_betas_zero_snr=False, snr_shift_scale=1.0, clip_sample=False,
+        prediction_type="sample", rescale_betas_zero_snr=False, snr_shift_scale=1.0, clip_sample=False,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def train_model(checkpoint: Path, schedule: Schedule = SCHEDULE) -> tuple[TextTo
         dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROP
         texts = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
         tokens = words(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
-        return velocity_loss(model, videos, tokens, alphas_cumprod, generator)
+        return clean_loss(model, videos, tokens, alphas_cumprod, generator)
 
     return train(new_model(schedule.seed).train(), loss_of, schedule, checkpoint, "tiny-video")
 
