@@ -41,7 +41,7 @@ class PipelineFamily:
     order of execution (in_turn: one of each list at a time). stream: how a block is called. sites: the inputs whose producers are known. call: what the pipeline's `__call__` gets beside
     prompt, steps, guidance and generators. guidance: the name of its guidance argument. samplers: schedulers it can run.
     pixels: latents of a pipeline without a VAE → pixels (B, 3, H, W) or (B, F, 3, H, W). size: height, width and
-    num_frames, where a model says other ones than `call`.
+    num_frames, where a model says other ones than `call`. INDEX: the file by which a local folder is known.
     """
 
     pipelines: tuple[str, ...]
@@ -59,6 +59,7 @@ class PipelineFamily:
     guidance: str = "guidance_scale"
     pixels: Callable[[Tensor], Tensor] = lambda latents: latents
     size: dict[str, int] = field(default_factory=dict)
+    INDEX: str = "model_index.json"
 
     def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
         from harness.files import pipeline_without

@@ -36,9 +36,9 @@ def _scale_rows(transformer: nn.Module, producer: Producer, factor: Tensor) -> N
     assert not isinstance(producer, TableRows)
     linear = transformer.get_submodule(producer.linear)
     if not isinstance(producer, AdaLNRows):
-        linear.weight *= factor[:, None]
+        linear.weight[producer.rows] *= factor[:, None]
         if linear.bias is not None:
-            linear.bias *= factor
+            linear.bias[producer.rows] *= factor
         return
     linear.weight[producer.shift_rows] *= factor[:, None]
     linear.bias[producer.shift_rows] *= factor

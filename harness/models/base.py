@@ -229,7 +229,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         with _private_seed(spec.seed):
             pipe = adapter.random_pipeline(dict(spec.random), dtype)
     else:
-        folder = _source_folder(spec)
+        folder = _source_folder(spec, getattr(adapter, "INDEX", "model_index.json"))
         pipe = _load_pipeline(adapter, spec, folder, dtype)
         if (Path(folder) / "judge").is_dir():
             extras["judge"] = Path(folder) / "judge"
@@ -255,7 +255,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _source_folder(spec: ModelSpec) -> str:
+def _source_folder(spec: ModelSpec, index: str) -> str:
     assert spec.source is not None, "a model has a source or random weights"
     if spec.source.startswith("zoo:"):
         folder = WEIGHTS / spec.source.removeprefix("zoo:")
@@ -264,8 +264,8 @@ def _source_folder(spec: ModelSpec) -> str:
         return str(folder)
     local = Path(spec.source).expanduser()
     if local.is_dir():
-        if not (local / "model_index.json").exists():
-            raise UserError(f"model {spec.name}: {local} is no diffusers pipeline folder (no model_index.json in it)")
+        if not (local / index).exists():
+            raise UserError(f"model {spec.name}: {local} is no diffusers pipeline folder (no {index} in it)")
         return str(local)
     if local.is_absolute() or spec.source.startswith((".", "~")):
         raise UserError(f"model {spec.name}: no folder {local}; set model.source to a diffusers pipeline folder")

@@ -51,7 +51,7 @@ def effective_linear(
             if isinstance(producer, AdaLNRows):
                 weight, bias = _fold_adaln(weight, bias, producer, shared)
             else:
-                weight, bias = _fold_rows(weight, bias, slice(None), shared, offset=0.0)
+                weight, bias = _fold_rows(weight, bias, producer.rows, shared, offset=0.0)
     return EffectiveLinear(weight, bias)
 
 

@@ -43,9 +43,11 @@ class TableRows:
 
 @dataclass(frozen=True)
 class ValueRows:
-    """The input is softmax(q kᵀ) · v, heads side by side; v is the output of `linear`. Softmax rows sum to one."""
+    """The input is softmax(q kᵀ) · v, heads side by side; v is the output of `linear`, or of some of its rows where
+    one layer makes k and v. Softmax rows sum to one."""
 
     linear: str
+    rows: slice = field(default_factory=lambda: slice(None))
 
 
 Producer = AdaLNRows | TableRows | ValueRows

@@ -22,6 +22,9 @@ from transformers import (  # fmt: skip
     T5EncoderModel,
 )
 
+from harness.models.opensora.pipeline import OpenSoraPipeline
+from harness.models.opensora.stdit3 import STDiT3
+from harness.models.opensora.vae import OpenSoraVAE
 from harness.models.zoo.tiny_t2i import tokenizer
 
 SMALL_TEXT = 24
@@ -227,9 +230,31 @@ def lumina2() -> Any:
     )  # fmt: skip
 
 
+SMALL_STDIT3: dict[str, Any] = {
+    "hidden_size": 16, "depth": 2, "num_heads": 2, "caption_channels": SMALL_TEXT, "model_max_length": 12, "mlp_ratio": 2.0,
+    "input_sq_size": 16,
+}  # fmt: skip
+SMALL_VAE: dict[str, Any] = {
+    "spatial": {
+        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "norm_num_groups": 4,
+    },
+    "filters": 4, "num_res_blocks": 1, "channel_multipliers": (1, 2, 2), "temporal_downsample": (True, True),
+    "num_groups": 2,
+}  # fmt: skip
+
+
+def opensora() -> Any:
+    """Its usual 9 frames are 3 latent ones; 10 pixels make an odd 5 latent columns, which patches of 2 do not fill."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    transformer, vae = lively(STDiT3(**SMALL_STDIT3)), OpenSoraVAE(**SMALL_VAE)
+    return OpenSoraPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **t5())
+
+
 SMALL: dict[str, Callable[[], Any]] = {
     "pixart": pixart, "cogvideox": cogvideox, "sd3": sd3, "flux": flux, "sana": sana, "wan": wan, "ltx": ltx,
     "hunyuan_video": hunyuan_video, "hunyuan_dit": hunyuan_dit, "lumina2": lumina2, "latte": latte, "generic": sd3,
+    "opensora": opensora,
 }  # fmt: skip
 SIZES: dict[str, dict[str, int]] = {
     "flux": {"height": 16, "width": 16},
@@ -237,4 +262,5 @@ SIZES: dict[str, dict[str, int]] = {
     "hunyuan_video": {"height": 16, "width": 16, "num_frames": 9},
     "wan": {"height": 16, "width": 16, "num_frames": 5},
     "ltx": {"height": 32, "width": 32, "num_frames": 9},
+    "opensora": {"height": 16, "width": 10, "num_frames": 9},
 }
