@@ -1,4 +1,4 @@
-"""The command line: `ditbench run | report | list | paper | reproduce | check-method | data | doctor | zoo`."""
+"""The command line: `ditbench run | report | list | paper | reproduce | check-method | parity | data | doctor | zoo`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench list methods|models|metrics|backends|protocols|bits   what there is
   ditbench paper list|show NAME                                  numbers as papers report them, with their sources
   ditbench reproduce NAME --plan|--model tiny-dit                a paper's table, run here and held against it
+  ditbench parity model=tiny-dit                                 integer kernels held against simulated execution
   ditbench check-method NAME                                     does a method keep the contract?
   ditbench data list|fetch NAME|verify [NAME]                    prompt sets, reference batches and judges of others
   ditbench doctor                                                what this machine can do, and what is missing
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         "paper": paper_command,
         "reproduce": reproduce_command,
         "check-method": check_method_command,
+        "parity": parity_command,
         "data": data_command,
         "doctor": doctor_command,
         "zoo": zoo_command,
@@ -159,6 +161,21 @@ def check_method_command(arguments: list[str]) -> int:
     from harness.conformance import check_methods
 
     return check_methods(parser.parse_args(arguments).name)
+
+
+def parity_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ditbench parity",
+        description="Every real backend here against simulated execution, layer by layer and in images.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, as in ditbench run")
+    parser.add_argument("--formats", nargs="+", default=[], metavar="BITS", help="w8a8 w4a8 …; default: all")
+    options = parser.parse_intermixed_args(_flags_to_overrides(arguments))
+    from harness.parity_check import check
+
+    text, good = check(options.formats, options.overrides)
+    print(text)
+    return 0 if good else EXIT_FAILED_RUNS
 
 
 def data_command(arguments: list[str]) -> int:

@@ -4,7 +4,8 @@
 //
 //     y = Σ_g s_x s_w [ Σ u w  −  o Σ w  −  v ( Σ u − o n ) ] + b
 //
-// The bracket is exact in int32. One group spans all channels when neither side is quantized per group.
+// The bracket is exact in int32. Scales are applied one after the other, the weight's first, and nothing is fused: the same
+// bits as the simulated path, which matters, since one code that rounds the other way changes a 4-bit image visibly. One group spans all channels when neither side is quantized per group.
 //
 // Weights are stored in panels of 16 outputs × 4 channels, what one vpdpbusd takes; 4-bit codes two panels to 64 bytes
 // (low nibbles first). A panel strip is unpacked once into a buffer that fits the second-level cache, then used for all rows.
@@ -262,9 +263,7 @@ void linear_rows(
   __m512i sums[ROWS][STRIP];
   __m512 total[ROWS][STRIP];
   for (int64_t p = 0; p < panels; ++p) {
-    const int64_t out = (panel + p) * LANES;
-    const __m512 start = bias ? load16(bias + out, first(w.outputs - out)) : _mm512_setzero_ps();
-    for (int64_t r = 0; r < rows; ++r) total[r][p] = start;
+    for (int64_t r = 0; r < rows; ++r) total[r][p] = _mm512_setzero_ps();
   }
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t quads = ceil_div(width, DEPTH), x_group = x.groups == 1 ? 0 : g, w_group = w.groups == 1 ? 0 : g;
@@ -283,16 +282,18 @@ void linear_rows(
           const __m512i zero = _mm512_loadu_si512(w.zero_point_GO + w_group * padded + out);
           whole = _mm512_sub_epi32(whole, _mm512_mullo_epi32(zero, _mm512_set1_epi32(centred)));
         }
-        const __m512 scale = _mm512_mul_ps(weight_scale, _mm512_set1_ps(x.scale[at]));
-        total[r][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, total[r][p]);
+        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), weight_scale);
+        total[r][p] = _mm512_add_ps(total[r][p], _mm512_mul_ps(scaled, _mm512_set1_ps(x.scale[at])));
       }
     }
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t out = (panel + p) * LANES;
-      store16(y + (row + r) * w.outputs + out, first(w.outputs - out), total[r][p]);
-    }
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t out = (panel + p) * LANES;
+    const __mmask16 mask = first(w.outputs - out);
+    const __m512 biases = bias ? load16(bias + out, mask) : _mm512_setzero_ps();
+    for (int64_t r = 0; r < rows; ++r)
+      store16(y + (row + r) * w.outputs + out, mask, bias ? _mm512_add_ps(total[r][p], biases) : total[r][p]);
+  }
 }
 
 template <typename T>

@@ -32,7 +32,7 @@ SUMMARY = "W8 and W4 with activations of 2 to 8 bits in int8 on x86 CPUs with AV
 
 LIBRARY = "ditbench_vnni"
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ["-O3", "-fopenmp", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
+FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
 LANES, DEPTH, MIDDLE = 16, 4, 128  # outputs of a panel, channels that one instruction sums, half the unsigned codes
 
 

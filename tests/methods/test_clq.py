@@ -586,7 +586,7 @@ def test_with_no_part_it_is_rounding_to_nearest(bits, small_target, small_calibr
         for module, own, p in ((clq, state, params), (rtn, plain, rtn.Params()))
     ]
     for one, other in zip(*(quant_layers(model).values() for model in models), strict=True):
-        assert torch.equal(one.kernel.dequantized(), other.kernel.dequantized())
+        assert torch.equal(one.kernel.unpacked(), other.kernel.unpacked())
         assert one.kernel.act.spec == other.kernel.act.spec
 
 
