@@ -1,7 +1,8 @@
 """The contract of a backend, and the choice of one per layer.
 
 A backend module has NAME, KIND ("measured" or "simulated"), PRIORITY (the highest capable one is chosen),
-`unsupported(recipe, device) -> str | None` (the reason why not) and `make_kernel(recipe, weight_OC) -> Kernel`.
+`unsupported(recipe, device) -> str | None` (the reason why not) and `make_kernel(recipe, weight_OC) -> Kernel`; and if it
+likes, OPERATORS: {name of an operator in a profile: the part of a layer it does}, for `ditbench bench`.
 Backends never know methods; they see a recipe and the device.
 """
 

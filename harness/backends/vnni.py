@@ -31,6 +31,7 @@ PRIORITY = 5 if torch.cpu._is_amx_tile_supported() else 20  # with AMX, oneDNN's
 SUMMARY = "W8 and W4 with activations of 2 to 8 bits in int8 on x86 CPUs with AVX512-VNNI; every granularity"
 
 LIBRARY = "ditbench_vnni"
+OPERATORS = {f"{LIBRARY}::quantize_rows": "quantize activations", f"{LIBRARY}::linear": "integer product"}
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
 LANES, DEPTH, MIDDLE = 16, 4, 128  # outputs of a panel, channels that one instruction sums, half the unsigned codes
