@@ -1,4 +1,4 @@
-"""The command line: `ditbench run | report | list | paper | reproduce | check-method | data | doctor | zoo`."""
+"""The command line: `ditbench run | report | list | paper | reproduce | check-method | parity | bench | data | doctor | zoo`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench list methods|models|metrics|backends|protocols|bits   what there is
   ditbench paper list|show NAME                                  numbers as papers report them, with their sources
   ditbench reproduce NAME --plan|--model tiny-dit                a paper's table, run here and held against it
+  ditbench parity model=tiny-dit                                 integer kernels held against simulated execution
+  ditbench bench model=dit-xl-2-256-random                       latency and memory against bf16, in one process
   ditbench check-method NAME                                     does a method keep the contract?
   ditbench data list|fetch NAME|verify [NAME]                    prompt sets, reference batches and judges of others
   ditbench doctor                                                what this machine can do, and what is missing
@@ -43,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         "paper": paper_command,
         "reproduce": reproduce_command,
         "check-method": check_method_command,
+        "parity": parity_command,
+        "bench": bench_command,
         "data": data_command,
         "doctor": doctor_command,
         "zoo": zoo_command,
@@ -159,6 +163,46 @@ def check_method_command(arguments: list[str]) -> int:
     from harness.conformance import check_methods
 
     return check_methods(parser.parse_args(arguments).name)
+
+
+def parity_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ditbench parity",
+        description="Every real backend here against simulated execution, layer by layer and in images.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, as in ditbench run")
+    parser.add_argument("--formats", nargs="+", default=[], metavar="BITS", help="w8a8 w4a8 …; default: all")
+    options = parser.parse_intermixed_args(_flags_to_overrides(arguments))
+    from harness.parity_check import check
+
+    text, good = check(options.formats, options.overrides)
+    print(text)
+    return 0 if good else EXIT_FAILED_RUNS
+
+
+def bench_command(arguments: list[str]) -> int:
+    from harness.bench import Options, bench, plot, shown
+
+    usual = Options()
+    parser = argparse.ArgumentParser(
+        prog="ditbench bench", description="Latency and memory of a denoising step against bf16, in one process."
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration: model=… method=…")
+    parser.add_argument("--formats", nargs="+", default=usual.formats, metavar="BITS", help="w8a8 w4a8 …")
+    parser.add_argument("--modes", nargs="+", default=usual.modes, choices=usual.modes)
+    parser.add_argument("--batches", nargs="+", type=int, default=usual.batches, help="rows of one call")
+    parser.add_argument(
+        "--others", nargs="+", default=[], choices=["torchao"], help="other libraries' int8 beside ours"
+    )
+    parser.add_argument("--repeats", type=int, default=usual.repeats)
+    options = parser.parse_intermixed_args(_flags_to_overrides(arguments))
+    chosen = Options(
+        *(tuple(getattr(options, name)) for name in ("formats", "modes", "batches", "others")), repeats=options.repeats
+    )
+    record, path = bench(chosen, options.overrides)
+    plot(record, path.with_suffix(".html"))
+    print(f"{shown(record)}\n{path}")
+    return 0
 
 
 def data_command(arguments: list[str]) -> int:

@@ -38,7 +38,7 @@ def _device() -> str:
         memory = torch.cuda.get_device_properties(0).total_memory
         return f"cuda: {device_name(torch.device('cuda'))}, {memory / 2**30:.0f} GiB; device=auto takes it"
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"cpu: {device_name(torch.device('cpu'))}, {capability}; no CUDA device: 4-bit formats are simulated"
+    return f"cpu: {device_name(torch.device('cpu'))}, {capability}; no CUDA device"
 
 
 def _weights(path: Path) -> str:

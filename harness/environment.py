@@ -42,7 +42,8 @@ def code_identity() -> dict[str, Any]:
     """What, besides the configuration, makes the numbers: our sources and the libraries that compute."""
     root = Path(harness.__file__).resolve().parent
     files = [*root.glob("*.py"), *(root.parent / "eval").glob("*.py")]
-    files += [path for folder in ("quant", "backends", "models") for path in (root / folder).rglob("*.py")]
+    folders = [root / folder for folder in ("quant", "backends", "models")]
+    files += [path for folder in folders for kind in ("*.py", "*.cpp") for path in folder.rglob(kind)]
     chosen = sorted(path for path in files if path.name not in TELLERS)
     digest = hashlib.sha256()
     for path in chosen:

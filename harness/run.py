@@ -32,11 +32,14 @@ from harness.layer_error import ErrorAtlas, error_atlas, layer_table
 from harness.measure import kind_of, measure
 from harness.memory import PeakMemory, peak_memory
 from harness.models.base import LoadedModel, ModelSpec, load_model
+from harness.parity import layer_parity
 from harness.quant.accounting import account, count_macs
 from harness.quant.build import build
 from harness.quant.recipe import ModelRecipe
 from harness.quant.target import Target
 from harness.record import Record
+
+PARITY_ROWS = 2
 
 
 def run(config: RunConfig) -> Record:
@@ -111,6 +114,8 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
         )
     with timer("measure"):
         values.efficiency = stage_measure(config, model, target, recipe, quantized) | size
+    with timer("parity"):
+        values.efficiency |= {"parity": stage_parity(target, recipe, quantized, recording)}
     with timer("layer_errors"):
         atlas = stage_layer_errors(config, target, recipe, quantized, recording)
         values.layers = layer_table(quantized, atlas)
@@ -201,6 +206,20 @@ def stage_measure(
         device=config.device,
         dtype=getattr(torch, config.section("generate")["dtype"]),
     )
+
+
+def stage_parity(
+    target: Target, recipe: ModelRecipe, quantized: nn.Module, calibration: Calibration
+) -> dict[str, Any] | None:
+    """The worst layer of the real kernels against simulated execution, on two recorded calls; None if all is simulated."""
+    step = calibration.num_steps // 2
+    found = layer_parity(
+        target, recipe, quantized, lambda m: calibration.call(m, step, calibration.rows(step, PARITY_ROWS))
+    )
+    if not found:
+        return None
+    worst = max(found, key=lambda name: found[name].relative)
+    return {"layers": len(found), "worst_layer": worst} | asdict(found[worst])
 
 
 def stage_layer_errors(

@@ -32,6 +32,7 @@ KIND = "measured"
 PRIORITY = 10
 SUMMARY = "W8A8 in int8 on x86 CPUs with AVX512-VNNI; weights per channel or tensor, activations per token or tensor"
 
+OPERATORS = {"onednn::qlinear_pointwise": "integer product"}  # for `ditbench bench`
 MIDDLE = 128  # between signed and unsigned 8-bit codes
 
 

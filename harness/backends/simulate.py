@@ -1,6 +1,9 @@
-"""Simulated execution: codes are stored packed, arithmetic is float on dequantized values. Runs every recipe anywhere.
+"""Simulated execution: codes are stored packed, arithmetic is float. Runs every recipe anywhere.
 
-Its numbers are those of the integer arithmetic up to float rounding; its speed says nothing, so none is reported.
+Where both sides are integers, float32 multiplies the codes (less their zero points) and scales follow, weight's first, as an
+integer kernel does it. Sums of such products are whole numbers, exact below 2²⁴, so that a kernel which scales in this
+order gives the same bits; in four bits one code that rounds the other way would change an image visibly. Its speed says
+nothing, so none is reported.
 """
 
 from __future__ import annotations
@@ -13,7 +16,15 @@ from torch import Tensor
 
 from harness.backends.base import Kernel
 from harness.quant.packing import pack, unpack
-from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, fake_quantize_activation
+from harness.quant.quantizers import (
+    ActQuant,
+    LogSqrt2Quant,
+    LookupWeight,
+    QuantizedWeight,
+    activation_affine,
+    fake_quantize_activation,
+    to_codes,
+)
 from harness.quant.recipe import LayerRecipe
 
 NAME = "simulate"
@@ -57,7 +68,7 @@ class SimulatedKernel(Kernel):
             self.register_buffer("zero_point_OG", recipe.weight.zero_point_OG)
         if recipe.act is not None and recipe.act.scale is not None:
             self.act_scale, self.act_zero_point = recipe.act.scale, recipe.act.zero_point  # counted, and moved with us
-        self._dequantized: Tensor | None = None
+        self._unpacked: Tensor | None = None
 
     def quantized_weight(self) -> QuantizedWeight | LookupWeight:
         if hasattr(self, "levels"):
@@ -66,17 +77,62 @@ class SimulatedKernel(Kernel):
         codes = unpack(self.packed, self.spec.bits, self.width).to(torch.int16) + self.spec.quant_min
         return QuantizedWeight(codes, self.scale_OG, self.zero_point_OG, self.spec)
 
-    def dequantized(self) -> Tensor:
+    @property
+    def has_integers(self) -> bool:
+        """Both sides are codes × scale, so that codes can be multiplied."""
+        evenly = self.quantized and not hasattr(self, "levels")
+        return evenly and self.act is not None and not isinstance(self.act, LogSqrt2Quant)
+
+    def unpacked(self) -> Tensor:
+        """weight_OC in float32: codes less their zero points, or values where there are no integers to multiply."""
         if not self.quantized:
             return self.weight_OC
-        if self._dequantized is None or self._dequantized.device != self.packed.device:
-            self._dequantized = self.quantized_weight().dequantize()
-        return self._dequantized
+        if self._unpacked is None or self._unpacked.device != self.packed.device:
+            weight = self.quantized_weight()
+            self._unpacked = centred_codes(weight) if self.has_integers else weight.dequantize()  # type: ignore[arg-type]
+        return self._unpacked
 
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
         if self.act is None and not self.quantized:
             return F.linear(x.to(self.weight_OC.dtype), self.weight_OC)
         x = x if x.dtype == torch.float64 else x.float()
+        if self.has_integers:
+            return self.product(x, step)
         if self.act is not None:
             x = fake_quantize_activation(x, self.act, step)
-        return F.linear(x, self.dequantized().to(x.dtype))
+        return F.linear(x, self.unpacked().to(x.dtype))
+
+    def product(self, x: Tensor, step: Tensor | None) -> Tensor:
+        """Σ_g ((Σ_c x_code w_code) · s_w) · s_x over the groups of either side."""
+        assert self.act is not None
+        codes, scale = centred_activation(x, self.act, step)
+        weight_OC, scale_OG = self.unpacked().to(x.dtype), self.scale_OG.to(x.dtype)
+        grouped = self.act.spec.granularity == "per_group"
+        x_groups, w_groups = codes.shape[-2] if grouped else 1, scale_OG.shape[1]
+        groups = max(x_groups, w_groups)
+        codes, weight_OGg = codes.reshape(*x.shape[:-1], groups, -1), weight_OC.unflatten(1, (groups, -1))
+        total: Tensor | None = None
+        for group in range(groups):
+            scale_x = scale[..., group % x_groups, :] if grouped else scale
+            whole = F.linear(codes[..., group, :], weight_OGg[:, group])
+            part = whole * scale_OG[:, group % w_groups] * scale_x
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+
+def centred_codes(weight: QuantizedWeight) -> Tensor:
+    """Codes less their zero points, float32 (O, C)."""
+    codes_OGg = weight.codes_OC.float().unflatten(1, (weight.scale_OG.shape[1], -1))
+    if weight.zero_point_OG is not None:
+        codes_OGg = codes_OGg - weight.zero_point_OG[..., None]
+    return codes_OGg.flatten(1)
+
+
+def centred_activation(x: Tensor, act: ActQuant, step: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes less their zero points, (…, C) or (…, G, g) for per_group, and the scale that broadcasts against them."""
+    if act.spec.granularity == "per_group":
+        x = x.unflatten(-1, (-1, act.spec.group_size))  # type: ignore[arg-type]
+    scale, zero_point = activation_affine(x, act, step)
+    codes = to_codes(x, scale, zero_point, act.spec)
+    return codes if zero_point is None else codes - zero_point, scale

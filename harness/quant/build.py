@@ -16,6 +16,7 @@ from harness.quant.modulation import fold_tables
 from harness.quant.recipe import LayerRecipe, ModelRecipe
 from harness.quant.steps import StepClock, StepTable
 from harness.quant.target import Target
+from harness.quant.transforms import Transform
 
 
 def build(
@@ -32,29 +33,47 @@ def build(
     """
     device = torch.device(device)
     clock = StepClock(recipe.num_steps).to(device)
-    transforms = {name: layer.transform for name, layer in recipe.layers.items()}
-    folded_layers = {name for site in target.sites if site.name in recipe.folded for name in site.consumers}
     model = _copy_without(target.transformer, touched_layers(target, recipe))
     nn.Module.to(model, device=device, dtype=dtype)  # not diffusers' own .to, which warns about every cast
     for name in touched_layers(target, recipe):
         original = target.module(name)
-        linear = QuantLinear(
-            recipe.layers.get(name, LayerRecipe()),
-            effective_linear(target, name, transforms, recipe.folded),
-            folded=name in folded_layers,
-            clock=clock,
-            dtype=dtype,
-            device=device,
-            backend=backend if name in recipe.layers and recipe.layers[name].weight else AUTO,
-        ).to(device)
+        linear = build_layer(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
         trim()
-    fold_tables(model, target, recipe, transforms, clock)
+    fold_tables(model, target, recipe, _transforms(recipe), clock)
     for name, attention in recipe.attention.items():
         set_processor(model, name, QuantAttnProcessor(attention, clock))
     model.clock = clock  # type: ignore[assignment]
     _check_steps(model, recipe)
     return model.eval().requires_grad_(False)
+
+
+def build_layer(
+    target: Target,
+    recipe: ModelRecipe,
+    name: str,
+    *,
+    clock: StepClock,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str = AUTO,
+) -> QuantLinear:
+    """One layer as `build` makes it. Layers whose weight stays in float take any backend that can run them."""
+    folded = {consumer for site in target.sites if site.name in recipe.folded for consumer in site.consumers}
+    layer = recipe.layers.get(name, LayerRecipe())
+    return QuantLinear(
+        layer,
+        effective_linear(target, name, _transforms(recipe), recipe.folded),
+        folded=name in folded,
+        clock=clock,
+        dtype=dtype,
+        device=device,
+        backend=backend if layer.weight else AUTO,
+    ).to(device)
+
+
+def _transforms(recipe: ModelRecipe) -> dict[str, Transform]:
+    return {name: layer.transform for name, layer in recipe.layers.items()}
 
 
 def float_copy(target: Target, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from harness.conformance import DYNAMIC, relative_error
 from harness.files import tensors_sha256
@@ -94,6 +94,15 @@ def test_only_the_layers_of_the_recipe_are_rebuilt(small_target):
     assert type(built.transformer_blocks[0].norm1.linear) is nn.Linear
 
 
+def in_float64(weight) -> Tensor:
+    """(code − zero_point) · scale."""
+    groups = weight.scale_OG.shape[1]
+    zero = 0 if weight.zero_point_OG is None else weight.zero_point_OG[..., None].double()
+    return ((weight.codes_OC.double().unflatten(1, (groups, -1)) - zero) * weight.scale_OG[..., None].double()).flatten(
+        1
+    )
+
+
 def test_a_quantized_layer_is_its_quantizers_and_a_product(normal):
     """y = Q(x T) Q(W T)ᵀ + b, written out."""
     weight, bias, x = normal(7, 48), normal(7, seed=1), normal(2, 5, 48, seed=2)
@@ -101,7 +110,7 @@ def test_a_quantized_layer_is_its_quantizers_and_a_product(normal):
     codes = quantize_weight(transform.of_weight(weight), QuantSpec(4, "per_group", False, group_size=12))
     layer = layer_of(LayerRecipe(transform, codes, TOKEN_A8), weight, bias)
     rounded = fake_quantize_activation(transform(x), TOKEN_A8)
-    expected = rounded @ codes.dequantize().double().T + bias
+    expected = rounded @ in_float64(codes).T + bias
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     assert relative_error(layer(x), F.linear(x, weight, bias)) > 1e-3  # it does round
 
@@ -151,7 +160,7 @@ def test_static_ranges_and_biases_follow_the_clock(normal):
         clock.set(step, 4)
         scale = float(high.rows[group]) / 31
         rounded = ((x - transform.shift.rows[group]) / scale).round().clamp(-31, 31) * scale
-        expected = rounded @ codes.dequantize().double().T + bias + weight @ transform.shift.rows[group]
+        expected = rounded @ in_float64(codes).T + bias + weight @ transform.shift.rows[group]
         outputs.append(layer(x))
         torch.testing.assert_close(outputs[-1], expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(outputs[1], outputs[2]) and not torch.allclose(outputs[0], outputs[1])
@@ -190,7 +199,7 @@ def test_a_quantized_patch_embedding_rounds_per_patch(normal):
     embed = QuantPatchEmbed(conv, layer_of(LayerRecipe(weight=codes, act=TOKEN_A8), conv.weight.flatten(1), conv.bias))
     images = normal(2, 3, 8, 12)
     patch = images[1, :, 2:4, 4:6].reshape(1, -1)
-    expected = fake_quantize_activation(patch, TOKEN_A8) @ codes.dequantize().double().T + conv.bias
+    expected = fake_quantize_activation(patch, TOKEN_A8) @ in_float64(codes).T + conv.bias
     torch.testing.assert_close(embed(images)[1, :, 1, 2], expected[0], rtol=1e-10, atol=1e-10)
 
 

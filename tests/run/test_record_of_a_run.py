@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import harness
-from harness.backends.base import known_backends
+from harness.backends.base import choose
 from harness.listing import example_recipe
 
 FIELDS = {
@@ -77,33 +77,29 @@ def test_only_unpaired_metrics_have_a_noise_floor(first):
     assert floors["torchmetrics/fid_judge"] > 0
 
 
-def test_a_simulated_run_has_bytes_but_no_latency_ratio_or_peak(first):
-    efficiency = first["efficiency"]
+def test_a_run_in_integers_is_measured_against_bf16_in_the_same_process(swept, read_records):
+    best = {bits: choose(example_recipe(bits, bits), _cpu()) for bits in (8, 4)}
+    for bits, backend in best.items():
+        if backend.KIND != "measured":
+            pytest.skip(f"no backend runs W{bits}A{bits} in integers here")
+        efficiency = _of(swept, read_records, "rtn", f"W{bits}A{bits}")["efficiency"]
+        assert efficiency["kind"] == "measured" and efficiency["backend"] == backend.NAME
+        ours, baseline = efficiency["latency_ms"], efficiency["baseline_latency_ms"]
+        assert 0 < ours["p10"] <= ours["median"] <= ours["p90"]
+        assert efficiency["speedup"] == baseline["median"] / ours["median"]
+        assert "bf16" in efficiency["baseline"] and "same process" in efficiency["baseline"]
+        assert efficiency["peak_memory_bytes"] > efficiency["model_bytes"] / 2
+
+
+def test_a_simulated_run_has_bytes_but_no_latency_ratio_or_peak(run, tmp_path, read_records):
+    assert run("bits=w8a8", "backend=simulate", "metrics=fidelity", "generate.noise_floor_seeds=0") == 0
+    (only,) = read_records(tmp_path).values()
+    efficiency = only["efficiency"]
     assert efficiency["kind"] == "simulated" and efficiency["backend"] == "simulate"
     for name in ("latency_ms", "baseline_latency_ms", "speedup", "peak_memory_bytes", "baseline_peak_memory_bytes"):
         assert efficiency[name] is None
     assert 0 < efficiency["model_bytes"] < efficiency["baseline_model_bytes"]
     assert efficiency["compression"] == efficiency["baseline_model_bytes"] / efficiency["model_bytes"]
-
-
-def test_w8a8_with_an_integer_kernel_is_measured_against_bf16_in_the_same_process(swept, read_records):
-    backend = known_backends().get("onednn_int8")
-    why_not = "no such backend" if backend is None else backend.unsupported(example_recipe(8, 8), _cpu())
-    if why_not:
-        pytest.skip(why_not)
-    efficiency = _of(swept, read_records, "rtn", "W8A8")["efficiency"]
-    assert efficiency["kind"] == "measured" and efficiency["backend"] == "onednn_int8"
-    ours, baseline = efficiency["latency_ms"], efficiency["baseline_latency_ms"]
-    assert 0 < ours["p10"] <= ours["median"] <= ours["p90"]
-    assert efficiency["speedup"] == baseline["median"] / ours["median"]
-    assert "bf16" in efficiency["baseline"] and "same process" in efficiency["baseline"]
-    assert efficiency["peak_memory_bytes"] > efficiency["model_bytes"] / 2
-
-
-def test_the_same_format_simulated_on_purpose_has_no_speedup(run, tmp_path, read_records):
-    assert run("bits=w8a8", "backend=simulate", "metrics=fidelity", "generate.noise_floor_seeds=0") == 0
-    (only,) = read_records(tmp_path).values()
-    assert only["efficiency"]["kind"] == "simulated" and only["efficiency"]["speedup"] is None
 
 
 def test_every_quantized_layer_has_its_error(first):

@@ -1,0 +1,190 @@
+"""Our own integer linear for x86 CPUs with AVX512-VNNI (`vnni.cpp`): int8 arithmetic on weights stored in 8 or 4 bits.
+
+Activations of up to 8 bits are measured, scaled and rounded in one pass; 4-bit weights are unpacked a strip at a time into the
+product, so that memory is 4-bit and arithmetic int8; sums, zero points, scales and the cast are its epilogue. Integers are
+exact, so it differs from the simulated path by float32 rounding of the scales alone.
+
+The extension is compiled by torch.utils.cpp_extension on first use (about half a minute) and kept in torch's cache
+(TORCH_EXTENSIONS_DIR). A compilation that was killed leaves a file `lock` there, which the next one waits for: remove it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harness.backends.base import FusedKernel, Kernel
+from harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight, activation_affine
+from harness.quant.recipe import LayerRecipe
+from harness.quant.steps import StepTable
+from harness.quant.transforms import Transform
+
+NAME = "vnni"
+KIND = "measured"
+PRIORITY = 5 if torch.cpu._is_amx_tile_supported() else 20  # with AMX, oneDNN's int8 is the faster one where it runs
+SUMMARY = "W8 and W4 with activations of 2 to 8 bits in int8 on x86 CPUs with AVX512-VNNI; every granularity"
+
+LIBRARY = "ditbench_vnni"
+OPERATORS = {f"{LIBRARY}::quantize_rows": "quantize activations", f"{LIBRARY}::linear": "integer product"}
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
+LANES, DEPTH, MIDDLE = 16, 4, 128  # outputs of a panel, channels that one instruction sums, half the unsigned codes
+
+
+def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
+    weight, act = recipe.weight, recipe.act
+    if weight is None or act is None:
+        return f"{NAME} needs weights and activations quantized, one of them stays in float"
+    if isinstance(weight, LookupWeight):
+        return f"{NAME} multiplies integers; these weights are looked up in a table of uneven levels"
+    if isinstance(act, LogSqrt2Quant):
+        return f"{NAME} multiplies integers; these activations are rounded in their logarithm"
+    if weight.spec.bits not in (8, 4):
+        return f"{NAME} stores weights in 8 or 4 bits, these have {weight.spec.bits}"
+    channels = weight.codes_OC.shape[1]
+    sizes = {spec.group_size or channels for spec in (weight.spec, act.spec)}
+    if len(sizes - {channels}) > 1:
+        return f"{NAME} takes groups of one size on both sides, these are {sorted(sizes)}"
+    if min(sizes) != channels and min(sizes) % DEPTH:
+        return f"{NAME} takes groups of a multiple of {DEPTH} channels, these have {min(sizes)}"
+    if device.type != "cpu":
+        return f"{NAME} runs on the CPU, the device is {device}"
+    return _cpu_lacks()
+
+
+def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
+    assert isinstance(recipe.weight, QuantizedWeight) and recipe.act is not None
+    return VnniKernel(recipe.weight, recipe.act)
+
+
+class VnniKernel(FusedKernel):
+    """Sums in int32, scales, bias and what follows in float32."""
+
+    packed: Tensor
+    scale_GO: Tensor
+    sum_GO: Tensor
+    zero_point_GO: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, act: ActQuant) -> None:
+        super().__init__()
+        load_extension()
+        self.act, self.bits = act, weight.spec.bits
+        if act.scale is not None:
+            self.act_scale, self.act_zero_point = act.scale, act.zero_point  # counted, and moved with us
+        self.outputs, self.channels = weight.codes_OC.shape
+        self.act_groups = self.channels // (act.spec.group_size or self.channels)
+        groups = max(self.act_groups, weight.scale_OG.shape[1])
+        codes_OC, zero_point_OG = _as_stored(weight)
+        self.is_signed = weight.spec.symmetric
+        self.register_buffer("packed", torch.ops.ditbench_vnni.pack_weight(codes_OC.contiguous(), self.bits))
+        self.register_buffer("scale_GO", _panelled(weight.scale_OG.float()))
+        # Derived from the codes, but part of the state, so that loading a state is all there is to do.
+        sum_OG = codes_OC.unflatten(1, (groups, -1)).sum(-1, dtype=torch.int32)
+        self.register_buffer("sum_GO", _panelled(sum_OG))
+        self.register_buffer("zero_point_GO", None if zero_point_OG is None else _panelled(zero_point_OG.int()))
+
+    def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
+        return self.product(x, step, None, torch.float32)
+
+    def layer(
+        self,
+        x: Tensor,
+        step: Tensor | None,
+        transform: Transform | None,
+        low_rank: tuple[Tensor, Tensor] | None,
+        bias: StepTable | None,
+    ) -> Tensor:
+        moved = x if transform is None else transform(x.float(), step)
+        bias_O = None if bias is None else bias.at(step).float()
+        if low_rank is None:
+            return self.product(moved, step, bias_O, x.dtype)
+        down_rC, up_Or = low_rank
+        y = self.product(moved, step, bias_O, torch.float32)
+        return (y + F.linear(F.linear(moved.to(down_rC.dtype), down_rC), up_Or)).to(x.dtype)
+
+    def product(self, x: Tensor, step: Tensor | None, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """x' (…, C) → x' · Ŵᵀ + bias in dtype."""
+        x_MC = x.reshape(-1, x.shape[-1]).contiguous()
+        rows_MC = x_MC if x_MC.dtype == torch.bfloat16 else x_MC.float()
+        quantized = torch.ops.ditbench_vnni.quantize_rows(
+            rows_MC,
+            *self.given_affine(x, step),
+            self.act_groups,
+            self.sum_GO.shape[0],
+            self.act.spec.quant_max,
+            self.act.spec.symmetric,
+            self.act.clip,
+        )
+        weight = (self.packed, self.bits, self.is_signed, self.outputs, self.channels)
+        tables = (self.scale_GO, self.sum_GO, self.zero_point_GO)
+        result = dtype if dtype == torch.bfloat16 else torch.float32
+        y_MO = torch.ops.ditbench_vnni.linear(*quantized, *weight, *tables, bias_O, result)
+        return y_MO.to(dtype).reshape(*x.shape[:-1], -1)
+
+    def given_affine(self, x: Tensor, step: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """scale and zero_point per row where the input's own rows do not say: static ranges, and those of a whole sample."""
+        if self.act.spec.dynamic and self.act.spec.granularity != "per_tensor":
+            return None, None
+        affine = activation_affine(x.float(), self.act, step)
+        rows = (*x.shape[:-1], 1)
+        scale, zero_point = (None if a is None else a.float().expand(rows).reshape(-1).contiguous() for a in affine)
+        return scale, zero_point
+
+
+def _as_stored(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
+    """Codes as int8 with their zero points; asymmetric ones of 8 bits, 0 … 255, are stored less 128."""
+    if weight.zero_point_OG is None:
+        return weight.codes_OC.to(torch.int8), None
+    if weight.spec.bits < 8:
+        return weight.codes_OC.to(torch.int8), weight.zero_point_OG
+    return (weight.codes_OC.to(torch.int16) - MIDDLE).to(torch.int8), weight.zero_point_OG - MIDDLE
+
+
+def _panelled(table_OG: Tensor) -> Tensor:
+    """(O, G) → (G, O padded to whole panels)."""
+    return F.pad(table_OG.T, (0, -len(table_OG) % LANES)).contiguous()
+
+
+@cache
+def load_extension() -> None:
+    from torch.utils.cpp_extension import load
+
+    load(LIBRARY, [str(SOURCE)], extra_cflags=FLAGS, is_python_module=False)
+    torch.library.register_fake(f"{LIBRARY}::quantize_rows", _fake_quantize_rows)
+    torch.library.register_fake(f"{LIBRARY}::linear", _fake_linear)
+
+
+def _fake_quantize_rows(x, scale, zero_point, groups, sum_groups, quant_max, symmetric, clip):
+    rows, channels = x.shape
+    return (
+        x.new_empty(rows, -(-channels // (2 * DEPTH)) * 2 * DEPTH, dtype=torch.uint8),
+        x.new_empty(rows, groups, dtype=torch.float32),
+        x.new_empty(rows, groups, dtype=torch.int32),
+        x.new_empty(rows, sum_groups, dtype=torch.int32),
+    )
+
+
+def _fake_linear(
+    codes, scale, offset, sum_, packed, bits, is_signed, outputs, channels, w_scale, w_sum, w_zero, bias, dtype
+):
+    return scale.new_empty(len(codes), outputs, dtype=dtype)
+
+
+@cache
+def _cpu_lacks() -> str | None:
+    if not torch.cpu._is_vnni_supported():
+        return f"{NAME} needs a CPU with AVX512-VNNI; without it int8 is no faster than float"
+    missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if not shutil.which(tool)]
+    if missing:
+        return f"{NAME} is compiled on first use and needs {' and '.join(missing)} on the PATH"
+    try:
+        load_extension()
+    except RuntimeError as error:
+        return f"{NAME} could not be compiled: {str(error).splitlines()[0]}"
+    return None

@@ -1,0 +1,82 @@
+"""What is timed: the same transformer in bf16 and in each format, eager and with its blocks compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.config import RunConfig
+from harness.errors import UserError
+from harness.measure import backends_of, kind_of, resident_bytes
+from harness.models.base import LoadedModel
+from harness.quant.build import float_copy
+from harness.quant.target import Target
+from harness.run import stage_calibrate, stage_quantize
+
+EAGER, COMPILED = "eager", "compiled"
+BASELINE = "bf16"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """backend: of the quantized layers, "torch" where there are none. held_bytes: of all tensors of the model."""
+
+    label: str
+    mode: str
+    model: nn.Module
+    backend: str
+    held_bytes: int
+
+
+class LazyCalibration:
+    """A calibration that is recorded when a method first asks for it: round-to-nearest never does."""
+
+    def __init__(self, record: Callable[[], Any]) -> None:
+        self._record = record
+
+    @cached_property
+    def _recording(self) -> Any:
+        return self._record()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._recording, name)
+
+
+def baseline(target: Target, device: torch.device, modes: tuple[str, ...]) -> Iterator[Candidate]:
+    model = float_copy(target, dtype=torch.bfloat16, device=device)
+    yield from in_modes(BASELINE, model, target, modes)
+
+
+def quantized(config: RunConfig, model: LoadedModel, target: Target, modes: tuple[str, ...]) -> Iterator[Candidate]:
+    """The configuration's method at its bits, on real kernels.
+
+    Raises:
+        UserError: some layer has none here: what is simulated has no speed.
+    """
+    recording = LazyCalibration(lambda: stage_calibrate(config, model))
+    recipe, _, built = stage_quantize(config, target, recording)  # type: ignore[arg-type]
+    if kind_of(built, bool(recipe.attention)) != "measured":
+        raise UserError(f"bench: {config.bits.label} is simulated on {config.device} (ditbench list backends)")
+    yield from in_modes(config.bits.label, built, target, modes)
+
+
+def in_modes(label: str, model: nn.Module, target: Target, modes: tuple[str, ...]) -> Iterator[Candidate]:
+    size, backend = resident_bytes(model), backends_of(model)
+    for mode in modes:
+        yield Candidate(label, mode, model if mode == EAGER else compiled(model, target), backend, size)
+
+
+def compiled(model: nn.Module, target: Target) -> nn.Module:
+    """A copy on the same tensors whose blocks are compiled, without graph breaks; the rest runs eagerly."""
+    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    shared = {id(tensor): tensor for tensor in [*tensors, *model.parameters(), *model.buffers()]}
+    copied = copy.deepcopy(model, memo=shared)
+    for name in target.blocks:
+        copied.get_submodule(name).compile(dynamic=False)
+    return copied

@@ -1,0 +1,32 @@
+"""Other libraries' kernels on the same layers, as a second opinion. Never a default: their arithmetic is theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from harness.bench.candidates import Candidate, in_modes
+from harness.errors import UserError
+from harness.quant.build import float_copy
+from harness.quant.target import Target
+
+
+def torchao_int8(target: Target, device: torch.device, modes: tuple[str, ...]) -> Iterator[Candidate]:
+    """torchao's int8 weights per channel and dynamic int8 activations per token.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise UserError("bench --others torchao: pip install torchao") from error
+
+    model = float_copy(target, dtype=torch.bfloat16, device=device)
+    wanted = set(target.layers)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda _, name: name in wanted)
+    yield from in_modes("torchao int8", model, target, modes)
+
+
+OTHERS = {"torchao": torchao_int8}

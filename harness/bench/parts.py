@@ -1,0 +1,94 @@
+"""Where the time goes: of an eager step by part of the quantized layers, and of a drawn sample by component."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from harness.backends.base import known_backends
+from harness.bench.timing import synchronize
+from harness.models.base import Conditions, LoadedModel, Sampler
+from harness.quant.build import quant_layers
+
+LAYERS, STEP = "quantized layers", "step"
+REST, OUTSIDE = "transforms, scales, bias, low rank", "outside the quantized layers"
+Around = Callable[[Callable[[], Any]], Any]  # gets what was to be called, calls it
+
+
+@torch.no_grad()
+def shares(model: nn.Module, inputs: dict[str, Any], device: torch.device, calls: int = 3) -> dict[str, float]:
+    """{part: share of an eager step's time}: the kernels' own operators as their backends name them (`OPERATORS`)."""
+    part_of: dict[str, str] = {}
+    for backend in known_backends().values():
+        part_of |= getattr(backend, "OPERATORS", {})
+
+    def labelled(call: Callable[[], Any]) -> Any:
+        with record_function(LAYERS):
+            return call()
+
+    model(**inputs)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with ExitStack() as stack:
+        for layer in quant_layers(model).values():
+            stack.enter_context(wrapped(layer, "forward", labelled))
+        trace = stack.enter_context(profile(activities=activities))
+        for _ in range(calls):
+            with record_function(STEP):
+                model(**inputs)
+            synchronize(device)
+    total: dict[str, float] = defaultdict(float)
+    for event in trace.key_averages():
+        spent = event.device_time_total if device.type == "cuda" else event.cpu_time_total
+        total[part_of.get(event.key, event.key)] += spent
+    named = {part: total[part] for part in dict.fromkeys(part_of.values()) if total[part]}
+    found = named | {REST: total[LAYERS] - sum(named.values()), OUTSIDE: total[STEP] - total[LAYERS]}
+    return {part: spent / total[STEP] for part, spent in found.items()}
+
+
+@torch.no_grad()
+def by_component(
+    model: LoadedModel, transformer: nn.Module, conditions: Conditions, sampler: Sampler, device: torch.device
+) -> dict[str, float]:
+    """Milliseconds of drawing the samples: {component: …}, "sampler and rest", "total"."""
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(name: str) -> Around:
+        def around(call: Callable[[], Any]) -> Any:
+            result, milliseconds = _timed(call, device)
+            spent[name] += milliseconds
+            return result
+
+        return around
+
+    parts = {n: part for n, part in model.pipe.components.items() if isinstance(part, nn.Module)}
+    with ExitStack() as stack:
+        for name, part in (parts | {"transformer": transformer}).items():
+            stack.enter_context(wrapped(part, "decode" if name == "vae" else "forward", timed(name)))
+        _, total = _timed(lambda: model.adapter.sample(model.pipe, transformer, conditions, sampler), device)
+    return dict(spent) | {"sampler and rest": total - sum(spent.values()), "total": total}
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, 1e3 * (time.perf_counter() - start)
+
+
+@contextmanager
+def wrapped(part: nn.Module, method: str, around: Around) -> Iterator[None]:
+    """Calls of part.method go through `around`."""
+    original = getattr(part, method)
+    setattr(part, method, lambda *args, **kwargs: around(lambda: original(*args, **kwargs)))
+    try:
+        yield
+    finally:
+        delattr(part, method)  # the class's own again

@@ -1,0 +1,46 @@
+"""What this device can do at most, measured: matrix products in each precision, and copying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from harness.bench.timing import interleaved
+
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices multiplied
+COPIED_BYTES = {"cpu": 2**28, "cuda": 2**30}
+
+
+def roofline(device: torch.device, repeats: int) -> dict[str, float]:
+    """{"bf16 TFLOP/s", "int8 TOP/s", "fp8 TFLOP/s", "copy GB/s"}: best of the repeats; what the device lacks is absent."""
+    side, copied = SIDE[device.type], COPIED_BYTES[device.type]
+    source = torch.empty(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    calls = products(device, side) | {"copy GB/s": lambda: target.copy_(source)}
+    times = interleaved(calls, device, repeats=repeats, warmup=2)
+    work = dict.fromkeys(calls, 2 * side**3 / 1000000000000.0) | {"copy GB/s": 2 * copied / 1e9}  # read and written
+    return {name: work[name] / (min(times[name]) / 1e3) for name in calls}
+
+
+def products(device: torch.device, side: int) -> dict[str, Callable[[], object]]:
+    """Square products by the fastest library call that torch has for each precision."""
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    found: dict[str, Callable[[], object]] = {"bf16 TFLOP/s": lambda: a @ a.T}
+    eight = torch.randint(-127, 127, (side, side), dtype=torch.int8, device=device)
+    if device.type == "cuda":
+        found["int8 TOP/s"] = lambda: torch._int_mm(eight, eight.T)
+        if torch.cuda.get_device_capability(device) >= (8, 9):
+            small, one = a.to(torch.float8_e4m3fn), torch.ones((), device=device)
+            found["fp8 TFLOP/s"] = lambda: torch._scaled_mm(small, small.T, one, one, out_dtype=torch.bfloat16)
+        return found
+    from harness.backends import onednn_int8
+
+    if onednn_int8._cpu_lacks() is None:
+        packed = torch.ops.onednn.qlinear_prepack(eight, None)
+        unsigned, ones = eight.view(torch.uint8), torch.ones(side)
+        zeros = torch.zeros(side, dtype=torch.long)
+        found["int8 TOP/s"] = lambda: torch.ops.onednn.qlinear_pointwise(
+            *(unsigned, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        )
+    return found

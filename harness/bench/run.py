@@ -1,0 +1,135 @@
+"""One benchmark, told from top to bottom: candidates → latency by batch → memory → where the time goes → roofline → record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.bench.candidates import BASELINE, COMPILED, EAGER, Candidate, baseline, quantized
+from harness.bench.others import OTHERS
+from harness.bench.parts import by_component, shares
+from harness.bench.roofline import roofline
+from harness.bench.timing import interleaved
+from harness.calls import placed
+from harness.config import RunConfig, parse
+from harness.environment import environment
+from harness.files import write_json
+from harness.generate import conditions
+from harness.measure import peak_memory_bytes, quantiles
+from harness.models.base import LoadedModel
+from harness.quant.build import quant_layers
+from harness.run import cached_model, reason, say
+from harness.sweep import composed
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """formats: labels such as w8a8. batches: rows of one call of the transformer. others: of OTHERS."""
+
+    formats: tuple[str, ...] = ("w8a8", "w4a8")
+    modes: tuple[str, ...] = (EAGER, COMPILED)
+    batches: tuple[int, ...] = (2,)
+    others: tuple[str, ...] = ()
+    repeats: int = 15
+    warmup: int = 3
+
+
+def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], Path]:
+    """→ (the benchmark's record, the file it was written to: <results_dir>/bench/…json).
+
+    Raises:
+        UserError: a value that cannot be used, or a format that no real backend on this device runs.
+    """
+    configs = [parse(raw) for raw in composed([[*overrides, f"bits={label}"] for label in options.formats])]
+    config = configs[0]
+    model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+    candidates = list(baseline(target, config.device, options.modes))
+    for each in configs:
+        candidates += quantized(each, model, target, options.modes)
+    for other in options.others:
+        candidates += OTHERS[other](target, config.device, options.modes)
+    candidates, refused = usable(candidates, inputs_of(model, config, options.batches[0]))
+    say(f"bench: {model.spec.name} on {config.device}, {len(candidates)} candidates take turns")
+    record = {
+        "schema": SCHEMA,
+        "model": model.spec.name,
+        "method": config.method,
+        "env": environment(config.device, config.seed),
+        "rows": [row for batch in options.batches for row in latencies(candidates, model, config, batch, options)],
+        "shares": {c.label: shares(c.model, inputs_of(model, config, options.batches[0]), config.device)
+                   for c in candidates if c.mode == EAGER and quant_layers(c.model)},
+        "components": components(candidates, model, config),
+        "roofline": roofline(config.device, options.repeats),
+        "refused": refused,
+    }  # fmt: skip
+    return record, written(record, config)
+
+
+@torch.no_grad()
+def usable(candidates: Sequence[Candidate], inputs: dict[str, Any]) -> tuple[list[Candidate], dict[str, str]]:
+    """Those that run, and {format and mode: why not} of the others (a compiler that gives up): one must not cost the rest."""
+    able, refused = [], {}
+    for candidate in candidates:
+        try:
+            candidate.model(**inputs)
+            able.append(candidate)
+        except Exception as error:
+            refused[f"{candidate.label} {candidate.mode}"] = reason(error)[:200]
+    return able, refused
+
+
+def latencies(
+    candidates: Sequence[Candidate], model: LoadedModel, config: RunConfig, batch: int, options: Options
+) -> list[dict[str, Any]]:
+    """One row per candidate: its latency, against bf16 in the same mode, and its memory."""
+    inputs = inputs_of(model, config, batch)
+    calls = {f"{c.label} {c.mode}": (lambda c=c: c.model(**inputs)) for c in candidates}
+    times = interleaved(calls, config.device, repeats=options.repeats, warmup=options.warmup)
+    medians = {name: quantiles(found) for name, found in times.items()}
+    return [
+        {
+            "format": c.label,
+            "mode": c.mode,
+            "backend": c.backend,
+            "rows": batch,
+            "latency_ms": medians[f"{c.label} {c.mode}"],
+            "speedup": medians[f"{BASELINE} {c.mode}"]["median"] / medians[f"{c.label} {c.mode}"]["median"],
+            "held_bytes": c.held_bytes,
+            "peak_bytes": peak_memory_bytes(c.model, inputs, config.device) if c.mode == EAGER else None,
+        }
+        for c in candidates
+    ]
+
+
+def inputs_of(model: LoadedModel, config: RunConfig, batch: int) -> dict[str, Any]:
+    return placed(model.step_inputs(batch), torch.bfloat16, config.device)
+
+
+def components(candidates: Sequence[Candidate], model: LoadedModel, config: RunConfig) -> dict[str, dict[str, float]]:
+    """{format: {component: ms}} of drawing one sample; empty for a model that draws nothing (random weights)."""
+    if model.spec.random is not None:
+        return {}
+    wanted = conditions(model, 1, config.seed, config.protocol.labels, config.protocol.prompts)
+    return {
+        c.label: by_component(model, c.model, wanted, config.protocol.sampler, config.device)
+        for c in candidates
+        if c.mode == EAGER
+    }
+
+
+def written(record: dict[str, Any], config: RunConfig) -> Path:
+    now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    device = re.sub(r"[^A-Za-z0-9]+", "-", record["env"]["device"]).strip("-").lower()
+    path = config.results_dir / "bench" / f"{record['model']}-{device}-{now}.json"
+    write_json(path, record)
+    return path

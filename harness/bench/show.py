@@ -1,0 +1,63 @@
+"""A benchmark's record as a table, and as a plot beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.listing import table
+
+COLORS = {"eager": "#0072B2", "compiled": "#D55E00"}  # Okabe and Ito's, as in the report
+
+
+def shown(record: dict[str, Any]) -> str:
+    """Text: latencies, shares, components and the roofline."""
+    env = record["env"]
+    parts = [f"{record['model']}, {record['method']}, {env['device']}, torch {env['packages']['torch']}"]
+    rows = [
+        (
+            *(row["format"], row["mode"], row["backend"], str(row["rows"])),
+            "{median:.1f} ({p10:.1f}–{p90:.1f})".format(**row["latency_ms"]),
+            f"{row['speedup']:.2f}×",
+            _mib(row["held_bytes"]),
+            _mib(row["peak_bytes"]),
+        )
+        for row in record["rows"]
+    ]
+    header = ("format", "mode", "backend", "rows", "step [ms] median (p10–p90)", "vs bf16, same mode", "held", "peak")
+    parts.append(table(header, rows))
+    parts += [f"{name} did not run: {why}" for name, why in record["refused"].items()]
+    for label, found in record["shares"].items():
+        parts.append(f"{label} eager: " + ", ".join(f"{name} {share:.0%}" for name, share in found.items()))
+    for label, found in record["components"].items():
+        parts.append(f"{label}, one sample: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.items()))
+    parts.append("measured peaks: " + ", ".join(f"{name} {value:.3g}" for name, value in record["roofline"].items()))
+    return "\n\n".join(parts)
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Bars of the median latency by format, one colour per mode, one panel per batch; a page of its own."""
+    from plotly.graph_objects import Bar
+    from plotly.subplots import make_subplots
+
+    batches = sorted({row["rows"] for row in record["rows"]})
+    figure = make_subplots(rows=1, cols=len(batches), subplot_titles=[f"{batch} rows" for batch in batches])
+    for column, batch in enumerate(batches, 1):
+        for mode, color in COLORS.items():
+            rows = [row for row in record["rows"] if (row["rows"], row["mode"]) == (batch, mode)]
+            bars = Bar(
+                x=[row["format"] for row in rows],
+                y=[row["latency_ms"]["median"] for row in rows],
+                text=[f"{row['speedup']:.2f}×" for row in rows],
+                name=mode,
+                marker_color=color,
+                showlegend=column == 1,
+            )
+            figure.add_trace(bars, row=1, col=column)
+    title = f"{record['model']}: one denoising step [ms] on {record['env']['device']}; numbers: against bf16 in the same mode"
+    figure.update_layout(title=title, barmode="group", template="plotly_white")
+    figure.write_html(path, include_plotlyjs=True)
+
+
+def _mib(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,123 @@
+"""`ditbench bench` and `ditbench parity`: every row is timed or compared for real; what has no real kernel is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+
+import pytest
+import torch
+
+from harness.backends import onednn_int8, vnni
+from harness.backends.base import choose
+from harness.bench.timing import interleaved
+from harness.cli import main
+from harness.listing import example_recipe
+from harness.parity import differences
+from harness.parity_check import worst_psnr_db
+
+CPU = torch.device("cpu")
+needs_real = pytest.mark.skipif(choose(example_recipe(8, 8), CPU).KIND != "measured", reason="no int8 kernel here")
+needs_vnni = pytest.mark.skipif(vnni._cpu_lacks() is not None, reason=str(vnni._cpu_lacks()))
+SMALL = ("model=tiny-dit", "protocol.steps=2", "calibration.n=2", "tracker=none")
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory) -> tuple[dict, object, str]:
+    """(record, its file, what was printed)."""
+    folder = tmp_path_factory.mktemp("benched")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert (
+            main(
+                ["bench", *SMALL, f"results_dir={folder}", "--formats", "w8a8", "--batches", "1", "2", "--repeats", "2"]
+            )
+            == 0
+        )
+    (path,) = (folder / "bench").glob("*.json")
+    return json.loads(path.read_text()), path, said.getvalue()
+
+
+@needs_real
+def test_every_candidate_is_timed_at_every_batch_against_bf16_in_its_mode(benched):
+    record, _, _ = benched
+    rows = {(row["format"], row["mode"], row["rows"]): row for row in record["rows"]}
+    assert set(rows) == {(f, m, b) for f in ("bf16", "W8A8") for m in ("eager", "compiled") for b in (1, 2)}
+    for (label, mode, batch), row in rows.items():
+        baseline = rows["bf16", mode, batch]["latency_ms"]["median"]
+        assert row["speedup"] == baseline / row["latency_ms"]["median"]
+        assert row["backend"] == ("torch" if label == "bf16" else choose(example_recipe(8, 8), CPU).NAME)
+    assert rows["W8A8", "eager", 1]["held_bytes"] < rows["bf16", "eager", 1]["held_bytes"]
+    assert record["refused"] == {}
+
+
+@needs_real
+def test_a_benchmark_says_where_the_time_goes_and_what_the_device_can_do(benched):
+    record, _, text = benched
+    shares = record["shares"]["W8A8"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["integer product"] > 0 and shares["outside the quantized layers"] > 0
+    for parts in record["components"].values():
+        assert parts["transformer"] > 0
+        assert sum(ms for name, ms in parts.items() if name != "total") == pytest.approx(parts["total"])
+    assert record["roofline"]["bf16 TFLOP/s"] > 0 and record["roofline"]["copy GB/s"] > 0
+    assert record["env"]["device"] in text and "W8A8" in text
+
+
+@needs_real
+def test_a_benchmark_leaves_a_page_with_its_plot(benched):
+    _, path, _ = benched
+    assert "one denoising step [ms]" in path.with_suffix(".html").read_text()
+
+
+def test_a_simulated_format_has_no_speed_to_measure(ditbench, tmp_path):
+    outcome = ditbench("bench", *SMALL, f"results_dir={tmp_path}", "--formats", "w3a4")
+    assert outcome.code == 2 and "W3A4 is simulated on cpu" in outcome.err
+    assert not (tmp_path / "bench").exists()
+
+
+def test_calls_take_turns_and_warm_up_is_not_counted():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    times = interleaved(calls, CPU, repeats=2, warmup=1)
+    assert order == ["a", "b"] * 3 and [len(found) for found in times.values()] == [2, 2]
+
+
+@needs_vnni
+def test_every_backend_and_format_agrees_bit_for_bit(ditbench, tmp_path):
+    outcome = ditbench("parity", *SMALL, f"results_dir={tmp_path}", "--formats", "w8a8", "w4a4")
+    assert outcome.code == 0
+    rows = [line.split() for line in outcome.out.splitlines() if line.startswith("W")]
+    assert {(row[0], row[1]) for row in rows} >= {("W8A8", "vnni"), ("W4A4", "vnni"), ("W8A8", "onednn_int8")}
+    assert all("identical" in row and row[-1] == "agrees" for row in rows)
+
+
+@needs_vnni
+def test_a_kernel_that_is_off_is_named_and_the_exit_code_says_so(ditbench, tmp_path, monkeypatch):
+    real = vnni.VnniKernel.product
+    monkeypatch.setattr(vnni.VnniKernel, "product", lambda self, *rest: real(self, *rest) * 1.01)
+    outcome = ditbench("parity", *SMALL, f"results_dir={tmp_path}", "--formats", "w8a8")
+    (row,) = (line for line in outcome.out.splitlines() if " vnni " in line)
+    assert outcome.code == 3 and row.endswith("DIFFERS") and "1.0e-02" in row
+
+
+def test_parity_of_what_nothing_runs_is_refused(ditbench, tmp_path, monkeypatch):
+    for backend in (onednn_int8, vnni):
+        monkeypatch.setattr(backend, "unsupported", lambda recipe, device: "not here")
+    outcome = ditbench("parity", *SMALL, f"results_dir={tmp_path}", "--formats", "w8a8")
+    assert outcome.code == 2 and "no real backend here runs w8a8" in outcome.err
+
+
+def test_differences_are_relative_to_the_simulated_output():
+    y, expected = torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])
+    assert differences(y, expected) == pytest.approx((0.5 / 5.0, 0.5 / 4.0))
+    assert differences(torch.zeros(2), torch.zeros(2)) == (0.0, 0.0)
+
+
+def test_the_worst_image_counts():
+    images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    other = images.clone()
+    other[1] = 51  # a fifth of the peak: 20 log10(5) dB
+    assert worst_psnr_db(images, images) == float("inf")
+    assert worst_psnr_db(other, images) == pytest.approx(13.979, abs=1e-3)
