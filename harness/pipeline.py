@@ -26,6 +26,7 @@ from harness.models.base import PROMPTS, Conditions, Correction, Drawn, OnCall, 
 from harness.quant.build import clock_of
 from harness.quant.target import Site
 from harness.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
+from harness.transformer_only import TransformerOnly, random_transformer
 
 
 def no_sites(transformer: nn.Module) -> list[Site]:
@@ -78,10 +79,8 @@ class PipelineFamily:
                 f"{self.transformer}"
             )
 
-    def random_pipeline(self, arguments: dict[str, Any], dtype: torch.dtype) -> Any:
-        raise UserError(
-            f"a {self.transformer} with random weights alone cannot read prompts; save a small pipeline and set model.source"
-        )
+    def random_pipeline(self, arguments: dict[str, Any], dtype: torch.dtype) -> TransformerOnly:
+        return random_transformer(self.transformer, arguments, dtype)
 
     def blocks(self, transformer: nn.Module) -> list[str]:
         lists = [[f"{name}.{index}" for index in range(len(getattr(transformer, name)))] for name in self.lists]
@@ -107,7 +106,13 @@ class PipelineFamily:
         correct: Correction | None = None,
         decode: bool = True,
     ) -> Drawn:
-        """The pipeline's own loop, latents and scheduler in float32, one generator per sample."""
+        """The pipeline's own loop, latents and scheduler in float32, one generator per sample.
+
+        Raises:
+            UserError: a transformer alone (random weights) reads no prompts; a sampler that does not make `steps` steps.
+        """
+        if isinstance(pipe, TransformerOnly):
+            raise UserError("random weights alone draw nothing; this model is for `ditbench bench` with method=rtn")
         scheduler = self._scheduler(pipe, sampler)
         running = with_parts(pipe, transformer=transformer, scheduler=scheduler)
         running.set_progress_bar_config(disable=True)
@@ -137,6 +142,8 @@ class PipelineFamily:
 
     def step_inputs(self, pipe: Any, batch: int) -> dict[str, Any]:
         """What the pipeline calls its transformer with, for `batch` samples of one prompt, without guidance."""
+        if isinstance(pipe, TransformerOnly):
+            return pipe.step_inputs(batch)
         found: dict[str, Any] = {}
 
         def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -176,10 +177,17 @@ def _fake_linear(
     return scale.new_empty(len(codes), outputs, dtype=dtype)
 
 
+def _find_ninja() -> None:
+    """The one that was installed with us is beside python, which need not be on the PATH."""
+    if not shutil.which("ninja"):
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+
+
 @cache
 def _cpu_lacks() -> str | None:
     if not torch.cpu._is_vnni_supported():
         return f"{NAME} needs a CPU with AVX512-VNNI; without it int8 is no faster than float"
+    _find_ninja()
     missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if not shutil.which(tool)]
     if missing:
         return f"{NAME} is compiled on first use and needs {' and '.join(missing)} on the PATH"

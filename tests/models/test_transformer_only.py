@@ -1,0 +1,73 @@
+"""Transformers of true size, without their weights: on torch's meta device nothing is stored or computed, shapes are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+from harness.errors import UserError
+from harness.models.base import Conditions, ModelSpec, Sampler, family, load_model
+from harness.paths import CONF
+from harness.transformer_only import TransformerOnly
+
+SIZES = {  # parameters of the transformer alone, in units of 10⁹
+    "pixart-xl-2-1024-random": 0.61,
+    "sd3-medium-random": 2.03,
+    "flux.1-dev-random": 11.90,
+    "cogvideox-2b-random": 1.69,
+    "wan2.1-t2v-1.3b-random": 1.42,
+}
+SMALL = {
+    "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 1,
+    "cross_attention_dim": 16, "sample_size": 8, "patch_size": 2, "caption_channels": 12,
+    "use_additional_conditions": False,
+    "inputs": {
+        "hidden_states": [4, 8, 8], "encoder_hidden_states": [3, 12],
+        "encoder_attention_mask": {"shape": [3], "value": 1}, "timestep": {"shape": [], "value": 500},
+    },
+}  # fmt: skip
+
+
+def test_every_model_with_random_weights_and_no_pipeline_is_listed_here():
+    found = {path.stem for path in (CONF / "model").glob("*-random.yaml")}
+    assert found == set(SIZES) | {"dit-xl-2-256-random"}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_it_has_the_published_size_and_takes_the_call_that_is_written_down(name):
+    spec = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+    with torch.device("meta"):
+        pipe = family(spec["family"]).random_pipeline(spec["random"], torch.bfloat16)
+        inputs = {
+            key: value.to("meta", torch.bfloat16 if value.is_floating_point() else None)
+            for key, value in pipe.step_inputs(2).items()
+        }
+        output = pipe.transformer(**inputs, return_dict=False)[0]
+    assert sum(p.numel() for p in pipe.transformer.parameters()) / 1e9 == pytest.approx(SIZES[name], abs=0.01)
+    assert len(output) == 2 and output.shape[2:] == inputs["hidden_states"].shape[2:]
+
+
+def test_its_inputs_are_drawn_once_and_for_all_and_by_row():
+    model = load_model(ModelSpec("small", "pixart", random=SMALL))
+    two, again = model.step_inputs(2), model.step_inputs(2)
+    assert torch.equal(two["hidden_states"], again["hidden_states"]) and two["hidden_states"].shape == (2, 4, 8, 8)
+    assert two["timestep"].tolist() == [500, 500]
+    assert torch.isfinite(model.transformer(**two).sample).all()
+
+
+def test_shared_arguments_have_no_rows():
+    pipe = TransformerOnly(torch.nn.Identity(), {"ids": {"shape": [5, 3], "value": 0, "shared": True}, "none": None})
+    assert pipe.step_inputs(4)["ids"].shape == (5, 3) and pipe.step_inputs(4)["none"] is None
+
+
+def test_it_draws_nothing():
+    model = load_model(ModelSpec("small", "pixart", random=SMALL))
+    with pytest.raises(UserError, match="ditbench bench"):
+        model.adapter.sample(model.pipe, model.transformer, Conditions((0,)), Sampler("pipeline", 1, 1.0))
+
+
+def test_missing_shapes_are_asked_for():
+    without = {name: value for name, value in SMALL.items() if name != "inputs"}
+    with pytest.raises(UserError, match="needs `inputs`"):
+        load_model(ModelSpec("small", "pixart", random=without))
