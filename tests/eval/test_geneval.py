@@ -286,14 +286,15 @@ def test_a_colour_is_clips_choice_by_the_mean_of_three_templates(installed):
     from eval.clip import embed_images, embed_texts
 
     clip = installed.clip
-    seen = embed_images(clip, torch.from_numpy(image[5:30, 10:50])[None])[0].double()
-    scores = []
+    expected = []
     for colour in COLOURS:
         texts = (f"a photo of a {colour} cat", f"a photo of a {colour}-colored cat", f"a photo of a {colour} object")
-        mean = embed_texts(clip, texts).double().mean(0)
-        scores.append(float(seen @ mean / mean.norm()))
-    assert np.std(scores) > 1e-3
-    assert geneval_detector.colour_of(clip, image, instance) == COLOURS[int(np.argmax(scores))]
+        mean = embed_texts(clip, texts).mean(0)
+        expected.append(mean / mean.norm())
+    torch.testing.assert_close(geneval_detector.colour_classifier(clip, "cat"), torch.stack(expected))
+    scores = torch.stack(expected) @ embed_images(clip, torch.from_numpy(image[5:30, 10:50])[None])[0]
+    assert scores.std() > 1e-3
+    assert geneval_detector.colour_of(clip, image, instance) == COLOURS[int(scores.argmax())]
 
 
 def test_every_metric_runs_and_its_passport_says_what_is_not_genevals(installed, judges):
