@@ -2,10 +2,11 @@
 
 A prompt says what to include ([{class, count, color, position: [relation, index of the include it is relative to]}]) and to
 exclude; a detector says what is there. The rules are those of the official evaluation (djghosh13/geneval): the `count` most
-certain objects of a class are judged; relations hold along an axis when the centres differ by more than 0.1 of both boxes
-and that axis makes up at least half of the offset's length. The total is the mean of the categories' shares.
+certain objects of a class are judged; relations hold along an axis when what the centres differ by, less 0.1 of both boxes,
+is more than half of the offset's length. The total is the mean of the categories' shares.
 
-`geneval_shapes/…` reads pictures of the shapes world exactly (eval/shapes.py); it is no detector's number.
+`geneval_shapes/…` reads pictures of the shapes world exactly (eval/shapes.py); it is no detector's number. `geneval/…`,
+with a detector, is in eval/geneval_detector.py; both go by the rules here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from eval import shapes
 from eval.base import Evidence, Measurement, MetricSkipped, metric
@@ -25,6 +27,7 @@ from harness.models.zoo.shapes import KINDS
 
 POSITION_MARGIN = 0.1
 LEAST_SHARE = 0.5  # of the offset's length along the relation's axis
+LEAST_OFFSET = 1e-3  # pixels
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Found:
     label: str
     colour: str | None
     box: tuple[float, float, float, float]
+
+
+Reader = Callable[[np.ndarray, dict[str, Any]], list[Found]]  # a uint8 picture, what its prompt says → what is seen
 
 
 def follows(found: Sequence[Found], about: dict[str, Any]) -> bool:
@@ -59,10 +65,10 @@ def relations(one: Found, other: Found) -> set[str]:
     boxes = np.array([one.box, other.box], dtype=float).reshape(2, 2, 2)
     centres, sizes = boxes.mean(1), boxes[:, 1] - boxes[:, 0]
     offset = centres[0] - centres[1]
-    offset = np.maximum(np.abs(offset) - POSITION_MARGIN * sizes.sum(0), 0) * np.sign(offset)
-    if not offset.any():
+    beyond = np.maximum(np.abs(offset) - POSITION_MARGIN * sizes.sum(0), 0) * np.sign(offset)
+    if (np.abs(beyond) < LEAST_OFFSET).all():
         return set()
-    x, y = offset / np.linalg.norm(offset)
+    x, y = beyond / np.linalg.norm(offset)
     checks = {
         "left of": x < -LEAST_SHARE,
         "right of": x > LEAST_SHARE,
@@ -72,18 +78,23 @@ def relations(one: Found, other: Found) -> set[str]:
     return {name for name, holds in checks.items() if holds}
 
 
-def judged(evidence: Evidence, detect: Callable[[np.ndarray], list[Found]]) -> dict[str, np.ndarray]:
-    """{category: whether each of its pictures follows its prompt}."""
-    generated = evidence.generated
-    if not generated.prompts or not all("include" in prompt.about for prompt in generated.prompts):
+def need_objects(evidence: Evidence) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The pictures, and what each one's prompt says is to be seen."""
+    images_NHWC, prompts = evidence.generated.images_NHWC, evidence.generated.prompts
+    if not prompts or not all({"tag", "include"} <= set(prompt.about) for prompt in prompts):
         raise MetricSkipped("needs prompts in GenEval's format, with tag and include; set protocol.prompts")
+    return images_NHWC, [prompt.about for prompt in prompts]
+
+
+def judged(evidence: Evidence, read: Reader) -> dict[str, np.ndarray]:
+    """{category: whether each of its pictures follows its prompt}."""
+    images_NHWC, abouts = need_objects(evidence)
 
     def all_pictures() -> list[bool]:
-        pictures = generated.images_NHWC.numpy()
-        return [follows(detect(image), p.about) for image, p in zip(pictures, generated.prompts, strict=True)]
+        return [follows(read(image, about), about) for image, about in zip(images_NHWC.numpy(), abouts, strict=True)]
 
-    results = np.array(remembered(generated.images_NHWC, detect, "geneval", all_pictures))
-    tags = np.array([prompt.about["tag"] for prompt in generated.prompts])
+    results = np.array(remembered(images_NHWC, read, "geneval", all_pictures))
+    tags = np.array([about["tag"] for about in abouts])
     return {tag: results[tags == tag] for tag in dict.fromkeys(tags.tolist())}
 
 
@@ -98,34 +109,40 @@ def share(results: dict[str, np.ndarray], evidence: Evidence) -> tuple[float, tu
     return value, (float(low), float(high)), sum(len(each) for each in results.values())
 
 
-def read_shapes(image_HWC: np.ndarray) -> list[Found]:
+def read_shapes(image_HWC: np.ndarray, about: dict[str, Any]) -> list[Found]:
     return [Found(seen.shape, seen.colour, seen.box) for seen in shapes.objects(image_HWC)]
 
 
-def _measure(evidence: Evidence, categories: Sequence[str] | None) -> Measurement:
-    results = judged(evidence, read_shapes)
+def measured(
+    evidence: Evidence, read: Reader, categories: Sequence[str] | None, implementation: str, **origin: Any
+) -> Measurement:
+    """Mean share of the categories (None: of all there are); origin is what the passport says of the reader."""
+    results = judged(evidence, read)
     if categories is not None:
         results = {tag: results[tag] for tag in categories if tag in results}
         if not results:
             raise MetricSkipped(f"no prompt of category {', '.join(categories)} among those drawn; raise protocol.n")
     value, ci95, n = share(results, evidence)
     settings = {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples, "categories": sorted(results)}
-    card = passport("ditbench geneval, exact reader", "ditbench", reference=None, dtype="uint8", **settings)
-    return Measurement(value, ci95, n, card)
+    return Measurement(value, ci95, n, passport(implementation, "ditbench", reference=None, **origin, **settings))
+
+
+def _measure_shapes(evidence: Evidence, categories: Sequence[str] | None) -> Measurement:
+    return measured(evidence, read_shapes, categories, "ditbench geneval, exact reader", dtype="uint8")
 
 
 @metric("geneval_shapes/overall", better="higher")
 def overall(evidence: Evidence) -> Measurement:
     """Share of pictures of the shapes world that show what was asked, mean over GenEval's categories."""
-    return _measure(evidence, None)
+    return _measure_shapes(evidence, None)
 
 
 def _category(kind: str) -> None:
-    @metric(f"geneval_shapes/{kind}", better="higher")
     def one(evidence: Evidence) -> Measurement:
-        return _measure(evidence, [kind])
+        return _measure_shapes(evidence, [kind])
 
     one.__doc__ = f"Share of pictures of the shapes world that show what was asked: {kind}."
+    metric(f"geneval_shapes/{kind}", better="higher")(one)  # reads the docstring
 
 
 for _kind in KINDS:

@@ -1,4 +1,4 @@
-"""The command line: `ditbench run | report | list | paper | reproduce | check-method | parity | bench | data | doctor | zoo`."""
+"""The command line: `ditbench COMMAND`; one function per command, each thin."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench bench model=dit-xl-2-256-random                       latency and memory against bf16, in one process
   ditbench check-method NAME                                     does a method keep the contract?
   ditbench data list|fetch NAME|verify [NAME]                    prompt sets, reference batches and judges of others
+  ditbench vbench RUN_FOLDER|EXPERIMENT                          official VBench on recorded videos, beside the record
   ditbench doctor                                                what this machine can do, and what is missing
   ditbench zoo train tiny-dit                                    train an embedded model again
 
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         "parity": parity_command,
         "bench": bench_command,
         "data": data_command,
+        "vbench": vbench_command,
         "doctor": doctor_command,
         "zoo": zoo_command,
     }
@@ -226,6 +228,22 @@ def data_command(arguments: list[str]) -> int:
     text, good = data.verified([options.name] if options.name else data.known_data())
     print(text)
     return 0 if good else EXIT_USER
+
+
+def vbench_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ditbench vbench", description="Official VBench, in an environment of its own, on recorded videos."
+    )
+    parser.add_argument("target", help="a run's folder, or an experiment")
+    parser.add_argument("--dimension", nargs="+", metavar="NAME", help="default: those that the prompts are for")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
+    parser.add_argument("--debug", action="store_true")
+    options = parser.parse_args(arguments)
+    from eval import side_env
+
+    outcome = side_env.score(options.target, options.dimension, options.results_dir)
+    print(outcome.text)
+    return EXIT_FAILED_RUNS if outcome.failed else 0
 
 
 def doctor_command(arguments: list[str]) -> int:

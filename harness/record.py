@@ -2,6 +2,7 @@
 
     <results_dir>/runs/<experiment>/<run_id>/record.json      the first attempt
     <results_dir>/runs/<experiment>/<run_id>.2/record.json    again (after a failure, or with --force)
+    …/<run_id>/metrics/<metric>.json                          a metric that was computed later (ditbench vbench)
 
 `run_id` is the hash of everything that can change a number (`harness.run.identity`). Fields get added, never renamed;
 old records stay readable.
@@ -97,8 +98,21 @@ def write(record: Record, folder: Path) -> None:
     write_json(folder / "record.json", values)
 
 
+def add_metric(folder: Path, name: str, entry: dict[str, Any]) -> Path:
+    """File a metric of a recorded run, as `Record.metrics` holds one, in a file of its own that `read` finds.
+
+    Raises:
+        UserError: the run has that metric already.
+    """
+    path = folder / "metrics" / f"{name}.json"
+    if name in read(folder / "record.json").metrics:
+        raise UserError(f"{folder}: {name} is recorded already; nothing is overwritten, run again with --force instead")
+    write_json(path, entry)
+    return path
+
+
 def read(path: Path) -> Record:
-    """The record in a record.json.
+    """The record in a record.json, with the metrics that were filed beside it later.
 
     Raises:
         UserError: unreadable JSON, not a record, or written by a newer ditbench.
@@ -119,7 +133,19 @@ def read(path: Path) -> Record:
         what = f"without {', '.join(sorted(missing))}" if missing else f"schema {schema!r}"
         raise UserError(f"{path}: not a ditbench record ({what}); move that folder away to go on")
     known = set(Record.__dataclass_fields__) - {"folder"}
-    return Record(**{name: value for name, value in values.items() if name in known}, folder=path.parent)
+    record = Record(**{name: value for name, value in values.items() if name in known}, folder=path.parent)
+    record.metrics = _later_metrics(path.parent / "metrics") | record.metrics
+    return record
+
+
+def _later_metrics(home: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted(home.rglob("*.json")):
+        try:
+            found[path.relative_to(home).with_suffix("").as_posix()] = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not a readable metric ({error}); move that file away to go on") from error
+    return found
 
 
 def attempts(results_dir: Path, experiment: str, run_id: str) -> list[Record]:
