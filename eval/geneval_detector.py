@@ -6,8 +6,8 @@ is 1). An object's colour is CLIP's choice among ten, by the mean of three templ
 mask, laid on #999 and cropped to its box. Detections come out of the network as out of mmdet's `instance_postprocess`:
 the 100 most certain pairs of query and class, certainty = class probability · mean mask probability inside the mask.
 
-Departs from it: the detector is Mask2Former's authors' Swin-L in transformers, not mmdet's Swin-S (arXiv:2112.01527 for
-both); the resize to 800 is antialiased, as those weights were trained. Whoever prints these beside published numbers says so.
+Departs from it: the detector is Mask2Former's authors' own Swin-S weights in transformers, not those that mmdet trained
+(arXiv:2112.01527 for both); the resize to 800 is antialiased, as those weights were trained. Whoever prints these beside published numbers says so.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from eval.video_judges import CLIP_LARGE, IMAGENET, judge_folder, standardised
 from eval.weights import stored_sha256
 from harness.models.zoo.shapes import KINDS
 
-DETECTOR = "facebook/mask2former-swin-large-coco-instance"
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CERTAIN, CERTAIN_TO_COUNT = 0.3, 0.9
 MOST_PER_CLASS, MOST_PER_IMAGE = 16, 100
 SHORT_SIDE, LONG_SIDE, MULTIPLE = 800, 1333, 32  # of what the detector sees
