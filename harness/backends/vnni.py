@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.backends.base import FusedKernel, Kernel
+from harness.files import canonical_sha256
 from harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight, activation_affine
 from harness.quant.recipe import LayerRecipe
 from harness.quant.steps import StepTable
@@ -154,9 +156,14 @@ def _panelled(table_OG: Tensor) -> Tensor:
 
 @cache
 def load_extension() -> None:
-    from torch.utils.cpp_extension import load
+    from torch.utils.cpp_extension import get_default_build_root, load
 
-    load(LIBRARY, [str(SOURCE)], extra_cflags=FLAGS, is_python_module=False)
+    version = canonical_sha256([SOURCE.read_text(), FLAGS, torch.__version__, sys.version])[:12]
+    folder = Path(get_default_build_root()) / f"{LIBRARY}-{version}"
+    if not (folder / f"{LIBRARY}.so").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"ditbench: compiling {SOURCE.name} (once, into {folder})", file=sys.stderr, flush=True)
+    load(LIBRARY, [str(SOURCE)], extra_cflags=FLAGS, build_directory=str(folder), is_python_module=False)
     torch.library.register_fake(f"{LIBRARY}::quantize_rows", _fake_quantize_rows)
     torch.library.register_fake(f"{LIBRARY}::linear", _fake_linear)
 
