@@ -81,7 +81,7 @@ def comparisons(
     known = sorted({compare.bits_label(record) for record in records})
     for label in bits or ():
         if label.upper() not in known:
-            raise unknown_name("recorded bits", label, known)
+            raise unknown_name("recorded bits", label.upper(), known)
     chosen = [r for r in records if not bits or compare.bits_label(r) in [label.upper() for label in bits]]
     groups = compare.groups(chosen)
     wanted = compare.headline(groups, metrics) if metrics else None
