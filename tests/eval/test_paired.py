@@ -114,14 +114,13 @@ def test_agresti_and_mins_interval_covers_the_true_difference():
 
 def test_a_mean_of_categories_is_compared_as_one():
     strata = [0, 0, 0, 0, 0, 0, 1, 1]
-    first, second = outcomes("yyynnnyy", strata), outcomes("nnnnnnny", strata)
-    found = one(first, second)
-    assert found.value == pytest.approx((3 / 6 + 1 / 2) / 2)
-    # Weights of the four pairs that differ: 1/12 three times and 1/4. |±3/12 ± 1/4| ≥ 1/2 in 2 of 16 swaps.
-    assert found.p == 2 / 16 and (found.test, found.ci_method) == (paired.FLIP_TEST, paired.AGRESTI_MIN_OF_GROUPS)
-    (low_0, high_0), (low_1, high_1) = paired.agresti_min(3, 0, 6), paired.agresti_min(1, 0, 2)
-    below, above = np.hypot(0.5 - low_0, 0.5 - low_1) / 2, np.hypot(high_0 - 0.5, high_1 - 0.5) / 2
-    assert found.ci95 == pytest.approx((0.5 - below, 0.5 + above))
+    found = one(outcomes("yyyynnnn", strata), outcomes("nnnnnnyn", strata))
+    assert found.value == pytest.approx((4 / 6 - 1 / 2) / 2)
+    # Weights of the pairs that differ: 1/12 four times, 3/12 once. No swap brings ±1 ±1 ±1 ±1 ±3 nearer to 0 than 1.
+    assert found.p == 1.0 and (found.test, found.ci_method) == (paired.FLIP_TEST, paired.AGRESTI_MIN_OF_GROUPS)
+    (low_0, high_0), (low_1, high_1) = paired.agresti_min(4, 0, 6), paired.agresti_min(0, 1, 2)
+    below, above = np.hypot(4 / 6 - low_0, -1 / 2 - low_1) / 2, np.hypot(high_0 - 4 / 6, high_1 + 1 / 2) / 2
+    assert found.ci95 == pytest.approx((1 / 12 - below, 1 / 12 + above))
 
 
 def test_outcomes_without_categories_would_get_the_same_p_from_sign_flips():
