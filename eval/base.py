@@ -15,6 +15,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from harness.errors import unknown_name
@@ -95,14 +96,31 @@ class Evidence:
     resamples: int = 200
 
 
+@dataclass(frozen=True, eq=False)
+class PerSample:
+    """What a metric found for each generated sample, in their order: float64 (N,), NaN for one that does not count.
+
+    yes_no: the values are 0 or 1. strata_N: the category of each sample (int), where the metric is the mean of its
+    categories' means; without, it is the mean of the values.
+    """
+
+    values_N: np.ndarray
+    yes_no: bool = False
+    strata_N: np.ndarray | None = None
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """A value with its 95 % interval, the number of samples it rests on and the settings that made it."""
+    """A value with its 95 % interval, the number of samples it rests on and the settings that made it.
+
+    per_sample: None where only the whole set has a number (FID).
+    """
 
     value: float
     ci95: tuple[float, float] | None
     n: int
     passport: dict[str, Any] = field(default_factory=dict)
+    per_sample: PerSample | None = None
 
 
 class MetricSkipped(Exception):
@@ -111,7 +129,10 @@ class MetricSkipped(Exception):
 
 @dataclass(frozen=True)
 class Metric:
-    """better: "higher" | "lower"; paired: compares with the float model sample by sample (has no noise floor)."""
+    """better: one of BETTER; paired: compares with the float model sample by sample (has no noise floor).
+
+    asks, needs: what the metric cannot do without, of the run and of this machine (see `metric`).
+    """
 
     name: str
     compute: Callable[[Evidence], Measurement]
@@ -119,17 +140,36 @@ class Metric:
     paired: bool
     unit: str
     summary: str
+    asks: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
 
+
+BETTER = ("higher", "lower", "none")  # none: the number describes the samples and ranks nobody
+Need = Callable[[], str | None]  # None, or what is missing here and the command that helps; loads nothing
 
 _METRICS: dict[str, Metric] = {}
 
 
-def metric(name: str, *, better: str, paired: bool = False, unit: str = "") -> Callable:
-    """Register a function of Evidence under name; the first line of its docstring is its summary."""
+def metric(
+    name: str,
+    *,
+    better: str,
+    paired: bool = False,
+    unit: str = "",
+    asks: tuple[str, ...] = (),
+    needs: tuple[Need, ...] = (),
+) -> Callable:
+    """Register a function of Evidence under name; the first line of its docstring is its summary.
+
+    asks: what a run has to have for it, keys of eval.needs.ASKS. needs: what this machine has to have. Without them the
+    metric still works, but is not announced as one that will be skipped.
+    """
+    if better not in BETTER:
+        raise ValueError(f"metric {name}: better must be one of {', '.join(BETTER)}, got {better!r}")
 
     def register(compute: Callable[[Evidence], Measurement]) -> Callable[[Evidence], Measurement]:
         summary = (compute.__doc__ or "").strip().split("\n")[0]
-        _METRICS[name] = Metric(name, compute, better, paired, unit, summary)
+        _METRICS[name] = Metric(name, compute, better, paired, unit, summary, asks, needs)
         return compute
 
     return register
@@ -149,24 +189,39 @@ def known_metrics() -> dict[str, Metric]:
 
 def evaluate(names: Iterable[str], evidence: Evidence) -> dict[str, dict[str, Any]]:
     """Run the named metrics → the record's `metrics` field. One that cannot run is recorded as skipped."""
+    return evaluate_samples(names, evidence)[0]
+
+
+def evaluate_samples(
+    names: Iterable[str], evidence: Evidence
+) -> tuple[dict[str, dict[str, Any]], dict[str, PerSample]]:
+    """As `evaluate`, and what each metric found per sample, of those that look at samples one by one."""
     known = known_metrics()
     for name in names:
         if name not in known:
             raise unknown_name("metric", name, known)
-    return {name: _entry(known[name], evidence) for name in names}
+    entries, samples = {}, {}
+    for name in names:
+        result: Measurement | MetricSkipped
+        try:
+            result = known[name].compute(evidence)
+        except MetricSkipped as reason:
+            result = reason
+        entries[name] = _entry(known[name], result)
+        if isinstance(result, Measurement) and result.per_sample is not None:
+            samples[name] = result.per_sample
+    return entries, samples
 
 
-def _entry(metric: Metric, evidence: Evidence) -> dict[str, Any]:
+def _entry(metric: Metric, result: Measurement | MetricSkipped) -> dict[str, Any]:
     common = {"better": metric.better, "paired": metric.paired, "unit": metric.unit, "noise_floor": None}
-    try:
-        result = metric.compute(evidence)
-    except MetricSkipped as reason:
+    if isinstance(result, MetricSkipped):
         return {
             "value": None,
             "ci95": None,
             "n": 0,
             "status": "skipped",
-            "reason": str(reason),
+            "reason": str(result),
             "passport": {},
         } | common
     return {

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eval.base import MetricSkipped, Samples
+from eval.base import MetricSkipped, Need, Samples
 from eval.features import best_device, channels_first, full_precision, remembered
 from eval.weights import stored_sha256
 
@@ -53,7 +53,7 @@ def load_clip(name_or_folder: str) -> Clip:
     """CLIP by its name on the hub, from the local cache only, or from a folder; MetricSkipped where it is not."""
     weights = _weight_file(name_or_folder)
     if weights is None:
-        raise MetricSkipped(f"CLIP {name_or_folder} is not here; fetch it with `hf download {name_or_folder}`")
+        raise MetricSkipped(_not_here(name_or_folder))
     from transformers import AutoTokenizer, CLIPModel
 
     try:
@@ -130,6 +130,11 @@ def prepare(images_BCHW: Tensor, side: int, *, stretch: bool = False) -> Tensor:
     return (images / 255.0 - mean) / deviation
 
 
+def clip_here(name: str) -> Need:
+    """For `metric(needs=…)`; name: one of HUB."""
+    return lambda: None if _weight_file(HUB[name]) else _not_here(HUB[name])
+
+
 def need_prompts(samples: Samples) -> tuple[str, ...]:
     """The text each sample was made from."""
     if not samples.prompts:
@@ -137,6 +142,10 @@ def need_prompts(samples: Samples) -> tuple[str, ...]:
     if len(samples.prompts) != len(samples):
         raise ValueError(f"clip: {len(samples)} samples but {len(samples.prompts)} prompts; give one per sample")
     return tuple(prompt.text for prompt in samples.prompts)
+
+
+def _not_here(name_or_folder: str) -> str:
+    return f"CLIP {name_or_folder} is not here; fetch it with `hf download {name_or_folder}`"
 
 
 def _weight_file(name_or_folder: str) -> Path | None:

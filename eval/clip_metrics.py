@@ -18,10 +18,11 @@ from torch import Tensor
 
 from eval import spread
 from eval.base import Evidence, Measurement, metric
-from eval.clip import HUB, count_too_long, embed_images, embed_texts, load_clip, need_prompts
+from eval.clip import HUB, clip_here, count_too_long, embed_images, embed_texts, load_clip, need_prompts
 from eval.features import against_float, need_reference
 from eval.passport import need_samples, passport
-from eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, PERCENTILE_BOOTSTRAP, around, mean_with_ci
+from eval.per_sample import mean_or_share
+from eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, around
 
 GOOD, BAD = "Good photo.", "Bad photo."
 SCALE = 100.0  # of cosines: CLIP's trained temperature
@@ -31,19 +32,19 @@ _CROPPED = {"resize": "bicubic, short side, centre crop", "antialias": True}
 _STRETCHED = {"resize": "bicubic, both sides, not cropped", "antialias": True}
 
 
-@metric("clipscore_b32", better="higher")
+@metric("clipscore_b32", better="higher", asks=("prompts",), needs=(clip_here("b32"),))
 def clipscore_b32(evidence: Evidence) -> Measurement:
     """CLIPScore, ViT-B/32: 100 · cosine of image and prompt, not below 0, mean over the samples."""
     return clipscore(evidence, HUB["b32"])
 
 
-@metric("clipscore_l14", better="higher")
+@metric("clipscore_l14", better="higher", asks=("prompts",), needs=(clip_here("l14"),))
 def clipscore_l14(evidence: Evidence) -> Measurement:
     """CLIPScore, ViT-L/14: 100 · cosine of image and prompt, not below 0, mean over the samples."""
     return clipscore(evidence, HUB["l14"])
 
 
-@metric("clip_iqa", better="higher")
+@metric("clip_iqa", better="higher", needs=(clip_here("l14"),))
 def clip_iqa(evidence: Evidence) -> Measurement:
     """CLIP-IQA, ViT-L/14: how sure CLIP is of "Good photo." against "Bad photo.", mean over the images."""
     need_samples(evidence, 1)
@@ -54,13 +55,13 @@ def clip_iqa(evidence: Evidence) -> Measurement:
     return _mean(evidence, "clip_iqa", good_N, clip.passport | _CROPPED | {"prompts": [GOOD, BAD]})
 
 
-@metric("cmmd", better="lower")
+@metric("cmmd", better="lower", asks=("reference",), needs=(clip_here("l14_336"),))
 def cmmd(evidence: Evidence) -> Measurement:
     """CMMD to the reference: distance between the two sets' CLIP ViT-L/14-336 embeddings."""
     return clip_mmd(evidence)
 
 
-@metric("cmmd_float", better="lower", paired=True)
+@metric("cmmd_float", better="lower", paired=True, needs=(clip_here("l14_336"),))
 def cmmd_float(evidence: Evidence) -> Measurement:
     """CMMD to the float model's images: distance between the two sets' CLIP ViT-L/14-336 embeddings."""
     return clip_mmd(against_float(evidence), pairs=True)
@@ -114,6 +115,4 @@ def _mean_kernel(x_NF: np.ndarray, y_MF: np.ndarray) -> float:
 
 
 def _mean(evidence: Evidence, kind: str, values_N: Tensor, settings: dict[str, Any]) -> Measurement:
-    value, ci95 = mean_with_ci(values_N.numpy(), evidence.seed, evidence.resamples)
-    settings |= {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples}
-    return Measurement(value, ci95, len(values_N), passport(f"ditbench {kind}", "ditbench", reference=None, **settings))
+    return mean_or_share(evidence, values_N, f"ditbench {kind}", "ditbench", **settings)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from eval.base import Evidence, Measurement, Samples, metric
-from eval.passport import FLOAT_MODEL, need_samples, passport
-from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
+from eval.passport import FLOAT_MODEL, need_samples
+from eval.per_sample import mean_or_share
+from eval.statistics import share_with_ci
 
 # Each threshold, and what the float model's own sample has to be clear of.
 BLANK_STD, BLANK_STD_FLOAT = 2.0, 4.0  # grey levels; rounding a flat field gives up to 0.5, photographs 90
@@ -33,7 +34,7 @@ NOISE_SIDE = 16  # pixels left a side; with fewer, the ratio of a good thumbnail
 
 
 def alarms(samples: Samples, float_model: Samples | None = None) -> dict[str, dict[str, Any]]:
-    """{alarm: {share of samples, n, threshold, what}}; alarms that do not apply (latents not kept, images) are absent."""
+    """{alarm: {share of samples, Wilson's ci95, n, threshold, what}}; alarms that do not apply (latents not kept, images) are absent."""
     return _described(raised(samples, float_model))
 
 
@@ -49,9 +50,10 @@ def collapse(evidence: Evidence) -> Measurement:
     samples, float_model = evidence.generated, evidence.float_model
     hits = raised(samples, float_model)
     any_N = torch.stack(list(hits.values())).any(dim=0)
-    value, ci95 = mean_with_ci(any_N.numpy(), evidence.seed, evidence.resamples)
     found = _described(hits)
-    settings = passport(
+    return mean_or_share(
+        evidence,
+        any_N,
         "ditbench collapse",
         "ditbench",
         reference=FLOAT_MODEL if float_model is not None else None,
@@ -59,10 +61,7 @@ def collapse(evidence: Evidence) -> Measurement:
         alarms=found,
         alarmed=alarmed(found),
         alarm_share=ALARM_SHARE,
-        ci_method=PERCENTILE_BOOTSTRAP,
-        resamples=evidence.resamples,
     )
-    return Measurement(value, ci95, len(samples), settings)
 
 
 def raised(samples: Samples, float_model: Samples | None = None) -> dict[str, Tensor]:
@@ -144,6 +143,7 @@ def _described(hits: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "share": float(hit_N.double().mean()),
+            "ci95": list(share_with_ci(int(hit_N.sum()), len(hit_N))[1]),
             "n": len(hit_N),
             "threshold": ALARMS[name].threshold,
             "float_threshold": ALARMS[name].float_threshold,

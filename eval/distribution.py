@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from eval import libraries, spread
-from eval.base import Evidence, Measurement, MetricSkipped, metric
+from eval.base import Evidence, Measurement, MetricSkipped, Need, metric
 from eval.features import Pair, against_float, judge_pair, need_judge, one_thread, outputs
 from eval.passport import need_samples, passport
 from eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, WILSON, around, bootstrap_sd, share_with_ci
@@ -34,6 +34,8 @@ class View:
     pair: Callable[[Evidence], Pair]
     logits: Callable[[Evidence], Tensor]
     origin: Callable[[Evidence], dict[str, Any]]
+    asks: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
     narrow: bool = False  # features so narrow that threads only get in each other's way
 
 
@@ -105,11 +107,18 @@ def register(views: dict[str, View], suffix: str, seen_by: str) -> None:
     ):
         for library in its_libraries:
             summary = f"{text}, {seen_by}, by {libraries.PACKAGES[library]}."
-            metric(f"{library}/{kind}{suffix}", better=better)(_bound(compute, library, views[library], summary))
+            view, reference = views[library], () if kind == "is" else ("reference",)
+            register_as = metric(
+                f"{library}/{kind}{suffix}", better=better, asks=(*view.asks, *reference), needs=view.needs
+            )
+            register_as(_bound(compute, library, view, summary))
     for library in libraries.FID:
         summary = f"Fréchet distance to the float model's images, {seen_by}, by {libraries.PACKAGES[library]}."
-        to_float = _bound(_fid_to_float, library, views[library], summary)
-        metric(f"{library}/fid{suffix}_to_float", better="lower", paired=True)(to_float)
+        view = views[library]
+        register_as = metric(
+            f"{library}/fid{suffix}_to_float", better="lower", paired=True, asks=view.asks, needs=view.needs
+        )
+        register_as(_bound(_fid_to_float, library, view, summary))
 
 
 def _fid_to_float(library: str, view: View, evidence: Evidence) -> Measurement:
@@ -156,5 +165,5 @@ def _judge_origin(evidence: Evidence) -> dict[str, Any]:
     return {"weights_sha256": judge.sha256, "dtype": "float32", "features": f"judge {judge.name}"}
 
 
-_JUDGE = View(judge_pair, _judge_logits, _judge_origin, narrow=True)
+_JUDGE = View(judge_pair, _judge_logits, _judge_origin, asks=("judge",), narrow=True)
 register(dict.fromkeys(libraries.PACKAGES, _JUDGE), "_judge", "in the judge's features")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eval.base import Evidence, Measurement, MetricSkipped, metric
 from eval.features import BATCH, need_float_model
-from eval.passport import FLOAT_MODEL, need_samples, passport
-from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
+from eval.passport import FLOAT_MODEL, need_samples
+from eval.per_sample import mean_or_share
 
 CAP_DB = 100.0  # what identical samples count as; their true value is infinite
 SSIM_SIGMA, SSIM_KERNEL = 1.5, 11
@@ -67,9 +67,7 @@ def paired_measurement(
     evidence: Evidence, implementation: str, package: str, values_N: Tensor, settings: dict
 ) -> Measurement:
     """The mean of one value per sample, against the float model."""
-    value, ci95 = mean_with_ci(values_N.cpu().numpy(), evidence.seed, evidence.resamples)
-    settings |= {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples}
-    return Measurement(value, ci95, len(values_N), passport(implementation, package, reference=FLOAT_MODEL, **settings))
+    return mean_or_share(evidence, values_N.cpu(), implementation, package, reference=FLOAT_MODEL, **settings)
 
 
 def _decibel(ratio_N: Tensor) -> Tensor:

@@ -30,7 +30,13 @@ BATCH = 4
 LEAST_FRAMES = 10  # fewer do not last through I3D's pooling over time
 
 
-@metric("fvd_to_float", better="lower", paired=True)
+def i3d_here() -> str | None:
+    """For `metric(needs=…)`."""
+    path = find_data(I3D).path
+    return None if path and path.is_file() else f"I3D is not here; fetch it with `ditbench data fetch {I3D}`"
+
+
+@metric("fvd_to_float", better="lower", paired=True, needs=(i3d_here,))
 def fvd_to_float(evidence: Evidence) -> Measurement:
     """Fréchet distance to the float model's videos in I3D's features, by torch-fidelity."""
     measured = distribution.fid("torch_fidelity", _I3D, evidence, pairs=True)
@@ -58,8 +64,8 @@ def _network() -> tuple[torch.jit.ScriptModule, str]:
     """I3D and its SHA-256; MetricSkipped with the command where it is not here."""
     path = find_data(I3D).path
     assert path is not None, "an entry with an url has a path"
-    if not path.is_file():
-        raise MetricSkipped(f"I3D is not here; fetch it with `ditbench data fetch {I3D}`")
+    if problem := i3d_here():
+        raise MetricSkipped(problem)
     sha256 = stored_sha256(path)
     return _load(path, sha256), sha256
 

@@ -19,10 +19,10 @@ import numpy as np
 from torch import Tensor
 
 from eval import shapes
-from eval.base import Evidence, Measurement, MetricSkipped, metric
+from eval.base import Evidence, Measurement, MetricSkipped, PerSample, metric
 from eval.features import remembered
 from eval.passport import passport
-from eval.statistics import PERCENTILE_BOOTSTRAP, resampled_rows
+from eval.statistics import WILSON, WILSON_OF_GROUPS, mean_of_shares_with_ci
 from harness.models.zoo.shapes import KINDS
 
 POSITION_MARGIN = 0.1
@@ -98,15 +98,14 @@ def judged(evidence: Evidence, read: Reader) -> dict[str, np.ndarray]:
     return {tag: results[tags == tag] for tag in dict.fromkeys(tags.tolist())}
 
 
-def share(results: dict[str, np.ndarray], evidence: Evidence) -> tuple[float, tuple[float, float], int]:
-    """Mean of the categories' shares, its bootstrap interval (pictures drawn within categories), and n."""
-    draws = np.zeros(evidence.resamples)
-    for index, each in enumerate(results.values()):
-        rows = resampled_rows(len(each), evidence.seed + index, evidence.resamples)
-        draws += np.array([each[picked].mean() for picked in rows]) / len(results)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    value = float(np.mean([each.mean() for each in results.values()]))
-    return value, (float(low), float(high)), sum(len(each) for each in results.values())
+def share(results: dict[str, np.ndarray], evidence: Evidence) -> tuple[float, tuple[float, float], PerSample]:
+    """Mean of the categories' shares, its interval from theirs, and the outcome of each picture."""
+    value, ci95 = mean_of_shares_with_ci((int(each.sum()), len(each)) for each in results.values())
+    tags_N = np.array([prompt.about["tag"] for prompt in evidence.generated.prompts])
+    values_N, strata_N = np.full(len(tags_N), np.nan), np.full(len(tags_N), -1)
+    for index, (tag, each) in enumerate(results.items()):
+        values_N[tags_N == tag], strata_N[tags_N == tag] = each, index
+    return value, ci95, PerSample(values_N, yes_no=True, strata_N=strata_N if len(results) > 1 else None)
 
 
 def read_shapes(image_HWC: np.ndarray, about: dict[str, Any]) -> list[Found]:
@@ -122,16 +121,17 @@ def measured(
         results = {tag: results[tag] for tag in categories if tag in results}
         if not results:
             raise MetricSkipped(f"no prompt of category {', '.join(categories)} among those drawn; raise protocol.n")
-    value, ci95, n = share(results, evidence)
-    settings = {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples, "categories": sorted(results)}
-    return Measurement(value, ci95, n, passport(implementation, "ditbench", reference=None, **origin, **settings))
+    value, ci95, pictures = share(results, evidence)
+    settings = {"ci_method": WILSON_OF_GROUPS if len(results) > 1 else WILSON, "categories": sorted(results)}
+    card = passport(implementation, "ditbench", reference=None, **origin, **settings)
+    return Measurement(value, ci95, sum(map(len, results.values())), card, pictures)
 
 
 def _measure_shapes(evidence: Evidence, categories: Sequence[str] | None) -> Measurement:
     return measured(evidence, read_shapes, categories, "ditbench geneval, exact reader", dtype="uint8")
 
 
-@metric("geneval_shapes/overall", better="higher")
+@metric("geneval_shapes/overall", better="higher", asks=("geneval prompts",))
 def overall(evidence: Evidence) -> Measurement:
     """Share of pictures of the shapes world that show what was asked, mean over GenEval's categories."""
     return _measure_shapes(evidence, None)
@@ -142,7 +142,7 @@ def _category(kind: str) -> None:
         return _measure_shapes(evidence, [kind])
 
     one.__doc__ = f"Share of pictures of the shapes world that show what was asked: {kind}."
-    metric(f"geneval_shapes/{kind}", better="higher")(one)  # reads the docstring
+    metric(f"geneval_shapes/{kind}", better="higher", asks=("geneval prompts",))(one)  # reads the docstring
 
 
 for _kind in KINDS:

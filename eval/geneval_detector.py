@@ -29,7 +29,7 @@ from eval.base import Evidence, Measurement, MetricSkipped, metric
 from eval.clip import WEIGHT_FILES, Clip, embed_images, embed_texts, load_clip
 from eval.features import best_device, full_precision
 from eval.geneval import Found, measured, need_objects
-from eval.video_judges import CLIP_LARGE, IMAGENET, judge_folder, standardised
+from eval.video_judges import CLIP_LARGE, IMAGENET, judge_folder, judge_here, standardised
 from eval.weights import stored_sha256
 from harness.models.zoo.shapes import KINDS
 
@@ -194,7 +194,10 @@ def _measure(evidence: Evidence, categories: tuple[str, ...]) -> Measurement:
     return measured(evidence, detector, categories, "ditbench geneval, Mask2Former", **detector.origin)
 
 
-@metric("geneval/overall", better="higher")
+ASKS, NEEDS = ("geneval prompts",), (judge_here(DETECTOR), judge_here(CLIP_LARGE))
+
+
+@metric("geneval/overall", better="higher", asks=ASKS, needs=NEEDS)
 def overall(evidence: Evidence) -> Measurement:
     """Share of pictures that show what was asked by Mask2Former and CLIP, mean over GenEval's six categories."""
     return _measure(evidence, KINDS)
@@ -205,7 +208,7 @@ def _category(kind: str) -> None:
         return _measure(evidence, (kind,))
 
     one.__doc__ = f"Share of pictures that show what was asked by Mask2Former and CLIP: {kind}."
-    metric(f"geneval/{kind}", better="higher")(one)
+    metric(f"geneval/{kind}", better="higher", asks=ASKS, needs=NEEDS)(one)
 
 
 for _kind in KINDS:

@@ -6,7 +6,6 @@ must be here already; nothing is downloaded.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,33 +17,46 @@ from torch import Tensor
 from eval.base import Evidence, Measurement, MetricSkipped, metric
 from eval.clip import need_prompts
 from eval.features import best_device
-from eval.passport import need_samples, passport
-from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
+from eval.needs import package
+from eval.passport import need_samples
+from eval.per_sample import mean_or_share
 from eval.weights import stored_sha256
 
 PACKAGE = "ImageReward"
 HUB = "THUDM/ImageReward"
+TOKENIZER = "google-bert/bert-base-uncased"
 FILES = ("ImageReward.pt", "med_config.json")
 
 Scorer = Callable[[str, Image.Image], float]
 
 
-@metric("image_reward", better="higher")
+_package = package(PACKAGE, "image-reward")
+
+
+def _weights() -> str | None:
+    return None if _local_files() else f"ImageReward's weights are not here; `hf download {HUB} {' '.join(FILES)}`"
+
+
+def _tokenizer() -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    here = isinstance(try_to_load_from_cache(TOKENIZER, "vocab.txt"), str)
+    return None if here else f"ImageReward's tokenizer is not here; `hf download {TOKENIZER}`"
+
+
+@metric("image_reward", better="higher", asks=("prompts",), needs=(_package, _weights, _tokenizer))
 def image_reward(evidence: Evidence) -> Measurement:
     """ImageReward-v1.0 of image and prompt, mean over the samples."""
     need_samples(evidence, 1)
     images_NHWC, texts = evidence.generated.images_NHWC, need_prompts(evidence.generated)
-    if importlib.util.find_spec(PACKAGE) is None:
-        raise MetricSkipped("the package image-reward is missing; install it with `pip install image-reward`")
+    if problem := _package() or _weights():
+        raise MetricSkipped(problem)
     weights, config = _local_files()
     values_N = rewards(load_scorer(weights, config), images_NHWC, texts)
-    value, ci95 = mean_with_ci(values_N.numpy(), evidence.seed, evidence.resamples)
-    settings = passport(
-        "image-reward ImageReward-v1.0", "image-reward", reference=None, weights_sha256=stored_sha256(weights),
+    return mean_or_share(
+        evidence, values_N, "image-reward ImageReward-v1.0", "image-reward", weights_sha256=stored_sha256(weights),
         dtype="float32", resize="the package's own: bicubic, short side to 224, centre crop", antialias=True,
-        ci_method=PERCENTILE_BOOTSTRAP, resamples=evidence.resamples,
     )  # fmt: skip
-    return Measurement(value, ci95, len(values_N), settings)
 
 
 def rewards(scorer: Scorer, images_NHWC: Tensor, texts: tuple[str, ...]) -> Tensor:
@@ -65,15 +77,13 @@ def load_scorer(weights: Path, config: Path) -> Scorer:
     except (OSError, RuntimeError, KeyError) as error:  # its tokenizer is BERT's, from the hub
         raise MetricSkipped(
             f"ImageReward could not be loaded ({str(error).splitlines()[0][:200]}); "
-            "`hf download google-bert/bert-base-uncased` fetches its tokenizer"
+            f"`hf download {TOKENIZER}` fetches its tokenizer"
         ) from error
 
 
-def _local_files() -> tuple[Path, Path]:
+def _local_files() -> list[Path]:
+    """Both FILES, or nothing."""
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(HUB, file) for file in FILES]
-    if not all(isinstance(path, str) for path in found):
-        raise MetricSkipped(f"ImageReward's weights are not here; `hf download {HUB} {' '.join(FILES)}`")
-    weights, config = (Path(str(path)) for path in found)
-    return weights, config
+    return [Path(str(path)) for path in found] if all(isinstance(path, str) for path in found) else []

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.base import Evidence, MetricSkipped
+from eval.base import Evidence, MetricSkipped, Need
 from eval.distribution import View, register
 from eval.features import Pair, best_device, channels_first, full_precision, need_reference, pair_of, remembered, seeded
+from eval.needs import weights as weights_here
 from eval.passport import need_samples
 from eval.weights import Upstream, find_weights
 
@@ -44,6 +45,10 @@ def clean_fid_upstream() -> Upstream:
     from cleanfid import downloads_helper
 
     return Upstream(downloads_helper.inception_url, CLEAN_FID_FOLDER)
+
+
+port_here: Need = weights_here("Inception's weights (torch-fidelity's port)", "inception-fid", torch_fidelity_upstream)
+script_here: Need = weights_here("Inception's weights (NVIDIA's script)", "inception-clean-fid", clean_fid_upstream)
 
 
 @cache
@@ -93,7 +98,7 @@ class _Called(nn.Module):
 
 
 def inception_view(
-    upstream: Callable[[], Upstream], load: Callable[[Path, str], nn.Module], resize: str, antialias: bool
+    upstream: Callable[[], Upstream], here: Need, load: Callable[[Path, str], nn.Module], resize: str, antialias: bool
 ) -> View:
     def network() -> nn.Module:
         return load(*find_weights(upstream()))
@@ -117,7 +122,7 @@ def inception_view(
             "features": f"Inception {path.name}",
         }
 
-    return View(pair, logits, origin)
+    return View(pair, logits, origin, needs=(here,))
 
 
 def _output(images_NHWC: Tensor, network: nn.Module, index: int) -> Tensor:
@@ -144,12 +149,14 @@ def _loading(weights: Path) -> Iterator[None]:
 
 register(
     {
-        "torchmetrics": inception_view(torch_fidelity_upstream, torchmetrics_network, "bilinear to 299", True),
+        "torchmetrics": inception_view(
+            torch_fidelity_upstream, port_here, torchmetrics_network, "bilinear to 299", True
+        ),
         "torch_fidelity": inception_view(
-            torch_fidelity_upstream, torch_fidelity_network, "bilinear as TensorFlow 1 to 299", False
+            torch_fidelity_upstream, port_here, torch_fidelity_network, "bilinear as TensorFlow 1 to 299", False
         ),
         "clean_fid": inception_view(
-            clean_fid_upstream, clean_fid_network, "PIL bicubic per channel to 299, not rounded", True
+            clean_fid_upstream, script_here, clean_fid_network, "PIL bicubic per channel to 299, not rounded", True
         ),
     },
     "",

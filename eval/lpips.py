@@ -17,9 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from eval.base import Evidence, Measurement, MetricSkipped, metric
+from eval.base import Evidence, Measurement, MetricSkipped, Need, metric
 from eval.features import best_device, full_precision, seeded
 from eval.fidelity import paired_measurement, pixel_pairs, unit_range
+from eval.needs import weights as weights_here
 from eval.weights import Upstream, local_weights, weights_folder
 
 Backbone = Literal["alex", "vgg"]
@@ -33,13 +34,24 @@ SMALLEST: dict[Backbone, int] = {
 Network = Callable[[Tensor, Tensor], Tensor]  # two batches (B, 3, H, W) in [−1, 1] → B distances, of any shape
 
 
-@metric("lpips_alex", better="lower", paired=True)
+def backbone_upstream(backbone: Backbone) -> Upstream:
+    from torchvision.models import AlexNet_Weights, VGG16_Weights
+
+    url = {"alex": AlexNet_Weights.DEFAULT, "vgg": VGG16_Weights.DEFAULT}[backbone].url
+    return Upstream(url, Path(torch.hub.get_dir()) / "checkpoints")
+
+
+def _here(backbone: Backbone) -> Need:
+    return weights_here(f"{backbone}'s ImageNet weights", f"lpips-{backbone}", lambda: backbone_upstream(backbone))
+
+
+@metric("lpips_alex", better="lower", paired=True, needs=(_here("alex"),))
 def lpips_alex(evidence: Evidence) -> Measurement:
     """LPIPS (AlexNet) to the float model's image, mean of the per-sample values (of a video: of its frames)."""
     return lpips(evidence, "alex")
 
 
-@metric("lpips_vgg", better="lower", paired=True)
+@metric("lpips_vgg", better="lower", paired=True, needs=(_here("vgg"),))
 def lpips_vgg(evidence: Evidence) -> Measurement:
     """LPIPS (VGG-16) to the float model's image, mean of the per-sample values (of a video: of its frames)."""
     return lpips(evidence, "vgg")
@@ -66,13 +78,6 @@ def distances(network: Network, pixels_N: Tensor, float_N: Tensor) -> Tensor:
             ours, theirs = (2 * unit_range(images.to(device)) - 1 for images in (batch, float_batch))
             values.append(network(ours, theirs).flatten().cpu())
     return torch.cat(values).reshape(len(pixels_N), -1).mean(dim=1)
-
-
-def backbone_upstream(backbone: Backbone) -> Upstream:
-    from torchvision.models import AlexNet_Weights, VGG16_Weights
-
-    url = {"alex": AlexNet_Weights.DEFAULT, "vgg": VGG16_Weights.DEFAULT}[backbone].url
-    return Upstream(url, Path(torch.hub.get_dir()) / "checkpoints")
 
 
 @cache

@@ -12,8 +12,7 @@ import numpy as np
 
 from eval import shapes
 from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.passport import passport
-from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
+from eval.per_sample import mean_or_share
 from harness.models.zoo.shapes import DIRECTIONS, SPEEDS
 
 LEAST_PATH = 0.04  # of the picture's side: less is standing still
@@ -74,32 +73,29 @@ def _measure(evidence: Evidence, check: Callable[[np.ndarray, dict], bool]) -> M
     videos, prompts = evidence.generated.videos_NFHWC.numpy(), evidence.generated.prompts
     if not prompts or not all("direction" in prompt.about for prompt in prompts):
         raise MetricSkipped("needs prompts of the shapes world's videos; set protocol.prompts=shapes-video")
-    results = np.array([check(video, prompt.about) for video, prompt in zip(videos, prompts, strict=True)], float)
-    value, ci95 = mean_with_ci(results, evidence.seed, evidence.resamples)
-    settings = {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples}
-    card = passport("ditbench motion, exact reader", "ditbench", reference=None, dtype="uint8", **settings)
-    return Measurement(value, ci95, len(results), card)
+    holds_N = np.array([check(video, prompt.about) for video, prompt in zip(videos, prompts, strict=True)], bool)
+    return mean_or_share(evidence, holds_N, "ditbench motion, exact reader", "ditbench", dtype="uint8")
 
 
-@metric("motion_shapes/object", better="higher")
+@metric("motion_shapes/object", better="higher", asks=("motion prompts",))
 def object_(evidence: Evidence) -> Measurement:
     """Share of videos of the shapes world that show the object asked for."""
     return _measure(evidence, shows_object)
 
 
-@metric("motion_shapes/direction", better="higher")
+@metric("motion_shapes/direction", better="higher", asks=("motion prompts",))
 def direction(evidence: Evidence) -> Measurement:
     """Share of videos of the shapes world whose object moves the way asked for."""
     return _measure(evidence, moves_as_asked)
 
 
-@metric("motion_shapes/speed", better="higher")
+@metric("motion_shapes/speed", better="higher", asks=("motion prompts",))
 def speed(evidence: Evidence) -> Measurement:
     """Share of videos of the shapes world whose object is as fast as asked for."""
     return _measure(evidence, is_as_fast_as_asked)
 
 
-@metric("motion_shapes/scene", better="higher")
+@metric("motion_shapes/scene", better="higher", asks=("motion prompts",))
 def scene(evidence: Evidence) -> Measurement:
     """Share of videos of the shapes world with the background asked for."""
     return _measure(evidence, has_the_scene)

@@ -9,6 +9,18 @@ import harness
 from eval.base import Evidence, MetricSkipped, Reference
 
 FLOAT_MODEL = "float model, same noise and labels"
+SCORED_BY = (
+    "implementation",
+    "version",
+    "reference",
+    "weights_sha256",
+    "resize",
+    "antialias",
+    "dtype",
+    "features",
+    "flow",
+    "categories",
+)
 
 
 def passport(
@@ -38,6 +50,11 @@ def passport(
     if isinstance(reference, Reference):
         fields |= {"reference_sha256": reference.sha256, "reference_n": len(reference.images_NHWC)}
     return fields | settings
+
+
+def scored_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two passports are of numbers that may be subtracted: same code, network, resize and reference."""
+    return all(one.get(field) == other.get(field) for field in SCORED_BY)
 
 
 def need_samples(evidence: Evidence, at_least: int) -> int:

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from eval import distribution
 from eval.base import Evidence, Measurement, metric
 from eval.features import best_device, channels_first, full_precision, need_reference, pair_of, remembered
-from eval.inception import BATCH, torch_fidelity_network, torch_fidelity_upstream
+from eval.inception import BATCH, port_here, torch_fidelity_network, torch_fidelity_upstream
 from eval.passport import need_samples
 from eval.weights import find_weights
 
 CHANNELS = 7
 
 
-@metric("adm/sfid", better="lower")
+@metric("adm/sfid", better="lower", asks=("reference",), needs=(port_here,))
 def sfid(evidence: Evidence) -> Measurement:
     """Fréchet distance to the reference in Inception's spatial features, as ADM's evaluator defines sFID."""
     measured = distribution.fid("torch_fidelity", _SPATIAL, evidence)

@@ -2,14 +2,15 @@
 
 Three kinds, each named in the passport (`ci_method`):
 - a mean over samples: percentile bootstrap;
-- a share of samples: Wilson's interval;
+- a share of samples: Wilson's interval; the mean of several groups' shares: theirs combined. No bootstrap, which draws an
+  interval of width zero around 0 % and 100 %;
 - a number of the whole set (FID, KID, IS): value ± 1.96 · standard deviation over bootstrap resamples. Percentiles
   would be wrong there: a resample repeats rows, so its FID and KID lie above those of the set it was drawn from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from scipy.stats import binomtest
@@ -18,6 +19,7 @@ Interval = tuple[float, float]
 
 PERCENTILE_BOOTSTRAP = "percentile bootstrap of the mean"
 WILSON = "Wilson"
+WILSON_OF_GROUPS = "Wilson's limits of each category's share, combined (MOVER, Zou & Donner 2008)"
 NORMAL_BOOTSTRAP = "value ± 1.96·sd over bootstrap resamples of the generated rows (percentiles would be biased)"
 PAIRED_BOOTSTRAP = (
     "value ± 1.96·sd over bootstrap resamples of the pairs (an image and the float model's of the same noise)"
@@ -43,6 +45,20 @@ def share_with_ci(hits: int, n: int) -> tuple[float, Interval]:
     """hits out of n, and Wilson's interval for that share."""
     interval = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
     return hits / n, (float(interval.low), float(interval.high))
+
+
+def mean_of_shares_with_ci(counts: Iterable[tuple[int, int]]) -> tuple[float, Interval]:
+    """The mean of independent shares, given (hits, n) of each, and an interval made of Wilson's of each.
+
+    θ ∓ √Σ (c_i (θ_i − limit_i))², c_i = 1 / K: "method of variance estimates recovery" (Zou & Donner 2008, Statistics in
+    Medicine 27, 1693–1702). Of one share it is Wilson's interval.
+    """
+    shares = [share_with_ci(hits, n) for hits, n in counts]
+    value = float(np.mean([share for share, _ in shares]))
+    below, above = (
+        float(np.sqrt(sum((share - limits[end]) ** 2 for share, limits in shares))) / len(shares) for end in (0, 1)
+    )
+    return value, (value - below, value + above)
 
 
 def bootstrap_ci(statistic: Callable[[np.ndarray], float], n: int, seed: int, resamples: int) -> tuple[float, Interval]:

@@ -7,23 +7,30 @@ eval/video_text.py. A blank or frozen video scores perfectly in the first three:
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, linear
 
 from eval.base import Evidence, Measurement, MetricSkipped, metric
 from eval.features import channels_first
-from eval.passport import need_samples, passport
-from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
-from eval.video_judges import BATCH, CLIP, CLIP_LARGE, DINO, device, frame_features, load_judge, weights_sha256
+from eval.needs import package
+from eval.per_sample import mean_or_share
+from eval.video_judges import (
+    BATCH,
+    CLIP,
+    CLIP_LARGE,
+    DINO,
+    device,
+    frame_features,
+    judge_here,
+    load_judge,
+    weights_sha256,
+)
 from eval.weights import weights_folder
 
 AESTHETIC_FILE = "sa_0_4_vit_l_14_linear.pth"
-AESTHETIC_URL = f"https://github.com/LAION-AI/aesthetic-predictor/raw/main/{AESTHETIC_FILE}"
 MUSIQ_SIDE = 512  # VBench's mode "longer": frames whose longer side is larger are made smaller
 
 
@@ -35,25 +42,30 @@ def temporal_flickering(evidence: Evidence) -> Measurement:
     return of_dimension("temporal_flickering", evidence, values_N, "ditbench", origin)
 
 
-@metric("vbench_style/subject_consistency", better="higher")
+@metric("vbench_style/subject_consistency", better="higher", needs=(judge_here(DINO),))
 def subject_consistency(evidence: Evidence) -> Measurement:
     """DINO features: mean over frames of the average cosine to the first and to the previous frame."""
     return _consistency_metric("subject_consistency", evidence, DINO)
 
 
-@metric("vbench_style/background_consistency", better="higher")
+@metric("vbench_style/background_consistency", better="higher", needs=(judge_here(CLIP),))
 def background_consistency(evidence: Evidence) -> Measurement:
     """CLIP image features: mean over frames of the average cosine to the first and to the previous frame."""
     return _consistency_metric("background_consistency", evidence, CLIP)
 
 
-@metric("vbench_style/aesthetic_quality", better="higher")
+def _aesthetic_head() -> str | None:
+    here = (weights_folder() / AESTHETIC_FILE).is_file()
+    return None if here else "LAION's aesthetic head is not here; `ditbench data fetch laion-aesthetic`"
+
+
+@metric("vbench_style/aesthetic_quality", better="higher", needs=(_aesthetic_head, judge_here(CLIP_LARGE)))
 def aesthetic_quality(evidence: Evidence) -> Measurement:
     """LAION's linear aesthetic head on CLIP L/14, over 10, mean over frames."""
     videos_NFHWC = evidence.generated.videos_NFHWC
+    if problem := _aesthetic_head():
+        raise MetricSkipped(problem)
     path = weights_folder() / AESTHETIC_FILE
-    if not path.is_file():
-        raise MetricSkipped(f"LAION's aesthetic head is not here; fetch it with: curl -L -o {path} {AESTHETIC_URL}")
     judge, origin = load_judge(CLIP_LARGE)
     head = torch.load(path, map_location="cpu", weights_only=True)
     features_NFW = frame_features(videos_NFHWC, judge, antialias=False)
@@ -62,12 +74,15 @@ def aesthetic_quality(evidence: Evidence) -> Measurement:
     return of_dimension("aesthetic_quality", evidence, values_N, "transformers", origin)
 
 
-@metric("vbench_style/imaging_quality", better="higher")
+_pyiqa = package("pyiqa", "pyiqa")  # brings MUSIQ, and fetches its weights itself
+
+
+@metric("vbench_style/imaging_quality", better="higher", needs=(_pyiqa,))
 def imaging_quality(evidence: Evidence) -> Measurement:
     """MUSIQ trained on SPAQ, over 100, mean over frames."""
     videos_NFHWC = evidence.generated.videos_NFHWC
-    if importlib.util.find_spec("pyiqa") is None:
-        raise MetricSkipped("needs the package pyiqa, which brings MUSIQ; install it with: pip install pyiqa")
+    if problem := _pyiqa():
+        raise MetricSkipped(problem)
     import pyiqa
 
     try:
@@ -107,25 +122,15 @@ def musiq_frames(frames_B3HW: Tensor) -> Tensor:
 def of_dimension(
     dimension: str, evidence: Evidence, values_N: Tensor, package: str, origin: dict[str, Any]
 ) -> Measurement:
-    """The mean over the videos whose prompt VBench made for this dimension; over all, where prompts do not say."""
+    """Over the videos whose prompt VBench made for this dimension; over all, where prompts do not say."""
     dimensions = [prompt.about.get("dimension", ()) for prompt in evidence.generated.prompts]
     if not any(dimensions):
-        return mean_of_videos(evidence, values_N, f"ditbench {dimension}", package, origin | {"prompts": "all"})
+        return mean_or_share(evidence, values_N, f"ditbench {dimension}", package, **origin | {"prompts": "all"})
     rows = [row for row, of_prompt in enumerate(dimensions) if dimension in of_prompt]
     if not rows:
         raise MetricSkipped(f"no prompt is of VBench's dimension {dimension}; generate those that list it")
     origin = origin | {"prompts": f"those of VBench's dimension {dimension}"}
-    return mean_of_videos(evidence, values_N[rows], f"ditbench {dimension}", package, origin)
-
-
-def mean_of_videos(
-    evidence: Evidence, values_N: Tensor, implementation: str, package: str, origin: dict[str, Any]
-) -> Measurement:
-    """One value per video → their mean with its interval; origin is the rest of the passport."""
-    need_samples(evidence, 1)
-    value, ci95 = mean_with_ci(np.asarray(values_N, dtype=np.float64), evidence.seed, evidence.resamples)
-    settings = origin | {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples}
-    return Measurement(value, ci95, len(values_N), passport(implementation, package, reference=None, **settings))
+    return mean_or_share(evidence, values_N[rows], f"ditbench {dimension}", package, rows=rows, **origin)
 
 
 def _consistency_metric(dimension: str, evidence: Evidence, judge_name: str) -> Measurement:

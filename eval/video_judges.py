@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from eval.base import MetricSkipped
+from eval.base import MetricSkipped, Need
 from eval.features import channels_first, remembered
 from harness.files import file_sha256
 
@@ -96,6 +96,19 @@ def load_judge(name: str) -> tuple[Any, dict[str, Any]]:
     weights = next(folder / file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).exists())
     origin = {"features": name, "weights_sha256": weights_sha256(weights), "resize": judge.resize, "dtype": "float32"}
     return judge, origin
+
+
+def judge_here(name: str) -> Need:
+    """For `metric(needs=…)`: whether its folder is on this machine."""
+
+    def missing() -> str | None:
+        try:
+            judge_folder(name)
+        except MetricSkipped as problem:
+            return str(problem)
+        return None
+
+    return missing
 
 
 def judge_folder(name: str) -> Path:

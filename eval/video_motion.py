@@ -14,7 +14,8 @@ from torch import Tensor
 from eval.base import Evidence, Measurement, MetricSkipped, metric
 from eval.features import remembered
 from eval.flow import Flow, find_flow, warp
-from eval.vbench_style import mean_of_videos, of_dimension
+from eval.per_sample import mean_or_share
+from eval.vbench_style import of_dimension
 
 VBENCH_FPS = 8.0  # the rate VBench looks at motion
 FASTEST_SHARE = 0.05  # of a frame's pixels
@@ -32,7 +33,7 @@ def dynamic_degree(evidence: Evidence) -> Measurement:
     fastest_NP = _speeds(videos_NFHWC, flow, step)[..., 1]
     dynamic_N = torch.stack([is_dynamic(fastest_P, side, frames) for fastest_P in fastest_NP])
     settings = {"threshold_px": dynamic_threshold(side), "pairs_needed": dynamic_pairs(frames), "every_frame": step}
-    return of_dimension("dynamic_degree", evidence, dynamic_N.double(), flow.package, _origin(flow, **settings))
+    return of_dimension("dynamic_degree", evidence, dynamic_N, flow.package, _origin(flow, **settings))
 
 
 @metric("vbench_style/motion_smoothness", better="higher")
@@ -61,16 +62,16 @@ def warping_error(evidence: Evidence) -> Measurement:
     origin = _origin(
         flow, pixels="0 to 1, mean over channels", occlusion="Ruder et al. 2016", flow_of="the video itself"
     )
-    return mean_of_videos(evidence, torch.stack(errors), "ditbench warping_error", flow.package, origin)
+    return mean_or_share(evidence, torch.stack(errors), "ditbench warping_error", flow.package, **origin)
 
 
-@metric("flow_score", better="higher", unit="px")
+@metric("flow_score", better="none", unit="px")
 def flow_score(evidence: Evidence) -> Measurement:
     """Mean length of the optical flow between neighbouring frames; more motion, not by itself a better video."""
     videos_NFHWC = evidence.generated.videos_NFHWC
     flow = find_flow()
     values_N = _speeds(videos_NFHWC, flow, step=1)[..., 0].mean(dim=1)
-    return mean_of_videos(evidence, values_N, "ditbench flow_score", flow.package, _origin(flow))
+    return mean_or_share(evidence, values_N, "ditbench flow_score", flow.package, **_origin(flow))
 
 
 def fastest(speed_PHW: Tensor) -> Tensor:

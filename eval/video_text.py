@@ -13,36 +13,37 @@ import numpy as np
 from torch import Tensor
 
 from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.vbench_style import mean_of_videos, of_dimension
-from eval.video_judges import CLIP, frame_features, load_judge
+from eval.per_sample import mean_or_share
+from eval.vbench_style import of_dimension
+from eval.video_judges import CLIP, frame_features, judge_here, load_judge
 
 VBENCH_FRAMES = 8
 
 
-@metric("clipsim", better="higher")
+@metric("clipsim", better="higher", asks=("prompts",), needs=(judge_here(CLIP),))
 def clipsim(evidence: Evidence) -> Measurement:
     """Mean cosine of a video's frames and its prompt in CLIP's embeddings."""
     similarity_NF, origin = _frame_text_similarity(evidence, antialias=True)
-    return mean_of_videos(evidence, similarity_NF.mean(dim=1), "ditbench clipsim", "transformers", origin)
+    return mean_or_share(evidence, similarity_NF.mean(dim=1), "ditbench clipsim", "transformers", **origin)
 
 
-@metric("clip_temp", better="higher")
+@metric("clip_temp", better="higher", needs=(judge_here(CLIP),))
 def clip_temp(evidence: Evidence) -> Measurement:
     """100 × mean cosine of neighbouring frames in CLIP's embeddings."""
     videos_NFHWC = evidence.generated.videos_NFHWC
     judge, origin = load_judge(CLIP)
     values_N = 100.0 * neighbour_cosine(frame_features(videos_NFHWC, judge, antialias=True))
     origin |= {"antialias": True, "scale": 100}
-    return mean_of_videos(evidence, values_N, "ditbench clip_temp", "transformers", origin)
+    return mean_or_share(evidence, values_N, "ditbench clip_temp", "transformers", **origin)
 
 
-@metric("vbench_style/overall_consistency", better="higher")
+@metric("vbench_style/overall_consistency", better="higher", asks=("prompts",), needs=(judge_here(CLIP),))
 def overall_consistency(evidence: Evidence) -> Measurement:
     """Mean cosine of a video's frames and its prompt in CLIP's embeddings (VBench: ViCLIP)."""
     return _text_dimension("overall_consistency", evidence, "CLIP frame by frame; VBench: ViCLIP, one clip")
 
 
-@metric("vbench_style/scene_consistency", better="higher")
+@metric("vbench_style/scene_consistency", better="higher", asks=("prompts",), needs=(judge_here(CLIP),))
 def scene_consistency(evidence: Evidence) -> Measurement:
     """As overall_consistency, over VBench's prompts of scenes (VBench: share of captions that name the scene)."""
     return _text_dimension("scene", evidence, "CLIP cosine to the prompt; VBench: share of Tag2Text captions naming it")

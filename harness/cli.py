@@ -17,6 +17,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench run -m method=rtn,smoothquant,quarot bits=w8a8,w4a4   a sweep (every combination)
   ditbench run experiment=demo                                   a sweep from conf/experiment/
   ditbench report --format html                                  tables and plots of what was recorded
+  ditbench compare EXPERIMENT --metric psnr                      paired tests between methods, prompt by prompt
   ditbench list methods|models|metrics|backends|protocols|bits   what there is
   ditbench paper list|show NAME                                  numbers as papers report them, with their sources
   ditbench reproduce NAME --plan|--model tiny-dit                a paper's table, run here and held against it
@@ -31,6 +32,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
 Any value of the configuration can be overridden as name=value, in Hydra's syntax: protocol.n=1000 device=cuda
 method.strength=0.6 generate.batch_size=128. `ditbench run --cfg job` prints the whole configuration.
 Results go to ./results (results_dir=...). A run that is already recorded is skipped; --force runs it again.
+--strict refuses a run, before anything is computed, if one of its metrics would be skipped.
 """
 EXIT_USER = 2
 EXIT_FAILED_RUNS = 3
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": run_command,
         "report": report_command,
+        "compare": compare_command,
         "list": list_command,
         "paper": paper_command,
         "reproduce": reproduce_command,
@@ -110,6 +113,23 @@ def report_command(arguments: list[str]) -> int:
     print(made.text)
     if made.path is not None:
         print(made.path)
+    return 0
+
+
+def compare_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ditbench compare",
+        description="Paired tests between methods of the same bits, and against the float model, sample by sample.",
+    )
+    parser.add_argument("experiment", nargs="?", help="default: all")
+    parser.add_argument("--metric", nargs="+", metavar="NAME", help="default: every metric with a value per sample")
+    parser.add_argument("--bits", nargs="+", metavar="LABEL", help="only these, such as W4A8")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
+    parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
+    options = parser.parse_args(arguments)
+    from harness.report import comparisons
+
+    print(comparisons(options.results_dir, options.experiment, options.metric, options.bits))
     return 0
 
 
@@ -276,8 +296,8 @@ def zoo_command(arguments: list[str]) -> int:
 
 
 def _flags_to_overrides(arguments: list[str]) -> list[str]:
-    """--force and --debug are ours; everything else is Hydra's."""
-    flags = {"--force": "force=true", "--debug": "debug=true"}
+    """--force, --strict and --debug are ours; everything else is Hydra's."""
+    flags = {"--force": "force=true", "--strict": "strict=true", "--debug": "debug=true"}
     return [flags.get(argument, argument) for argument in arguments]
 
 

@@ -40,6 +40,7 @@ FLAGS = (
     "bits.act.symmetric",
     "bits.act.dynamic",
     "measure.layer_errors",
+    "strict",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
@@ -83,6 +84,7 @@ class RunConfig:
     device: torch.device
     backend: str
     force: bool
+    strict: bool
     results_dir: Path
     cache_dir: Path
 
@@ -133,6 +135,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         device=pick_device(raw["device"]),
         backend=raw["backend"],
         force=raw["force"],
+        strict=raw["strict"],
         results_dir=Path(raw["results_dir"]).expanduser(),
         cache_dir=Path(raw["cache_dir"]).expanduser(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from harness.environment import PACKAGES, package_version
 from harness.listing import format_matrix, table
 from harness.measure import device_name
 from harness.models.zoo import WEIGHTS
-from harness.paths import CONF
+from harness.paths import options
 
 
 def examine(results_dir: Path) -> str:
@@ -22,10 +23,7 @@ def examine(results_dir: Path) -> str:
         ("device", _device()),
         ("packages", "  ".join(f"{name} {package_version(name) or 'MISSING'}" for name in PACKAGES)),
         ("kernels", format_matrix()),
-        (
-            "models",
-            table(("model", "weights"), [(p.stem, _weights(p)) for p in sorted((CONF / "model").glob("[!_]*.yaml"))]),
-        ),
+        ("models", table(("model", "weights"), [(path.stem, _weights(path)) for path in options("model")])),
         ("metrics", _metrics()),
         ("W&B", _wandb()),
         ("results", _results(results_dir)),
@@ -59,24 +57,44 @@ def _weights(path: Path) -> str:
 
 
 def _metrics() -> str:
-    """Judge metrics need nothing; for Inception's, which weights are here and where the others belong; others' data."""
+    """Every registered metric, those together that need the same; then others' data."""
+    from eval.base import known_metrics
     from eval.data import known_data
-    from eval.inception import clean_fid_upstream, torch_fidelity_upstream
-    from eval.weights import weights_folder
+    from eval.needs import lacking
 
-    lines = ["judge metrics (…_judge), psnr, ssim, sqnr, accuracy: ready for the zoo models"]
-    upstreams = {"torchmetrics/…, torch_fidelity/…": torch_fidelity_upstream(), "clean_fid/…": clean_fid_upstream()}
-    for name, upstream in upstreams.items():
-        folders = [f for f in (weights_folder(), upstream.library_folder) if (f / upstream.file_name).is_file()]
-        lines.append(
-            f"{name}: {folders[0] / upstream.file_name}"
-            if folders
-            else f"{name}: not here; put {upstream.file_name} from {upstream.url} into {weights_folder()}"
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for metric in known_metrics().values():
+        alike.setdefault((tuple(lacking(metric)), metric.asks), []).append(metric.name)
+    rows = [
+        (
+            "missing" if problems else "ready",
+            _folded(names) + (f" (of a run: {', '.join(asks)})" if asks else ""),
+            *problems,
         )
+        for (problems, asks), names in sorted(alike.items(), key=lambda group: bool(group[0][0]))
+    ]
+    lines = []
+    for state, names, *problems in rows:
+        lines.append(f"{state.ljust(8)} {names}")
+        lines += [f"{' ' * 9}{problem}" for problem in problems]
     here = [name for name, data in known_data().items() if data.is_here]
     lines.append(f"of others' data: {', '.join(here) or 'nothing'} here; `ditbench data list` names what there is")
     lines.append("reference sets: digits-1797 ready; others by metrics.reference=FILE.npz (ADM's format) or a folder")
     return "\n".join(lines)
+
+
+def _folded(names: Iterable[str]) -> str:
+    """a/{x, y}, b, c: names of one library together."""
+    by_library: dict[str, list[str]] = {}
+    for name in names:
+        library, _, last = name.rpartition("/")
+        by_library.setdefault(library, []).append(last)
+    plain = by_library.pop("", [])
+    folded = [
+        f"{library}/{{{', '.join(last)}}}" if last[1:] else f"{library}/{last[0]}"
+        for library, last in by_library.items()
+    ]
+    return ", ".join(plain + folded)
 
 
 def _wandb() -> str:

@@ -19,7 +19,17 @@ from harness.measure import device_name
 # Modules that only choose, show or tell: editing them changes no number.
 TELLERS = frozenset(
     ["cli.py", "sweep.py", "listing.py", "doctor.py", "conformance.py", "papers.py", "tracking.py"]
-    + ["progress.py", "record.py", "paths.py", "errors.py", "compose.py", "environment.py"]
+    + [
+        "needs.py",
+        "paired.py",
+        "sample_values.py",
+        "progress.py",
+        "record.py",
+        "paths.py",
+        "errors.py",
+        "compose.py",
+        "environment.py",
+    ]
 )
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelity", "clean-fid", "numpy", "scipy")
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from eval.base import Samples
+from eval.base import PerSample, Samples
+from eval.passport import SCORED_BY
+from harness import sample_values
 from harness.config import RunConfig
 from harness.environment import code_identity
 from harness.files import canonical_sha256, write_json
@@ -43,6 +45,27 @@ def float_images(config: RunConfig, model: LoadedModel, seed: int, dtype: str | 
     return images
 
 
+def float_values(
+    config: RunConfig,
+    model: LoadedModel,
+    metrics: dict[str, dict[str, Any]],
+    evaluate: Callable[[list[str]], dict[str, PerSample]],
+    evaluator: dict[str, Any],
+) -> dict[str, PerSample]:
+    """The given metrics of the float model's own samples, one by one; from the cache if there.
+
+    metrics: entries of the record; what their passports say of the judge is part of the cache's key. evaluate: names →
+    values of the float model's samples.
+    """
+    dtype = config.section("generate")["reference_dtype"]
+    judges = {name: {key: entry["passport"].get(key) for key in SCORED_BY} for name, entry in metrics.items()}
+    key = canonical_sha256([evaluator, judges])
+    path = config.cache_dir / "float" / _key(config, model, config.seed, dtype) / f"values-{key[:16]}.npz"
+    if not path.exists():
+        sample_values.save(sample_values.Values({}, evaluate(list(metrics)), ""), path)
+    return dict(sample_values.load(path).float_model)
+
+
 def noise_floor(
     config: RunConfig,
     model: LoadedModel,
@@ -70,13 +93,16 @@ def noise_floor(
         for seed in seeds:
             images = float_images(config, model, seed, dtype)
             replicates.append(evaluate(images, images))
-        floors = {
-            name: max(r[name]["value"] for r in replicates) - min(r[name]["value"] for r in replicates)
-            for name in unpaired
-        }
+        floors = {name: _range([each[name]["value"] for each in replicates]) for name in unpaired}
         write_json(path, floors)
     for name in unpaired:
         metrics[name]["noise_floor"] = floors[name]
+
+
+def _range(values: list[float | None]) -> float | None:
+    """None if the metric could not run on one of the replicates."""
+    known = [value for value in values if value is not None]
+    return max(known) - min(known) if len(known) == len(values) else None
 
 
 def _key(config: RunConfig, model: LoadedModel, seed: int, dtype: str) -> str:

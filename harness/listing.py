@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from harness import methods
-from harness.paths import CONF
+from harness.paths import CONF, options
 from harness.quant.quantizers import ActQuant
 from harness.quant.recipe import LayerRecipe
 from harness.quant.spec import Bits, QuantSpec, all_labels
@@ -37,7 +37,7 @@ def list_methods() -> str:
 
 def list_models() -> str:
     rows = []
-    for path in sorted((CONF / "model").glob("[!_]*.yaml")):
+    for path in options("model"):
         comment = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
         rows.append((path.stem, " ".join(comment)))
     return table(("model", "what"), rows)
@@ -47,10 +47,14 @@ def list_metrics() -> str:
     from eval.base import known_metrics
 
     rows = [
-        (m.name, m.summary, f"{m.better} is better", "per sample against the float model" if m.paired else "per set")
+        (m.name, m.summary, _direction(m.better), "per sample against the float model" if m.paired else "per set")
         for m in known_metrics().values()
     ]
     return table(("metric", "what", "direction", "kind"), rows)
+
+
+def _direction(better: str) -> str:
+    return "ranks nobody" if better == "none" else f"{better} is better"
 
 
 def list_backends() -> str:
@@ -79,7 +83,7 @@ def format_matrix() -> str:
 
 def list_protocols() -> str:
     rows = []
-    for path in sorted((CONF / "protocol").glob("*.yaml")):
+    for path in options("protocol"):
         comment = [
             line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line
         ]

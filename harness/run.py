@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -17,16 +17,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval.base import Evidence, FeatureModel, Reference, Samples, evaluate
+from eval.base import Evidence, FeatureModel, PerSample, Reference, Samples, evaluate_samples, known_metrics
 from eval.judges import load_judge
+from eval.needs import lacking, offered
 from eval.reference import load_reference
-from harness import methods, record, tracking
+from harness import methods, record, sample_values, tracking
 from harness.calibrate import Calibration, calibrate
 from harness.config import RunConfig
 from harness.environment import code_identity, environment
 from harness.errors import UserError
 from harness.files import canonical_sha256, disk_errors_explained, is_disk_error
-from harness.float_images import float_images, noise_floor
+from harness.float_images import float_images, float_values, noise_floor
 from harness.generate import conditions, generate, save_animation, save_grid, save_samples
 from harness.layer_error import ErrorAtlas, error_atlas, layer_table
 from harness.measure import kind_of, measure
@@ -48,9 +49,11 @@ def run(config: RunConfig) -> Record:
     A failure is recorded with its reason and returned, not raised; an interruption leaves no record.
 
     Raises:
-        UserError: the model cannot be loaded, or results cannot be written.
+        UserError: the model cannot be loaded, or results cannot be written; with config.strict: a metric would be skipped.
     """
     model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    if config.strict and (skipped := will_be_skipped(config, model)):
+        raise UserError(f"--strict: {config.model.name}: these metrics would be skipped\n{skipped}")
     run_id = canonical_sha256(identity(config, model))[:12]
     if not config.force and (done := record.finished(config.results_dir, config.name, run_id)):
         say(f"{title(config)}: already recorded in {done.folder}; --force runs it again")
@@ -103,13 +106,20 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     with timer("reference"):
         float_model = float_images(config, model, seed=config.seed)
     with timer("evaluate"):
-        values.metrics = stage_evaluate(config, model, images, float_model)
+        values.metrics, found = stage_evaluate(config, model, images, float_model)
+        of_float = float_values(
+            config,
+            model,
+            {name: values.metrics[name] for name in found if not values.metrics[name]["paired"]},
+            evaluate=lambda names: stage_evaluate(config, model, float_model, float_model, names)[1],
+            evaluator=evaluator_identity(config, model),
+        )
     with timer("noise_floor"):
         noise_floor(
             config,
             model,
             values.metrics,
-            evaluate=lambda ours, theirs: stage_evaluate(config, model, ours, theirs),
+            evaluate=lambda ours, theirs: stage_evaluate(config, model, ours, theirs)[0],
             evaluator=evaluator_identity(config, model),
         )
     with timer("measure"):
@@ -121,6 +131,10 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
         values.layers = layer_table(quantized, atlas)
     values.cost = fit_cost(values.timings_s, recording, memory)
     values.artifacts = save_artifacts(images, float_model, atlas, state, folder)
+    sample_values.save(
+        sample_values.Values(found, of_float, sample_values.drawn(images, config.seed)), folder / sample_values.FILE
+    )
+    values.artifacts["per_sample"] = sample_values.FILE
 
 
 def fit_cost(timings_s: dict[str, float], recording: Calibration, memory: PeakMemory) -> dict[str, float | None]:
@@ -178,9 +192,17 @@ def stage_generate(config: RunConfig, model: LoadedModel, quantized: nn.Module, 
     )
 
 
-def stage_evaluate(config: RunConfig, model: LoadedModel, images: Samples, float_model: Samples) -> dict[str, Any]:
+def stage_evaluate(
+    config: RunConfig, model: LoadedModel, images: Samples, float_model: Samples, names: Iterable[str] | None = None
+) -> tuple[dict[str, Any], dict[str, PerSample]]:
+    """The record's `metrics`, and the values per sample; names: of some of the run's metrics only."""
+    evidence = evidence_of(config, model, images, float_model)
+    return evaluate_samples(config.section("metrics")["names"] if names is None else names, evidence)
+
+
+def evidence_of(config: RunConfig, model: LoadedModel, images: Samples, float_model: Samples | None) -> Evidence:
     section = config.section("metrics")
-    evidence = Evidence(
+    return Evidence(
         generated=images,
         float_model=float_model,
         reference=cached_reference(section["reference"]),
@@ -188,7 +210,15 @@ def stage_evaluate(config: RunConfig, model: LoadedModel, images: Samples, float
         seed=config.seed,
         resamples=section["resamples"],
     )
-    return evaluate(section["names"], evidence)
+
+
+def will_be_skipped(config: RunConfig, model: LoadedModel) -> str:
+    """A line per metric that lacks something which can be known before the run; nothing is calibrated or generated."""
+    wanted = conditions(model, 1, config.seed, config.protocol.labels, config.protocol.prompts)
+    unseen = Samples(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), wanted.labels_N, prompts=config.protocol.prompts)
+    has = offered(evidence_of(config, model, unseen, None))
+    problems = {name: lacking(known_metrics()[name], has) for name in config.section("metrics")["names"]}
+    return "\n".join(f"  {name}: {'; '.join(found)}" for name, found in problems.items() if found)
 
 
 def stage_measure(

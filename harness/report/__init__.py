@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import UserError, unknown_name
 from harness.files import atomic_path, disk_errors_explained
 from harness.record import Record, experiment_folder, read_all
-from harness.report import compare, text
+from harness.report import compare, paired, text
 from harness.report.frame import frame
 from harness.report.html import page
 from harness.report.seeds import over_seeds
@@ -62,6 +62,36 @@ def report(
     if out:
         _write(out, rendered)
     return Report(rendered, out)
+
+
+def comparisons(
+    results_dir: Path,
+    experiment: str | None = None,
+    metrics: Sequence[str] | None = None,
+    bits: Sequence[str] | None = None,
+) -> str:
+    """Paired tests of every two runs of the same bits, and of each against the float model, as text.
+
+    metrics: default all that have a value per sample. bits: only runs of these labels (and Holm's correction over them).
+
+    Raises:
+        UserError: unknown experiment, metric or bits; nothing to compare.
+    """
+    records = _records(Path(results_dir), experiment)
+    known = sorted({compare.bits_label(record) for record in records})
+    for label in bits or ():
+        if label.upper() not in known:
+            raise unknown_name("recorded bits", label.upper(), known)
+    chosen = [r for r in records if not bits or compare.bits_label(r) in [label.upper() for label in bits]]
+    groups = compare.groups(chosen)
+    wanted = compare.headline(groups, metrics) if metrics else None
+    shown = [(group, tests) for group in groups if (tests := paired.tests(group, wanted))]
+    if not shown:
+        raise UserError(
+            f"{results_dir}/runs: nothing to compare sample by sample; it takes a metric with a value per sample, two "
+            "runs of the same bits (or one and the float model), and records that hold such values"
+        )
+    return "\n\n".join(text.comparisons(group, tests) for group, tests in shown)
 
 
 def comparison_table(records: Iterable[Record], metrics: Sequence[str] | None = None, width: int = text.WIDTH) -> str:

@@ -16,6 +16,7 @@ from harness.errors import unknown_name
 from harness.record import Record
 
 FLOAT_METHOD = "fp"
+ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}
 # In this order; of each, the first metric that was computed and is called so.
 HEADLINE = ("fid", "psnr", "accuracy", "overall", "direction", "temporal", "ssim", "lpips", "clipscore", "clip")
 _TOLD_APART_BY = ("method", "bits", "calibration", "backend")  # parts of a config
@@ -66,8 +67,8 @@ def judge(records: Sequence[Record], metric: str) -> list[Verdict]:
     """One verdict per record of a group.
 
     A run with a collapse alarm has no rank: a blank video would win every consistency. Runs inside the noise floor cannot
-    be told apart: they all stand at the float row's value and share one rank. Where
-    every rival of a bits label stands level, or there is only one, nobody is marked.
+    be told apart: they all stand at the float row's value and share one rank. Where every rival of a bits label stands
+    level, or there is only one, or the metric has no better direction, nobody is marked.
     """
     center = float_value(records, metric)
     inside = [_inside(record, metric, center) for record in records]
@@ -81,6 +82,8 @@ def judge(records: Sequence[Record], metric: str) -> list[Verdict]:
                 continue
             standing[index] = center if inside[index] and center is not None else own
             better = record.metrics[metric]["better"]
+        if better == "none":
+            continue
         ranks = sorted(set(standing.values()), reverse=better == "higher")
         if len(ranks) < 2:
             continue

@@ -53,11 +53,10 @@ def scatter(group: Group, metric: str, against: str) -> dict[str, Any]:
         marker = {"color": FLOAT_COLOR, "symbol": look[bits], "size": 10}
         data.append({"x": [None], "y": [None], "name": bits, "mode": "markers", "marker": marker, "hoverinfo": "skip"})
     unit = f" [{entry['unit']}]" if entry.get("unit") else ""
-    arrow = "↑" if entry["better"] == "higher" else "↓"
     x_title = "stored model [MiB]" if against == "size" else "latency per call, median [ms]"
     layout: dict[str, Any] = {
         "xaxis": {"title": {"text": x_title}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": f"{short_names(group.metrics)[metric]}{unit} {arrow}"}},
+        "yaxis": {"title": {"text": f"{short_names(group.metrics)[metric]}{unit}{compare.ARROWS[entry['better']]}"}},
         "shapes": _noise_band(group, metric),
     }
     if all(record.method == FLOAT_METHOD for record, _ in runs):

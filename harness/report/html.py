@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from plotly.offline import get_plotlyjs
 
 from harness.record import Record
-from harness.report import compare
+from harness.report import compare, paired
 from harness.report.compare import FLOAT_METHOD, Group, value
 from harness.report.figures import figures
 from harness.report.frame import reason
@@ -51,6 +51,8 @@ def page(groups: Sequence[Group], experiment: str | None) -> str:
         title=f"ditbench · {experiment}" if experiment else "ditbench · all experiments",
         provenance=provenance(records),
         tables=[table(group, compare.headline_first(group)) for group in groups],
+        paired=[paired.tests(group) for group in groups],
+        paired_columns=paired.COLUMNS,
         counts={status: sum(r.status == status for r in records) for status in ("ok", "failed", "skipped")},
         galleries=[(group.label, gallery(group)) for group in groups],
         figures=[figures(group) for group in groups],

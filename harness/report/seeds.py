@@ -13,7 +13,7 @@ from scipy import stats
 from harness.record import Record
 
 CI_METHOD = "Student's t over the seeds"
-_NO_NUMBER_DEPENDS_ON = ("seed", "name", "tracker", "results_dir", "cache_dir", "force", "debug")
+_NO_NUMBER_DEPENDS_ON = ("seed", "name", "tracker", "results_dir", "cache_dir", "force", "strict", "debug")
 
 
 def over_seeds(records: Iterable[Record]) -> list[Record]:
@@ -53,7 +53,10 @@ def _merged(members: list[Record]) -> Record:
         for section in ("bits", "efficiency", "timings_s", "cost")
     }
     metrics = {name: _metric([record.metrics.get(name, {}) for record in members]) for name in first.metrics}
-    return replace(first, config=first.config | {"seed": seeds}, metrics=metrics, layers={}, **averaged)
+    # Values per sample are those of one seed, and would be compared as if they were those of all.
+    artifacts = {name: file for name, file in first.artifacts.items() if name != "per_sample"}
+    merged = replace(first, config=first.config | {"seed": seeds}, metrics=metrics, layers={}, artifacts=artifacts)
+    return replace(merged, **averaged)
 
 
 def _metric(entries: list[dict[str, Any]]) -> dict[str, Any]:

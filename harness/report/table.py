@@ -134,14 +134,13 @@ def _metric_column(group: Group, metric: str) -> Column:
     unit = [entries[0]["unit"]] if entries[0].get("unit") else []
     # A set metric means nothing without its n; what is paired rests on the protocol's n, which the caption has.
     n = ["n=" + "–".join(map(str, sizes[:: max(len(sizes) - 1, 1)]))] if sizes and not entries[0].get("paired") else []
-    higher = entries[0]["better"] == "higher"
+    better = entries[0]["better"]
     library, _, name = metric.rpartition("/")
-    title = f"{name} {'↑' if higher else '↓'}"
     return Column(
-        title,
+        f"{name}{compare.ARROWS[better]}",
         " ".join(filter(None, [library, *unit, *n])),
-        f"{metric}: {entries[0]['better']} is better",
-        descending_first=higher,
+        f"{metric}: {'describes, and ranks nobody' if better == 'none' else f'{better} is better'}",
+        descending_first=better == "higher",
     )
 
 

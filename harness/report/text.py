@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from harness.report import paired
 from harness.report.compare import Group
 from harness.report.table import Cell, Column, Table, table
 
@@ -36,7 +37,10 @@ def terminal(groups: Sequence[Group], metrics: Sequence[str], width: int = WIDTH
 
 
 def markdown(groups: Sequence[Group], metrics: Sequence[str]) -> str:
-    return "\n\n".join(_markdown_block(table(group, metrics)) for group in groups) + "\n"
+    blocks = [
+        "\n\n".join([_markdown_block(table(group, metrics)), *_markdown_paired(group, metrics)]) for group in groups
+    ]
+    return "\n\n".join(blocks) + "\n"
 
 
 def latex(groups: Sequence[Group], metrics: Sequence[str]) -> str:
@@ -59,6 +63,7 @@ def _terminal_block(group: Group, metrics: Sequence[str], width: int) -> str:
     left_out = [name for name in metrics if name in group.metrics and name not in shown]
     notes = ["● best, ○ second of its bits", *built.notes]
     notes += ["not shown for lack of room: " + ", ".join(left_out)] if left_out else []
+    notes += _paired_notes(group, metrics)
     footer = [_cut(f"  {note}", width) for note in notes] + [_cut(f"  ✗ {line}", width) for line in built.problems]
     return "\n".join([_cut(f"{built.label} · {built.devices}", width), *lines, *footer])
 
@@ -94,6 +99,38 @@ def _terminal_rows(built: Table) -> list[str]:
             lines.append("┄" * len(rule))
         lines.append(aligned(line))
     return [*lines, rule]
+
+
+def _paired_notes(group: Group, metrics: Sequence[str]) -> list[str]:
+    """Of the first metric that can be tested: a line per bits."""
+    for metric in metrics:
+        for tests in paired.tests(group, [metric]):
+            return [f"paired tests on {tests.title} (ditbench compare shows all):", *(f"  {v}" for v in tests.verdicts)]
+    return []
+
+
+def comparisons(group: Group, tests: Sequence[paired.PairedTests]) -> str:
+    """Every comparison of the tests, as aligned text."""
+    blocks = [group.label]
+    for of_metric in tests:
+        lines = [paired.COLUMNS, *of_metric.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        padded = [[text.ljust(size) for text, size in zip(line, widths, strict=True)] for line in lines]
+        body = [f"  {'  '.join(line)}".rstrip() for line in padded]
+        blocks.append("\n".join([f"{of_metric.metric}: {of_metric.how}", *body]))
+    return "\n\n".join(blocks)
+
+
+def _markdown_paired(group: Group, metrics: Sequence[str]) -> list[str]:
+    """Folded away under each table: its metrics' comparisons."""
+    parts = []
+    for tests in paired.tests(group, metrics):
+        lines = [paired.COLUMNS, (":--",) * len(paired.COLUMNS)]
+        lines += [tuple(map(_markdown_escape, row)) for row in tests.rows]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        said = "\n".join(f"- {_markdown_escape(line)}" for line in [tests.how, *tests.verdicts])
+        parts.append(f"<details><summary>Paired tests on {tests.title}</summary>\n\n{said}\n\n{body}\n\n</details>")
+    return parts
 
 
 def _markdown_block(built: Table) -> str:

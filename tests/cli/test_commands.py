@@ -12,7 +12,7 @@ import yaml
 
 from harness import listing
 
-COMMANDS = ("run", "report", "list", "paper", "reproduce", "check-method", "data", "doctor", "zoo")
+COMMANDS = ("run", "report", "compare", "list", "paper", "reproduce", "check-method", "data", "doctor", "zoo")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",), ("run", "--help"), ("run", "-h")])
@@ -155,3 +155,12 @@ def test_a_report_of_one_experiment_leaves_the_others_out(ditbench, finished, tm
 
     assert sorted(experiments()) == ["default", "other"]
     assert experiments("--experiment", "other") == ["other"]
+
+
+def test_two_methods_are_compared_sample_by_sample(run, ditbench, tmp_path):
+    assert run("-m", "method=rtn,smoothquant", "bits=w4a4", "name=two").code == 0
+    outcome = ditbench("compare", "two", "--metric", "psnr", "--results-dir", str(tmp_path))
+    assert outcome.code == 0 and "rtn − smoothquant" in outcome.out
+    assert "n = 4 pairs of samples" in outcome.out and "sqnr" not in outcome.out
+    refused = ditbench("compare", "tow", "--results-dir", str(tmp_path))
+    assert refused.code == 2 and "did you mean 'two'?" in refused.err

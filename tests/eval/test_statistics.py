@@ -52,3 +52,28 @@ def test_resampling_leaves_the_global_random_state_alone():
     statistics.mean_with_ci(np.arange(9.0), 0, 50)
     statistics.bootstrap_ci(lambda rows: float(rows.sum()), 9, 0, 50)
     assert (np.random.get_state()[1] == before).all()
+
+
+def test_the_mean_of_one_share_has_wilsons_interval():
+    assert statistics.mean_of_shares_with_ci([(7, 20)])[1] == pytest.approx(statistics.share_with_ci(7, 20)[1])
+
+
+def test_the_mean_of_shares_combines_their_intervals():
+    (low_a, high_a), (low_b, high_b) = (statistics.share_with_ci(*each)[1] for each in ((2, 10), (15, 30)))
+    value, interval = statistics.mean_of_shares_with_ci([(2, 10), (15, 30)])
+    below = np.sqrt((0.2 - low_a) ** 2 + (0.5 - low_b) ** 2) / 2
+    above = np.sqrt((high_a - 0.2) ** 2 + (high_b - 0.5) ** 2) / 2
+    assert value == pytest.approx(0.35) and interval == pytest.approx((0.35 - below, 0.35 + above))
+
+
+def test_the_mean_of_shares_keeps_a_width_at_both_ends():
+    for hits, inner in ((0, 1), (10, 0)):
+        value, interval = statistics.mean_of_shares_with_ci([(hits, 10)] * 6)
+        assert interval[1 - inner] == pytest.approx(value) and 0.05 < abs(interval[inner] - value) < 0.15
+
+
+def test_the_interval_of_a_mean_of_shares_covers_it_about_95_times_in_100():
+    random, shares = np.random.default_rng(2), (0.97, 0.8, 0.4)
+    draws = [[(int(random.binomial(20, share)), 20) for share in shares] for _ in range(600)]
+    intervals = [statistics.mean_of_shares_with_ci(draw)[1] for draw in draws]
+    assert 0.93 <= np.mean([low <= np.mean(shares) <= high for low, high in intervals]) <= 0.98

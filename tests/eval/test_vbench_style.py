@@ -348,7 +348,7 @@ def test_a_judge_whose_folder_is_not_whole_is_skipped_too(tmp_path, monkeypatch)
 
 def test_the_aesthetic_head_is_linear_on_unit_features_over_ten(judges, tmp_path, monkeypatch):
     name = "vbench_style/aesthetic_quality"
-    assert "curl -L -o" in evaluate([name], evidence())[name]["reason"]
+    assert "ditbench data fetch laion-aesthetic" in evaluate([name], evidence())[name]["reason"]
     (tmp_path / "weights").mkdir()
     weight = torch.linspace(-1, 1, 12)[None]
     path = tmp_path / "weights" / vbench_style.AESTHETIC_FILE

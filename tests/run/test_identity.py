@@ -55,6 +55,7 @@ KEEPS = [
     "tracker=none",
     "tracker.project=x",
     "force=true",
+    "strict=true",
     "debug=true",
 ]
 

@@ -1,0 +1,164 @@
+"""Paired tests within a group of comparable runs: every two methods of the same bits, and each against the float model.
+
+What is compared are values per sample (harness/sample_values.py), so runs recorded without them, collapsed runs and metrics that
+have no value per sample (FID) take no part. p is Holm's over all comparisons of one metric in one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from eval.base import PerSample
+from eval.paired import Difference, differences, holm
+from eval.passport import scored_alike
+from harness.record import Record
+from harness.report import compare
+from harness.report.compare import FLOAT_METHOD, Group
+from harness.report.table import decimals_for, short_names
+from harness.sample_values import Values, load
+
+FLOAT = "float model"
+ALPHA = 0.05
+COLUMNS = ("bits", "difference", "Δ [95 %]", "p (Holm)", "p")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """first − second at `bits`; second may be FLOAT. p_holm: over all comparisons of the metric in its group."""
+
+    bits: str
+    first: str
+    second: str
+    difference: Difference
+    p_holm: float
+
+    @property
+    def told_apart(self) -> bool:
+        return self.p_holm < ALPHA
+
+
+@dataclass(frozen=True)
+class PairedTests:
+    """Of one metric in one group. rows: text under COLUMNS, one per comparison, `told_apart` beside them."""
+
+    metric: str
+    title: str
+    how: str
+    verdicts: list[str]
+    rows: list[tuple[str, ...]]
+    told_apart: list[bool]
+
+
+def tests(group: Group, metrics: Sequence[str] | None = None) -> list[PairedTests]:
+    """Of the group's metrics (or those of them that are named) which have something to compare, headline ones first."""
+    names, made = short_names(group.metrics), []
+    for metric in compare.headline_first(group):
+        if metrics is None or metric in metrics:
+            found = comparisons(group, metric)
+            if found:
+                rows = [_row(each, decimals_for(group, metric) + 1) for each in found]
+                told_apart = [each.told_apart for each in found]
+                made.append(
+                    PairedTests(metric, names[metric], _how(found), _verdicts(group, metric, found), rows, told_apart)
+                )
+    return made
+
+
+def comparisons(group: Group, metric: str) -> list[Comparison]:
+    """In the order of the group's rows: of each run those with the runs below it, then with the float model."""
+    candidates = _candidates(group, metric)
+    found = differences([pair for _, _, _, pair in candidates])
+    adjusted = holm([difference.p for difference in found])
+    return [
+        Comparison(bits, first, second, difference, p_holm)
+        for (bits, first, second, _), difference, p_holm in zip(candidates, found, adjusted, strict=True)
+    ]
+
+
+def _row(each: Comparison, decimals: int) -> tuple[str, ...]:
+    delta, low, high = (_signed(x, decimals) for x in (each.difference.value, *each.difference.ci95))
+    p_values = _p_text(each.p_holm), _p_text(each.difference.p)
+    return each.bits, f"{each.first} − {each.second}", f"{delta} [{low}, {high}]", *p_values
+
+
+def _how(found: Sequence[Comparison]) -> str:
+    one, sizes = found[0].difference, sorted({each.difference.n for each in found})
+    n = "–".join(map(str, sizes[:: max(len(sizes) - 1, 1)]))
+    return f"n = {n} pairs of samples; p: {one.test}, Holm over {len(found)} comparisons; interval: {one.ci_method}"
+
+
+def _verdicts(group: Group, metric: str, found: Sequence[Comparison]) -> list[str]:
+    """A line per bits: what the best run is told apart from, and which runs are from the float model."""
+    entries = {
+        (compare.bits_label(record), name): record.metrics[metric]
+        for record, name in zip(group.records, group.run_names, strict=True)
+        if record.method != FLOAT_METHOD and compare.value(record, metric) is not None
+    }
+    lines = []
+    for bits in dict.fromkeys(each.bits for each in found):
+        rivals = [each for each in found if each.bits == bits and each.second != FLOAT]
+        to_float = [each for each in found if each.bits == bits and each.second == FLOAT]
+        said = []
+        runs = list(dict.fromkeys(name for each in rivals for name in (each.first, each.second)))
+        better = entries[bits, (rivals or to_float)[0].first]["better"]
+        if runs and better != "none":
+            best = (max if better == "higher" else min)(runs, key=lambda name: entries[bits, name]["value"])
+            its_own = [each for each in rivals if best in (each.first, each.second)]
+            others = [(each.second if each.first == best else each.first, each.told_apart) for each in its_own]
+            said += _listed(f"{best} better than", [name for name, apart in others if apart])
+            said += _listed(f"{best} not told apart from", [name for name, apart in others if not apart])
+        said += _listed("differ from the float model:", [each.first for each in to_float if each.told_apart])
+        said += _listed(
+            "not told apart from the float model:", [each.first for each in to_float if not each.told_apart]
+        )
+        lines += [f"{bits}: {'; '.join(said)}"] if said else []
+    return lines
+
+
+def _listed(words: str, names: Sequence[str]) -> list[str]:
+    return [f"{words} {', '.join(names)}"] if names else []
+
+
+def _p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _signed(x: float, decimals: int) -> str:
+    text = f"{abs(x):.{decimals}f}"
+    return text if not text.strip("0.") else f"{'−' if x < 0 else '+'}{text}"
+
+
+def _candidates(group: Group, metric: str) -> list[tuple[str, str, str, tuple[PerSample, PerSample]]]:
+    """(bits, first, second, their values) of everything that may be compared."""
+    runs: dict[tuple[str, str], tuple[Record, Values]] = {}  # of twins that no setting tells apart, the first
+    for record, name in zip(group.records, group.run_names, strict=True):
+        values = None if record.method == FLOAT_METHOD or compare.alarms(record) else _stored(record)
+        if values is not None and metric in values.run and compare.value(record, metric) is not None:
+            runs.setdefault((compare.bits_label(record), name), (record, values))
+    found = []
+    for place, ((bits, name), (record, values)) in enumerate(runs.items()):
+        for (its_bits, other), (rival, its_values) in list(runs.items())[place + 1 :]:
+            alike = values.drawn == its_values.drawn and scored_alike(
+                record.metrics[metric]["passport"], rival.metrics[metric]["passport"]
+            )
+            if bits == its_bits and alike:
+                found.append((bits, name, other, (values.run[metric], its_values.run[metric])))
+        if metric in values.float_model:
+            found.append((bits, name, FLOAT, (values.run[metric], values.float_model[metric])))
+    return found
+
+
+def _stored(record: Record) -> Values | None:
+    """The values beside a record; None where it has none (or their file is gone)."""
+    if record.folder is None or "per_sample" not in record.artifacts:
+        return None
+    path = record.folder / record.artifacts["per_sample"]
+    return _load(path, path.stat().st_mtime_ns) if path.is_file() else None
+
+
+@lru_cache(maxsize=256)
+def _load(path: Path, mtime_ns: int) -> Values:
+    return load(path)

@@ -1,0 +1,143 @@
+"""Paired tests in reports: who is compared with whom, and what each format says about it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval.base import PerSample
+from harness import sample_values
+from harness.errors import UserError
+from harness.record import experiment_folder, read_all, write
+from harness.report import compare, comparisons, paired, report
+from harness.report.seeds import over_seeds
+
+N = 64
+NOISE_N = np.random.default_rng(0).normal(0, 1, N)
+RIGHT_N = np.arange(N) < 40
+
+
+@pytest.fixture
+def add(add_run, results_dir, metric):
+    """add("a", psnr shift, right answers lost, bits=…): a run whose values per sample lie beside its record."""
+
+    def make(method, shift=0.0, lost=0, bits="W4A8", drawn="same", passport=None, alarmed=(), **more):
+        psnr_N = 25 + shift + 5 * np.sin(np.arange(N)) + 0.1 * np.roll(NOISE_N, len(method) + int(10 * shift))
+        right_N = RIGHT_N & (np.arange(N) >= lost)
+        entries = {
+            "psnr": metric(float(psnr_N.mean()), 0.5),
+            "accuracy": metric(float(right_N.mean()), 0.1, paired=False),
+            "flow_score": metric(float(psnr_N.mean()), 0.5, paired=False) | {"better": "none"},
+        }
+        entries["psnr"]["passport"] |= passport or {}
+        if alarmed:
+            alarms = {name: {"share": 0.5} for name in alarmed}
+            entries["collapse"] = metric(0.5, better="lower", paired=False)
+            entries["collapse"]["passport"] |= {"alarms": alarms, "alarmed": list(alarmed)}
+        record = add_run(method, bits, metrics=entries, **more)
+        folder = experiment_folder(results_dir, "demo") / record.run_id
+        run = {"psnr": PerSample(psnr_N), "accuracy": PerSample(right_N.astype(float), True)}
+        run["flow_score"] = PerSample(psnr_N)
+        of_float = {"accuracy": PerSample(RIGHT_N.astype(float), True)}
+        sample_values.save(sample_values.Values(run, of_float, drawn), folder / sample_values.FILE)
+        record.artifacts["per_sample"] = sample_values.FILE
+        write(record, folder)
+
+    return make
+
+
+def pairs(results_dir, name):
+    (group,) = compare.groups(read_all(results_dir))
+    return {(each.bits, each.first, each.second): each for each in paired.comparisons(group, name)}
+
+
+def test_every_two_runs_of_the_same_bits_are_compared_and_each_with_the_float_model(add, results_dir):
+    add("fp", bits="W16A16")
+    for method in ("a", "bb"):
+        for bits in ("W8A8", "W4A8"):
+            add(method, bits=bits)
+    among = [("W8A8", "a", "bb"), ("W4A8", "a", "bb")]
+    assert list(pairs(results_dir, "psnr")) == among  # a distance to the float model has no value of its own
+    to_float = [(bits, method, paired.FLOAT) for bits in ("W8A8", "W4A8") for method in ("a", "bb")]
+    assert set(pairs(results_dir, "accuracy")) == {*among, *to_float}
+
+
+def test_p_values_are_those_of_the_tests_and_holm_counts_all_comparisons_of_the_metric(add, results_dir):
+    add("a", lost=9)
+    add("bb")
+    found = pairs(results_dir, "accuracy")
+    mcnemar = stats.binomtest(0, 9).pvalue
+    assert found["W4A8", "a", "bb"].difference.p == pytest.approx(mcnemar)
+    assert found["W4A8", "a", "bb"].difference.value == pytest.approx(-9 / N)
+    assert found["W4A8", "a", "bb"].p_holm == pytest.approx(3 * mcnemar)  # two of three are equally small, one is 1
+    assert found["W4A8", "bb", paired.FLOAT].p_holm == 1.0
+
+
+def test_what_does_not_pair_is_not_compared(add, add_run, results_dir, metric):
+    add("a")
+    add("bb", drawn="other prompts")
+    add("ccc", passport={"weights_sha256": "another judge"})
+    add("dddd", alarmed=("blank",))
+    add("eeeee", error="boom")
+    add_run("old", metrics={"psnr": metric(20.0)})
+    assert pairs(results_dir, "psnr") == {}
+    add("ffffff")
+    assert set(pairs(results_dir, "psnr")) == {("W4A8", "a", "ffffff")}
+
+
+def test_seeds_merged_to_one_row_are_not_compared_by_the_samples_of_one(add, results_dir):
+    add("a")
+    (record,) = read_all(results_dir)
+    twin = type(record)(**vars(record) | {"config": record.config | {"seed": 1}})
+    (merged,) = over_seeds([record, twin])
+    assert "per_sample" not in merged.artifacts and "per_sample" in record.artifacts
+
+
+def test_the_verdict_names_whom_the_best_is_told_apart_from(add, results_dir):
+    add("a", 1.0, lost=12)
+    add("bb", 1.0)
+    add("ccc", 0.0)
+    (group,) = compare.groups(read_all(results_dir))
+    said = {tests.title: tests.verdicts for tests in paired.tests(group)}
+    best, other = sorted(
+        ("a", "bb"), key=lambda m: -next(r for r in group.records if r.method == m).metrics["psnr"]["value"]
+    )
+    assert said["psnr"] == [f"W4A8: {best} better than ccc; {best} not told apart from {other}"]
+    assert said["accuracy"] == [
+        "W4A8: bb better than a; bb not told apart from ccc; differ from the float model: a; "
+        "not told apart from the float model: bb, ccc"
+    ]
+    assert said["flow_score"] == []  # compared, but nobody is better
+
+
+def test_text_markdown_and_html_show_the_same_comparisons(add, results_dir):
+    add("a", 1.0)
+    add("bb")
+    shown = comparisons(results_dir, "demo", ["psnr"])
+    assert f"psnr: n = {N} pairs of samples; p: sign-flip permutation, Holm over 1 comparisons" in shown
+    (line,) = [line for line in shown.splitlines() if "a − bb" in line]
+    delta = line.split("a − bb")[1].split("<")[0].strip()
+    assert delta.startswith("+1.") and "accuracy" not in shown
+    markdown = report(results_dir).text
+    assert f"| W4A8 | a − bb | {delta} | \\< 0.001 | \\< 0.001 |" in markdown and "a better than bb" in markdown
+    made = report(results_dir, format="html")
+    assert f'<td class="text">{delta}</td>' in made.path.read_text()
+    assert "paired tests on psnr" in made.text and "W4A8: a better than bb" in made.text
+
+
+def test_a_metric_that_only_describes_marks_nobody_and_has_no_arrow(add, results_dir):
+    add("a", 1.0)
+    add("bb")
+    (group,) = compare.groups(read_all(results_dir))
+    assert {verdict.mark for verdict in group.verdicts["flow_score"]} == {""}
+    markdown = report(results_dir, metrics=["flow_score", "psnr"]).text
+    assert "| flow\\_score (n=64) |" in markdown and "psnr ↑" in markdown
+
+
+def test_compare_says_what_it_takes_where_there_is_nothing(add, results_dir):
+    add("a")
+    with pytest.raises(UserError, match="nothing to compare sample by sample"):
+        comparisons(results_dir, metrics=["psnr"])
+    with pytest.raises(UserError, match="no recorded bits 'W4A9'; did you mean 'W4A8'"):
+        comparisons(results_dir, bits=["w4a9"])

@@ -1,0 +1,118 @@
+"""Values per sample beside a record, the float model's with them, and noise floors of metrics that need prompts."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from eval.base import Evidence, PerSample, Prompt, Samples, evaluate
+from harness import float_images, run, sample_values
+from harness.models.zoo import shapes
+from harness.record import read_all
+
+SWEEP = ("method=rtn,smoothquant", "bits=w4a4", "metrics.names=[psnr,accuracy,torchmetrics/fid_judge]", "name=two")
+
+
+@pytest.fixture
+def scored_floats(monkeypatch):
+    """Counts how often samples of the float model were scored for their values."""
+    calls, real = [], run.stage_evaluate
+
+    def counting(config, model, images, float_model, names=None):
+        if names is not None:
+            calls.append(names)
+        return real(config, model, images, float_model, names)
+
+    monkeypatch.setattr(run, "stage_evaluate", counting)
+    return calls
+
+
+def test_each_run_keeps_its_values_and_the_float_models_which_are_scored_once(request, tmp_path, scored_floats):
+    assert request.getfixturevalue("run")("-m", *SWEEP) == 0
+    first, second = read_all(tmp_path)
+    kept = [sample_values.load(each.folder / each.artifacts["per_sample"]) for each in (first, second)]
+    assert scored_floats == [["accuracy"]]
+    for record, values in zip((first, second), kept, strict=True):
+        assert set(values.run) == {"psnr", "accuracy"} and set(values.float_model) == {"accuracy"}
+        for name, one in values.run.items():
+            assert one.values_N.shape == (4,) and one.values_N.mean() == pytest.approx(
+                record.metrics[name]["value"], rel=1e-6
+            )
+        assert values.run["accuracy"].yes_no and not values.run["psnr"].yes_no
+    assert kept[0].drawn == kept[1].drawn
+    assert (kept[0].float_model["accuracy"].values_N == kept[1].float_model["accuracy"].values_N).all()
+
+
+def test_values_are_read_as_they_were_written(tmp_path):
+    values_N = np.array([0.5, np.nan, -3.0])
+    strata = PerSample(np.array([1.0, 0.0, 1.0]), True, np.array([0, 1, 1]))
+    written = sample_values.Values({"a/b": PerSample(values_N), "c": strata}, {"c": strata}, "key")
+    sample_values.save(written, tmp_path / "values.npz")
+    read = sample_values.load(tmp_path / "values.npz")
+    np.testing.assert_array_equal(read.run["a/b"].values_N, values_N)
+    assert not read.run["a/b"].yes_no and read.run["a/b"].strata_N is None
+    assert read.run["c"].yes_no and read.float_model["c"].strata_N.tolist() == [0, 1, 1] and read.drawn == "key"
+
+
+def test_other_prompts_labels_or_seeds_do_not_pair():
+    pixels = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    drawn = {
+        sample_values.drawn(Samples(pixels, prompts=(Prompt("a"), Prompt("b"))), 0),
+        sample_values.drawn(Samples(pixels, prompts=(Prompt("b"), Prompt("a"))), 0),
+        sample_values.drawn(Samples(pixels, prompts=(Prompt("a"), Prompt("b"))), 1),
+        sample_values.drawn(Samples(pixels, torch.tensor([0, 1])), 0),
+    }
+    assert len(drawn) == 4
+
+
+def pictures(seed):
+    drawn = random.Random(0)
+    captions = [shapes.random_caption(kind, drawn) for kind in shapes.KINDS]
+    images = np.stack([shapes.render(shapes.draw_scene(caption, random.Random(seed))) for caption in captions])
+    images[:seed] = 0  # the more, the worse
+    return Samples(torch.from_numpy(images), prompts=tuple(Prompt(each.text, each.about) for each in captions))
+
+
+def videos(seed):
+    drawn = random.Random(0)
+    motions = [shapes.random_motion(drawn) for _ in range(4)]
+    frames = np.stack([shapes.draw_video(motion, random.Random(seed), 4, 24) for motion in motions])
+    frames[:seed] = 0
+    return Samples(torch.from_numpy(frames), prompts=tuple(Prompt(each.text, each.about) for each in motions))
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "expected"),
+    [
+        (pictures, ["geneval_shapes/overall", "collapse", "psnr"], {"geneval_shapes/overall": 2 / 6, "collapse": 0.0}),
+        (videos, ["motion_shapes/object", "flow_score", "psnr"], {"motion_shapes/object": 2 / 4}),
+    ],
+)
+def test_the_noise_floor_of_text_to_image_and_video_metrics_is_the_spread_over_seeds(
+    make, names, expected, monkeypatch, tmp_path
+):
+    seeds = {0: 0, float_images.SEED_STRIDE: 1, 2 * float_images.SEED_STRIDE: 2}
+    monkeypatch.setattr(float_images, "float_images", lambda config, model, seed, dtype: make(seeds[seed]))
+    monkeypatch.setattr(float_images, "_key", lambda *_: "key")
+    config = SimpleNamespace(
+        section=lambda _: {"noise_floor_seeds": 2, "dtype": "bfloat16"}, seed=0, cache_dir=tmp_path
+    )
+
+    def scored(ours, theirs):
+        return evaluate(names, Evidence(ours, theirs, resamples=5))
+
+    metrics = scored(make(0), make(0))
+    float_images.noise_floor(config, None, metrics, scored, {})
+    assert metrics["psnr"]["noise_floor"] is None
+    for name, floor in expected.items():
+        assert metrics[name]["noise_floor"] == pytest.approx(floor)
+    if "flow_score" in names:
+        assert metrics["flow_score"]["noise_floor"] > 0
+
+
+def test_a_metric_that_cannot_run_on_every_seed_has_no_noise_floor():
+    assert float_images._range([1.0, None, 3.0]) is None and float_images._range([1.0, 5.0, 3.0]) == 4.0
