@@ -166,6 +166,7 @@ def load_extension() -> None:
     load(LIBRARY, [str(SOURCE)], extra_cflags=FLAGS, build_directory=str(folder), is_python_module=False)
     torch.library.register_fake(f"{LIBRARY}::quantize_rows", _fake_quantize_rows)
     torch.library.register_fake(f"{LIBRARY}::linear", _fake_linear)
+    torch.library.register_fake(f"{LIBRARY}::dequantize", _fake_dequantize)
 
 
 def _fake_quantize_rows(x, scale, zero_point, groups, sum_groups, quant_max, symmetric, clip):
@@ -182,6 +183,10 @@ def _fake_linear(
     codes, scale, offset, sum_, packed, bits, is_signed, outputs, channels, w_scale, w_sum, w_zero, bias, dtype
 ):
     return scale.new_empty(len(codes), outputs, dtype=dtype)
+
+
+def _fake_dequantize(packed, bits, is_signed, scale, zero_point, dtype):
+    return scale.new_empty(len(packed), packed.shape[1] * 8 // bits, dtype=dtype)
 
 
 def _find_ninja() -> None:

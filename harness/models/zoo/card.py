@@ -47,7 +47,7 @@ def write(
     weights = sorted(folder.glob("*/*.safetensors"))
     numbers = {
         "parameters": {path.parent.name: parameters(path) for path in weights},
-        "train_minutes_last_session": round(minutes, 1),
+        "train_minutes": round(minutes, 1),
         "steps": schedule.steps,
         "seed": schedule.seed,
         "final_loss_mean_of_last_500": sum(losses[-500:]) / len(losses[-500:]),
@@ -72,6 +72,7 @@ def _card(text: str, name: str, numbers: dict[str, Any]) -> str:
             "made by",
             f"`ditbench zoo train {name}` (seed {numbers['seed']}, {numbers['steps']} steps, AdamW, cosine, EMA)",
         ),
+        ("training", f"{numbers['train_minutes']:.0f} minutes of wall time"),
         ("parameters", ", ".join(f"{part} {count:,}" for part, count in numbers["parameters"].items())),
         ("loss", f"`loss_curve.csv`; mean of the last 500 steps {numbers['final_loss_mean_of_last_500']:.4f}"),
     ]

@@ -7,7 +7,6 @@ through a small T5 encoder, trained with it, and a real word-level tokenizer.
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from harness.models.zoo import card, shapes
-from harness.models.zoo.training import Schedule, train
+from harness.models.zoo.training import Schedule, minutes_of, train
 
 TEXT_LENGTH = 16  # tokens, the end included
 TEXT_WIDTH = 64
@@ -152,12 +151,11 @@ def pipeline(model: TextToImage) -> PixArtAlphaPipeline:
 
 def make(folder: Path, checkpoints: Path) -> dict[str, Any]:
     """Train, write the pipeline folder with loss curve and card → the card's numbers."""
-    start = time.monotonic()
-    model, losses = train_model(checkpoints / "tiny-t2i.pt")
-    pipeline(model).save_pretrained(folder)
-    minutes = (time.monotonic() - start) / 60
+    checkpoint = checkpoints / "tiny-t2i.pt"
+    model, losses = train_model(checkpoint)
+    pipeline(model).to(torch.bfloat16).save_pretrained(folder)
     scores = card.scores_of("tiny-t2i", folder, SCORED, n=240)
-    return card.write(folder, CARD, losses, SCHEDULE, minutes, scores)
+    return card.write(folder, CARD, losses, SCHEDULE, minutes_of(checkpoint), scores)
 
 
 SCORED = ["geneval_shapes/overall", *(f"geneval_shapes/{kind}" for kind in shapes.KINDS)]

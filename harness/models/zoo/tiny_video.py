@@ -7,7 +7,6 @@ in one sequence, and reads captions as `tiny-t2i` does.
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from harness.models.zoo.tiny_t2i import (
     tokenizer,
     zero,
 )
-from harness.models.zoo.training import Schedule, train
+from harness.models.zoo.training import Schedule, minutes_of, train
 
 FRAMES, SIDE = 8, 24
 BATCH = 16
@@ -109,12 +108,11 @@ def pipeline(model: TextToVideo) -> CogVideoXPipeline:
 
 def make(folder: Path, checkpoints: Path) -> dict[str, Any]:
     """Train, write the pipeline folder with loss curve and card → the card's numbers."""
-    start = time.monotonic()
-    model, losses = train_model(checkpoints / "tiny-video.pt")
-    pipeline(model).save_pretrained(folder)
-    minutes = (time.monotonic() - start) / 60
+    checkpoint = checkpoints / "tiny-video.pt"
+    model, losses = train_model(checkpoint)
+    pipeline(model).to(torch.bfloat16).save_pretrained(folder)
     scores = card.scores_of("tiny-video", folder, SCORED, n=120)
-    return card.write(folder, CARD, losses, SCHEDULE, minutes, scores)
+    return card.write(folder, CARD, losses, SCHEDULE, minutes_of(checkpoint), scores)
 
 
 SCORED = [f"motion_shapes/{what}" for what in ("object", "direction", "speed", "scene")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +48,14 @@ def train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.learning_rate_factor)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema_decay))
     losses: list[float] = []
+    before_s, start = 0.0, time.monotonic()
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
-        losses = saved["losses"]
+        losses, before_s = saved["losses"], saved["seconds"]
 
     progress = tqdm(range(len(losses), schedule.steps), initial=len(losses), total=schedule.steps, desc=title)
     for step in progress:
@@ -70,11 +72,17 @@ def train(
         if (step + 1) % 50 == 0:
             progress.set_postfix(loss=f"{sum(losses[-50:]) / 50:.4f}")
         if (step + 1) % schedule.checkpoint_every == 0:
-            _save_checkpoint(checkpoint, model, ema, optimizer, scheduler, losses)
+            seconds = before_s + time.monotonic() - start
+            _save_checkpoint(checkpoint, model, ema, optimizer, scheduler, losses, seconds)
     return ema.module, losses
 
 
-def _save_checkpoint(path, model, ema, optimizer, scheduler, losses) -> None:
+def minutes_of(checkpoint: Path) -> float:
+    """Wall time of the training so far, over all its sessions, up to the last checkpoint."""
+    return torch.load(checkpoint, weights_only=True)["seconds"] / 60
+
+
+def _save_checkpoint(path, model, ema, optimizer, scheduler, losses, seconds) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     torch.save(
@@ -84,6 +92,7 @@ def _save_checkpoint(path, model, ema, optimizer, scheduler, losses) -> None:
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
             "losses": losses,
+            "seconds": seconds,
         },
         part,
     )

@@ -1,0 +1,70 @@
+"""Weights of 8 or 4 bits with activations in float, on x86 CPUs with AVX-512: they are unpacked right before each product.
+
+One layer's weight exists in bfloat16 (float32 for float32 inputs) at a time. It saves memory, not time.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harness.backends import vnni
+from harness.backends.base import Kernel
+from harness.quant.packing import pack
+from harness.quant.quantizers import LookupWeight, QuantizedWeight
+from harness.quant.recipe import LayerRecipe
+
+NAME = "weight_only"
+KIND = "measured"
+PRIORITY = 15
+SUMMARY = (
+    "W8A16 and W4A16 on x86 CPUs with AVX-512: stored in their bits, unpacked before each product; memory, not speed"
+)
+OPERATORS = {f"{vnni.LIBRARY}::dequantize": "unpack weights"}
+
+
+def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
+    weight = recipe.weight
+    if weight is None or recipe.act is not None:
+        return f"{NAME} is for quantized weights with activations in float"
+    if isinstance(weight, LookupWeight):
+        return f"{NAME} unpacks integers; these weights are looked up in a table of uneven levels"
+    if weight.spec.bits not in (8, 4):
+        return f"{NAME} stores weights in 8 or 4 bits, these have {weight.spec.bits}"
+    width = weight.codes_OC.shape[1] // weight.scale_OG.shape[1]
+    if width % vnni.LANES:
+        return f"{NAME} takes channels (of a group) in multiples of {vnni.LANES}, these are {width}"
+    if device.type != "cpu":
+        return f"{NAME} runs on the CPU, the device is {device}"
+    return vnni._cpu_lacks()
+
+
+def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
+    assert isinstance(recipe.weight, QuantizedWeight)
+    return WeightOnlyKernel(recipe.weight)
+
+
+class WeightOnlyKernel(Kernel):
+    packed: Tensor
+    scale_OG: Tensor
+    zero_point_OG: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        self.bits, self.is_signed = weight.spec.bits, weight.spec.symmetric
+        codes_OC = weight.codes_OC.to(torch.int16) & (2**self.bits - 1)  # two's complement, as the operator reads it
+        self.register_buffer("packed", pack(codes_OC, self.bits))
+        self.register_buffer("scale_OG", weight.scale_OG.float().contiguous())
+        zero_point = weight.zero_point_OG
+        self.register_buffer("zero_point_OG", None if zero_point is None else zero_point.float().contiguous())
+
+    def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
+        x = x if x.dtype == torch.bfloat16 else x.float()
+        return F.linear(x, self.weight(x.dtype))
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(O, C)."""
+        return torch.ops.ditbench_vnni.dequantize(
+            self.packed, self.bits, self.is_signed, self.scale_OG, self.zero_point_OG, dtype
+        )
