@@ -20,6 +20,7 @@ from harness.measure import device_name
 TELLERS = frozenset(
     ["cli.py", "sweep.py", "listing.py", "doctor.py", "conformance.py", "papers.py", "tracking.py"]
     + ["progress.py", "record.py", "paths.py", "errors.py", "compose.py", "environment.py"]
+    + ["export.py", "export_runs.py"]
 )
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelity", "clean-fid", "numpy", "scipy")
 

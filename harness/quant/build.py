@@ -12,7 +12,7 @@ from harness.memory import trim
 from harness.quant.attention import QuantAttnProcessor, set_processor
 from harness.quant.effective import effective_linear, touched_layers
 from harness.quant.layer import QuantLinear, QuantPatchEmbed
-from harness.quant.modulation import fold_tables
+from harness.quant.modulation import block_folds, hang
 from harness.quant.recipe import LayerRecipe, ModelRecipe
 from harness.quant.steps import StepClock, StepTable
 from harness.quant.target import Target
@@ -34,7 +34,7 @@ def build(
     clock = StepClock(recipe.num_steps).to(device)
     transforms = {name: layer.transform for name, layer in recipe.layers.items()}
     folded_layers = {name for site in target.sites if site.name in recipe.folded for name in site.consumers}
-    model = _copy_without(target.transformer, touched_layers(target, recipe))
+    model = copy_without(target.transformer, touched_layers(target, recipe))
     nn.Module.to(model, device=device, dtype=dtype)  # not diffusers' own .to, which warns about every cast
     for name in touched_layers(target, recipe):
         original = target.module(name)
@@ -49,7 +49,7 @@ def build(
         ).to(device)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
         trim()
-    fold_tables(model, target, recipe, transforms, clock)
+    hang(model, block_folds(target, recipe, transforms, dtype), clock, device)
     for name, attention in recipe.attention.items():
         set_processor(model, name, QuantAttnProcessor(attention, clock))
     model.clock = clock  # type: ignore[assignment]
@@ -100,6 +100,6 @@ def _is_patch_part(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name.rpartition(".")[0]), QuantPatchEmbed)
 
 
-def _copy_without(model: nn.Module, names: list[str]) -> nn.Module:
+def copy_without(model: nn.Module, names: list[str]) -> nn.Module:
     """A deep copy with empty places where the named layers are: they are replaced right after."""
     return copy.deepcopy(model, memo={id(model.get_submodule(name)): nn.Identity() for name in names})
