@@ -1,4 +1,4 @@
-"""The command line: `ditbench run | report | list | paper | reproduce | check-method | data | doctor | zoo`."""
+"""The command line: `ditbench run | report | export | list | paper | reproduce | check-method | data | doctor | zoo`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench run -m method=rtn,smoothquant,quarot bits=w8a8,w4a4   a sweep (every combination)
   ditbench run experiment=demo                                   a sweep from conf/experiment/
   ditbench report --format html                                  tables and plots of what was recorded
+  ditbench export RUN|EXPERIMENT --out FOLDER                    a quantized transformer that plain diffusers can load
   ditbench list methods|models|metrics|backends|protocols|bits   what there is
   ditbench paper list|show NAME                                  numbers as papers report them, with their sources
   ditbench reproduce NAME --plan|--model tiny-dit                a paper's table, run here and held against it
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": run_command,
         "report": report_command,
+        "export": export_command,
         "list": list_command,
         "paper": paper_command,
         "reproduce": reproduce_command,
@@ -104,6 +106,28 @@ def report_command(arguments: list[str]) -> int:
     print(made.text)
     if made.path is not None:
         print(made.path)
+    return 0
+
+
+def export_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ditbench export",
+        description="A quantized transformer as safetensors, for plain diffusers (see docs/export.md).",
+    )
+    parser.add_argument(
+        "wanted",
+        nargs="+",
+        metavar="RUN|EXPERIMENT|key=value",
+        help="runs by id or folder, experiments by name; or a configuration, which is calibrated and quantized now",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; several runs become its subfolders")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
+    parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
+    options = parser.parse_intermixed_args(arguments)
+    from harness.export_runs import export
+
+    for exported in export(options.wanted, options.out, options.results_dir):
+        print(exported)
     return 0
 
 

@@ -69,7 +69,10 @@ def run(config: RunConfig) -> Record:
             say(f"{title(config)}: FAILED: {values.error}")
             if config.raw["debug"]:
                 traceback.print_exc()
-        values.env = environment(config.device, config.seed)
+        values.env = environment(config.device, config.seed) | {
+            "weights_sha256": model.fingerprint,
+            "method_sha256": methods.source_sha256(config.method),
+        }
         record.write(values, folder)
         track(config, values, folder)
     return record.attempts(config.results_dir, config.name, run_id)[-1]

@@ -12,7 +12,7 @@ import yaml
 
 from harness import listing
 
-COMMANDS = ("run", "report", "list", "paper", "reproduce", "check-method", "data", "doctor", "zoo")
+COMMANDS = ("run", "report", "export", "list", "paper", "reproduce", "check-method", "data", "doctor", "zoo")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",), ("run", "--help"), ("run", "-h")])
