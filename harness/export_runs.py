@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harness import methods, record
+from harness import methods, mixed, record
 from harness.config import RunConfig, parse
 from harness.errors import UserError
 from harness.export import save_quantized
 from harness.models.base import LoadedModel
 from harness.quant.recipe import ModelRecipe
+from harness.quant.spec import Bits, MixedBits
 from harness.quant.target import Target
 from harness.record import Record
-from harness.run import cached_model, stage_account, stage_calibrate, stage_quantize
+from harness.run import cached_model, fitted, stage_account, stage_calibrate, stage_mixed
 from harness.sweep import composed
 
 
@@ -62,8 +63,13 @@ def export(wanted: list[str], out: Path, results_dir: Path) -> list[Exported]:
 def export_config(config: RunConfig, out: Path) -> Exported:
     """Calibrate, quantize, write; nothing is drawn or recorded."""
     model, target = _model_and_target(config)
-    recipe, _, _ = stage_quantize(config, target, stage_calibrate(config, model))
-    return _written(config, model, target, recipe, out, run_id=None)
+    recording = stage_calibrate(config, model)
+    if isinstance(config.bits, MixedBits):
+        recipe, _, _, plan = stage_mixed(config, model, target, recording)
+    else:
+        recipe, _ = fitted(config, target, recording, config.bits)
+        plan = {}
+    return _written(config, model, target, recipe, out, run_id=None, plan=plan)
 
 
 def export_run(run: Record, out: Path) -> Exported:
@@ -77,21 +83,38 @@ def export_run(run: Record, out: Path) -> Exported:
         raise UserError(f"{where}: method {config.method} was edited since; run it again")
     assert run.folder is not None
     state = load_file(run.folder / run.artifacts["state"]) if "state" in run.artifacts else {}
-    recipe = recipe_of(config, target, state)
-    return _written(config, model, target, recipe, out, run_id=run.run_id)
+    recipe = recipe_of(config, target, state, run.bits.get("mixed"))
+    plan = {key: run.bits[key] for key in ("label", "mixed") if "mixed" in run.bits}
+    return _written(config, model, target, recipe, out, run_id=run.run_id, plan=plan)
 
 
-def recipe_of(config: RunConfig, target: Target, state: dict[str, Tensor]) -> ModelRecipe:
-    """What the method makes of a state that was saved."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return methods.method(config.method).apply(target, state, config.bits, config.params)
+def recipe_of(config: RunConfig, target: Target, state: dict[str, Tensor], plan: dict[str, Any] | None) -> ModelRecipe:
+    """What the method makes of a state that was saved, by the plan of mixed precision if there is one."""
+
+    def apply(bits: Bits, own: dict[str, Tensor]) -> ModelRecipe:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return methods.method(config.method).apply(target, own, bits, config.params)
+
+    if not isinstance(config.bits, MixedBits):
+        return apply(config.bits, state)
+    assert plan is not None, "a record of bits=mixed holds its plan"
+    candidates = {bits.label.lower(): bits for bits in config.bits.candidates}
+    return mixed.of_state(target, plan, state, lambda label, own: apply(candidates[label], own))
 
 
 def _written(
-    config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe, out: Path, run_id: str | None
+    config: RunConfig,
+    model: LoadedModel,
+    target: Target,
+    recipe: ModelRecipe,
+    out: Path,
+    *,
+    run_id: str | None,
+    plan: dict[str, Any],
 ) -> Exported:
     bits, size = stage_account(config, model, target, recipe)
+    bits |= plan
     notes = []
     if methods.correction(config.method, {}, config.params) is not None:
         notes.append(f"{config.method} also corrects the sampler's steps; that part is not in an export")

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from eval.base import Evidence, FeatureModel, Reference, Samples, evaluate
 from eval.judges import load_judge
 from eval.reference import load_reference
-from harness import methods, record, tracking
+from harness import methods, mixed, record, tracking
 from harness.calibrate import Calibration, calibrate
 from harness.config import RunConfig
 from harness.environment import code_identity, environment
@@ -35,6 +35,7 @@ from harness.models.base import LoadedModel, ModelSpec, load_model
 from harness.quant.accounting import account, count_macs
 from harness.quant.build import build
 from harness.quant.recipe import ModelRecipe
+from harness.quant.spec import Bits, MixedBits
 from harness.quant.target import Target
 from harness.record import Record
 
@@ -96,8 +97,13 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
         with timer("calibrate"):
             recording = stage_calibrate(config, model)
         with timer("quantize"):
-            recipe, state, quantized = stage_quantize(config, target, recording)
+            if isinstance(config.bits, MixedBits):
+                recipe, state, quantized, plan = stage_mixed(config, model, target, recording)
+            else:
+                recipe, state, quantized = stage_quantize(config, target, recording)
+                plan = {}
     values.bits, size = stage_account(config, model, target, recipe)
+    values.bits |= plan
     with timer("generate"):
         images = stage_generate(config, model, quantized, state)
     with timer("reference"):
@@ -147,16 +153,35 @@ def stage_calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
 def stage_quantize(
     config: RunConfig, target: Target, recording: Calibration
 ) -> tuple[ModelRecipe, dict[str, Tensor], nn.Module]:
+    recipe, state = fitted(config, target, recording, config.bits)
+    return recipe, state, built(config, target, recipe)
+
+
+def stage_mixed(
+    config: RunConfig, model: LoadedModel, target: Target, recording: Calibration
+) -> tuple[ModelRecipe, dict[str, Tensor], nn.Module, dict[str, Any]]:
+    """As stage_quantize, with one of several formats for each layer; and what the record's `bits` says of the plan."""
+    fit = partial(fitted, config, target, recording)
+    recipe, state, plan = mixed.quantize(config, config.bits, model, target, recording, fit)
+    return recipe, state, built(config, target, recipe), plan
+
+
+def fitted(
+    config: RunConfig, target: Target, recording: Calibration, bits: Bits
+) -> tuple[ModelRecipe, dict[str, Tensor]]:
     """A method may choose what it calibrates on; its layers are still judged on the whole recording."""
     method = methods.method(config.method)
     select = getattr(method, "select_calibration", None)
     calibration = recording if select is None else select(recording, config.params, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        state = method.fit(target, calibration, config.bits, config.params)
-        recipe = method.apply(target, state, config.bits, config.params)
+        state = method.fit(target, calibration, bits, config.params)
+        return method.apply(target, state, bits, config.params), state
+
+
+def built(config: RunConfig, target: Target, recipe: ModelRecipe) -> nn.Module:
     dtype = getattr(torch, config.section("generate")["dtype"])
-    return recipe, state, build(target, recipe, dtype=dtype, device=config.device, backend=config.backend)
+    return build(target, recipe, dtype=dtype, device=config.device, backend=config.backend)
 
 
 def stage_account(config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe):

@@ -37,7 +37,7 @@ def account(
     quantized = {name for name, layer in recipe.layers.items() if layer.weight is not None or layer.act is not None}
     layers = [n for n, m in target.transformer.named_modules() if isinstance(m, QUANTIZABLE)]
     weights = {name: weight_matrix(target.module(name)).numel() for name in layers}
-    bytes_of = {name: _layer_bytes(target, recipe, name) for name in touched_layers(target, recipe)}
+    bytes_of = {name: layer_bytes(target, recipe, name) for name in touched_layers(target, recipe)}
     weight_bytes = {name: bytes_of[name][0] if name in bytes_of else weights[name] * FLOAT_BYTES for name in layers}
 
     baseline_bytes = sum(p.numel() for p in target.transformer.parameters()) * FLOAT_BYTES
@@ -134,7 +134,7 @@ def _range_bytes(act: ActQuant | None) -> int:
     return sum(table.rows.numel() * 4 + _index_bytes(table.group_of_step) for table in tables)
 
 
-def _layer_bytes(target: Target, recipe: ModelRecipe, name: str) -> tuple[int, int]:
+def layer_bytes(target: Target, recipe: ModelRecipe, name: str) -> tuple[int, int]:
     """(bytes of the weight with its overheads and folds, bytes of the bias table)."""
     layer = recipe.layers.get(name, LayerRecipe())
     folded = any(name in site.consumers for site in target.sites if site.name in recipe.folded)
