@@ -83,20 +83,24 @@ def test_transforms_that_do_not_depend_on_the_format_tie_nothing(small_target, s
     assert units_of(small_target, recipes) == [(name,) for name in small_target.layers]
 
 
-def test_readers_of_a_fold_that_differs_are_chosen_together_with_the_rows_that_take_it_over(
+def test_readers_of_a_fold_that_differs_are_chosen_together_with_the_layer_that_takes_it_over(
     small_target, small_calibration
 ):
-    """clq's or htg's scales may depend on the format; here they are made to differ."""
-    module = methods.method("smoothquant")
+    """A method's scales may depend on the format; here they are made to differ."""
+    module = methods.method("vidit_q")
     recipes = []
-    for strength in (0.4, 0.6):
-        params = module.Params(strength=strength)
+    for alpha in (0.4, 0.6):
+        params = module.Params(alpha=alpha)
         state = module.fit(small_target, small_calibration, DYNAMIC, params)
         recipes.append(module.apply(small_target, state, DYNAMIC, params))
     units = units_of(small_target, recipes)
     for site in small_target.sites:
         if site.name in recipes[0].folded:
-            assert any(set(site.consumers) <= set(unit) for unit in units)
+            (unit,) = [unit for unit in units if site.consumers[0] in unit]
+            makers = {producer.linear for producer in site.producers} & set(small_target.layers)
+            assert {*site.consumers, *makers} <= set(unit)
+    attention = "transformer_blocks.0.attn1"
+    assert any({f"{attention}.to_v", f"{attention}.to_out.0"} <= set(unit) for unit in units)
     assert sorted(name for unit in units for name in unit) == sorted(small_target.layers)
 
 

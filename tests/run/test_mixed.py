@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from harness.backends import onednn_int8
 from harness.cli import main
 from harness.export import RECIPE, TENSORS
 
@@ -126,3 +127,13 @@ def test_what_no_plan_can_keep_fails_with_its_reason(run, tmp_path, case):
     assert run("bits=mixed", *arguments) == 3
     (path,) = tmp_path.glob("runs/*/*/record.json")
     assert re.search(words, json.loads(path.read_text())["error"])
+
+
+def test_a_budget_of_latency_takes_the_formats_that_run_here(run, read_records, tmp_path):
+    """With all the time in the world the plan is the float model, whose error is nothing."""
+    if "VNNI" in str(onednn_int8._cpu_lacks()):
+        pytest.skip("no integer kernel on this machine")
+    assert run("bits=mixed", "bits.candidates=[w8a8,w16a16]", "bits.budget.latency_ms=1e6") == 0
+    (record,) = read_records(tmp_path).values()
+    assert set(record["bits"]["mixed"]["plan"].values()) == {"w16a16"}
+    assert 0 < record["bits"]["mixed"]["predicted"]["latency_ms"] < 1e6
