@@ -18,6 +18,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench run experiment=demo                                   a sweep from conf/experiment/
   ditbench report --format html                                  tables and plots of what was recorded
   ditbench compare EXPERIMENT --metric psnr                      paired tests between methods, prompt by prompt
+  ditbench export RUN|EXPERIMENT --out FOLDER                    a quantized transformer that plain diffusers can load
   ditbench list methods|models|metrics|backends|protocols|bits   what there is
   ditbench paper list|show NAME                                  numbers as papers report them, with their sources
   ditbench reproduce NAME --plan|--model tiny-dit                a paper's table, run here and held against it
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         "run": run_command,
         "report": report_command,
         "compare": compare_command,
+        "export": export_command,
         "list": list_command,
         "paper": paper_command,
         "reproduce": reproduce_command,
@@ -130,6 +132,28 @@ def compare_command(arguments: list[str]) -> int:
     from harness.report import comparisons
 
     print(comparisons(options.results_dir, options.experiment, options.metric, options.bits))
+    return 0
+
+
+def export_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ditbench export",
+        description="A quantized transformer as safetensors, for plain diffusers (see docs/export.md).",
+    )
+    parser.add_argument(
+        "wanted",
+        nargs="+",
+        metavar="RUN|EXPERIMENT|key=value",
+        help="runs by id or folder, experiments by name; or a configuration, which is calibrated and quantized now",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; several runs become its subfolders")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
+    parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
+    options = parser.parse_intermixed_args(arguments)
+    from harness.export_runs import export
+
+    for exported in export(options.wanted, options.out, options.results_dir):
+        print(exported)
     return 0
 
 

@@ -12,7 +12,7 @@ from hydra.errors import OverrideParseException
 from harness import methods
 from harness.errors import UserError, unknown_name
 from harness.paths import CONF
-from harness.quant.spec import all_labels, parse_label
+from harness.quant.spec import MIXED, all_labels, parse_label
 
 
 def register() -> None:
@@ -39,7 +39,7 @@ def groups() -> dict[str, list[str]]:
         folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
     }
     found["method"] = sorted(methods.known_methods())
-    found["bits"] = all_labels()
+    found["bits"] = [*all_labels(), MIXED]
     return found
 
 
@@ -58,7 +58,7 @@ def check_overrides(overrides: list[str]) -> None:
         if override.key_or_group not in options:
             continue
         for choice in _choices(override):
-            if override.key_or_group == "bits":
+            if override.key_or_group == "bits" and choice != MIXED:
                 parse_label(choice)
             if choice not in options[override.key_or_group]:
                 raise unknown_name(override.key_or_group, choice, options[override.key_or_group])

@@ -15,7 +15,7 @@ from harness.backends.base import AUTO, known_backends
 from harness.errors import UserError, unknown_name
 from harness.models.base import ModelSpec, Sampler, family
 from harness.prompts import load_prompts
-from harness.quant.spec import FLOAT_BITS, Bits, QuantSpec, parse_label
+from harness.quant.spec import BUDGETS, FLOAT_BITS, MIXED, Bits, MixedBits, QuantSpec, parse_label
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
@@ -77,7 +77,7 @@ class RunConfig:
     model: ModelSpec
     method: str
     params: Any
-    bits: Bits
+    bits: Bits | MixedBits
     protocol: Protocol
     calibration_prompts: tuple[Prompt, ...]
     seed: int
@@ -104,12 +104,13 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     raw = dict(raw)
     _check_values(raw)
     if raw["method"]["name"] == methods.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
-        raw["bits"] = raw["bits"] | {"label": "w16a16"}
+        raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
         raw["bits"]["weight"] = raw["bits"]["weight"] | {"bits": FLOAT_BITS}
         raw["bits"]["act"] = raw["bits"]["act"] | {"bits": FLOAT_BITS}
-    bits = _bits(raw["bits"])
+    bits = _mixed(raw["bits"]) if raw["bits"]["label"] == MIXED else _bits(raw["bits"])
     raw["bits"] = raw["bits"] | {"label": bits.label.lower()}  # of the widths, wherever they were set
-    methods.check_bits(raw["method"]["name"], bits)
+    for each in bits.candidates if isinstance(bits, MixedBits) else (bits,):
+        methods.check_bits(raw["method"]["name"], each)
     params = _params(raw["method"])
     protocol, calibration_prompts = raw["protocol"], raw["calibration"]["prompts"]
     model = {key: value for key, value in raw["model"].items() if key != "usual"}
@@ -229,6 +230,26 @@ def _bits(node: dict[str, Any]) -> Bits:
         values = dict(node[side])
         sides[side] = None if values["bits"] >= FLOAT_BITS else QuantSpec(**values)
     return Bits(sides["weight"], sides["act"])
+
+
+def _mixed(node: dict[str, Any]) -> MixedBits:
+    labels = node["candidates"]
+    if not isinstance(labels, list) or not labels or len(set(labels)) < len(labels):
+        raise UserError(f"bits.candidates must be a list of different formats such as [w4a8,w8a8], got {labels!r}")
+    candidates = []
+    for label in labels:
+        weight, act = parse_label(str(label))
+        sides = {"weight": node["weight"] | {"bits": weight}, "act": node["act"] | {"bits": act}}
+        candidates.append(_bits({"label": label} | sides))
+    given = {name: limit for name, limit in node["budget"].items() if limit is not None}
+    if len(given) != 1:
+        raise UserError(
+            f"bits=mixed takes one budget ({', '.join(f'bits.budget.{name}' for name in BUDGETS)}), got {len(given)}"
+        )
+    name, limit = next(iter(given.items()))
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or limit <= 0:
+        raise UserError(f"bits.budget.{name} must be a number above 0, got {limit!r}")
+    return MixedBits(tuple(candidates), name, limit)
 
 
 def _folder_name(name: str) -> str:

@@ -19,17 +19,8 @@ from harness.measure import device_name
 # Modules that only choose, show or tell: editing them changes no number.
 TELLERS = frozenset(
     ["cli.py", "sweep.py", "listing.py", "doctor.py", "conformance.py", "papers.py", "tracking.py"]
-    + [
-        "needs.py",
-        "paired.py",
-        "sample_values.py",
-        "progress.py",
-        "record.py",
-        "paths.py",
-        "errors.py",
-        "compose.py",
-        "environment.py",
-    ]
+    + ["needs.py", "paired.py", "sample_values.py", "parity_check.py", "export.py", "export_runs.py"]
+    + ["progress.py", "record.py", "paths.py", "errors.py", "compose.py", "environment.py"]
 )
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelity", "clean-fid", "numpy", "scipy")
 

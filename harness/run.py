@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,7 +21,7 @@ from eval.base import Evidence, FeatureModel, PerSample, Reference, Samples, eva
 from eval.judges import load_judge
 from eval.needs import lacking, offered
 from eval.reference import load_reference
-from harness import methods, record, sample_values, tracking
+from harness import methods, mixed, record, sample_values, tracking
 from harness.calibrate import Calibration, calibrate
 from harness.config import RunConfig
 from harness.environment import code_identity, environment
@@ -37,6 +37,7 @@ from harness.parity import layer_parity
 from harness.quant.accounting import account, count_macs
 from harness.quant.build import build
 from harness.quant.recipe import ModelRecipe
+from harness.quant.spec import Bits, MixedBits
 from harness.quant.target import Target
 from harness.record import Record
 
@@ -75,7 +76,10 @@ def run(config: RunConfig) -> Record:
             say(f"{title(config)}: FAILED: {values.error}")
             if config.raw["debug"]:
                 traceback.print_exc()
-        values.env = environment(config.device, config.seed)
+        values.env = environment(config.device, config.seed) | {
+            "weights_sha256": model.fingerprint,
+            "method_sha256": methods.source_sha256(config.method),
+        }
         record.write(values, folder)
         track(config, values, folder)
     return record.attempts(config.results_dir, config.name, run_id)[-1]
@@ -99,8 +103,13 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
         with timer("calibrate"):
             recording = stage_calibrate(config, model)
         with timer("quantize"):
-            recipe, state, quantized = stage_quantize(config, target, recording)
+            if isinstance(config.bits, MixedBits):
+                recipe, state, quantized, plan = stage_mixed(config, model, target, recording)
+            else:
+                recipe, state, quantized = stage_quantize(config, target, recording)
+                plan = {}
     values.bits, size = stage_account(config, model, target, recipe)
+    values.bits |= plan
     with timer("generate"):
         images = stage_generate(config, model, quantized, state)
     with timer("reference"):
@@ -163,16 +172,35 @@ def stage_calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
 def stage_quantize(
     config: RunConfig, target: Target, recording: Calibration
 ) -> tuple[ModelRecipe, dict[str, Tensor], nn.Module]:
+    recipe, state = fitted(config, target, recording, config.bits)
+    return recipe, state, built(config, target, recipe)
+
+
+def stage_mixed(
+    config: RunConfig, model: LoadedModel, target: Target, recording: Calibration
+) -> tuple[ModelRecipe, dict[str, Tensor], nn.Module, dict[str, Any]]:
+    """As stage_quantize, with one of several formats for each layer; and what the record's `bits` says of the plan."""
+    fit = partial(fitted, config, target, recording)
+    recipe, state, plan = mixed.quantize(config, config.bits, model, target, recording, fit)
+    return recipe, state, built(config, target, recipe), plan
+
+
+def fitted(
+    config: RunConfig, target: Target, recording: Calibration, bits: Bits
+) -> tuple[ModelRecipe, dict[str, Tensor]]:
     """A method may choose what it calibrates on; its layers are still judged on the whole recording."""
     method = methods.method(config.method)
     select = getattr(method, "select_calibration", None)
     calibration = recording if select is None else select(recording, config.params, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        state = method.fit(target, calibration, config.bits, config.params)
-        recipe = method.apply(target, state, config.bits, config.params)
+        state = method.fit(target, calibration, bits, config.params)
+        return method.apply(target, state, bits, config.params), state
+
+
+def built(config: RunConfig, target: Target, recipe: ModelRecipe) -> nn.Module:
     dtype = getattr(torch, config.section("generate")["dtype"])
-    return recipe, state, build(target, recipe, dtype=dtype, device=config.device, backend=config.backend)
+    return build(target, recipe, dtype=dtype, device=config.device, backend=config.backend)
 
 
 def stage_account(config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe):

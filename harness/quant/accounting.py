@@ -1,8 +1,9 @@
 """Labels that are computed: effective bits, share of MACs, float layers, bytes of the stored model.
 
 Counted per quantized layer: packed codes, scales, zero points, online transforms, low-rank branch, static activation
-ranges and bias tables. Float weights, biases and low-rank factors count at 16 bits, scales and transforms at 32. Constants
-that can be built again (Hadamard matrices) do not count.
+ranges, bias tables, and what a fold into adaLN-single adds (to the first reader of its site). Float weights, biases, folds
+and low-rank factors count at 16 bits, scales and transforms at 32, indices at 16. Constants that can be built again
+(Hadamard matrices) do not count. It is what an export takes (`harness.export`), to the byte.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.calls import placed, take_apart
 from harness.quant.effective import effective_linear, touched_layers
-from harness.quant.quantizers import LookupWeight
+from harness.quant.quantizers import ActQuant, LookupWeight
 from harness.quant.recipe import LayerRecipe, ModelRecipe
 from harness.quant.spec import FLOAT_BITS
-from harness.quant.target import QUANTIZABLE, Target, weight_matrix
+from harness.quant.target import QUANTIZABLE, TableRows, Target, weight_matrix
 from harness.quant.transforms import Transform
 
 FLOAT_BYTES = FLOAT_BITS // 8
+INDEX_BYTES = 2
 
 
 def account(
@@ -35,12 +37,13 @@ def account(
     quantized = {name for name, layer in recipe.layers.items() if layer.weight is not None or layer.act is not None}
     layers = [n for n, m in target.transformer.named_modules() if isinstance(m, QUANTIZABLE)]
     weights = {name: weight_matrix(target.module(name)).numel() for name in layers}
-    bytes_of = {name: _layer_bytes(target, recipe, name) for name in touched_layers(target, recipe)}
+    bytes_of = {name: layer_bytes(target, recipe, name) for name in touched_layers(target, recipe)}
     weight_bytes = {name: bytes_of[name][0] if name in bytes_of else weights[name] * FLOAT_BYTES for name in layers}
 
     baseline_bytes = sum(p.numel() for p in target.transformer.parameters()) * FLOAT_BYTES
     replaced = sum(sum(p.numel() for p in target.module(name).parameters()) * FLOAT_BYTES for name in bytes_of)
     model_bytes = baseline_bytes - replaced + sum(weight + other for weight, other in bytes_of.values())
+    model_bytes += sum(_range_bytes(quant) for each in recipe.attention.values() for quant in vars(each).values())
     float_bytes_quantized = sum(
         sum(p.numel() for p in target.module(name).parameters()) * FLOAT_BYTES for name in quantized
     )
@@ -122,14 +125,17 @@ def _overhead_bytes(layer: LayerRecipe, folded: bool) -> int:
     total = _transform_bytes(transform)
     if layer.low_rank is not None:
         total += (layer.low_rank.down_rC.numel() + layer.low_rank.up_Or.numel()) * FLOAT_BYTES
-    for table in (layer.act.scale, layer.act.zero_point) if layer.act is not None else ():
-        if table is not None:
-            total += _nbytes(table.rows.float(), table.group_of_step)
-    return total
+    return total + _range_bytes(layer.act)
 
 
-def _layer_bytes(target: Target, recipe: ModelRecipe, name: str) -> tuple[int, int]:
-    """(bytes of the weight with its overheads, bytes of the bias table)."""
+def _range_bytes(act: ActQuant | None) -> int:
+    """Of static ranges; dynamic ones have none."""
+    tables = [] if act is None else [table for table in (act.scale, act.zero_point) if table is not None]
+    return sum(table.rows.numel() * 4 + _index_bytes(table.group_of_step) for table in tables)
+
+
+def layer_bytes(target: Target, recipe: ModelRecipe, name: str) -> tuple[int, int]:
+    """(bytes of the weight with its overheads and folds, bytes of the bias table)."""
     layer = recipe.layers.get(name, LayerRecipe())
     folded = any(name in site.consumers for site in target.sites if site.name in recipe.folded)
     transforms = {n: r.transform for n, r in recipe.layers.items()}
@@ -137,25 +143,45 @@ def _layer_bytes(target: Target, recipe: ModelRecipe, name: str) -> tuple[int, i
         weight = stored_bytes(layer, folded)
     else:
         weight = weight_matrix(target.module(name)).numel() * FLOAT_BYTES + _overhead_bytes(layer, folded)
-    rows = _bias_rows(target, name, transforms, recipe)
-    return weight, rows * target.module(name).weight.shape[0] * FLOAT_BYTES
+    weight += sum(
+        _fold_bytes(layer.transform, sum(isinstance(producer, TableRows) for producer in site.producers))
+        for site in target.sites
+        if site.name in recipe.folded and site.consumers[0] == name
+    )
+    return weight, _bias_bytes(target, name, transforms, recipe)
 
 
-def _bias_rows(target: Target, name: str, transforms: dict[str, Transform], recipe: ModelRecipe) -> int:
+def _fold_bytes(transform: Transform, producers: int) -> int:
+    """Of the rows that adaLN-single is given at a block's door (`modulation.RowFold`), for each producer."""
+    if not producers:
+        return 0
+    if transform.shift is None:
+        assert transform.scale_C is not None, "a folded site has a shift or a scale"
+        return producers * 3 * transform.scale_C.numel() * FLOAT_BYTES
+    groups, width = transform.shift.rows.shape
+    return producers * ((2 + groups) * width * FLOAT_BYTES + _index_bytes(transform.shift.group_of_step))
+
+
+def _bias_bytes(target: Target, name: str, transforms: dict[str, Transform], recipe: ModelRecipe) -> int:
+    width = len(target.module(name).weight)
     steps_matter = any(t.shift is not None and t.shift.group_of_step is not None for t in transforms.values())
     if not steps_matter:
         folded_into = any(s.rows_of(name) for s in target.sites if s.name in recipe.folded)
         own_shift = transforms.get(name, Transform()).shift is not None
-        return int(target.module(name).bias is not None or own_shift or folded_into)
+        return width * FLOAT_BYTES if target.module(name).bias is not None or own_shift or folded_into else 0
     bias = effective_linear(target, name, transforms, recipe.folded).bias
-    return 0 if bias is None else len(bias.rows)
+    return 0 if bias is None else len(bias.rows) * width * FLOAT_BYTES + _index_bytes(bias.group_of_step)
+
+
+def _index_bytes(group_of_step: Tensor | None) -> int:
+    return 0 if group_of_step is None else group_of_step.numel() * INDEX_BYTES
 
 
 def _transform_bytes(transform: Transform) -> int:
     """As stored: float tensors in 32 bits, signs as bytes, permutations as 16-bit indices."""
     total = 0
     for tensor in transform.state_dict().values():
-        per_item = 4 if tensor.is_floating_point() else 1 if tensor.dtype == torch.int8 else 2
+        per_item = 4 if tensor.is_floating_point() else 1 if tensor.dtype == torch.int8 else INDEX_BYTES
         total += tensor.numel() * per_item
     return total
 

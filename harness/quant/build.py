@@ -12,7 +12,7 @@ from harness.memory import trim
 from harness.quant.attention import QuantAttnProcessor, set_processor
 from harness.quant.effective import effective_linear, touched_layers
 from harness.quant.layer import QuantLinear, QuantPatchEmbed
-from harness.quant.modulation import fold_tables
+from harness.quant.modulation import block_folds, hang
 from harness.quant.recipe import LayerRecipe, ModelRecipe
 from harness.quant.steps import StepClock, StepTable
 from harness.quant.target import Target
@@ -33,14 +33,14 @@ def build(
     """
     device = torch.device(device)
     clock = StepClock(recipe.num_steps).to(device)
-    model = _copy_without(target.transformer, touched_layers(target, recipe))
+    model = copy_without(target.transformer, touched_layers(target, recipe))
     nn.Module.to(model, device=device, dtype=dtype)  # not diffusers' own .to, which warns about every cast
     for name in touched_layers(target, recipe):
         original = target.module(name)
         linear = build_layer(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
         trim()
-    fold_tables(model, target, recipe, _transforms(recipe), clock)
+    hang(model, block_folds(target, recipe, _transforms(recipe), dtype), clock, device)
     for name, attention in recipe.attention.items():
         set_processor(model, name, QuantAttnProcessor(attention, clock))
     model.clock = clock  # type: ignore[assignment]
@@ -119,6 +119,6 @@ def _is_patch_part(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name.rpartition(".")[0]), QuantPatchEmbed)
 
 
-def _copy_without(model: nn.Module, names: list[str]) -> nn.Module:
+def copy_without(model: nn.Module, names: list[str]) -> nn.Module:
     """A deep copy with empty places where the named layers are: they are replaced right after."""
     return copy.deepcopy(model, memo={id(model.get_submodule(name)): nn.Identity() for name in names})

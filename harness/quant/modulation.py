@@ -11,6 +11,7 @@ The table itself is left alone, and the shift z may be a table over denoising st
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,23 +24,41 @@ from harness.quant.target import TableRows, Target
 from harness.quant.transforms import Transform
 
 
-class FoldedRows(nn.Module):
-    """Rewrites the two rows of one site in e. Buffers in `dtype`; shift: a table of (G, C), or None."""
+@dataclass(frozen=True)
+class RowFold:
+    """One folded site: e_β ← e_β · inverse + shift_add and e_γ ← e_γ · inverse + scale_add.
 
-    def __init__(
-        self, rows: TableRows, table_RC: Tensor, transform: Transform, clock: StepClock, dtype: torch.dtype
-    ) -> None:
+    shift_add: a table of rows (C,) over the denoising steps.
+    """
+
+    shift_row: int
+    scale_row: int
+    inverse_C: Tensor
+    scale_add_C: Tensor
+    shift_add: StepTable
+
+
+@dataclass(frozen=True)
+class BlockFolds:
+    """The folded sites of one block, all on the argument that carries e; width: C."""
+
+    argument: str
+    width: int
+    rows: tuple[RowFold, ...]
+
+
+class FoldedRows(nn.Module):
+    """Rewrites the two rows of one site in e."""
+
+    inverse_C: Tensor
+    scale_add_C: Tensor
+
+    def __init__(self, fold: RowFold, clock: StepClock) -> None:
         super().__init__()
-        self.rows, self.clock = (rows.shift_row, rows.scale_row), clock
-        table = table_RC.double()
-        scale = torch.ones(table.shape[-1]).double() if transform.scale_C is None else transform.scale_C.double()
-        self.register_buffer("inverse_C", (1 / scale).to(dtype))
-        shift_table, scale_table = (table[row] for row in self.rows)
-        self.register_buffer("scale_add_C", ((scale_table + 1) / scale - 1 - scale_table).to(dtype))
-        constant = StepTable.constant(shift_table / scale - shift_table)
-        if transform.shift is not None:
-            constant = transform.shift.map(lambda z_GC: (shift_table - z_GC.double()) / scale - shift_table)
-        self.shift_add = constant.map(lambda add_GC: add_GC.to(dtype))
+        self.rows, self.clock = (fold.shift_row, fold.scale_row), clock
+        self.register_buffer("inverse_C", fold.inverse_C)
+        self.register_buffer("scale_add_C", fold.scale_add_C)
+        self.shift_add = fold.shift_add.map(lambda rows_GC: rows_GC)  # its own, and moved with us
 
     def forward(self, e: Tensor, width: int) -> Tensor:
         by_row = e.unflatten(-1, (-1, width)) if e.shape[-1] != width else e
@@ -53,10 +72,11 @@ class FoldedRows(nn.Module):
 class FoldedModulation(nn.Module):
     """A forward pre-hook of one block: all of its folded sites, on the argument that carries e."""
 
-    def __init__(self, argument: str, width: int, sites: list[FoldedRows], names: list[str]) -> None:
+    def __init__(self, folds: BlockFolds, clock: StepClock, names: list[str]) -> None:
         super().__init__()
-        self.argument, self.width, self.sites = argument, width, nn.ModuleList(sites)
-        self.place = names.index(argument)
+        self.argument, self.width = folds.argument, folds.width
+        self.sites = nn.ModuleList(FoldedRows(fold, clock) for fold in folds.rows)
+        self.place = names.index(folds.argument)
 
     def hook(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if self.argument in kwargs:
@@ -69,23 +89,44 @@ class FoldedModulation(nn.Module):
         return e
 
 
-def fold_tables(
-    model: nn.Module, target: Target, recipe: ModelRecipe, transforms: dict[str, Transform], clock: StepClock
-) -> None:
-    """Hang the folds of adaLN-single at the doors of the blocks of `model`, a copy of target.transformer."""
+def block_folds(
+    target: Target, recipe: ModelRecipe, transforms: dict[str, Transform], dtype: torch.dtype
+) -> dict[str, BlockFolds]:
+    """What is folded into adaLN-single, by block; buffers in dtype."""
     by_block: dict[str, list[tuple[TableRows, Transform]]] = {}
     for site in target.sites:
         for producer in site.producers if site.name in recipe.folded else ():
             if isinstance(producer, TableRows):
                 by_block.setdefault(producer.block, []).append((producer, shared_transform(site, transforms)))
+    found = {}
     for name, folds in by_block.items():
-        block = model.get_submodule(name)
         first = folds[0][0]
         table = getattr(target.transformer.get_submodule(name), first.table).detach()
-        table_RC = table.reshape(-1, table.shape[-1])
-        device, dtype = getattr(block, first.table).device, getattr(block, first.table).dtype
-        sites = [FoldedRows(rows, table_RC, transform, clock, dtype).to(device) for rows, transform in folds]
-        names = list(inspect.signature(block.forward).parameters)
-        modulation = FoldedModulation(first.argument, table_RC.shape[-1], sites, names)
+        table_RC = table.reshape(-1, table.shape[-1]).double()
+        rows = tuple(_row_fold(producer, table_RC, transform, dtype) for producer, transform in folds)
+        found[name] = BlockFolds(first.argument, table_RC.shape[-1], rows)
+    return found
+
+
+def hang(model: nn.Module, folds: dict[str, BlockFolds], clock: StepClock, device: torch.device) -> None:
+    """Hang the folds at the doors of the blocks of model."""
+    for name, of_block in folds.items():
+        block = model.get_submodule(name)
+        modulation = FoldedModulation(of_block, clock, list(inspect.signature(block.forward).parameters)).to(device)
         block.folded_modulation = modulation
         block.register_forward_pre_hook(modulation.hook, with_kwargs=True)
+
+
+def _row_fold(rows: TableRows, table_RC: Tensor, transform: Transform, dtype: torch.dtype) -> RowFold:
+    scale = torch.ones(table_RC.shape[-1]).double() if transform.scale_C is None else transform.scale_C.double()
+    shift_table, scale_table = table_RC[rows.shift_row], table_RC[rows.scale_row]
+    constant = StepTable.constant(shift_table / scale - shift_table)
+    if transform.shift is not None:
+        constant = transform.shift.map(lambda z_GC: (shift_table - z_GC.double()) / scale - shift_table)
+    return RowFold(
+        rows.shift_row,
+        rows.scale_row,
+        (1 / scale).to(dtype),
+        ((scale_table + 1) / scale - 1 - scale_table).to(dtype),
+        constant.map(lambda add_GC: add_GC.to(dtype)),
+    )

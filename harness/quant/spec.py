@@ -77,6 +77,21 @@ class Bits:
         )
 
 
+MIXED = "mixed"
+BUDGETS = ("bytes", "average_weight_bits", "latency_ms")
+
+
+@dataclass(frozen=True)
+class MixedBits:
+    """One of `candidates` for every layer, so that the sum of what `budget` names (one of BUDGETS) is at most `limit`."""
+
+    candidates: tuple[Bits, ...]
+    budget: str
+    limit: float
+
+    label = MIXED
+
+
 def parse_label(label: str) -> tuple[int, int]:
     """ "w4a8" → (4, 8).
 

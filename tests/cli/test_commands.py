@@ -12,7 +12,10 @@ import yaml
 
 from harness import listing
 
-COMMANDS = ("run", "report", "compare", "list", "paper", "reproduce", "check-method", "data", "doctor", "zoo")
+COMMANDS = (
+    *("run", "report", "compare", "export", "list", "paper", "reproduce", "parity", "bench", "check-method", "data"),
+    *("vbench", "doctor", "zoo"),
+)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",), ("run", "--help"), ("run", "-h")])

@@ -41,7 +41,9 @@ MACS = {"first": 32 * 10, "second": 24 * 10, "": 700}  # ten tokens, and 140 in 
 
 
 def nbytes(module: nn.Module, without: str = "never") -> int:
-    return sum(tensor.nbytes for name, tensor in module.state_dict().items() if without not in name)
+    """Of all buffers, indices in 16 bits."""
+    tensors = [tensor for name, tensor in module.state_dict().items() if without not in name]
+    return sum(tensor.numel() * (2 if tensor.dtype == torch.int64 else tensor.itemsize) for tensor in tensors)
 
 
 @pytest.mark.parametrize("act", ACTS)

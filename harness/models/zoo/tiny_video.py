@@ -46,7 +46,7 @@ TRANSFORMER = {
     "max_text_seq_length": TEXT_LENGTH,
     "spatial_interpolation_scale": 1.0,
 }
-SCHEDULE = Schedule(steps=9000, learning_rate=1e-3)
+SCHEDULE = Schedule(steps=24000, learning_rate=1e-3, restart=9000)
 
 
 def scheduler() -> CogVideoXDDIMScheduler:

@@ -1,0 +1,77 @@
+"""`written(...)`: one method's quantized small DiT, and its export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from eval.base import Samples
+from harness import methods
+from harness.calibrate import Calibration
+from harness.export import save_quantized
+from harness.generate import conditions, generate
+from harness.models.base import LoadedModel, Sampler
+from harness.quant.accounting import account, count_macs
+from harness.quant.build import build
+from harness.quant.recipe import ModelRecipe
+from harness.quant.spec import Bits
+from harness.quant.target import Target
+
+
+@dataclass(frozen=True)
+class Written:
+    """target, recipe: what was exported; folder: where; described: its recipe.json; size: the record's byte counts."""
+
+    target: Target
+    recipe: ModelRecipe
+    folder: Path
+    described: dict[str, Any]
+    size: dict[str, Any]
+    dtype: torch.dtype
+
+    def built(self, backend: str = "auto") -> nn.Module:
+        return build(self.target, self.recipe, dtype=self.dtype, backend=backend)
+
+
+def write_export(
+    folder: Path, target: Target, calibration: Calibration, model: LoadedModel, method: str, bits: Bits, **params: Any
+) -> Written:
+    module, dtype = methods.method(method), getattr(torch, params.pop("dtype", "bfloat16"))
+    state = module.fit(target, calibration, bits, module.Params(**params))
+    recipe = module.apply(target, state, bits, module.Params(**params))
+    described = save_quantized(folder, target, recipe, dtype=dtype, about={"method": method})
+    _, size = account(target, recipe, count_macs(model.transformer, model.step_inputs(1)), bits.label)
+    return Written(target, recipe, folder, described, size, dtype)
+
+
+@pytest.fixture(scope="session")
+def write() -> Callable[..., Written]:
+    return write_export
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory, small_model, small_calibration) -> Callable[..., Written]:
+    """written(method, bits, scope, **params): on the small DiT; the same arguments give the same folder."""
+
+    @cache
+    def once(method: str, bits: Bits, scope: str = "blocks", **params: Any) -> Written:
+        target = small_model.target(scope, attention=method in ("ptq4dit", "repq"))
+        folder = tmp_path_factory.mktemp(method) / "export"
+        return write_export(folder, target, small_calibration, small_model, method, bits, **params)
+
+    return once
+
+
+@pytest.fixture
+def drawn(small_sampler: Sampler) -> Callable[..., Samples]:
+    """drawn(model, transformer): three images and their latents."""
+    return lambda model, transformer: generate(
+        model, transformer, conditions(model, 3, seed=0), small_sampler, batch_size=2
+    )

@@ -1,0 +1,104 @@
+"""In a plain diffusers pipeline: text to image, modulation folded into adaLN-single, tables over the denoising steps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors.torch import load_file
+
+sys.path.append(str(Path(__file__).parent.parent / "models"))
+from small_pipelines import SMALL
+
+from eval.base import Prompt
+from harness.calibrate import calibrate
+from harness.conformance import DYNAMIC, STATIC
+from harness.export import TENSORS, load_quantized
+from harness.generate import conditions, generate
+from harness.models.base import ModelSpec, Sampler, load_model
+
+PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"))
+STEPS = 3
+SAMPLER = Sampler("ddim", STEPS, 2.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pixart")
+    SMALL["pixart"]().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model(ModelSpec("small-pixart", "pixart", source=str(folder)))
+
+
+@pytest.fixture(scope="module", params=["smoothquant", "htg"])
+def export(request, model, write, tmp_path_factory):
+    calibration = calibrate(model, SAMPLER, n=2, seed=0, prompts=PROMPTS)
+    bits, params = (DYNAMIC, {}) if request.param == "smoothquant" else (STATIC, {"groups": 3})
+    out = tmp_path_factory.mktemp(request.param) / "export"
+    return write(out, model.target(), calibration, model, request.param, bits, dtype="float32", **params)
+
+
+@pytest.fixture(scope="module")
+def ours(export, model):
+    """As a run draws them."""
+    return generate(model, export.built(), conditions(model, 2, 0, prompts=PROMPTS), SAMPLER, batch_size=2)
+
+
+def call(pipe, model, steps=STEPS):
+    wanted = conditions(model, 2, 0, prompts=PROMPTS)
+    with torch.no_grad():
+        return pipe(
+            prompt=[prompt.text for prompt in wanted.prompts],
+            num_inference_steps=steps,
+            guidance_scale=2.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in wanted.seeds],
+            output_type="latent",
+            **model.adapter.call(model.pipe) | model.adapter.size,
+        ).images
+
+
+def test_a_plain_pipeline_draws_what_the_run_drew_bit_for_bit(export, ours, model, folder):
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    load_quantized(export.folder, pipe)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # after loading: it is noticed
+    assert torch.equal(call(pipe, model), ours.latents)
+    assert torch.equal(call(pipe, model), ours.latents), "the second call starts at step 0 again"
+
+
+def test_the_harness_draws_with_it_as_well(export, ours, model):
+    again = load_quantized(export.folder, model.transformer)
+    found = generate(model, again, conditions(model, 2, 0, prompts=PROMPTS), SAMPLER, batch_size=2)
+    assert torch.equal(found.latents, ours.latents) and torch.equal(found.pixels, ours.pixels)
+
+
+def test_another_number_of_steps_is_refused_where_tables_were_made_for_theirs(export, model, folder):
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    load_quantized(export.folder, pipe)
+    if export.recipe.num_steps is None:
+        assert call(pipe, model, STEPS + 1).isfinite().all()
+        return
+    with pytest.raises(ValueError, match=f"tables for {STEPS} denoising steps, the sampler runs {STEPS + 1}"):
+        call(pipe, model, STEPS + 1)
+
+
+def test_what_adaln_single_takes_over_is_counted(export):
+    """In float32 everything that the record counts at 16 bits takes twice as much: floats, biases, folds."""
+    tensors = load_file(export.folder / TENSORS)
+    halved = sum(
+        tensor.nbytes // 2
+        if name.startswith(("float/", "folds/")) or "/bias/" in name or name.endswith("/weight_OC")
+        else tensor.nbytes
+        for name, tensor in tensors.items()
+        if tensor.dtype != torch.int16
+    )
+    indices = sum(tensor.nbytes for tensor in tensors.values() if tensor.dtype == torch.int16)
+    assert any(name.startswith("folds/") for name in tensors)
+    assert halved + indices == export.size["model_bytes"]
