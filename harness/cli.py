@@ -17,7 +17,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench run -m method=rtn,smoothquant,quarot bits=w8a8,w4a4   a sweep (every combination)
   ditbench run experiment=demo                                   a sweep from conf/experiment/
   ditbench report --format html                                  tables and plots of what was recorded
-  ditbench list methods|models|metrics|backends|protocols|bits   what there is
+  ditbench list methods|models|metrics|prompts|…                 what there is
   ditbench paper list|show NAME                                  numbers as papers report them, with their sources
   ditbench reproduce NAME --plan|--model tiny-dit                a paper's table, run here and held against it
   ditbench check-method NAME                                     does a method keep the contract?

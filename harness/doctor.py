@@ -14,7 +14,7 @@ from harness.environment import PACKAGES, package_version
 from harness.listing import format_matrix, table
 from harness.measure import device_name
 from harness.models.zoo import WEIGHTS
-from harness.paths import CONF
+from harness.paths import options
 
 
 def examine(results_dir: Path) -> str:
@@ -22,10 +22,7 @@ def examine(results_dir: Path) -> str:
         ("device", _device()),
         ("packages", "  ".join(f"{name} {package_version(name) or 'MISSING'}" for name in PACKAGES)),
         ("kernels", format_matrix()),
-        (
-            "models",
-            table(("model", "weights"), [(p.stem, _weights(p)) for p in sorted((CONF / "model").glob("*.yaml"))]),
-        ),
+        ("models", table(("model", "weights"), [(path.stem, _weights(path)) for path in options("model")])),
         ("metrics", _metrics()),
         ("W&B", _wandb()),
         ("results", _results(results_dir)),

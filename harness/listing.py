@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from harness import methods
-from harness.paths import CONF
+from harness.paths import CONF, options
 from harness.quant.quantizers import ActQuant
 from harness.quant.recipe import LayerRecipe
 from harness.quant.spec import Bits, QuantSpec, all_labels
@@ -37,7 +37,7 @@ def list_methods() -> str:
 
 def list_models() -> str:
     rows = []
-    for path in sorted((CONF / "model").glob("*.yaml")):
+    for path in options("model"):
         comment = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
         rows.append((path.stem, " ".join(comment)))
     return table(("model", "what"), rows)
@@ -79,12 +79,23 @@ def format_matrix() -> str:
 
 def list_protocols() -> str:
     rows = []
-    for path in sorted((CONF / "protocol").glob("*.yaml")):
+    for path in options("protocol"):
         comment = [
             line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line
         ]
         rows.append((path.stem, " ".join(comment)))
     return table(("protocol", "what"), rows)
+
+
+def list_prompts() -> str:
+    """The sets shipped here, and those that `ditbench data fetch` gets."""
+    from eval.data import PROMPTS, known_data
+    from harness.prompts import SETS
+
+    rows = [(name, "here", each.what) for name, each in SETS.items()]
+    rows += [(d.name, "here" if d.is_here else "–", d.what) for d in known_data().values() if d.kind == PROMPTS]
+    text = table(("prompts", "here", "what"), rows)
+    return f"{text}\n\nor a file of your own: .txt, .jsonl, .json, .yaml or .tsv (protocol.prompts=FILE)"
 
 
 def list_bits() -> str:
@@ -102,6 +113,7 @@ KINDS: dict[str, Callable[[], str]] = {
     "metrics": list_metrics,
     "backends": list_backends,
     "protocols": list_protocols,
+    "prompts": list_prompts,
     "bits": list_bits,
 }
 

@@ -4,3 +4,9 @@ from pathlib import Path
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPERS = CONF.parent / "results" / "papers"  # reported numbers, shipped; a user's own results lie in ./results/runs
+
+
+def options(group: str) -> list[Path]:
+    """The files of a configuration group that can be chosen; those whose names begin with _ are what others share."""
+    found = (path for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
+    return sorted(found, key=lambda path: path.stem)
