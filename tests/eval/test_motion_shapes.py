@@ -11,7 +11,17 @@ import torch
 from eval.base import Evidence, Prompt, Samples, evaluate
 from eval.motion_shapes import has_the_scene, is_as_fast_as_asked, moves_as_asked, shows_object
 from harness.models.zoo import shapes
-from harness.models.zoo.shapes import DIRECTIONS, SPEEDS, Motion, Object, Scene, Wanted, draw_video, random_motion, render
+from harness.models.zoo.shapes import (
+    DIRECTIONS,
+    SPEEDS,
+    Motion,
+    Object,
+    Scene,
+    Wanted,
+    draw_video,
+    random_motion,
+    render,
+)
 
 FRAMES, SIDE = 8, 24
 ASKED = Motion(Wanted("circle", "red"), "right", "slowly", "dark").about
