@@ -49,6 +49,7 @@ def test_the_video_that_was_asked_for_is_right_in_everything():
         ({"colour": "blue"}, [False, False, False, True]),
         ({"step": (-1, 0), "start": (18, 12)}, [True, False, True, True]),
         ({"step": (0, 1), "start": (12, 6)}, [True, False, True, True]),
+        ({"step": (1, 1), "start": (6, 6)}, [True, False, True, True]),  # as far down as to the right
         ({"step": (2, 0), "start": (5, 12)}, [True, True, False, True]),
         ({"background": "light"}, [True, True, True, False]),
         ({"step": (0, 0), "start": (12, 12)}, [True, False, True, True]),  # standing still is nowhere, and slow
