@@ -14,8 +14,8 @@ from scipy import ndimage
 
 from harness.models.zoo import shapes
 
-FAR = 75.0  # RGB distance from which a pixel is of no colour; neighbours in the palette are 100 and more apart
-LEAST_AREA = 9 / 32**2  # of the picture: the smallest object that is drawn covers twice as much
+FAR = 85.0  # RGB distance from which a pixel is of no colour; the palest pixels of a small white cross are 81 away from white
+LEAST_AREA = 6 / 32**2  # of the picture: a small triangle, the smallest that is drawn, has 8 pixels of its colour
 LEAST_COVER = 0.7  # intersection over union with the drawn shape; less is no shape
 # Of each shape with radius 1: its area, and how far its centre of mass lies below its centre.
 AREA = {"circle": np.pi, "square": 1.8**2, "triangle": 2.0, "cross": 4 * 0.72 - 0.72**2}

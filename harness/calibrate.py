@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eval.base import Prompt
-from harness.calls import Shape, placed, take_apart
+from harness.calls import Shape, float_dtype, placed, take_apart
 from harness.environment import code_identity
 from harness.errors import UserError
 from harness.files import atomic_path, canonical_sha256
@@ -165,11 +165,6 @@ def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) 
 def spread(length: int, wanted: int) -> Tensor:
     """At most `wanted` indices below length, evenly spread, int64."""
     return torch.linspace(0, length - 1, min(wanted, length)).round().long().unique()
-
-
-def float_dtype(model: nn.Module) -> torch.dtype:
-    """Of the model's float parameters; float32 if it has none."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def saved_seconds(path: Path) -> float:

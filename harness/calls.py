@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.errors import UserError
 
@@ -71,6 +71,15 @@ def take_apart(arguments: Mapping[str, Any], rows: int, shared_names: Collection
 
     tree = {"dict": {name: visit(value, name) for name, value in arguments.items()}}
     return found, Shape(tree, shared)
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most of the model's float values (some classes keep their norms in float32); float32 if it has none."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
 def placed(value: Any, dtype: torch.dtype, device: torch.device | str, name: str = "") -> Any:

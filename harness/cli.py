@@ -19,7 +19,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench report --format html                                  tables and plots of what was recorded
   ditbench compare EXPERIMENT --metric psnr                      paired tests between methods, prompt by prompt
   ditbench export RUN|EXPERIMENT --out FOLDER                    a quantized transformer that plain diffusers can load
-  ditbench list methods|models|metrics|backends|protocols|bits   what there is
+  ditbench list methods|models|metrics|prompts|…                 what there is
   ditbench paper list|show NAME                                  numbers as papers report them, with their sources
   ditbench reproduce NAME --plan|--model tiny-dit                a paper's table, run here and held against it
   ditbench parity model=tiny-dit                                 integer kernels held against simulated execution

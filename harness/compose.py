@@ -11,7 +11,7 @@ from hydra.errors import OverrideParseException
 
 from harness import methods
 from harness.errors import UserError, unknown_name
-from harness.paths import CONF
+from harness.paths import CONF, options
 from harness.quant.spec import MIXED, all_labels, parse_label
 
 
@@ -35,9 +35,7 @@ def register() -> None:
 
 def groups() -> dict[str, list[str]]:
     """{configuration group: its options}."""
-    found = {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
-    }
+    found = {folder.name: [path.stem for path in options(folder.name)] for folder in CONF.iterdir() if folder.is_dir()}
     found["method"] = sorted(methods.known_methods())
     found["bits"] = [*all_labels(), MIXED]
     return found
@@ -53,15 +51,15 @@ def check_overrides(overrides: list[str]) -> None:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
         raise not_an_override(error) from error
-    options = groups()
+    known = groups()
     for override in parsed:
-        if override.key_or_group not in options:
+        if override.key_or_group not in known:
             continue
         for choice in _choices(override):
             if override.key_or_group == "bits" and choice != MIXED:
                 parse_label(choice)
-            if choice not in options[override.key_or_group]:
-                raise unknown_name(override.key_or_group, choice, options[override.key_or_group])
+            if choice not in known[override.key_or_group]:
+                raise unknown_name(override.key_or_group, choice, known[override.key_or_group])
 
 
 def not_an_override(error: OverrideParseException) -> UserError:

@@ -91,6 +91,17 @@ def list_protocols() -> str:
     return table(("protocol", "what"), rows)
 
 
+def list_prompts() -> str:
+    """The sets shipped here, and those that `ditbench data fetch` gets."""
+    from eval.data import PROMPTS, known_data
+    from harness.prompts import SETS
+
+    rows = [(name, "here", each.what) for name, each in SETS.items()]
+    rows += [(d.name, "here" if d.is_here else "–", d.what) for d in known_data().values() if d.kind == PROMPTS]
+    text = table(("prompts", "here", "what"), rows)
+    return f"{text}\n\nor a file of your own: .txt, .jsonl, .json, .yaml or .tsv (protocol.prompts=FILE)"
+
+
 def list_bits() -> str:
     defaults = yaml.safe_load((CONF / "bits" / "default.yaml").read_text())
     sides = [
@@ -106,6 +117,7 @@ KINDS: dict[str, Callable[[], str]] = {
     "metrics": list_metrics,
     "backends": list_backends,
     "protocols": list_protocols,
+    "prompts": list_prompts,
     "bits": list_bits,
 }
 

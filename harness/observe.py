@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.calibrate import SECONDS, Calibration, float_dtype, saved_seconds
+from harness.calibrate import SECONDS, Calibration, saved_seconds
+from harness.calls import float_dtype
 from harness.files import atomic_path, canonical_sha256
 from harness.progress import progress
 from harness.quant.build import float_copy

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.blocks import BlockCall, OneStream, by_name
-from harness.calls import placed
+from harness.calls import float_dtype, placed
 from harness.errors import UserError
 from harness.models.base import PROMPTS, Conditions, Correction, Drawn, OnCall, Sampler
 from harness.quant.build import clock_of
@@ -39,8 +39,8 @@ class PipelineFamily:
     """One family, told by prompts.
 
     pipelines, transformer: names of diffusers classes. lists: attributes of the transformer that list its blocks, in the
-    order of execution (in_turn: one of each list at a time). stream: how a block is called. sites: the inputs whose producers are known. call: what the pipeline's `__call__` gets beside
-    prompt, steps, guidance and generators. guidance: the name of its guidance argument. samplers: schedulers it can run.
+    order of execution (in_turn: one of each list at a time). stream: how a block is called. sites: the inputs whose
+    producers are known. call: what the pipeline's `__call__` gets beside prompt, steps, guidance and generators. guidance: the name of its guidance argument. samplers: schedulers it can run.
     pixels: latents of a pipeline without a VAE → pixels (B, 3, H, W) or (B, F, 3, H, W). size: height, width and
     num_frames, where a model says other ones than `call`. INDEX: the file by which a local folder is known.
     """
@@ -118,7 +118,7 @@ class PipelineFamily:
         running.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in conditions.seeds]
         pixel_space = getattr(pipe, "vae", None) is None
-        with watched(transformer, scheduler, sampler, on_call, correct) as seen:
+        with watched(transformer, scheduler, sampler, on_call, correct) as seen, decoding_in_its_dtype(pipe):
             frames = running(
                 prompt=[prompt.text for prompt in conditions.prompts],
                 num_inference_steps=sampler.steps,
@@ -204,8 +204,7 @@ def watched(
 
     The transformer computes in its own dtype and gives float32 back: the latents stay in float32 whatever runs.
     """
-    seen, clock = Seen(), clock_of(transformer)
-    dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
+    seen, clock, dtype = Seen(), clock_of(transformer), float_dtype(transformer)
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         clock.set(min(seen.step, sampler.steps - 1), sampler.steps)
@@ -243,6 +242,21 @@ def watched(
         scheduler.step = step
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def decoding_in_its_dtype(pipe: Any) -> Iterator[None]:
+    """The VAE gets the latents in its own dtype; most pipelines hand them over as they are."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        yield
+        return
+    decode, dtype = vae.decode, float_dtype(vae)
+    vae.decode = lambda latents, *args, **kwargs: decode(latents.to(dtype), *args, **kwargs)
+    try:
+        yield
+    finally:
+        del vae.decode  # the class has its own
 
 
 def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 from eval.base import Prompt
 from harness.models.zoo import shapes
 
-CALIBRATION_SEED = 1  # other captions than those that are scored
+CALIBRATION_SEED = 1  # drawn anew; of the kinds that have a dozen captions in all, some are those that are scored
 MANY = 240
 
-SETS: dict[str, Callable[[], tuple[Prompt, ...]]] = {
-    "shapes": lambda: _captions(seed=0),
-    "shapes-calibration": lambda: _captions(CALIBRATION_SEED),
-    "shapes-video": lambda: _motions(seed=0),
-    "shapes-video-calibration": lambda: _motions(CALIBRATION_SEED),
+
+@dataclass(frozen=True)
+class Set:
+    what: str
+    make: Callable[[], tuple[Prompt, ...]]
+
+
+SETS = {
+    "shapes": Set("captions of the shapes world, GenEval's six kinds in turn", lambda: _captions(seed=0)),
+    "shapes-calibration": Set("the same, drawn anew for calibration", lambda: _captions(CALIBRATION_SEED)),
+    "shapes-video": Set("one moving object of the shapes world, four directions in turn", lambda: _motions(seed=0)),
+    "shapes-video-calibration": Set("the same, drawn anew for calibration", lambda: _motions(CALIBRATION_SEED)),
 }
 
 
@@ -27,7 +35,7 @@ def load_prompts(name: str) -> tuple[Prompt, ...]:
         UserError: no such set or file, or a line that cannot be read.
     """
     if name in SETS:
-        return SETS[name]()
+        return SETS[name].make()
     from eval import prompts
 
     return prompts.load_prompts(name)

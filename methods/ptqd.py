@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from harness.calibrate import Calibration
+from harness.errors import UserError
 from harness.quant.build import build, float_copy
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
@@ -58,6 +59,12 @@ class Params:
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
+    latents = calibration.per_step[0]["hidden_states"]
+    if latents.ndim != 4:
+        raise UserError(
+            f"ptqd is defined for image latents (B, c, h, w); this model's are {latents.ndim}-dimensional (videos, or "
+            "packed tokens): use another method with it"
+        )
     state = static_ranges(target, bits, calibration)
     quantized = build(target, apply(target, state, bits, params), dtype=torch.float32)
     exact = float_copy(target, dtype=torch.float32)

@@ -6,14 +6,29 @@ before it, so a state that goes from block to block does not describe them: noth
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from harness.blocks import NotInLine
 from harness.pipeline import PipelineFamily
 from harness.quant.target import Site
 from harness.sites import QKV, reads
+
+
+@dataclass(frozen=True)
+class HunyuanDiT(PipelineFamily):
+    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
+        pipe = super().load(folder, revision, dtype)
+        pipe.transformer.time_extra_emb.register_forward_pre_hook(in_the_models_dtype, with_kwargs=True)
+        return pipe
+
+
+def in_the_models_dtype(embedder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Diffusers embeds the timestep in the timestep's dtype, which is kept in float32 here."""
+    return args, kwargs | {"hidden_dtype": embedder.timestep_embedder.linear_1.weight.dtype}
 
 
 def sites(transformer: nn.Module) -> list[Site]:
@@ -32,7 +47,7 @@ def call(pipe: Any) -> dict[str, Any]:
     return {"height": side, "width": side, "use_resolution_binning": False, "original_size": (side, side)}
 
 
-FAMILY = PipelineFamily(
+FAMILY = HunyuanDiT(
     pipelines=("HunyuanDiTPipeline",),
     transformer="HunyuanDiT2DModel",
     lists=("blocks",),

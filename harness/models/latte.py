@@ -1,8 +1,10 @@
 """Latte (Ma et al., arXiv:2401.03048): adaLN-single blocks, in turn over the tokens of a frame and over the frames of a place.
 
 Rows of scale_shift_table as in PixArt, added to `timestep`. The two kinds see one video laid out differently, rows being
-frames (B·F) or places (B·T): the state between blocks is kept as (B, F, T, C), and each kind gets its layout. Diffusers' pipeline
-cuts the caption of a lone prompt and masks those of several, so a sample drawn alone differs from one drawn in a batch.
+frames (B·F) or places (B·T): the state between blocks is kept as (B, F, T, C), and each kind gets its layout.
+
+Departs from diffusers: its pipeline cuts the caption of a lone prompt and zeroes the padding of several, so that a sample drawn
+alone differs from the same one drawn in a batch. Here the padding is zeroed in both.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
+import torch
 from torch import Tensor, nn
 
 from harness.models.pixart import sites as pixart_sites
@@ -57,6 +61,18 @@ class FramesAndPlaces:
         return block(rows, timestep=timestep).unflatten(0, (-1, times)).transpose(1, 2)
 
 
+class LattePipeline(diffusers.LattePipeline):
+    def mask_text_embeddings(self, emb: Tensor, mask: Tensor) -> tuple[Tensor, int]:
+        """(B, 1, T, C) and (B, T) → the same shape, and T tokens of the null caption."""
+        return emb * mask[:, None, :, None], emb.shape[2]
+
+
+@dataclass(frozen=True)
+class Latte(PipelineFamily):
+    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
+        return LattePipeline(**super().load(folder, revision, dtype).components)
+
+
 def stream(transformer: nn.Module) -> FramesAndPlaces:
     """The first block over places carries the positions of frames that the transformer adds before it."""
     first = transformer.temporal_transformer_blocks[0]
@@ -70,7 +86,7 @@ def call(pipe: Any) -> dict[str, Any]:
     return {"height": side, "width": side, "video_length": frames, "clean_caption": False}
 
 
-FAMILY = PipelineFamily(
+FAMILY = Latte(
     pipelines=("LattePipeline",),
     transformer="LatteTransformer3DModel",
     lists=("transformer_blocks", "temporal_transformer_blocks"),

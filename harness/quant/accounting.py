@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.calls import placed, take_apart
+from harness.calls import float_dtype, placed, take_apart
 from harness.quant.effective import effective_linear, touched_layers
 from harness.quant.quantizers import ActQuant, LookupWeight
 from harness.quant.recipe import LayerRecipe, ModelRecipe
@@ -94,7 +94,7 @@ def count_macs(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, int]
         for name, module in transformer.named_modules()
         if isinstance(module, QUANTIZABLE)
     ]
-    dtype = next(p.dtype for p in transformer.parameters())
+    dtype = float_dtype(transformer)
     rows, shape = take_apart(inputs, len(inputs["hidden_states"]))
     one = shape.arguments({name: tensor[:1] for name, tensor in rows.items()})
     try:

@@ -59,6 +59,7 @@ class Table:
     rows: list[Row]
     notes: list[str]
     problems: list[str]  # one line per run that failed, was skipped or collapsed
+    collapsed: list[str]  # those of runs that collapsed
 
 
 def table(group: Group, metrics: Sequence[str]) -> Table:
@@ -96,7 +97,9 @@ def table(group: Group, metrics: Sequence[str]) -> Table:
     note = (group.records[0].config.get("model") or {}).get("note")
     setting = " · ".join(filter(None, (group.label, devices, note)))
     caption = f"{setting}. {BASELINE_NOTE} Intervals are 95 %; fit is calibrate + quantize."
-    return Table(group.label, devices, caption, columns, rows, _notes(group, metrics), _problems(group))
+    return Table(
+        group.label, devices, caption, columns, rows, _notes(group, metrics), _problems(group), _collapsed(group)
+    )
 
 
 def short_names(metrics: Sequence[str]) -> dict[str, str]:
@@ -224,7 +227,11 @@ def _problems(group: Group) -> list[str]:
         f"{run} {compare.bits_label(record)} {record.status}: {reason(record)}"
         for record, run in zip(group.records, group.run_names, strict=True)
         if record.status != "ok"
-    ] + [
+    ] + _collapsed(group)
+
+
+def _collapsed(group: Group) -> list[str]:
+    return [
         f"{run} {compare.bits_label(record)} not ranked, samples collapsed: {', '.join(found)} of them"
         for record, run in zip(group.records, group.run_names, strict=True)
         if (found := compare.alarms(record))

@@ -52,6 +52,7 @@ LISTED = {
     "models": ("tiny-dit", "tiny-dit-stress", "outlier", "dit-xl-2-256", "DiT-XL/2"),
     "metrics": ("psnr", "higher is better", "per sample", "torchmetrics/fid", "lower is better", "per set"),
     "backends": ("simulate", "onednn_int8", "measured", "W4A4", "cpu", "why not"),
+    "prompts": ("shapes-calibration", "geneval", "vbench", "protocol.prompts=FILE"),
     "protocols": ("default", "ptq4dit", "10,000 images"),
     "bits": ("w8a8", "w4a4", "w3a4", "w8a16", "granularity=per_channel", "granularity=per_token"),
 }
@@ -59,6 +60,11 @@ LISTED = {
 
 def test_these_are_all_the_lists_there_are():
     assert set(LISTED) == set(listing.KINDS)
+
+
+def test_files_that_others_are_based_on_are_not_listed(ditbench, tmp_path):
+    for command in (("list", "models"), ("doctor", "--results-dir", str(tmp_path))):
+        assert "tiny-t2i" in ditbench(*command).out and "_t2i " not in ditbench(*command).out
 
 
 @pytest.mark.parametrize("kind", LISTED)

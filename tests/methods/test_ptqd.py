@@ -5,11 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from small_pipelines import SIZES, SMALL
 
+from eval.base import Prompt
+from harness import methods
+from harness.calibrate import calibrate
 from harness.conformance import DYNAMIC
 from harness.conformance import relative_error as error_of
+from harness.errors import UserError
 from harness.generate import conditions, generate
-from harness.models.base import Correction
+from harness.models.base import Correction, LoadedModel, ModelSpec, Sampler, load_model
 from harness.models.dit import CorrectedDDPM
 from harness.quant.build import build, float_copy
 from harness.quant.spec import Bits
@@ -223,3 +228,38 @@ def test_a_scheduler_adds_the_corrected_variance(learned, normal):
     full, quarter, none = steps
     torch.testing.assert_close(quarter - none, (full - none) / 2, rtol=1e-4, atol=1e-5)
     assert float((full - none).abs().mean()) > 1e-3
+
+
+def saved_family(name: str, folder) -> LoadedModel:
+    torch.manual_seed(0)
+    SMALL[name]().save_pretrained(folder)
+    return load_model(ModelSpec(name, name, source=str(folder), size=SIZES.get(name)))
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "ddpm"])
+def test_the_sampler_of_a_text_to_image_model_is_corrected(tmp_path, sampler):
+    """Latents after the first step change by the bias alone; with DDPM what is added is corrected as well."""
+    model, prompts = saved_family("pixart", tmp_path), (Prompt("a red circle"), Prompt("a blue square"))
+    steps, target = Sampler(sampler, 4, 2.0), model.target()
+    state = ptqd.fit(target, calibrate(model, steps, n=2, seed=0, prompts=prompts), BITS, Params())
+    assert state["bias_Sc"].shape == (4, 4) and bool((state["residual_std_S"] > 0).all())
+    quantized = build(target, ptqd.apply(target, state, BITS, Params()), dtype=torch.float32)
+
+    def latents(correct):
+        wanted = conditions(model, 2, 0, prompts=prompts)
+        return generate(model, quantized, wanted, steps, batch_size=2, correct=correct).latents
+
+    plain = latents(None)
+    parts = [methods.correction("ptqd", state, Params()), methods.correction("ptqd", state, Params(variance=False))]
+    both, noise_only = (latents(correct) for correct in parts)
+    assert error_of(noise_only, plain) > 1e-3
+    assert (error_of(both, noise_only) > 1e-3) == (sampler == "ddpm")
+    torch.testing.assert_close(latents(None), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "flux"])
+def test_latents_that_are_no_images_are_refused(tmp_path, family):
+    model = saved_family(family, tmp_path)
+    calibration = calibrate(model, Sampler("pipeline", 2, 2.0), n=1, seed=0, prompts=(Prompt("a red circle"),))
+    with pytest.raises(UserError, match="ptqd is defined for image latents"):
+        ptqd.fit(model.target(), calibration, BITS, Params())

@@ -1,0 +1,65 @@
+"""A run whose samples collapsed has no rank and is named; videos move in the gallery."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from PIL import Image
+
+from harness.record import read_all
+from harness.report import compare, report
+
+
+def collapse(metric, **shares) -> dict:
+    """An entry of the metric `collapse` whose alarms were raised by these shares of the samples."""
+    entry = metric(max(shares.values()), better="lower")
+    alarms = {name: {"share": share, "n": 64} for name, share in shares.items()}
+    alarmed = [name for name, share in shares.items() if share > 0.1]
+    return entry | {"passport": {"alarms": alarms, "alarmed": alarmed}}
+
+
+@pytest.fixture
+def runs(add_run, results_dir, metric):
+    """The blank run has the best psnr of all."""
+    add_run("blank", metrics={"psnr": metric(40.0), "collapse": collapse(metric, blank=0.75, frozen=0.02)})
+    add_run("good", metrics={"psnr": metric(30.0), "collapse": collapse(metric, blank=0.02)})
+    add_run("worse", metrics={"psnr": metric(20.0), "collapse": collapse(metric, blank=0.0)})
+    return results_dir
+
+
+def test_a_collapsed_run_has_no_rank_and_the_others_keep_theirs(runs):
+    (group,) = compare.groups(read_all(runs))
+    marks = {run.method: verdict.mark for run, verdict in zip(group.records, group.verdicts["psnr"], strict=True)}
+    assert marks == {"blank": "", "good": "best", "worse": "second"}
+
+
+def test_only_alarms_of_too_many_samples_are_named_with_their_share(runs):
+    found = {record.method: compare.alarms(record) for record in read_all(runs)}
+    assert found == {"blank": ["blank 75%"], "good": [], "worse": []}
+
+
+@pytest.mark.parametrize("form", ["md", "html"])
+def test_the_report_names_the_collapsed_run_and_no_other(runs, form):
+    made = report(runs, None, form)
+    text = made.path.read_text() if made.path else made.text
+    assert "blank W4A8 not ranked, samples collapsed: blank 75% of them" in text
+    assert text.count("not ranked") == 1
+
+
+def test_videos_move_in_the_gallery_beside_those_of_the_float_model(add_run, results_dir):
+    add_run("rtn")
+    (record,) = read_all(results_dir)
+    frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 120, 240)]
+    for name in ("animation", "float_animation"):
+        first = frames[0] if name == "animation" else Image.new("RGB", (16, 16), "blue")
+        first.save(record.folder / f"{name}.gif", save_all=True, append_images=frames[1:], duration=100)
+    path = record.folder / "record.json"
+    grid = '"float_grid": "float_grid.png"'
+    assert grid in path.read_text()
+    more = '"animation": "animation.gif", "float_animation": "float_animation.gif"'
+    path.write_text(path.read_text().replace(grid, f"{grid}, {more}"))
+    page = report(results_dir, None, "html").path.read_text()
+    markup = re.sub(r"<script>/\*\*.*?</script>", "", page, flags=re.DOTALL)  # without plotly.js
+    assert len(re.findall(r'src="data:image/gif;base64', markup)) == 2
+    assert 'src="data:image/png;base64' not in markup, "the grid is shown only where there is no animation"
