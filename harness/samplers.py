@@ -28,6 +28,11 @@ class CorrectedDDPM(DDPMScheduler):
         variance = super()._get_variance(t, predicted_variance, variance_type)
         if self.correct is None:
             return variance
+        if self.config.prediction_type != "epsilon":
+            raise UserError(
+                f"the sampler's variance is corrected for errors of predicted noise; this model predicts a "
+                f"{self.config.prediction_type}: set method.variance=false"
+            )
         if (variance_type or self.config.variance_type) == "learned_range":
             return self.correct(variance.exp(), self.estimate_weight(t)).clamp(min=NO_VARIANCE).log()
         return self.correct(variance, self.estimate_weight(t)).clamp(min=0)
