@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from harness.errors import UserError, unknown_name
 from harness.quant.recipe import LayerRecipe
+from harness.quant.steps import StepTable
+from harness.quant.transforms import Transform
 
 AUTO = "auto"
 
@@ -28,6 +30,21 @@ class Kernel(nn.Module):
     """
 
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class FusedKernel(Kernel):
+    """A kernel that takes over what a QuantLinear does around it: transform, low-rank branch, bias and the cast back."""
+
+    def layer(
+        self,
+        x: Tensor,
+        step: Tensor | None,
+        transform: Transform | None,
+        low_rank: tuple[Tensor, Tensor] | None,
+        bias: StepTable | None,
+    ) -> Tensor:
+        """x (…, C) → kernel(x') + (x' · downᵀ) · upᵀ + bias in the dtype of x; low_rank: (down_rC, up_Or)."""
         raise NotImplementedError
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.backends.base import AUTO, choose
+from harness.backends.base import AUTO, FusedKernel, choose
 from harness.quant.effective import EffectiveLinear
 from harness.quant.recipe import LayerRecipe
 from harness.quant.steps import StepClock, StepTable
@@ -60,6 +60,9 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         step = self.clock.step
         dtype = x.dtype
+        if isinstance(self.kernel, FusedKernel):
+            low_rank = (self.down_rC, self.up_Or) if self.has_low_rank else None
+            return self.kernel.layer(x, step, self.transform, low_rank, self.bias)
         if self.transform is not None:
             x = self.transform(x if dtype == torch.float64 else x.float(), step)
         y = self.kernel(x, step)
