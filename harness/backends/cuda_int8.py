@@ -17,7 +17,9 @@ from harness.quant.recipe import LayerRecipe
 NAME = "cuda_int8"
 KIND = "measured"
 PRIORITY = 20
-SUMMARY = "W5…8 A2…8 on int8 tensor cores (Ampere on); weights in bytes, any granularity; activations per token or tensor"
+SUMMARY = (
+    "W5…8 A2…8 on int8 tensor cores (Ampere on); weights in bytes, any granularity; activations per token or tensor"
+)
 
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:

@@ -21,6 +21,7 @@ Tile = tuple[int, int, int, int, int]  # BLOCK_M, BLOCK_O, BLOCK_K in bytes of w
 SMALLEST = 16  # side of a tile of tl.dot; 32 along the summed axis of int8
 # The fastest is found out on the device.
 TILES = ((128, 256, 128, 8, 3), (128, 128, 128, 4, 4), (128, 128, 64, 4, 4), (64, 128, 128, 4, 4), (128, 256, 64, 8, 4))
+WORTH_A_SEARCH = 2**20  # outputs; compiling a kernel takes seconds
 INTERPRETED_TILES = ((32, 32, 32, 4, 1),)
 
 
@@ -70,6 +71,7 @@ def quantize_rows(
         SYMMETRIC=quant_min < 0,
         STORED_LESS=128.0 if quant_max == 255 else 0.0,
         FLOAT8=float8,
+        BF16=x_MC.dtype == torch.bfloat16 and shift_C is None and divisor_C is None,
         A=a,
         B=b,
         ROWS=at_once,
@@ -206,7 +208,8 @@ def _launch(
 
     key = (kernel, rows, outputs, groups, span, rank, arguments[2].device, *constants.values())
     if key not in _best_tile:
-        tiles = {_fitted(tile, span) for tile in (INTERPRETED_TILES if INTERPRETED else TILES)}
+        known = INTERPRETED_TILES if INTERPRETED else TILES if rows * outputs >= WORTH_A_SEARCH else TILES[1:2]
+        tiles = {_fitted(tile, span) for tile in known}
         _best_tile[key] = tiles.pop() if len(tiles) == 1 else _fastest(call, sorted(tiles))
     call(_best_tile[key])
 

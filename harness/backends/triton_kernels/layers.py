@@ -33,6 +33,7 @@ class TritonKernel(FusedKernel):
     """
 
     act: ActQuant | None
+    stored: Tensor  # codes, a row per output channel
 
     def _keep(self, act: ActQuant | None) -> None:
         self.act = act
@@ -41,7 +42,7 @@ class TritonKernel(FusedKernel):
 
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
         rows = self.rows(x, step, NO_TRANSFORM, keep=False)
-        return self.product(rows, None, None, None, torch.float32).reshape(*x.shape[:-1], -1)
+        return self.product(rows, None, None, None, torch.float32).reshape(*x.shape[:-1], len(self.stored))
 
     def layer(
         self,
@@ -59,7 +60,7 @@ class TritonKernel(FusedKernel):
             down_rC, up_OR = low_rank
             down_MR = F.linear(rows.kept_MC.to(down_rC.dtype), down_rC)
         y_MO = self.product(rows, bias_O, down_MR, up_OR, x.dtype)
-        return y_MO.reshape(*x.shape[:-1], -1)
+        return y_MO.reshape(*x.shape[:-1], len(self.stored))
 
     def product(
         self, rows: Rows, bias_O: Tensor | None, down_MR: Tensor | None, up_OR: Tensor | None, dtype: torch.dtype
@@ -73,7 +74,7 @@ class TritonKernel(FusedKernel):
         shape = x.shape
         if self.act is None:
             x = x if transform.is_identity else transform(x.float(), step)
-            x_MC = x.reshape(-1, shape[-1])
+            x_MC = x.flatten(0, -2)
             return Rows(x_MC.bfloat16(), None, None, x_MC if keep else None)
         spec = self.act.spec
         of_a_sample = spec.dynamic and spec.granularity == "per_tensor"
@@ -83,7 +84,7 @@ class TritonKernel(FusedKernel):
         if of_a_sample or not spec.dynamic:
             scale, zero_point = activation_affine(x.float(), self.act, step)
             scale, zero_point = _per_row(scale, shape), _per_row(zero_point, shape)
-        x_MC = x.reshape(-1, shape[-1])
+        x_MC = x.flatten(0, -2)
         rotation = transform.rotations[0] if transform.rotations else None
         assert rotation is None or isinstance(rotation, Hadamard)
         keep_transformed = keep and not transform.is_identity
@@ -107,7 +108,6 @@ class TritonKernel(FusedKernel):
 class IntKernel(TritonKernel):
     """Codes by codes on int8 tensor cores. Weights of up to 4 bits are stored two to a byte and unpacked on the way in."""
 
-    stored: Tensor
     scale_OG: Tensor
     zero_OG: Tensor | None
     row_sum_O: Tensor | None
@@ -132,7 +132,6 @@ class IntKernel(TritonKernel):
 class FloatKernel(TritonKernel):
     """Weights become bf16 on the way into a bf16 product: 16-bit activations, or codes times a table of levels."""
 
-    stored: Tensor
     scale_OG: Tensor | None
     zero_OG: Tensor | None
 

@@ -8,7 +8,7 @@ high half, so that both halves meet contiguous activations and nothing has to be
 import triton
 import triton.language as tl
 
-from harness.backends.triton_kernels.activations import FACTOR, two_parts
+from harness.backends.triton_kernels.activations import FACTOR
 
 
 @triton.jit
@@ -205,9 +205,10 @@ def float_product_kernel(
                 partial = tl.dot(x, tl.trans((code - zero_o).to(FACTOR)), partial)
             else:
                 value = tl.load(table_ptr + row_o[:, None] * levels + code)
-                high, low = two_parts(value)
-                partial = tl.dot(x, tl.trans(high), partial)
-                partial = tl.dot(x, tl.trans(low), partial)
+                high = value.to(tl.bfloat16)
+                low = (value - high.to(tl.float32)).to(tl.bfloat16)
+                partial = tl.dot(x, tl.trans(high.to(FACTOR)), partial)
+                partial = tl.dot(x, tl.trans(low.to(FACTOR)), partial)
         if GROUPS > 1:
             y += partial * tl.load(weight_scale_ptr + row_o * GROUPS + g)[None, :]
         else:
