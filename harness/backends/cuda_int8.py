@@ -23,6 +23,9 @@ SUMMARY = (
 
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
+    lacks = device_lacks(NAME, device)
+    if lacks is not None:
+        return lacks
     weight, act = recipe.weight, recipe.act
     if weight is None or act is None:
         return f"{NAME} needs weights and activations quantized, one of them stays in float"
@@ -30,7 +33,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
         return f"{NAME} multiplies integers; these weights are looked up in a table of uneven levels"
     if weight.spec.bits <= 4:
         return f"{NAME} stores weights in bytes, which would waste half of {weight.spec.bits} bits"
-    return act_lacks(NAME, act) or weight_lacks(NAME, weight) or device_lacks(NAME, device)
+    return act_lacks(NAME, act) or weight_lacks(NAME, weight)
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

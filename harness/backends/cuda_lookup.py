@@ -20,11 +20,14 @@ SUMMARY = "weights looked up in a table per row (TLQ), any activations, on bf16 
 
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
+    lacks = device_lacks(NAME, device)
+    if lacks is not None:
+        return lacks
     if not isinstance(recipe.weight, LookupWeight):
         return f"{NAME} takes weights that are looked up in a table"
     if recipe.weight.code_bits > 8:
         return f"{NAME} stores a code in a byte at most, these have {recipe.weight.code_bits} bits"
-    return (recipe.act and act_lacks(NAME, recipe.act)) or device_lacks(NAME, device)
+    return None if recipe.act is None else act_lacks(NAME, recipe.act)
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

@@ -21,11 +21,14 @@ SUMMARY = "W2…8 A16 on bf16 tensor cores (Ampere on); weights of up to 4 bits 
 
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
+    lacks = device_lacks(NAME, device)
+    if lacks is not None:
+        return lacks
     if recipe.weight is None or recipe.act is not None:
         return f"{NAME} takes quantized weights and 16-bit activations"
     if isinstance(recipe.weight, LookupWeight):
         return f"{NAME} takes evenly spaced codes; these weights are looked up in a table of uneven levels"
-    return weight_lacks(NAME, recipe.weight) or device_lacks(NAME, device)
+    return weight_lacks(NAME, recipe.weight)
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

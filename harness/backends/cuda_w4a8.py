@@ -24,6 +24,9 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
 
 
 def packed_unsupported(name: str, recipe: LayerRecipe, device: torch.device, act_bits: range) -> str | None:
+    lacks = device_lacks(name, device)
+    if lacks is not None:
+        return lacks
     weight, act = recipe.weight, recipe.act
     if weight is None or act is None:
         return f"{name} needs weights and activations quantized, one of them stays in float"
@@ -33,7 +36,7 @@ def packed_unsupported(name: str, recipe: LayerRecipe, device: torch.device, act
         return f"{name} packs weights of up to 4 bits, these have {weight.spec.bits}"
     if act.spec.bits not in act_bits:
         return f"{name} takes activations of {act_bits[0]} to {act_bits[-1]} bits, these have {act.spec.bits}"
-    return act_lacks(name, act) or weight_lacks(name, weight) or device_lacks(name, device)
+    return act_lacks(name, act) or weight_lacks(name, weight)
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

@@ -149,6 +149,15 @@ def test_halves_between_codes_go_to_the_even_code():
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126]]
 
 
+def test_a_rotation_of_bf16_alone_takes_a_shorter_way_to_the_same_codes():
+    """48 channels as 6 blocks of H_2 ⊗ H_4: the tile has both sides."""
+    x = normal(6, 48).bfloat16()
+    way = (*[None] * 3, [2, 4], None, None, 1.0, -127, 127, False, True)
+    short, long = (launch.quantize_rows(rows.to(DEVICE), *way) for rows in (x, x.float()))
+    assert torch.equal(short[0], long[0]) and torch.equal(short[1], long[1])
+    torch.testing.assert_close(long[3].cpu(), Hadamard(48, block_size=8)(x.float()), rtol=1e-5, atol=1e-6)
+
+
 TRANSFORMS = {
     "shift and scale": lambda: Transform(StepTable.constant(normal(96, seed=3)), normal(96, seed=4).exp()),
     "whole Hadamard": lambda: Transform(rotations=(Hadamard(96),)),
@@ -216,10 +225,14 @@ def test_static_ranges_follow_the_denoising_step(symmetric):
 
 
 def test_ranges_of_a_whole_sample_are_taken_before_its_rows_are_quantized():
+    """And after the transform, whose ranges they are."""
     act = ActQuant(QuantSpec(8, "per_tensor", False, dynamic=True))
-    recipe = LayerRecipe(weight=quantize_weight(normal(10, 64, seed=1), weight_spec(8)), act=act)
+    transform = Transform(scale_C=normal(64, seed=4).exp(), rotations=(Hadamard(64),))
+    recipe = LayerRecipe(transform, quantize_weight(normal(10, 64, seed=1), weight_spec(8)), act)
     x = normal(3, 5, 64) * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
-    y, expected = outputs(cuda_int8, recipe, x)
+    expected = simulate.make_kernel(recipe, torch.empty(0))(transform(x), None)
+    kernel = cuda_int8.make_kernel(recipe, torch.empty(0)).to(DEVICE)
+    y = kernel.layer(x.to(DEVICE), None, transform.to(DEVICE), None, None)
     for sample in range(3):
         assert relative_error(y[sample], expected[sample]) < ERROR
 

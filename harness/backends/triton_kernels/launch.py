@@ -223,7 +223,7 @@ def _fastest(call: Callable[[Tile], None], tiles: list[Tile]) -> Tile:
     for tile in tiles:
         try:
             times[tile] = triton.testing.do_bench(lambda tile=tile: call(tile), warmup=5, rep=20)
-        except triton.runtime.errors.OutOfResources:
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             continue
     return min(times, key=times.__getitem__)
 
