@@ -76,7 +76,7 @@ def format_matrix() -> str:
         for device in devices:
             real = [(b, b.unsupported(recipe, device)) for b in known_backends().values() if b.KIND == "measured"]
             able = [b.NAME for b, why in real if why is None]
-            why = "; ".join(f"{b.NAME}: {reason}" for b, reason in real if reason)
+            why = "; ".join(reason for _, reason in real if reason)  # each begins with the backend's name
             rows.append((label, device.type, ", ".join(able) or "simulated", "" if able else why))
     return table(("format", "device", "runs on", "why not"), rows)
 

@@ -1,0 +1,322 @@
+"""Blocks of FLUX and PixArt with random weights at 4,096 tokens: bf16 against every backend that runs here, in one process.
+
+    python bench/gpu_blocks.py --out FOLDER            # on a CUDA device
+    python bench/gpu_blocks.py --out FOLDER --dry      # tiny, on the CPU, in Triton's interpreter: shows that it runs, times nothing
+
+Writes gpu_blocks.json and gpu_blocks.md. Every candidate of a block is called in turn, so that all see the same clocks;
+a time is the median over `--repeats` rounds. The roofline is what one product of the block's largest layer, and one copy, reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if "--dry" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.backends import cuda_int8, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16
+from harness.listing import bits_of
+from harness.measure import device_name, resident_bytes
+from harness.quant.effective import EffectiveLinear
+from harness.quant.layer import QuantLinear
+from harness.quant.quantizers import ActQuant, quantize_weight
+from harness.quant.recipe import LayerRecipe
+from harness.quant.steps import StepClock, StepTable
+from harness.quant.transforms import Hadamard, Transform
+
+FLOAT8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One transformer block; hidden: width of the feed-forward."""
+
+    width: int
+    heads: int
+    hidden: int
+    tokens: int
+
+
+SHAPES = {"flux": Shape(3072, 24, 12288, 4096), "pixart": Shape(1152, 16, 4608, 4096)}
+DRY_SHAPES = {"tiny": Shape(32, 2, 64, 24)}
+
+FORMATS = {  # name: (backend, weight bits, activation bits, Hadamard before every layer)
+    "W8A8": (cuda_int8, 8, 8, False),
+    "W8A8 rotated": (cuda_int8, 8, 8, True),
+    "W4A8": (cuda_w4a8, 4, 8, False),
+    "W4A8 rotated": (cuda_w4a8, 4, 8, True),
+    "W4A4 (int8 cores)": (cuda_w4a4_on_int8, 4, 4, True),
+    "W4A16": (cuda_w4a16, 4, 16, False),
+}
+
+
+class Block(nn.Module):
+    """Self-attention and a feed-forward with residuals; the linear layers are those of the block named, attention is torch's."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(shape.width, shape.width) for _ in range(4))
+        self.up, self.down = nn.Linear(shape.width, shape.hidden), nn.Linear(shape.hidden, shape.width)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        y = F.layer_norm(x_BTC, x_BTC.shape[-1:])
+        q, k, v = (
+            layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        x_BTC = x_BTC + self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y = F.layer_norm(x_BTC, x_BTC.shape[-1:])
+        return x_BTC + self.down(F.gelu(self.up(y), approximate="tanh"))
+
+
+class Float8Linear(nn.Module):
+    """FP8 e4m3 with a scale per token and per output channel through torch's own product; a reference, no recipe runs on it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight_OC = linear.weight.detach().float()
+        scale_O = weight_OC.abs().amax(1).clamp(min=1e-12) / FLOAT8_MAX
+        self.register_buffer("weight_OC", (weight_OC / scale_O[:, None]).to(torch.float8_e4m3fn))
+        self.register_buffer("scale_O", scale_O)
+        self.register_buffer("bias_O", linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        from harness.backends.triton_kernels.launch import quantize_rows
+
+        rows = quantize_rows(x.flatten(0, -2), *[None] * 3, [], None, None, 1.0, -448, 448, True, False)
+        y = torch._scaled_mm(
+            rows[0], self.weight_OC.t(), rows[1][:, None], self.scale_O[None], self.bias_O, out_dtype=x.dtype
+        )
+        return y.unflatten(0, x.shape[:-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *DRY_SHAPES])
+    parser.add_argument("--dry", action="store_true", help="tiny, on the CPU; no times")
+    options = parser.parse_args()
+    if not options.dry and not torch.cuda.is_available():
+        parser.error("no CUDA device; --dry shows on the CPU that this runs")
+    device = torch.device("cpu" if options.dry else "cuda")
+    if options.dry:
+        for backend in {entry[0] for entry in FORMATS.values()}:
+            backend.unsupported = lambda recipe, device: None
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    found: dict[str, Any] = {
+        "device": "dry run, nothing timed" if options.dry else device_name(device),
+        "torch": torch.__version__,
+        "repeats": options.repeats,
+        "blocks": {},
+        "roofline": {},
+    }
+    known = DRY_SHAPES if options.dry else SHAPES
+    for name in options.shapes or known:
+        found["blocks"][name] = block_times(known[name], device, options.repeats, timed=not options.dry)
+        if not options.dry:
+            found["roofline"][name] = roofline(known[name], device)
+        (options.out / "gpu_blocks.json").write_text(json.dumps(found, indent=1))  # what is done is kept
+        (options.out / "gpu_blocks.md").write_text(table(found))
+    print(table(found))
+
+
+@torch.no_grad()
+def block_times(shape: Shape, device: torch.device, repeats: int, *, timed: bool) -> dict[str, dict[str, Any]]:
+    """{candidate: eager_ms, compiled_ms, bytes of its linear layers, error against bf16 (RMS, relative), failure}."""
+    torch.manual_seed(0)
+    block = Block(shape).to(device, torch.bfloat16).eval()
+    x = torch.randn(1, shape.tokens, shape.width, dtype=torch.bfloat16).to(device)
+    makers: dict[str, Callable[[], nn.Module]] = {"bf16": lambda: block}
+    for name, entry in FORMATS.items():
+        makers[name] = lambda entry=entry: replaced(block, lambda linear: quantized(linear, *entry, device))
+    if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+        makers["FP8"] = lambda: replaced(block, Float8Linear)
+    makers |= torchao_makers(block) if device.type == "cuda" else {}
+
+    expected = block(x).float()
+    found: dict[str, dict[str, Any]] = {}
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name, make in makers.items():
+        try:
+            candidate = make()
+            error = candidate(x).float() - expected
+            engine = "inductor" if timed else "aot_eager"
+            compiled = torch.compile(candidate, fullgraph=True, dynamic=False, backend=engine)
+            compiled(x)
+        except Exception as failure:  # one candidate that cannot run must not cost the others their numbers
+            found[name] = {"failure": f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"}
+            continue
+        found[name] = {
+            "linear_bytes": resident_bytes(candidate),
+            "relative_rms_error": float(error.square().mean().sqrt() / (expected - x.float()).square().mean().sqrt()),
+        }
+        if timed:
+            calls[name, "eager_ms"] = lambda candidate=candidate: candidate(x)
+            calls[name, "compiled_ms"] = lambda compiled=compiled: compiled(x)
+    times = interleaved(calls, repeats)
+    for (name, kind), median in times.items():
+        found[name][kind] = median
+    return found
+
+
+def quantized(linear: nn.Linear, backend: Any, weight_bits: int, act_bits: int, rotated: bool, device: torch.device):
+    """The layer at these widths, rounded to nearest."""
+    bits = bits_of(weight_bits, act_bits)
+    transform = Transform(rotations=(Hadamard(linear.in_features),) if rotated else ())
+    weight_OC = transform.of_weight(linear.weight.detach().double().cpu())
+    assert bits.weight is not None
+    recipe = LayerRecipe(
+        transform, quantize_weight(weight_OC, bits.weight), None if bits.act is None else ActQuant(bits.act)
+    )
+    effective = EffectiveLinear(weight_OC, StepTable.constant(linear.bias.detach().cpu().double()))
+    return QuantLinear(
+        recipe,
+        effective,
+        folded=False,
+        clock=StepClock(None).to(device),
+        dtype=torch.bfloat16,
+        device=device,
+        backend=backend.NAME,
+    ).to(device)
+
+
+def replaced(block: Block, make: Callable[[nn.Linear], nn.Module]) -> Block:
+    """A copy of the block with every linear layer made anew."""
+    copy = Block.__new__(Block)
+    nn.Module.__init__(copy)
+    copy.heads = block.heads
+    for name, linear in block.named_children():
+        copy.add_module(name, make(linear))
+    return copy.eval()
+
+
+def torchao_makers(block: Block) -> dict[str, Callable[[], nn.Module]]:
+    """torchao's dynamic W8A8 in int8 and FP8, where it is installed; a second opinion."""
+    try:
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            PerRow,
+            quantize_,
+        )
+    except ImportError:
+        return {}
+
+    def make(config: Any) -> nn.Module:
+        twin = replaced(block, lambda linear: nn.Linear(linear.in_features, linear.out_features))
+        twin.to(next(block.parameters()).device, torch.bfloat16).load_state_dict(block.state_dict())
+        quantize_(twin, config)
+        return twin
+
+    return {
+        "torchao int8": lambda: make(Int8DynamicActivationInt8WeightConfig()),
+        "torchao FP8": lambda: make(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())),
+    }
+
+
+def interleaved(calls: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
+    """Median milliseconds of each, called in turn on the current CUDA stream."""
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times: dict[Any, list[float]] = {key: [] for key in calls}
+    for _ in range(repeats):
+        for key, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times[key].append(start.elapsed_time(end))
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+@torch.no_grad()
+def roofline(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """TFLOP/s of one product (tokens × width × hidden) and GB/s of one copy, as measured on random data."""
+    from harness.backends.triton_kernels import launch
+
+    m, c, o = shape.tokens, shape.width, shape.hidden
+    x_MC, weight_OC = torch.randn(m, c, device=device).bfloat16(), torch.randn(o, c, device=device).bfloat16()
+    codes_MC, codes_OC = (torch.randint(-127, 128, t.shape, device=device, dtype=torch.int8) for t in (x_MC, weight_OC))
+    nibbles = torch.randint(0, 256, (o, c // 2), device=device, dtype=torch.uint8)
+    scale_M, zero_M = torch.ones(m, device=device), torch.zeros(m, device=device, dtype=torch.int32)
+    scale_O1 = torch.ones(o, 1, device=device)
+    outer = (None, None, None, torch.bfloat16)
+    calls: dict[str, Callable[[], Any]] = {
+        "bf16 product (torch)": lambda: x_MC @ weight_OC.T,
+        "int8 product (torch._int_mm)": lambda: torch._int_mm(codes_MC, codes_OC.T),
+        "int8 product (ours)": lambda: launch.int_product(
+            codes_MC, scale_M, zero_M, codes_OC, scale_O1, None, None, 0, *outer
+        ),
+        "4-bit × int8 product (ours)": lambda: launch.int_product(
+            codes_MC, scale_M, zero_M, nibbles, scale_O1, None, None, 7, *outer
+        ),
+        "rows to int8 (ours)": lambda: launch.quantize_rows(
+            x_MC, *[None] * 3, [], None, None, 1.0, -127, 127, False, False
+        ),
+    }
+    if torch.cuda.get_device_capability() >= (8, 9):
+        x8_MC, weight8_OC = x_MC.to(torch.float8_e4m3fn), weight_OC.to(torch.float8_e4m3fn)
+        calls["FP8 product (torch._scaled_mm)"] = lambda: torch._scaled_mm(
+            x8_MC, weight8_OC.t(), scale_M[:, None], scale_O1.t(), out_dtype=torch.bfloat16
+        )
+    source = torch.empty(2**28, device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+    calls["copy"] = lambda: target.copy_(source)
+    times = interleaved(calls, repeats=20)
+    found: dict[str, Any] = {}
+    for name, ms in times.items():
+        found[name] = {"ms": ms}
+        if "product" in name:
+            found[name]["TFLOP/s"] = 2 * m * c * o / ms / 1e9
+    found["copy"]["GB/s (read and written)"] = 2 * source.nbytes / times["copy"] / 1e6
+    found["rows to int8 (ours)"]["GB/s (read and written)"] = 3 * m * c / times["rows to int8 (ours)"] / 1e6
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown. Speed-ups are against bf16 of the same kind, eager or compiled."""
+    lines = [f"{found['device']}, torch {found['torch']}, medians of {found['repeats']} interleaved calls", ""]
+    for shape, rows in found["blocks"].items():
+        lines += [
+            f"| {shape} block | eager ms | × | compiled ms | × | weights MB | × smaller | error |",
+            "|---|" + "--:|" * 7,
+        ]
+        base = rows["bf16"]
+        for name, row in rows.items():
+            if "failure" in row:
+                lines.append(f"| {name} | {row['failure']} |" + " |" * 6)
+                continue
+            cells = [name]
+            for kind in ("eager_ms", "compiled_ms"):
+                cells += [f"{row[kind]:.3f}", f"{base[kind] / row[kind]:.2f}"] if kind in row else ["–", "–"]
+            size = row["linear_bytes"]
+            cells += [f"{size / 1e6:.1f}", f"{base['linear_bytes'] / size:.2f}", f"{row['relative_rms_error']:.4f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    for shape, rows in found["roofline"].items():
+        lines += [f"| {shape}: one product, one copy | ms | reached |", "|---|--:|--:|"]
+        for name, row in rows.items():
+            reached = next((f"{value:.0f} {unit}" for unit, value in row.items() if unit != "ms"), "–")
+            lines.append(f"| {name} | {row['ms']:.4f} | {reached} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

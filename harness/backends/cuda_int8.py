@@ -1,0 +1,43 @@
+"""Weights and activations of 5 to 8 bits on int8 tensor cores, by Triton kernels.
+
+One launch transforms, scales and rounds the rows, a second multiplies int8 by int8 in int32 and applies scales, zero points,
+bias and the low-rank branch; see `triton_kernels`. Fewer than 8 bits are stored and run as 8.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.backends.base import Kernel
+from harness.backends.triton_kernels.limits import act_lacks, device_lacks, weight_lacks
+from harness.quant.quantizers import LookupWeight, QuantizedWeight
+from harness.quant.recipe import LayerRecipe
+
+NAME = "cuda_int8"
+KIND = "measured"
+PRIORITY = 20
+SUMMARY = (
+    "W5…8 A2…8 on int8 tensor cores (Ampere on); weights in bytes, any granularity; activations per token or tensor"
+)
+
+
+def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
+    lacks = device_lacks(NAME, device)
+    if lacks is not None:
+        return lacks
+    weight, act = recipe.weight, recipe.act
+    if weight is None or act is None:
+        return f"{NAME} needs weights and activations quantized, one of them stays in float"
+    if isinstance(weight, LookupWeight):
+        return f"{NAME} multiplies integers; these weights are looked up in a table of uneven levels"
+    if weight.spec.bits <= 4:
+        return f"{NAME} stores weights in bytes, which would waste half of {weight.spec.bits} bits"
+    return act_lacks(NAME, act) or weight_lacks(NAME, weight)
+
+
+def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
+    from harness.backends.triton_kernels.layers import IntKernel
+
+    assert isinstance(recipe.weight, QuantizedWeight) and recipe.act is not None
+    return IntKernel(recipe.weight, recipe.act)

@@ -1,0 +1,37 @@
+"""Weights of uneven levels (twin-log quantization): every code is looked up in its row's table inside a bf16 product.
+
+This saves memory, not time: levels enter as two bf16 parts, so the product costs twice a bf16 one and the look-ups come on top.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.backends.base import Kernel
+from harness.backends.triton_kernels.limits import act_lacks, device_lacks
+from harness.quant.quantizers import LookupWeight
+from harness.quant.recipe import LayerRecipe
+
+NAME = "cuda_lookup"
+KIND = "measured"
+PRIORITY = 20
+SUMMARY = "weights looked up in a table per row (TLQ), any activations, on bf16 tensor cores: saves memory, not time"
+
+
+def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
+    lacks = device_lacks(NAME, device)
+    if lacks is not None:
+        return lacks
+    if not isinstance(recipe.weight, LookupWeight):
+        return f"{NAME} takes weights that are looked up in a table"
+    if recipe.weight.code_bits > 8:
+        return f"{NAME} stores a code in a byte at most, these have {recipe.weight.code_bits} bits"
+    return None if recipe.act is None else act_lacks(NAME, recipe.act)
+
+
+def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
+    from harness.backends.triton_kernels.layers import FloatKernel
+
+    assert isinstance(recipe.weight, LookupWeight)
+    return FloatKernel(recipe.weight, recipe.act)
