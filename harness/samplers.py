@@ -13,6 +13,8 @@ from diffusers import (
 )
 from torch import Tensor
 
+from harness.errors import UserError
+
 NO_VARIANCE = 1e-20  # has a logarithm
 
 

@@ -34,7 +34,7 @@ def build(
     device = torch.device(device)
     clock = StepClock(recipe.num_steps).to(device)
     model = copy_without(target.transformer, touched_layers(target, recipe))
-    nn.Module.to(model, device=device, dtype=dtype)  # not diffusers' own .to, which warns about every cast
+    _cast(model, dtype, device)
     for name in touched_layers(target, recipe):
         original = target.module(name)
         linear = build_layer(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
@@ -46,6 +46,20 @@ def build(
     model.clock = clock  # type: ignore[assignment]
     _check_steps(model, recipe)
     return model.eval().requires_grad_(False)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Move and cast in place, as diffusers loads a model: what its class keeps in float32 stays so in half precision."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype.itemsize < 4 else set()
+    precise = {
+        name: tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.is_floating_point() and not kept.isdisjoint(name.split("."))
+    }
+    before = {name: tensor.data.clone() for name, tensor in precise.items()}
+    nn.Module.to(model, device=device, dtype=dtype)  # not diffusers' own .to, which warns about every cast
+    for name, tensor in precise.items():
+        tensor.data = before[name].to(device=device, dtype=torch.float32)
 
 
 def build_layer(

@@ -156,3 +156,13 @@ def test_blocks_walked_one_by_one_are_the_model(model, calibration):
     torch.testing.assert_close(
         found.sort().values, torch.cat([part.flatten() for part in expected]).sort().values, rtol=1e-3, atol=1e-4
     )
+
+
+def test_half_precision_leaves_in_float32_what_the_class_says(tmp_path):
+    SMALL["wan"]().save_pretrained(tmp_path / "wan")
+    model = load_model(ModelSpec("wan", "wan", source=str(tmp_path / "wan"), size=SIZES.get("wan")))
+    kept = set(model.transformer._keep_in_fp32_modules)
+    assert "time_embedder" in kept
+    for name, tensor in float_copy(model.target(), dtype=torch.bfloat16).named_parameters():
+        wanted = torch.bfloat16 if kept.isdisjoint(name.split(".")) else torch.float32
+        assert tensor.dtype == wanted, name
