@@ -110,7 +110,8 @@ class SimulatedKernel(Kernel):
         grouped = self.act.spec.granularity == "per_group"
         x_groups, w_groups = codes.shape[-2] if grouped else 1, scale_OG.shape[1]
         groups = max(x_groups, w_groups)
-        codes, weight_OGg = codes.reshape(*x.shape[:-1], groups, -1), weight_OC.unflatten(1, (groups, -1))
+        width = x.shape[-1] // groups
+        codes, weight_OGg = codes.reshape(*x.shape[:-1], groups, width), weight_OC.unflatten(1, (groups, width))
         total: Tensor | None = None
         for group in range(groups):
             scale_x = scale[..., group % x_groups, :] if grouped else scale

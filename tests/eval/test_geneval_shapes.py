@@ -54,28 +54,28 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_right_pictures_follow_and_wrong_ones_do_not(kind):
-    assert follows(read_shapes(scene(*RIGHT[kind])), ASKED[kind])
+    assert follows(read_shapes(scene(*RIGHT[kind]), ASKED[kind]), ASKED[kind])
     for words in WRONG[kind]:
-        assert not follows(read_shapes(scene(*words)), ASKED[kind]), words
+        assert not follows(read_shapes(scene(*words), ASKED[kind]), ASKED[kind]), words
 
 
 def test_every_scene_that_a_caption_draws_follows_it():
     random_ = random.Random(5)
     for index in range(36):
         caption = random_caption(KINDS[index % len(KINDS)], random_)
-        assert follows(read_shapes(render(draw_scene(caption, random_))), caption.about), caption.text
+        assert follows(read_shapes(render(draw_scene(caption, random_)), caption.about), caption.about), caption.text
 
 
-def test_a_relation_needs_a_tenth_of_both_boxes_and_half_of_the_offset():
-    """Boxes 10 wide and high: centres have to differ by more than 2, and 60° off the axis is the last that counts."""
+def test_a_relation_needs_what_is_beyond_a_tenth_of_both_boxes_to_be_half_of_the_offset():
+    """Boxes 10 wide and high: 2 are taken off each coordinate of the offset, and what is left is divided by its length."""
 
     def seen_from(x: float, y: float) -> set[str]:
         return relations(Found("a", None, (x, y, x + 10, y + 10)), Found("b", None, (0, 0, 10, 10)))
 
-    assert seen_from(2, 0) == set() and seen_from(2.1, 0) == {"right of"}
+    assert seen_from(4, 0) == set() and seen_from(4.1, 0) == {"right of"}  # (x − 2) / x = 1/2 at 4
     assert seen_from(-20, 0) == {"left of"} and seen_from(0, -20) == {"above"} and seen_from(0, 20) == {"below"}
     assert seen_from(-12, 12) == {"left of", "below"}
-    assert seen_from(2 + 4.9, 2 + 10) == {"below"} and seen_from(2 + 6, 2 + 10) == {"below", "right of"}
+    assert seen_from(9.5, 12) == {"below"} and seen_from(10, 12) == {"below", "right of"}  # 8 / √(10² + 12²) = 0.51
 
 
 def evidence(pictures: list, kinds: list[str]) -> Evidence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import diffusers
 import pytest
@@ -47,12 +48,13 @@ def test_a_models_file_composes_into_a_run(name):
     config = composed(name)  # checks sampler, metrics and every number
     adapter = family(config.model.family)
     assert config.model.name == name
-    assert config.protocol.sampler.steps >= 2 and config.protocol.n >= 2
+    assert config.protocol.sampler.steps >= 2 and config.protocol.n >= 1
     assert says_where_its_weights_come_from(config.model, comments(name))
     if adapter.CONDITION == PROMPTS:
         assert {"prompts", "calibration_prompts"} <= set(config.section("model")["usual"])
         for class_name in (*adapter.pipelines, adapter.transformer):
-            assert hasattr(diffusers, class_name)
+            ours = [module for name, module in sys.modules.items() if name.startswith("harness.models.opensora")]
+            assert any(hasattr(module, class_name) for module in (diffusers, *ours))
     if (config.model.source or "").startswith("zoo:"):
         assert config.model.source.removeprefix("zoo:") in trainable()
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.quant.modulation import FoldedModulation, FoldedRows
+from harness.quant.modulation import block_folds, hang
+from harness.quant.recipe import ModelRecipe
 from harness.quant.steps import StepClock, StepTable
-from harness.quant.target import TableRows
+from harness.quant.target import Site, TableRows, Target
 from harness.quant.transforms import Transform
 
 C, ROWS = 5, 6
@@ -28,10 +29,11 @@ class Block(nn.Module):
 
 def folded(normal, transform: Transform, clock: StepClock) -> Block:
     block = Block(normal)
-    rows = TableRows("block", "scale_shift_table", "temb", 3, 4)
-    site = FoldedRows(rows, block.scale_shift_table, transform, clock, torch.float64)
-    modulation = FoldedModulation("temb", C, [site], ["x", "mask", "temb"])
-    block.register_forward_pre_hook(modulation.hook, with_kwargs=True)
+    rows = TableRows("", "scale_shift_table", "temb", 3, 4)
+    target = Target(block, (), (Site("input", ("layer",), (rows,)),))
+    recipe = ModelRecipe({}, folded=frozenset({"input"}))
+    folds = block_folds(target, recipe, {"layer": transform}, torch.float64)
+    hang(block, folds, clock, torch.device("cpu"))
     return block
 
 

@@ -25,6 +25,7 @@ def open_page(browser):
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
+        page.set_default_timeout(120_000)  # the page holds plotly; a busy machine takes its time
         page.goto(path.as_uri())
         return page, complaints, [url for url in requests if not url.startswith(("data:", "blob:", path.as_uri()))]
 
