@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
 from harness.models.zoo import card, shapes
@@ -45,8 +46,10 @@ TRANSFORMER = {
     "patch_size": shapes.CELL,
     "max_text_seq_length": TEXT_LENGTH,
     "spatial_interpolation_scale": 1.0,
+    "use_rotary_positional_embeddings": True,  # relative places and times, without which frames came out in any order
+    "use_learned_positional_embeddings": True,  # absolute ones too (CogVideoX's name; they are sines and not trained)
 }
-SCHEDULE = Schedule(steps=24000, learning_rate=1e-3, restart=9000)
+SCHEDULE = Schedule(steps=8000, learning_rate=1e-3)
 
 
 def scheduler() -> CogVideoXDDIMScheduler:
@@ -62,10 +65,16 @@ class TextToVideo(nn.Module):
     def __init__(self, text_encoder: nn.Module, transformer: nn.Module) -> None:
         super().__init__()
         self.text_encoder, self.transformer = text_encoder, transformer
+        cells = SIDE // shapes.CELL
+        self.rotary = get_3d_rotary_pos_embed(  # as CogVideoXPipeline makes them
+            TRANSFORMER["attention_head_dim"], ((0, 0), (cells, cells)), (cells, cells), FRAMES
+        )
 
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: dict[str, Tensor]) -> Tensor:
         text_BTC = self.text_encoder(input_ids=tokens["input_ids"]).last_hidden_state  # as the pipeline: no mask
-        return self.transformer(noisy, encoder_hidden_states=text_BTC, timestep=timestep).sample
+        return self.transformer(
+            noisy, encoder_hidden_states=text_BTC, timestep=timestep, image_rotary_emb=self.rotary
+        ).sample
 
 
 def new_model(seed: int = 0) -> TextToVideo:

@@ -19,8 +19,6 @@ LossOf = Callable[[nn.Module, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """restart: the step at which warm-up and cosine begin again (Loshchilov & Hutter, arXiv:1608.03983), if any."""
-
     steps: int
     learning_rate: float = 1e-3
     warmup: int = 200
@@ -28,15 +26,11 @@ class Schedule:
     ema_decay: float = 0.999
     checkpoint_every: int = 250
     seed: int = 0
-    restart: int | None = None
 
     def learning_rate_factor(self, step: int) -> float:
-        first, last = 0, self.restart or self.steps
-        if step >= last:
-            first, last = last, self.steps
-        if step - first < self.warmup:
-            return (step - first + 1) / self.warmup
-        progress = (step - first - self.warmup) / max(1, last - first - self.warmup)
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
