@@ -2,10 +2,10 @@
 
 Activations of up to 8 bits are measured, scaled and rounded in one pass; 4-bit weights are unpacked a strip at a time into the
 product, so that memory is 4-bit and arithmetic int8; sums, zero points, scales and the cast are its epilogue. Integers are
-exact, so it differs from the simulated path by float32 rounding of the scales alone.
+exact and scales applied in the order of the simulated path: the two give the same bits.
 
-The extension is compiled by torch.utils.cpp_extension on first use (about half a minute) and kept in torch's cache
-(TORCH_EXTENSIONS_DIR). A compilation that was killed leaves a file `lock` there, which the next one waits for: remove it.
+The extension is compiled by torch.utils.cpp_extension on first use (about ten seconds) and kept beside torch's own
+extensions (TORCH_EXTENSIONS_DIR).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.backends.base import FusedKernel, Kernel
-from harness.files import canonical_sha256
+from harness.files import atomic_path, canonical_sha256
 from harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight, activation_affine
 from harness.quant.recipe import LayerRecipe
 from harness.quant.steps import StepTable
@@ -159,11 +160,15 @@ def load_extension() -> None:
     from torch.utils.cpp_extension import get_default_build_root, load
 
     version = canonical_sha256([SOURCE.read_text(), FLAGS, torch.__version__, sys.version])[:12]
-    folder = Path(get_default_build_root()) / f"{LIBRARY}-{version}"
-    if not (folder / f"{LIBRARY}.so").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"ditbench: compiling {SOURCE.name} (once, into {folder})", file=sys.stderr, flush=True)
-    load(LIBRARY, [str(SOURCE)], extra_cflags=FLAGS, build_directory=str(folder), is_python_module=False)
+    compiled = Path(get_default_build_root()) / f"{LIBRARY}-{version}.so"
+    if compiled.exists():
+        torch.ops.load_library(compiled)
+    else:
+        print(f"ditbench: compiling {SOURCE.name} (once, {compiled} keeps it)", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            load(LIBRARY, [str(SOURCE)], extra_cflags=FLAGS, build_directory=folder, is_python_module=False)
+            with atomic_path(compiled) as part:
+                shutil.copy(Path(folder) / f"{LIBRARY}.so", part)
     torch.library.register_fake(f"{LIBRARY}::quantize_rows", _fake_quantize_rows)
     torch.library.register_fake(f"{LIBRARY}::linear", _fake_linear)
     torch.library.register_fake(f"{LIBRARY}::dequantize", _fake_dequantize)
