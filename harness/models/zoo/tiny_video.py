@@ -1,6 +1,6 @@
 """`tiny-video`: text to video on the shapes world, eight frames of one moving object.
 
-A real `CogVideoXPipeline` without a VAE: it denoises 24×24 RGB pixels in 8×8 patches (9 tokens a frame), text and video
+A real `CogVideoXPipeline` without a VAE: it denoises 24×24 RGB pixels in patches of 8×8 pixels and four frames, text and video
 in one sequence, and reads captions as `tiny-t2i` does.
 """
 
@@ -29,7 +29,8 @@ from harness.models.zoo.tiny_t2i import (
 from harness.models.zoo.training import Schedule, minutes_of, train
 
 FRAMES, SIDE = 8, 24
-BATCH = 16
+FRAMES_PER_TOKEN = 4  # as CogVideoX 1.5 has two; with one, frames came out in any order for want of training
+BATCH = 32
 TEMPORAL_RATIO = 4  # the pipeline's own, without a VAE to ask: 8 latent frames are "29" frames
 TRANSFORMER = {
     "num_attention_heads": 6,
@@ -46,10 +47,11 @@ TRANSFORMER = {
     "patch_size": shapes.CELL,
     "max_text_seq_length": TEXT_LENGTH,
     "spatial_interpolation_scale": 1.0,
-    "use_rotary_positional_embeddings": True,  # relative places and times, without which frames came out in any order
-    "use_learned_positional_embeddings": True,  # absolute ones too (CogVideoX's name; they are sines and not trained)
+    "patch_size_t": FRAMES_PER_TOKEN,
+    "patch_bias": True,
+    "use_rotary_positional_embeddings": True,
 }
-SCHEDULE = Schedule(steps=8000, learning_rate=1e-3)
+SCHEDULE = Schedule(steps=6000, learning_rate=1e-3)
 
 
 def scheduler() -> CogVideoXDDIMScheduler:
@@ -66,8 +68,13 @@ class TextToVideo(nn.Module):
         super().__init__()
         self.text_encoder, self.transformer = text_encoder, transformer
         cells = SIDE // shapes.CELL
-        self.rotary = get_3d_rotary_pos_embed(  # as CogVideoXPipeline makes them
-            TRANSFORMER["attention_head_dim"], ((0, 0), (cells, cells)), (cells, cells), FRAMES
+        self.rotary = get_3d_rotary_pos_embed(  # as CogVideoXPipeline makes them for CogVideoX 1.5
+            TRANSFORMER["attention_head_dim"],
+            crops_coords=None,
+            grid_size=(cells, cells),
+            temporal_size=FRAMES // FRAMES_PER_TOKEN,
+            grid_type="slice",
+            max_size=(cells, cells),
         )
 
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: dict[str, Tensor]) -> Tensor:
