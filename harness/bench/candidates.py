@@ -25,13 +25,15 @@ BASELINE = "bf16"
 
 @dataclass(frozen=True)
 class Candidate:
-    """backend: of the quantized layers, "torch" where there are none. held_bytes: of all tensors of the model."""
+    """backend: of the quantized layers, "torch" where there are none. held_bytes: of all tensors of the model, None where
+    another library's tensors do not say.
+    """
 
     label: str
     mode: str
     model: nn.Module
     backend: str
-    held_bytes: int
+    held_bytes: int | None
 
 
 class LazyCalibration:

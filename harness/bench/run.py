@@ -105,7 +105,9 @@ def latencies(
             "latency_ms": medians[f"{c.label} {c.mode}"],
             "speedup": medians[f"{BASELINE} {c.mode}"]["median"] / medians[f"{c.label} {c.mode}"]["median"],
             "held_bytes": c.held_bytes,
-            "peak_bytes": peak_memory_bytes(c.model, inputs, config.device) if c.mode == EAGER else None,
+            "peak_bytes": peak_memory_bytes(c.model, inputs, config.device)
+            if c.mode == EAGER and c.held_bytes
+            else None,
         }
         for c in candidates
     ]
