@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from harness.backends.base import Kernel
-from harness.backends.triton_kernels.limits import act_lacks, device_lacks, weight_lacks
-from harness.quant.quantizers import LookupWeight, QuantizedWeight
+from harness.backends.integers import not_integers, weight_lacks
+from harness.backends.triton_kernels.limits import device_lacks, rows_lack
+from harness.quant.quantizers import QuantizedWeight
 from harness.quant.recipe import LayerRecipe
 
 NAME = "cuda_int8"
@@ -23,17 +24,14 @@ SUMMARY = (
 
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
-    lacks = device_lacks(NAME, device)
+    lacks = device_lacks(NAME, device) or not_integers(NAME, recipe)
     if lacks is not None:
         return lacks
     weight, act = recipe.weight, recipe.act
-    if weight is None or act is None:
-        return f"{NAME} needs weights and activations quantized, one of them stays in float"
-    if isinstance(weight, LookupWeight):
-        return f"{NAME} multiplies integers; these weights are looked up in a table of uneven levels"
+    assert isinstance(weight, QuantizedWeight) and act is not None
     if weight.spec.bits <= 4:
         return f"{NAME} stores weights in bytes, which would waste half of {weight.spec.bits} bits"
-    return act_lacks(NAME, act) or weight_lacks(NAME, weight)
+    return rows_lack(NAME, act) or weight_lacks(NAME, weight)
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from harness.backends.base import Kernel
-from harness.backends.triton_kernels.limits import device_lacks, weight_lacks
+from harness.backends.integers import weight_lacks
+from harness.backends.triton_kernels.limits import device_lacks
 from harness.quant.quantizers import LookupWeight, QuantizedWeight
 from harness.quant.recipe import LayerRecipe
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from harness.backends.base import Kernel
-from harness.backends.triton_kernels.limits import act_lacks, device_lacks, weight_lacks
-from harness.quant.quantizers import LookupWeight, QuantizedWeight
+from harness.backends.integers import not_integers, weight_lacks
+from harness.backends.triton_kernels.limits import device_lacks, rows_lack
+from harness.quant.quantizers import QuantizedWeight
 from harness.quant.recipe import LayerRecipe
 
 NAME = "cuda_w4a8"
@@ -24,19 +25,16 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
 
 
 def packed_unsupported(name: str, recipe: LayerRecipe, device: torch.device, act_bits: range) -> str | None:
-    lacks = device_lacks(name, device)
+    lacks = device_lacks(name, device) or not_integers(name, recipe)
     if lacks is not None:
         return lacks
     weight, act = recipe.weight, recipe.act
-    if weight is None or act is None:
-        return f"{name} needs weights and activations quantized, one of them stays in float"
-    if isinstance(weight, LookupWeight):
-        return f"{name} multiplies integers; these weights are looked up in a table of uneven levels"
+    assert isinstance(weight, QuantizedWeight) and act is not None
     if weight.spec.bits > 4:
         return f"{name} packs weights of up to 4 bits, these have {weight.spec.bits}"
     if act.spec.bits not in act_bits:
         return f"{name} takes activations of {act_bits[0]} to {act_bits[-1]} bits, these have {act.spec.bits}"
-    return act_lacks(name, act) or weight_lacks(name, weight)
+    return rows_lack(name, act) or weight_lacks(name, weight)
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from harness.backends.base import Kernel
-from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, activation_affine, to_codes
+from harness.backends.integers import not_integers
+from harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine, to_codes
 from harness.quant.recipe import LayerRecipe
 
 NAME = "onednn_int8"
@@ -37,11 +38,10 @@ MIDDLE = 128  # between signed and unsigned 8-bit codes
 
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
+    if problem := not_integers(NAME, recipe):
+        return problem
     weight, act = recipe.weight, recipe.act
-    if weight is None or act is None:
-        return f"{NAME} needs weights and activations quantized, one of them stays in float"
-    if isinstance(weight, LookupWeight):
-        return f"{NAME} multiplies integers; these weights are looked up in a table of uneven levels"
+    assert isinstance(weight, QuantizedWeight) and act is not None
     if (weight.spec.bits, act.spec.bits) != (8, 8):
         return f"{NAME} runs W8A8, this is W{weight.spec.bits}A{act.spec.bits}"
     if weight.spec.granularity not in ("per_channel", "per_tensor"):

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.backends.base import FusedKernel, Kernel
+from harness.backends.integers import act_lacks, not_integers, weight_lacks
 from harness.files import atomic_path, canonical_sha256
-from harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight, activation_affine
+from harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine
 from harness.quant.recipe import LayerRecipe
 from harness.quant.steps import StepTable
 from harness.quant.transforms import Transform
@@ -42,13 +43,12 @@ LANES, DEPTH, MIDDLE = 16, 4, 128  # outputs of a panel, channels that one instr
 
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
+    if problem := not_integers(NAME, recipe):
+        return problem
     weight, act = recipe.weight, recipe.act
-    if weight is None or act is None:
-        return f"{NAME} needs weights and activations quantized, one of them stays in float"
-    if isinstance(weight, LookupWeight):
-        return f"{NAME} multiplies integers; these weights are looked up in a table of uneven levels"
-    if isinstance(act, LogSqrt2Quant):
-        return f"{NAME} multiplies integers; these activations are rounded in their logarithm"
+    assert isinstance(weight, QuantizedWeight) and act is not None
+    if problem := weight_lacks(NAME, weight) or act_lacks(NAME, act):
+        return problem
     if weight.spec.bits not in (8, 4):
         return f"{NAME} stores weights in 8 or 4 bits, these have {weight.spec.bits}"
     channels = weight.codes_OC.shape[1]
@@ -105,12 +105,12 @@ class VnniKernel(FusedKernel):
         bias: StepTable | None,
     ) -> Tensor:
         moved = x if transform is None else transform(x.float(), step)
-        bias_O = None if bias is None else bias.at(step).float()
         if low_rank is None:
-            return self.product(moved, step, bias_O, x.dtype)
+            return self.product(moved, step, None if bias is None else bias.at(step).float(), x.dtype)
         down_rC, up_Or = low_rank
-        y = self.product(moved, step, bias_O, torch.float32)
-        return (y + F.linear(F.linear(moved.to(down_rC.dtype), down_rC), up_Or)).to(x.dtype)
+        y = self.product(moved, step, None, torch.float32)
+        y = y + F.linear(F.linear(moved.to(down_rC.dtype), down_rC), up_Or)
+        return (y if bias is None else y + bias.at(step)).to(x.dtype)
 
     def product(self, x: Tensor, step: Tensor | None, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
         """x' (…, C) → x' · Ŵᵀ + bias in dtype."""
@@ -210,6 +210,6 @@ def _cpu_lacks() -> str | None:
         return f"{NAME} is compiled on first use and needs {' and '.join(missing)} on the PATH"
     try:
         load_extension()
-    except RuntimeError as error:
-        return f"{NAME} could not be compiled: {str(error).splitlines()[0]}"
+    except (RuntimeError, OSError) as error:
+        return f"{NAME} could not be compiled or loaded: {str(error).splitlines()[0]}"
     return None

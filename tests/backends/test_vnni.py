@@ -13,7 +13,7 @@ from harness.backends import onednn_int8, simulate, vnni
 from harness.backends.base import choose
 from harness.errors import UserError
 from harness.measure import resident_bytes
-from harness.quant.quantizers import ActQuant, quantize_weight, static_quant
+from harness.quant.quantizers import ActQuant, QuantizedWeight, quantize_weight, static_quant
 from harness.quant.recipe import LayerRecipe
 from harness.quant.spec import QuantSpec
 from harness.quant.steps import StepTable
@@ -49,6 +49,18 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def recipe_for(weight: QuantSpec, act: QuantSpec, width: int, outputs: int) -> LayerRecipe:
     weight_OC = normal(outputs, width, seed=1) + (0 if weight.symmetric else 0.5)  # zero points off the middle
     return LayerRecipe(weight=quantize_weight(weight_OC, weight), act=ActQuant(act))
+
+
+def with_zero_points_off_the_grid(side: str) -> LayerRecipe:
+    """Of a range that keeps its bounds instead of an exact zero; integers cannot hold it."""
+    asymmetric = next(spec for spec in WEIGHTS if not spec.symmetric)
+    recipe = recipe_for(asymmetric, ACTS[0], 16, 4)
+    assert isinstance(recipe.weight, QuantizedWeight) and recipe.weight.zero_point_OG is not None
+    if side == "weight":
+        return replace(recipe, weight=replace(recipe.weight, zero_point_OG=recipe.weight.zero_point_OG + 0.5))
+    spec = QuantSpec(8, "per_tensor", symmetric=False)
+    scale, zero_point = StepTable(torch.tensor([0.1])), StepTable(torch.tensor([120.5]))
+    return replace(recipe, act=ActQuant(spec, scale=scale, zero_point=zero_point))
 
 
 def kernels(recipe: LayerRecipe):
@@ -124,12 +136,16 @@ def test_rounding_to_bfloat16_takes_ties_to_even():
 
 
 @needs_vnni
-def test_a_low_rank_branch_is_added_before_the_cast():
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_low_rank_branch_is_added_before_the_bias_and_both_before_the_cast(biased):
+    """The order of the simulated path: another one rounds differently."""
     x = normal(5, 24).bfloat16()
     integer, _ = kernels(recipe_for(WEIGHTS[6], ACTS[0], 24, 9))
     down, up = normal(2, 24, seed=4).bfloat16(), normal(9, 2, seed=5).bfloat16()
-    expected = (integer(x, None) + (x @ down.T) @ up.T).bfloat16()
-    assert torch.equal(integer.layer(x, None, None, (down, up), None), expected)
+    bias = normal(1, 9, seed=6) * 1e3
+    expected = integer(x, None) + (x @ down.T) @ up.T
+    expected = (expected + bias if biased else expected).bfloat16()
+    assert torch.equal(integer.layer(x, None, None, (down, up), StepTable(bias) if biased else None), expected)
 
 
 @needs_vnni
@@ -236,6 +252,9 @@ def test_it_is_chosen_on_the_cpu(weight, act, monkeypatch):
         (recipe_for(replace(WEIGHTS[0], bits=3), ACTS[0], 16, 4), "cpu", "these have 3"),
         (recipe_for(replace(WEIGHTS[4], group_size=8), replace(ACTS[4], group_size=16), 32, 4), "cpu", r"\[8, 16\]"),
         (recipe_for(replace(WEIGHTS[4], group_size=2), ACTS[0], 16, 4), "cpu", "multiple of 4"),
+        (recipe_for(WEIGHTS[0], ACTS[0], 33_004, 1), "cpu", "33004 input channels could overflow"),
+        (with_zero_points_off_the_grid("weight"), "cpu", "zero points of weights that are whole"),
+        (with_zero_points_off_the_grid("act"), "cpu", "zero points of activations that are whole"),
         (recipe_for(WEIGHTS[0], ACTS[0], 16, 4), "meta", "the device is meta"),
     ],
 )

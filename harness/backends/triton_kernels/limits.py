@@ -6,10 +6,8 @@ from importlib.util import find_spec
 
 import torch
 
-from harness.backends.triton_kernels.storage import whole_zero_points
-from harness.quant.quantizers import ActQuant, QuantizedWeight
-
-LARGEST_WIDTH = 33_000  # C · 255² < 2³¹: sums of products of codes fit int32
+from harness.backends.integers import act_lacks
+from harness.quant.quantizers import ActQuant
 
 
 def device_lacks(name: str, device: torch.device, capability: tuple[int, int] = (8, 0)) -> str | None:
@@ -24,15 +22,8 @@ def device_lacks(name: str, device: torch.device, capability: tuple[int, int] = 
     return None
 
 
-def weight_lacks(name: str, weight: QuantizedWeight) -> str | None:
-    if weight.codes_OC.shape[1] > LARGEST_WIDTH:
-        return f"{name} sums in int32, which {weight.codes_OC.shape[1]} input channels could overflow"
-    if not whole_zero_points(weight.zero_point_OG):
-        return f"{name} takes zero points that are whole numbers"
-    return None
-
-
-def act_lacks(name: str, act: ActQuant) -> str | None:
+def rows_lack(name: str, act: ActQuant) -> str | None:
+    """Why the kernels cannot round these activations row by row."""
     if act.spec.granularity not in ("per_token", "per_tensor"):
         return f"{name} takes activations per_token or per_tensor, these are {act.spec.granularity}"
-    return None
+    return act_lacks(name, act)

@@ -42,7 +42,3 @@ def stored_codes(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None, int]:
     if weight.spec.bits < 8:
         return (codes_OC - zero_OG.repeat_interleave(group, 1)).to(torch.int8), None, 0
     return (codes_OC - 128).to(torch.int8), zero_OG - 128, 0
-
-
-def whole_zero_points(zero_point: Tensor | None) -> bool:
-    return zero_point is None or bool(torch.equal(zero_point, zero_point.round()))

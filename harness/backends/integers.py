@@ -1,0 +1,40 @@
+"""What every kernel that multiplies integers asks of a recipe, so that its sums are exact; not a backend itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight
+from harness.quant.recipe import LayerRecipe
+
+LARGEST_WIDTH = 33_000  # C · 255² < 2³¹: sums of products of codes fit int32
+
+
+def not_integers(name: str, recipe: LayerRecipe) -> str | None:
+    """Why the two sides of this layer are not both codes × scale."""
+    if recipe.weight is None or recipe.act is None:
+        return f"{name} needs weights and activations quantized, one of them stays in float"
+    if isinstance(recipe.weight, LookupWeight):
+        return f"{name} multiplies integers; these weights are looked up in a table of uneven levels"
+    if isinstance(recipe.act, LogSqrt2Quant):
+        return f"{name} multiplies integers; these activations are rounded in their logarithm"
+    return None
+
+
+def weight_lacks(name: str, weight: QuantizedWeight) -> str | None:
+    if weight.codes_OC.shape[1] > LARGEST_WIDTH:
+        return f"{name} sums in int32, which {weight.codes_OC.shape[1]} input channels could overflow"
+    if not _whole(weight.zero_point_OG):
+        return f"{name} takes zero points of weights that are whole numbers"
+    return None
+
+
+def act_lacks(name: str, act: ActQuant) -> str | None:
+    if act.zero_point is not None and not _whole(act.zero_point.rows):
+        return f"{name} takes zero points of activations that are whole numbers"
+    return None
+
+
+def _whole(zero_point: Tensor | None) -> bool:
+    return zero_point is None or torch.equal(zero_point, zero_point.round())
