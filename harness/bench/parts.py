@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness.backends.base import known_backends
@@ -24,7 +25,11 @@ Around = Callable[[Callable[[], Any]], Any]  # gets what was to be called, calls
 
 @torch.no_grad()
 def shares(model: nn.Module, inputs: dict[str, Any], device: torch.device, calls: int = 3) -> dict[str, float]:
-    """{part: share of an eager step's time}: the kernels' own operators as their backends name them (`OPERATORS`)."""
+    """{part: share of an eager step's time}: the kernels' own operators as their backends name them (`OPERATORS`).
+
+    Raises:
+        RuntimeError: the profiler saw no time of the step.
+    """
     part_of: dict[str, str] = {}
     for backend in known_backends().values():
         part_of |= getattr(backend, "OPERATORS", {})
@@ -45,8 +50,12 @@ def shares(model: nn.Module, inputs: dict[str, Any], device: torch.device, calls
             synchronize(device)
     total: dict[str, float] = defaultdict(float)
     for event in trace.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # what runs on a GPU is counted with the operator that launched it
         spent = event.device_time_total if device.type == "cuda" else event.cpu_time_total
         total[part_of.get(event.key, event.key)] += spent
+    if not total[STEP]:
+        raise RuntimeError("the profiler saw no time of the step")
     named = {part: total[part] for part in dict.fromkeys(part_of.values()) if total[part]}
     found = named | {REST: total[LAYERS] - sum(named.values()), OUTSIDE: total[STEP] - total[LAYERS]}
     return {part: spent / total[STEP] for part, spent in found.items()}

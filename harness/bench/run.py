@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,7 +58,8 @@ def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], P
         candidates += quantized(each, model, target, options.modes)
     for other in options.others:
         candidates += OTHERS[other](target, config.device, options.modes)
-    candidates, refused = usable(candidates, inputs_of(model, config, options.batches[0]))
+    inputs, refused = inputs_of(model, config, options.batches[0]), Refused()
+    candidates = usable(candidates, inputs, refused)
     say(f"bench: {model.spec.name} on {config.device}, {len(candidates)} candidates take turns")
     record = {
         "schema": SCHEMA,
@@ -66,26 +67,37 @@ def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], P
         "method": config.method,
         "env": environment(config.device, config.seed),
         "rows": [row for batch in options.batches for row in latencies(candidates, model, config, batch, options)],
-        "shares": {c.label: shares(c.model, inputs_of(model, config, options.batches[0]), config.device)
-                   for c in candidates if c.mode == EAGER and quant_layers(c.model)},
-        "components": components(candidates, model, config),
-        "roofline": roofline(config.device, options.repeats),
+        "shares": refused.unless("shares", lambda: layer_shares(candidates, inputs, config.device)),
+        "components": refused.unless("components", lambda: components(candidates, model, config)),
+        "roofline": refused.unless("roofline", lambda: roofline(config.device, options.repeats)),
         "refused": refused,
-    }  # fmt: skip
+    }
     return record, written(record, config)
 
 
+class Refused(dict[str, str]):
+    """{what did not run: why}. One candidate that a compiler gives up, or one view of the time, must not cost the rest."""
+
+    def unless(self, name: str, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured; empty if it failed."""
+        try:
+            return measured()
+        except Exception as error:
+            self[name] = reason(error)[:200]
+            return {}
+
+
 @torch.no_grad()
-def usable(candidates: Sequence[Candidate], inputs: dict[str, Any]) -> tuple[list[Candidate], dict[str, str]]:
-    """Those that run, and {format and mode: why not} of the others (a compiler that gives up): one must not cost the rest."""
-    able, refused = [], {}
+def usable(candidates: Sequence[Candidate], inputs: dict[str, Any], refused: Refused) -> list[Candidate]:
+    """Those that run."""
+    able = []
     for candidate in candidates:
         try:
             candidate.model(**inputs)
             able.append(candidate)
         except Exception as error:
             refused[f"{candidate.label} {candidate.mode}"] = reason(error)[:200]
-    return able, refused
+    return able
 
 
 def latencies(
@@ -115,6 +127,14 @@ def latencies(
 
 def inputs_of(model: LoadedModel, config: RunConfig, batch: int) -> dict[str, Any]:
     return placed(model.step_inputs(batch), torch.bfloat16, config.device)
+
+
+def layer_shares(
+    candidates: Sequence[Candidate], inputs: dict[str, Any], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """{format: {part: share of an eager step}} of those with our layers."""
+    ours = [c for c in candidates if c.mode == EAGER and quant_layers(c.model)]
+    return {c.label: shares(c.model, inputs, device) for c in ours}
 
 
 def components(candidates: Sequence[Candidate], model: LoadedModel, config: RunConfig) -> dict[str, dict[str, float]]:

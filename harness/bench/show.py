@@ -31,7 +31,8 @@ def shown(record: dict[str, Any]) -> str:
         parts.append(f"{label} eager: " + ", ".join(f"{name} {share:.0%}" for name, share in found.items()))
     for label, found in record["components"].items():
         parts.append(f"{label}, one sample: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.items()))
-    parts.append("measured peaks: " + ", ".join(f"{name} {value:.3g}" for name, value in record["roofline"].items()))
+    if peaks := record["roofline"]:
+        parts.append("measured peaks: " + ", ".join(f"{name} {value:.3g}" for name, value in peaks.items()))
     return "\n\n".join(parts)
 
 

@@ -71,6 +71,21 @@ def test_a_benchmark_leaves_a_page_with_its_plot(benched):
     assert "one denoising step [ms]" in path.with_suffix(".html").read_text()
 
 
+@needs_real
+def test_a_view_of_the_time_that_fails_costs_no_latency(ditbench, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("the profiler saw no time of the step")
+
+    monkeypatch.setattr("harness.bench.run.shares", fails)
+    outcome = ditbench(
+        "bench", *SMALL, f"results_dir={tmp_path}", "--formats", "w8a8", "--modes", "eager", "--repeats", "1"
+    )
+    record = json.loads(next(tmp_path.glob("bench/*.json")).read_text())
+    assert outcome.code == 0 and len(record["rows"]) == 2 and record["shares"] == {} and record["roofline"]
+    assert list(record["refused"]) == ["shares"] and "the profiler saw no time" in record["refused"]["shares"]
+    assert f"shares did not run: {record['refused']['shares']}" in outcome.out
+
+
 def test_a_simulated_format_has_no_speed_to_measure(ditbench, tmp_path):
     outcome = ditbench("bench", *SMALL, f"results_dir={tmp_path}", "--formats", "w3a4")
     assert outcome.code == 2 and "W3A4 is simulated on cpu" in outcome.err
