@@ -38,7 +38,7 @@ from harness.errors import UserError
 from harness.observe import ChannelStats, channel_stats
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
-from harness.quant.smoothing import place, weight_absmax
+from harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from harness.quant.spec import FLOAT_BITS, Bits, QuantSpec, parse_label
 from harness.quant.target import Target
 from harness.quant.transforms import Hadamard, Transform, random_signs
@@ -80,7 +80,8 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         stats = channel_stats(target, calibration)
         for site in target.linear_sites():
             act_absmax_C = activation_absmax(stats[site.consumers[0]], params.statistics)
-            state[f"{site.name}/scale"] = channel_scale(act_absmax_C, weight_absmax(target, site), params)
+            weight_absmax_C = weight_absmax(target, site)
+            state[f"{site.name}/scale"] = smoothing_scale(act_absmax_C, weight_absmax_C, 1 - params.alpha, params.floor)
     if params.rotate:
         generator = torch.Generator().manual_seed(params.seed)
         for site in target.linear_sites():
@@ -106,14 +107,6 @@ def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Trans
 def activation_absmax(stats: ChannelStats, statistics: str) -> Tensor:
     """max|X_i|, one per channel."""
     return stats.absmax_SC[HIGHEST_NOISE] if statistics == "high_noise" else stats.absmax_C
-
-
-def channel_scale(act_absmax_C: Tensor, weight_absmax_C: Tensor, params: Params) -> Tensor:
-    """s = 1 / mask, one factor per input channel."""
-    act_range_C = act_absmax_C.clamp(min=params.floor)
-    weight_range_C = weight_absmax_C.clamp(min=params.floor)
-    mask_C = weight_range_C**params.alpha / act_range_C ** (1 - params.alpha)
-    return (1 / mask_C).clamp(min=params.floor)
 
 
 def bit_plan(target: Target, bits: Bits, params: Params) -> dict[str, Bits]:

@@ -12,25 +12,13 @@ from torch import nn
 
 from harness.pipeline import PipelineFamily
 from harness.quant.target import Site
-from harness.sites import QKV, reads, table, values
+from harness.sites import text_cross_attention
 
 HEIGHT, WIDTH, FRAMES = 480, 832, 81  # the pipeline's defaults
 
 
 def sites(transformer: nn.Module) -> list[Site]:
-    found = []
-    for index in range(len(transformer.blocks)):
-        block = f"blocks.{index}"
-        found += [
-            reads("attn_in", block, QKV, table(block, "temb", 0, 1)),
-            reads("attn_out", block, ("attn1.to_out.0",), *values(block, "attn1.to_v")),
-            reads("cross_query", block, ("attn2.to_q",)),
-            reads("caption", block, ("attn2.to_k", "attn2.to_v")),
-            reads("cross_out", block, ("attn2.to_out.0",), *values(block, "attn2.to_v")),
-            reads("ff_in", block, ("ffn.net.0.proj",), table(block, "temb", 3, 4)),
-            reads("ff_mid", block, ("ffn.net.2",)),
-        ]
-    return found
+    return text_cross_attention("blocks", len(transformer.blocks), feed_forward="ffn")
 
 
 def call(pipe: Any) -> dict[str, Any]:

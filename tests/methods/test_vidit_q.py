@@ -15,11 +15,10 @@ from harness.paths import CONF
 from harness.quant.build import build, float_copy, quant_layers
 from harness.quant.hadamard import hadamard
 from harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
-from harness.quant.smoothing import smoothing_scale
 from harness.quant.spec import Bits, QuantSpec
 from harness.quant.transforms import Hadamard, Transform, random_signs
 from methods import vidit_q
-from methods.vidit_q import Params, bit_plan, channel_scale
+from methods.vidit_q import Params, bit_plan
 
 SITE, LAYER = "transformer_blocks.1.ff_mid", "transformer_blocks.1.ff.net.2"
 
@@ -61,14 +60,6 @@ def test_the_two_statistics_differ(small_target, small_calibration):
         vidit_q.fit(small_target, small_calibration, DYNAMIC, Params(statistics=s)) for s in ("high_noise", "all_steps")
     )
     assert not torch.allclose(first[f"{SITE}/scale"], all_steps[f"{SITE}/scale"], rtol=1e-2)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.88])
-def test_its_alpha_is_one_minus_the_strength_of_smoothquant(alpha, normal):
-    act, weight = normal(48).abs().exp(), normal(48, seed=1).abs() * 0.1
-    act[3], weight[5] = 0.0, 0.0
-    found = channel_scale(act, weight, Params(alpha=alpha))
-    torch.testing.assert_close(found, smoothing_scale(act, weight, 1 - alpha, 1e-5), rtol=1e-12, atol=0)
 
 
 def test_a_layer_computes_the_product_of_both_scaled_and_rotated_sides(small_target, small_calibration, normal):
