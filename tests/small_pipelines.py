@@ -25,7 +25,7 @@ from transformers import (  # fmt: skip
 from harness.models.opensora.pipeline import OpenSoraPipeline
 from harness.models.opensora.stdit3 import STDiT3
 from harness.models.opensora.vae import OpenSoraVAE
-from harness.models.zoo.tiny_t2i import tokenizer
+from harness.models.zoo.captioned import tokenizer
 
 SMALL_TEXT = 24
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from harness.models.zoo import shapes
+from harness.models.zoo.captioned import TEXT_LENGTH, tokenizer
 from harness.models.zoo.shapes import KINDS, Caption, Object, Scene, Wanted, draw_scene, random_caption, related, render
-from harness.models.zoo.tiny_t2i import TEXT_LENGTH, tokenizer
 
 RED_CIRCLE, BLUE_SQUARE = Wanted("circle", "red"), Wanted("square", "blue", "small")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.models.zoo import tiny_t2i, tiny_video
+from harness.models.zoo import captioned, tiny_t2i, tiny_video
 
 FAMILIES = {"tiny-t2i": tiny_t2i, "tiny-video": tiny_video}
 
@@ -24,7 +24,7 @@ def test_a_resumed_training_gives_the_same_weights_as_one_that_was_never_stopped
     schedule = replace(zoo_model.SCHEDULE, steps=3, warmup=1, ema_decay=0.5, checkpoint_every=1)
     whole, losses = zoo_model.train_model(tmp_path / "whole.pt", schedule)
 
-    usual, steps = zoo_model.clean_loss, []
+    usual, steps = captioned.clean_loss, []
 
     def stops_in_the_third_step(*arguments):
         steps.append(None)
@@ -33,7 +33,7 @@ def test_a_resumed_training_gives_the_same_weights_as_one_that_was_never_stopped
         return usual(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo_model, "clean_loss", stops_in_the_third_step)
+        patch.setattr(captioned, "clean_loss", stops_in_the_third_step)
         with pytest.raises(KeyboardInterrupt):
             zoo_model.train_model(tmp_path / "stopped.pt", schedule)
     resumed, again = zoo_model.train_model(tmp_path / "stopped.pt", schedule)

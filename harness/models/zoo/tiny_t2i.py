@@ -12,18 +12,14 @@ from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
 from harness.models.zoo import card, shapes
-from harness.models.zoo.training import Schedule, minutes_of, train
+from harness.models.zoo.captioned import TEXT_WIDTH, new_text_encoder, tokenizer, train_captioned, zero
+from harness.models.zoo.training import Schedule, minutes_of
 
-TEXT_LENGTH = 16  # tokens, the end included
-TEXT_WIDTH = 64
-CAPTION_DROP = 0.1
 BATCH = 64
-LEAST_NOISE = 0.1  # 1 − ᾱ below which the loss gains no more weight
 TRANSFORMER = {
     "num_attention_heads": 6,
     "attention_head_dim": 32,
@@ -40,26 +36,6 @@ KIND_WEIGHTS = {
     "single_object": 1, "two_object": 2, "counting": 2, "colors": 2, "position": 2, "color_attr": 3,
 }  # fmt: skip
 SCHEDULE = Schedule(steps=9000, learning_rate=1e-3)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the shapes world, `</s>` at the end, padded with `<pad>`."""
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *shapes.words()])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_LENGTH
-    )
-
-
-def new_text_encoder(vocabulary: int) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=vocabulary, d_model=TEXT_WIDTH, d_kv=16, num_heads=4, d_ff=128, num_layers=2, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", relative_attention_num_buckets=16, relative_attention_max_distance=16,
-    )  # fmt: skip
-    return T5EncoderModel(config)
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
@@ -86,13 +62,6 @@ class TextToImage(nn.Module):
         ).sample
 
 
-def zero(*layers: nn.Linear) -> None:
-    """adaLN-Zero: gates and the last projection start at 0, so every block starts as the identity."""
-    for layer in layers:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-
-
 def new_model(seed: int = 0) -> TextToImage:
     torch.manual_seed(seed)
     transformer = PixArtTransformer2DModel(**TRANSFORMER)
@@ -112,31 +81,9 @@ def pairs(count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
 
 
 def train_model(checkpoint: Path, schedule: Schedule = SCHEDULE) -> tuple[TextToImage, list[float]]:
-    words, alphas_cumprod = tokenizer(), scheduler().alphas_cumprod
-
-    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
-        images, captions = pairs(BATCH, generator)
-        dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROP
-        texts = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-        tokens = words(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
-        return clean_loss(model, images, tokens, alphas_cumprod, generator)
-
-    return train(new_model(schedule.seed).train(), loss_of, schedule, checkpoint, "tiny-t2i")
-
-
-def clean_loss(model: nn.Module, clean: Tensor, tokens, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean of |x̂ − x|² / (1 − ᾱ), the error of the velocity that x̂ implies; where there is hardly any noise, capped.
-
-    The clean image is what is predicted (Li & He 2025, arXiv:2511.13720): a token of 8×8 pixels as wide as the model has
-    no room to carry the noise through.
-    """
-    timestep = torch.randint(len(alphas_cumprod), (len(clean),), generator=generator)
-    noise = torch.randn(clean.shape, generator=generator)
-    signal = alphas_cumprod[timestep].view(-1, *[1] * (clean.ndim - 1))
-    noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-    wanted = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-    error = (model(noisy, timestep, wanted).float() - clean).square()
-    return (error / (1 - signal).clamp(min=LEAST_NOISE)).mean()
+    return train_captioned(
+        new_model(schedule.seed), pairs, BATCH, scheduler().alphas_cumprod, schedule, checkpoint, "tiny-t2i"
+    )
 
 
 def pipeline(model: TextToImage) -> PixArtAlphaPipeline:

@@ -17,16 +17,8 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
 from harness.models.zoo import card, shapes
-from harness.models.zoo.tiny_t2i import (
-    CAPTION_DROP,
-    TEXT_LENGTH,
-    TEXT_WIDTH,
-    clean_loss,
-    new_text_encoder,
-    tokenizer,
-    zero,
-)
-from harness.models.zoo.training import Schedule, minutes_of, train
+from harness.models.zoo.captioned import TEXT_LENGTH, TEXT_WIDTH, new_text_encoder, tokenizer, train_captioned, zero
+from harness.models.zoo.training import Schedule, minutes_of
 
 FRAMES, SIDE = 8, 24
 FRAMES_PER_TOKEN = 4  # as CogVideoX 1.5 has two; with one, frames came out in any order for want of training
@@ -100,16 +92,9 @@ def pairs(count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
 
 
 def train_model(checkpoint: Path, schedule: Schedule = SCHEDULE) -> tuple[TextToVideo, list[float]]:
-    words, alphas_cumprod = tokenizer(), scheduler().alphas_cumprod
-
-    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
-        videos, captions = pairs(BATCH, generator)
-        dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROP
-        texts = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-        tokens = words(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
-        return clean_loss(model, videos, tokens, alphas_cumprod, generator)
-
-    return train(new_model(schedule.seed).train(), loss_of, schedule, checkpoint, "tiny-video")
+    return train_captioned(
+        new_model(schedule.seed), pairs, BATCH, scheduler().alphas_cumprod, schedule, checkpoint, "tiny-video"
+    )
 
 
 def pipeline(model: TextToVideo) -> CogVideoXPipeline:
@@ -137,5 +122,4 @@ CARD = """# tiny-video
 Text to video on the shapes world: a `CogVideoXPipeline` in pixel space (no VAE), whose T5 encoder was trained with it, on eight
 24×24 frames of one moving object and their captions, drawn afresh for every step. For testing quantization methods end to end on a
 CPU; it says nothing about large models by itself. Scores are by exact reading of float samples (`eval/motion_shapes.py`).
-The weights here saw their first 3,250 steps under a cosine of 6,000 steps, so training again gives the like, not the same.
 """
