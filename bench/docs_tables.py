@@ -1,15 +1,21 @@
-"""The tables of docs/methods.md, from the recorded sweeps in results/tiny-dit-stress/*.csv.
+"""The numbers of the docs, from what was recorded in results/.
 
     ditbench report --over-seeds --format csv --experiment w4a4 --out results/tiny-dit-stress/w4a4.csv
     ditbench report --format csv --experiment w4a4 --out results/tiny-dit-stress/w4a4.seeds.csv
-    python bench/method_tables.py                 # writes the tables between the markers <!-- table: NAME --> and <!-- end -->; --check only compares
+    python bench/docs_tables.py                   # fills the marked places; --check only compares
 
-Numbers are means over seeds with 95 % intervals (Student's t). Rows are in the order of PSNR. A line between
-<!-- paired: NAME, METRIC, RUN, RUN --> and <!-- end --> is the difference of two rows, seed by seed.
+A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
+
+    table: NAME                      results/tiny-dit-stress/NAME.csv in the order of PSNR; means over seeds with 95 % intervals
+                                     (Student's t)
+    paired: NAME, METRIC, RUN, RUN   the difference of two rows, seed by seed
+    fit cost                         what `bench/fit_cost.py` wrote
+    bench: FILE                      results/bench/FILE.json, which `ditbench bench` wrote
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -19,28 +25,28 @@ import pandas as pd
 from harness.report.seeds import t_interval
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "methods.md"
+PAGES = (ROOT / "docs" / "methods.md", ROOT / "docs" / "backends.md")
 RESULTS = ROOT / "results" / "tiny-dit-stress"
-MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-PAIRED = re.compile(
-    r"(<!-- paired: (?P<name>[\w-]+), (?P<metric>[\w/]+), (?P<one>.+?), (?P<other>.+?) -->\n).*?(<!-- end -->)",
-    re.DOTALL,
-)
-COST = ROOT / "results" / "bench" / "fit_cost-dit-xl-2-256-random.jsonl"
-FIT = re.compile(r"(<!-- fit cost -->\n).*?(<!-- end -->)", re.DOTALL)
+BENCH = ROOT / "results" / "bench"
+COST = BENCH / "fit_cost-dit-xl-2-256-random.jsonl"
+MARKED = re.compile(r"(?P<open><!-- (?P<what>[a-z ]+)(?:: (?P<of>.+?))? -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 FID = "torchmetrics/fid_judge"
 COLUMNS = {FID: ("FID (judge) ↓", 1), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 4), "accuracy": ("recognised ↑", 3)}
 
 
 def main() -> None:
-    page = PAGE.read_text()
-    filled = MARKED.sub(lambda match: f"{match[1]}{table(match['name'])}\n{match[3]}", page)
-    filled = PAIRED.sub(lambda m: f"{m[1]}{difference(m['name'], m['metric'], m['one'], m['other'])}\n{m[6]}", filled)
-    filled = FIT.sub(lambda m: f"{m[1]}{fit_cost()}\n{m[2]}", filled)
-    if "--check" not in sys.argv:
-        PAGE.write_text(filled)
-    elif filled != page:
-        sys.exit("docs/methods.md does not show what results/tiny-dit-stress says; run python bench/method_tables.py")
+    for page in PAGES:
+        text = page.read_text()
+        filled = MARKED.sub(fill, text)
+        if "--check" not in sys.argv:
+            page.write_text(filled)
+        elif filled != text:
+            sys.exit(f"docs/{page.name} does not show what results/ says; run python bench/docs_tables.py")
+
+
+def fill(place: re.Match[str]) -> str:
+    arguments = place["of"].split(", ") if place["of"] else []
+    return f"{place['open']}{CONTENT[place['what']](*arguments)}\n{place['close']}"
 
 
 def table(name: str) -> str:
@@ -82,6 +88,26 @@ def fit_cost() -> str:
     return "\n".join(lines)
 
 
+def step_times(name: str) -> str:
+    record = json.loads((BENCH / f"{name}.json").read_text())
+    lines = [
+        "| format | backend | mode | step, ms | against bf16 | transformer held, MiB |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for row in record["rows"]:
+        held = "–" if row["held_bytes"] is None else f"{row['held_bytes'] / 2**20:.0f}"
+        median, speedup = row["latency_ms"]["median"], row["speedup"]
+        lines.append(
+            f"| {row['format']} | `{row['backend']}` | {row['mode']} | {median:.0f} | {speedup:.2f}× | {held} |"
+        )
+    lines += [
+        "",
+        f"{record['model']}, {record['rows'][0]['rows']} rows, {record['env']['device']}, medians; `results/bench/{name}.json`.",
+    ]
+    lines += [f"{what} did not run: {why}." for what, why in record["refused"].items()]
+    return "\n".join(lines)
+
+
 def with_interval(run: pd.Series, metric: str, decimals: int) -> str:
     half = (run[f"{metric}.ci95_high"] - run[f"{metric}.ci95_low"]) / 2
     inside = " ~" if run.get(f"{metric}.inside_noise_floor") is True else ""
@@ -96,6 +122,9 @@ def caption(runs: pd.DataFrame) -> str:
         f"{first.model}, n = {first.n:,} images × {seeds} seed{'s' * (seeds > 1)}, {first.steps} steps, guidance {first.guidance}; "
         f"95 % intervals {over}; ~: inside the noise floor; {first.device}, commit {first.commit[:7]}."
     )
+
+
+CONTENT = {"table": table, "paired": difference, "fit cost": fit_cost, "bench": step_times}
 
 
 if __name__ == "__main__":
