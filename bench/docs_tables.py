@@ -6,8 +6,7 @@
 
 A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
 
-    table: NAME                      results/tiny-dit-stress/NAME.csv in the order of PSNR; means over seeds with 95 % intervals
-                                     (Student's t)
+    table: NAME                      results/NAME.csv in the order of PSNR; means over seeds with 95 % intervals (Student's t)
     paired: NAME, METRIC, RUN, RUN   the difference of two rows, seed by seed
     fit cost                         what `bench/fit_cost.py` wrote
     bench: FILE                      results/bench/FILE.json, which `ditbench bench` wrote
@@ -26,12 +25,19 @@ from harness.report.seeds import t_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "methods.md", ROOT / "docs" / "backends.md")
-RESULTS = ROOT / "results" / "tiny-dit-stress"
-BENCH = ROOT / "results" / "bench"
+RESULTS = ROOT / "results"
+BENCH = RESULTS / "bench"
 COST = BENCH / "fit_cost-dit-xl-2-256-random.jsonl"
 MARKED = re.compile(r"(?P<open><!-- (?P<what>[a-z ]+)(?:: (?P<of>.+?))? -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 FID = "torchmetrics/fid_judge"
-COLUMNS = {FID: ("FID (judge) ↓", 1), "psnr": ("PSNR dB ↑", 2), "ssim": ("SSIM ↑", 4), "accuracy": ("recognised ↑", 3)}
+COLUMNS = {  # metric: (heading, decimals); a table has those that its runs have
+    FID: ("FID (judge) ↓", 1),
+    "psnr": ("PSNR dB ↑", 2),
+    "ssim": ("SSIM ↑", 4),
+    "accuracy": ("recognised ↑", 3),
+    "geneval_shapes/overall": ("as told (GenEval) ↑", 3),
+    "motion_shapes/scene": ("object, direction and speed as told ↑", 3),
+}
 
 
 def main() -> None:
@@ -52,11 +58,19 @@ def fill(place: re.Match[str]) -> str:
 def table(name: str) -> str:
     runs = pd.read_csv(RESULTS / f"{name}.csv")
     runs = runs[runs.status == "ok"].sort_values("psnr", ascending=False)
-    heads = ["method", "weight bits, effective", *(title for title, _ in COLUMNS.values()), "fit s", "fit peak MiB"]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    columns = {name: column for name, column in COLUMNS.items() if name in runs and runs[name].notna().any()}
+    heads = [
+        "method",
+        "bits",
+        "weight bits, effective",
+        *(title for title, _ in columns.values()),
+        "fit s",
+        "fit peak MiB",
+    ]
+    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
     for _, run in runs.iterrows():
-        cells = [run["run"], f"{run.weight_bits_effective:.2f}"]
-        cells += [with_interval(run, metric, decimals) for metric, (_, decimals) in COLUMNS.items()]
+        cells = [run["run"], run.bits, f"{run.weight_bits_effective:.2f}"]
+        cells += [with_interval(run, metric, decimals) for metric, (_, decimals) in columns.items()]
         lines.append([*cells, f"{run.fit_s:.0f}", f"{run.fit_peak_memory_mib:.0f}"])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{text}\n\n{caption(runs)}"

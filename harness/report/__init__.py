@@ -19,7 +19,7 @@ FORMATS = ("md", "csv", "latex", "html")
 
 @dataclass(frozen=True)
 class Report:
-    """text: what to print (for html the short terminal table); path: the file written, if any."""
+    """text: what to print, the short terminal table if the report went to a file; path: that file."""
 
     text: str
     path: Path | None = None
@@ -59,9 +59,10 @@ def report(
         "csv": lambda: frame(groups).to_csv(index=False),
         "latex": lambda: text.latex(groups, headline),
     }[format]()
-    if out:
-        _write(out, rendered)
-    return Report(rendered, out)
+    if out is None:
+        return Report(rendered, None)
+    _write(out, rendered)
+    return Report(text.terminal(groups, headline), out)
 
 
 def comparisons(

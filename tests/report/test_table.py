@@ -11,7 +11,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.record import read_all
-from harness.report import Report, compare, comparison_table, report
+from harness.report import compare, comparison_table, report
 from harness.report.frame import frame
 from harness.report.table import interval, table
 
@@ -241,10 +241,12 @@ def test_chosen_metrics_are_shown_and_unknown_ones_are_named(sweep):
 
 
 def test_text_reports_are_written_where_asked(sweep, tmp_path):
+    """And the short table is printed, as for html."""
+    printed = report(sweep, "demo", "csv")
     written = report(sweep, "demo", "csv", out=tmp_path / "new" / "table.csv")
-    assert written == Report(written.text, tmp_path / "new" / "table.csv")
-    assert written.path.read_text() == written.text
-    assert report(sweep, "demo", "md").path is None
+    assert printed.path is None and written.path == tmp_path / "new" / "table.csv"
+    assert written.path.read_text() == printed.text
+    assert written.text == report(sweep, "demo", "html", out=tmp_path / "page.html").text != printed.text
 
 
 def test_mistakes_are_user_errors(sweep, tmp_path):
