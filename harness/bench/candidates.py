@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -71,14 +71,14 @@ def quantized(config: RunConfig, model: LoadedModel, target: Target, modes: tupl
 def in_modes(label: str, model: nn.Module, target: Target, modes: tuple[str, ...]) -> Iterator[Candidate]:
     size, backend = resident_bytes(model), backends_of(model)
     for mode in modes:
-        yield Candidate(label, mode, model if mode == EAGER else compiled(model, target), backend, size)
+        yield Candidate(label, mode, model if mode == EAGER else compiled(model, target.blocks), backend, size)
 
 
-def compiled(model: nn.Module, target: Target) -> nn.Module:
-    """A copy on the same tensors whose blocks are compiled, without graph breaks; the rest runs eagerly."""
+def compiled(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A copy on the same tensors, of which the named modules are compiled; the rest runs eagerly."""
     tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     shared = {id(tensor): tensor for tensor in [*tensors, *model.parameters(), *model.buffers()]}
     copied = copy.deepcopy(model, memo=shared)
-    for name in target.blocks:
+    for name in names:
         copied.get_submodule(name).compile(dynamic=False)
     return copied
