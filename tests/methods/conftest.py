@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from harness import conformance
-from harness.conformance import Case
+from harness.calibrate import calibrate
+from harness.conformance import SMALL_DIT, Case
+from harness.models.base import ModelSpec, Sampler, load_model
 
 # What `apply_saved` is run in: a process that has fitted nothing. Importing diffusers takes seconds, so there is one for
 # all methods, started before it is needed; `ditbench check-method` starts one per method.
@@ -73,3 +75,10 @@ def case_of() -> Callable[..., Case]:
         return made
 
     return case
+
+
+@pytest.fixture(scope="module")
+def five_blocks():
+    """(target, calibration): enough blocks that three behind the first are not all of them."""
+    model = load_model(ModelSpec("five-random-blocks", "dit", random=SMALL_DIT | {"num_layers": 5}))
+    return model.target(), calibrate(model, Sampler("ddim", steps=2, guidance=1.0), n=2, seed=0)
