@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from harness.models.opensora.stdit3 import STDiT3
 from harness.models.opensora.vae import CausalConv, OpenSoraVAE
 
-C, HEADS, FRAMES, PLACES, L = 16, 2, 3, 4, 5
-
 
 @pytest.fixture(scope="module")
 def small() -> STDiT3:
