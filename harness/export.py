@@ -28,7 +28,7 @@ from harness.backends.base import AUTO
 from harness.errors import UserError
 from harness.files import atomic_path, file_sha256
 from harness.quant.attention import QuantAttnProcessor, set_processor
-from harness.quant.build import clock_of, copy_without, set_submodule
+from harness.quant.build import cast, clock_of, copy_without, dtype_of, set_submodule
 from harness.quant.effective import effective_linear, touched_layers
 from harness.quant.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed
 from harness.quant.modulation import block_folds, hang
@@ -74,8 +74,8 @@ def save_quantized(
     }
     for key, tensor in target.transformer.state_dict().items():
         if key.rpartition(".")[0] not in touched:
-            cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            tensors[f"float/{key}"] = cast.cpu().clone(memory_format=torch.contiguous_format)
+            kept = tensor.to(dtype_of(target.transformer, key, dtype)) if tensor.is_floating_point() else tensor
+            tensors[f"float/{key}"] = kept.cpu().clone(memory_format=torch.contiguous_format)
     with atomic_path(folder) as part:
         part.mkdir()
         save_file(tensors, part / TENSORS)
@@ -208,7 +208,7 @@ def _assembled(
     device, dtype = next(transformer.parameters()).device, getattr(torch, described["dtype"])
     clock = StepClock(described["num_steps"]).to(device)
     model = copy_without(transformer, list(described["layers"]))
-    nn.Module.to(model, device=device, dtype=dtype)
+    cast(model, dtype, device)
     model.load_state_dict({key.removeprefix("float/"): t for key, t in tensors.items() if key.startswith("float/")})
     for name, parts in described["layers"].items():
         stored = {part: decode(value, tensors) for part, value in parts.items()}

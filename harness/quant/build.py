@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.backends.base import AUTO
 from harness.memory import trim
@@ -34,7 +34,7 @@ def build(
     device = torch.device(device)
     clock = StepClock(recipe.num_steps).to(device)
     model = copy_without(target.transformer, touched_layers(target, recipe))
-    _cast(model, dtype, device)
+    cast(model, dtype, device)
     for name in touched_layers(target, recipe):
         original = target.module(name)
         linear = build_layer(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
@@ -48,18 +48,29 @@ def build(
     return model.eval().requires_grad_(False)
 
 
-def _cast(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Move and cast in place, as diffusers loads a model: what its class keeps in float32 stays so in half precision."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype.itemsize < 4 else set()
+def cast(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Move and cast in place, as diffusers loads a model."""
     precise = {
-        name: tensor
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if tensor.is_floating_point() and not kept.isdisjoint(name.split("."))
+        name: tensor.data.clone()
+        for name, tensor in tensors_of(model).items()
+        if tensor.is_floating_point() and dtype_of(model, name, dtype) != dtype
     }
-    before = {name: tensor.data.clone() for name, tensor in precise.items()}
     nn.Module.to(model, device=device, dtype=dtype)  # not diffusers' own .to, which warns about every cast
+    moved = tensors_of(model)  # buffers are others now
     for name, tensor in precise.items():
-        tensor.data = before[name].to(device=device, dtype=torch.float32)
+        moved[name].data = tensor.to(device=device, dtype=torch.float32)
+
+
+def dtype_of(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a floating-point parameter or buffer has in a model cast to dtype: what its class keeps in float32 stays so in
+    half precision.
+    """
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return torch.float32 if dtype.itemsize < 4 and not set(kept).isdisjoint(name.split(".")) else dtype
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def build_layer(

@@ -11,10 +11,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).parent.parent / "models"))
-from small_pipelines import SMALL
+from small_pipelines import SIZES, SMALL
 
 from eval.base import Prompt
 from harness.calibrate import calibrate
+from harness.calls import placed
 from harness.conformance import DYNAMIC, STATIC
 from harness.export import TENSORS, load_quantized
 from harness.generate import conditions, generate
@@ -102,3 +103,18 @@ def test_what_adaln_single_takes_over_is_counted(export):
     indices = sum(tensor.nbytes for tensor in tensors.values() if tensor.dtype == torch.int16)
     assert any(name.startswith("folds/") for name in tensors)
     assert halved + indices == export.size["model_bytes"]
+
+
+def test_what_a_class_keeps_in_float32_is_exported_so(write, tmp_path):
+    """Wan's norms, tables and time embedding; rounded to bf16 they would draw another video."""
+    SMALL["wan"]().save_pretrained(tmp_path / "wan")
+    model = load_model(ModelSpec("wan", "wan", source=str(tmp_path / "wan"), size=SIZES["wan"]))
+    made = write(tmp_path / "export", model.target(), None, model, "rtn", DYNAMIC)
+    loaded, built = load_quantized(made.folder, model.transformer), made.built()
+    kept = {n: t for n, t in loaded.named_parameters() if t.dtype == torch.float32}
+    assert any("time_embedder" in name for name in kept)
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, built.get_parameter(name)), name
+    inputs = placed(model.step_inputs(2), torch.bfloat16, "cpu")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).sample, built(**inputs).sample)
