@@ -43,7 +43,7 @@ TRANSFORMER = {
     "patch_bias": True,
     "use_rotary_positional_embeddings": True,
 }
-SCHEDULE = Schedule(steps=10000, learning_rate=1e-3)
+SCHEDULE = Schedule(steps=14000, learning_rate=1e-3)
 
 
 def scheduler() -> CogVideoXDDIMScheduler:
