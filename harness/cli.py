@@ -228,6 +228,7 @@ def parity_command(arguments: list[str]) -> int:
 
 def bench_command(arguments: list[str]) -> int:
     from harness.bench import Options, bench, plot, shown
+    from harness.bench.others import OTHERS
 
     usual = Options()
     parser = argparse.ArgumentParser(
@@ -238,7 +239,7 @@ def bench_command(arguments: list[str]) -> int:
     parser.add_argument("--modes", nargs="+", default=usual.modes, choices=usual.modes)
     parser.add_argument("--batches", nargs="+", type=int, default=usual.batches, help="rows of one call")
     parser.add_argument(
-        "--others", nargs="+", default=[], choices=["torchao"], help="other libraries' int8 beside ours"
+        "--others", nargs="+", default=[], choices=list(OTHERS), help="other libraries' int8 beside ours"
     )
     parser.add_argument("--repeats", type=int, default=usual.repeats)
     options = parser.parse_intermixed_args(_flags_to_overrides(arguments))

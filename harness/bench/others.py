@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from harness.bench.candidates import COMPILED, Candidate, compiled, in_modes
 from harness.errors import UserError
-from harness.quant.build import float_copy
+from harness.quant.build import float_copy, set_submodule
 from harness.quant.target import Target
 
 
@@ -38,4 +39,27 @@ def torchao_int8(target: Target, device: torch.device, modes: tuple[str, ...]) -
         yield replace(candidate, backend="torchao", held_bytes=None)  # its tensors give the size they stand for
 
 
-OTHERS = {"torchao": torchao_int8}
+def gemlite_int8(target: Target, device: torch.device, modes: tuple[str, ...]) -> Iterator[Candidate]:
+    """gemlite's Triton kernels: int8 weights per channel, dynamic int8 activations per token. Never run here yet.
+
+    Raises:
+        UserError: gemlite is not installed, or the device is not CUDA (it cannot be imported without).
+    """
+    if device.type != "cuda":
+        raise UserError(f"bench --others gemlite: gemlite runs on CUDA, the device is {device}")
+    try:
+        from gemlite.helper import A8W8_int8_dynamic
+    except ImportError as error:
+        raise UserError("bench --others gemlite: pip install gemlite") from error
+
+    model = float_copy(target, dtype=torch.bfloat16, device=device)
+    theirs = A8W8_int8_dynamic(device=str(device), dtype=torch.bfloat16)
+    for name in target.layers:
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear):
+            set_submodule(model, name, theirs.from_linear(layer, del_orig=False))
+    for candidate in in_modes("gemlite int8", model, target, modes):
+        yield replace(candidate, backend="gemlite")
+
+
+OTHERS = {"torchao": torchao_int8, "gemlite": gemlite_int8}

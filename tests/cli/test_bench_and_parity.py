@@ -92,6 +92,12 @@ def test_a_simulated_format_has_no_speed_to_measure(ditbench, tmp_path):
     assert not (tmp_path / "bench").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_second_opinion_that_needs_cuda_says_so(ditbench, tmp_path):
+    outcome = ditbench("bench", *SMALL, f"results_dir={tmp_path}", "--formats", "w8a8", "--others", "gemlite")
+    assert outcome.code == 2 and "gemlite runs on CUDA, the device is cpu" in outcome.err
+
+
 def test_calls_take_turns_and_warm_up_is_not_counted():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
