@@ -107,7 +107,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
         raw["bits"]["weight"] = raw["bits"]["weight"] | {"bits": FLOAT_BITS}
         raw["bits"]["act"] = raw["bits"]["act"] | {"bits": FLOAT_BITS}
-    bits = _mixed(raw["bits"]) if raw["bits"]["label"] == MIXED else _bits(raw["bits"])
+    bits = _mixed(raw["bits"], raw["protocol"]["steps"]) if raw["bits"]["label"] == MIXED else _bits(raw["bits"])
     raw["bits"] = raw["bits"] | {"label": bits.label.lower()}  # of the widths, wherever they were set
     for each in bits.candidates if isinstance(bits, MixedBits) else (bits,):
         methods.check_bits(raw["method"]["name"], each)
@@ -232,7 +232,7 @@ def _bits(node: dict[str, Any]) -> Bits:
     return Bits(sides["weight"], sides["act"])
 
 
-def _mixed(node: dict[str, Any]) -> MixedBits:
+def _mixed(node: dict[str, Any], steps: int) -> MixedBits:
     labels = node["candidates"]
     if not isinstance(labels, list) or not labels or len(set(labels)) < len(labels):
         raise UserError(f"bits.candidates must be a list of different formats such as [w4a8,w8a8], got {labels!r}")
@@ -249,7 +249,10 @@ def _mixed(node: dict[str, Any]) -> MixedBits:
     name, limit = next(iter(given.items()))
     if not isinstance(limit, int | float) or isinstance(limit, bool) or limit <= 0:
         raise UserError(f"bits.budget.{name} must be a number above 0, got {limit!r}")
-    return MixedBits(tuple(candidates), name, limit)
+    ranges = node.get("ranges", 1)  # records from before there were ranges have none
+    if not isinstance(ranges, int) or isinstance(ranges, bool) or not 1 <= ranges <= steps:
+        raise UserError(f"bits.ranges must be a whole number from 1 to protocol.steps={steps}, got {ranges!r}")
+    return MixedBits(tuple(candidates), name, limit, ranges)
 
 
 def _folder_name(name: str) -> str:

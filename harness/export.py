@@ -6,7 +6,7 @@ everything that stays in float, in the dtype it ran in. Nothing in it is a backe
 The float weights and the calibration are not needed again: the model that it is loaded into lends its code and its
 configuration only.
 
-    tensors "layers/<layer>/…", "folds/<block>/…", "attention/<module>/…": see `quant.serialize`
+    tensors "layers/<layer>/…" or, where it changes with the range of denoising steps, "layers/<layer>/<range>/…", "folds/<block>/…", "attention/<module>/…": see `quant.serialize`
     tensors "float/<parameter>": the transformer's parameters and buffers that no recipe touches
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from harness.files import atomic_path, file_sha256
 from harness.quant.attention import QuantAttnProcessor, set_processor
 from harness.quant.build import cast, clock_of, copy_without, dtype_of, set_submodule
 from harness.quant.effective import effective_linear, touched_layers
-from harness.quant.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed
+from harness.quant.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed, RangedLinear
 from harness.quant.modulation import block_folds, hang
 from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.serialize import decode, encode
+from harness.quant.serialize import content_sha256, decode, encode
 from harness.quant.steps import StepClock
 from harness.quant.target import Target
 
@@ -63,6 +64,7 @@ def save_quantized(
         "dtype": str(dtype).removeprefix("torch."),
         "transformer": architecture(target.transformer),
         "num_steps": recipe.num_steps,
+        "starts": list(recipe.starts),
         **about,
         "folded": sorted(recipe.folded),
         "layers": {name: _encode_layer(target, recipe, name, dtype, tensors) for name in touched},
@@ -185,7 +187,38 @@ class StepCounter:
 def _encode_layer(
     target: Target, recipe: ModelRecipe, name: str, dtype: torch.dtype, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """One rebuilt layer, in the precision that `QuantLinear` keeps its parts in."""
+    """One rebuilt layer. If it changes with the range of steps: {"variants": […], "of_range": [the variant of each range]};
+    parts that are equal in several variants are one tensor.
+    """
+    if name not in recipe.variants:
+        return _encode_variant(
+            target, recipe, name, dtype, f"layers/{name}", lambda v, where: encode(v, where, tensors)
+        )
+    known: dict[str, Any] = {}
+
+    def once(value: Any, where: str) -> Any:
+        content = content_sha256(value)
+        if content not in known:
+            known[content] = encode(value, where, tensors)
+        return known[content]
+
+    first_ranges, of_range = recipe.distinct(name)
+    variants = [
+        _encode_variant(target, recipe.of_range(index), name, dtype, f"layers/{name}/{index}", once)
+        for index in first_ranges
+    ]
+    return {"variants": variants, "of_range": of_range}
+
+
+def _encode_variant(
+    target: Target,
+    recipe: ModelRecipe,
+    name: str,
+    dtype: torch.dtype,
+    where: str,
+    encoded: Callable[[Any, str], Any],
+) -> dict[str, Any]:
+    """In the precision that `QuantLinear` keeps its parts in."""
     layer = recipe.layers.get(name, LayerRecipe())
     transforms = {n: each.transform for n, each in recipe.layers.items()}
     effective = effective_linear(target, name, transforms, recipe.folded)
@@ -193,38 +226,31 @@ def _encode_layer(
     online = copy.deepcopy(layer.transform.rotations_only() if folded else layer.transform)
     low_rank = layer.low_rank and type(layer.low_rank)(layer.low_rank.down_rC.to(dtype), layer.low_rank.up_Or.to(dtype))
     stored = LayerRecipe(online.to(torch.promote_types(dtype, torch.float32)), layer.weight, layer.act, low_rank)
-    parts = {
+    weight_OC = None if layer.weight is not None else effective.weight_OC.to(dtype)
+    bias = effective.bias and effective.bias.map(lambda rows_GO: rows_GO.to(dtype))
+    return {
         "shape": list(effective.weight_OC.shape),
-        "weight_OC": None if layer.weight is not None else effective.weight_OC.to(dtype),
-        "bias": effective.bias and effective.bias.map(lambda rows_GO: rows_GO.to(dtype)),
-        "recipe": stored,
+        "weight_OC": encoded(weight_OC, f"{where}/weight_OC"),
+        "bias": encoded(bias, f"{where}/bias"),
+        "recipe": {"type": LayerRecipe.__name__}
+        | {part: encoded(value, f"{where}/recipe/{part}") for part, value in vars(stored).items()},
     }
-    return {part: encode(value, f"layers/{name}/{part}", tensors) for part, value in parts.items()}
 
 
 def _assembled(
     transformer: nn.Module, described: dict[str, Any], tensors: dict[str, Tensor], backend: str
 ) -> nn.Module:
     device, dtype = next(transformer.parameters()).device, getattr(torch, described["dtype"])
-    clock = StepClock(described["num_steps"]).to(device)
+    clock = StepClock(described["num_steps"], tuple(described.get("starts", (0,)))).to(device)
     model = copy_without(transformer, list(described["layers"]))
     cast(model, dtype, device)
     model.load_state_dict({key.removeprefix("float/"): t for key, t in tensors.items() if key.startswith("float/")})
     for name, parts in described["layers"].items():
-        stored = {part: decode(value, tensors) for part, value in parts.items()}
-        recipe = stored["recipe"]
-        linear = QuantLinear(
-            recipe,
-            # Of a quantized weight there is nothing but its codes; a kernel that asked for more would fail here.
-            EffectiveLinear(
-                torch.empty(stored["shape"], device="meta") if recipe.weight else stored["weight_OC"], stored["bias"]
-            ),
-            folded=False,  # what is folded is in the producers' rows; the stored transform is what is left
-            clock=clock,
-            dtype=dtype,
-            device=device,
-            backend=backend if recipe.weight else AUTO,
-        ).to(device)
+        variants = [
+            _decode_variant(each, tensors, clock=clock, dtype=dtype, device=device, backend=backend)
+            for each in parts.get("variants", [parts])
+        ]
+        linear = RangedLinear(variants, parts["of_range"]) if "variants" in parts else variants[0]
         original = transformer.get_submodule(name)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
     hang(model, {name: decode(folds, tensors) for name, folds in described["folds"].items()}, clock, device)
@@ -232,6 +258,31 @@ def _assembled(
         set_processor(model, name, QuantAttnProcessor(decode(each, tensors), clock))
     model.clock = clock  # type: ignore[assignment]
     return model.eval().requires_grad_(False)
+
+
+def _decode_variant(
+    parts: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    clock: StepClock,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+) -> QuantLinear:
+    stored = {part: decode(value, tensors) for part, value in parts.items()}
+    recipe = stored["recipe"]
+    return QuantLinear(
+        recipe,
+        # Of a quantized weight there is nothing but its codes; a kernel that asked for more would fail here.
+        EffectiveLinear(
+            torch.empty(stored["shape"], device="meta") if recipe.weight else stored["weight_OC"], stored["bias"]
+        ),
+        folded=False,  # what is folded is in the producers' rows; the stored transform is what is left
+        clock=clock,
+        dtype=dtype,
+        device=device,
+        backend=backend if recipe.weight else AUTO,
+    ).to(device)
 
 
 def _check_architecture(folder: Path, described: dict[str, Any], transformer: nn.Module) -> None:

@@ -6,6 +6,7 @@ folded transforms are in place on both sides). A block is judged with all the ro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class ErrorAtlas:
 @torch.no_grad()
 def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibration: Calibration) -> ErrorAtlas | None:
     """Compare the built model with its recipe without rounding on the calibration's inputs; None if nothing is rounded."""
-    layers = rounded_layers(model)
+    layers = [name for name, shares in _shares(model).items() if any(_rounds(layer) for layer, _ in shares)]
     if not layers:
         return None
     exact = build(target, recipe.without_rounding(), dtype=torch.float32)
@@ -72,7 +73,7 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
     device = clock_of(model).step.device
     place = {name: row for row, name in enumerate(names)}
     block_outputs: dict[str, Tensor] = {}
-    current = {"column": 0}
+    current: dict[str, Any] = {}
 
     def add(name: str, exact_output: Tensor, output: Tensor) -> None:
         cell = place[name], current["column"]
@@ -80,7 +81,7 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
         noise[cell] += (output.double().cpu() - exact_output.double()).square().sum().item()
 
     def layer_hook(name: str):
-        return lambda _, inputs, output: add(name, output, layers[name](inputs[0].to(device)))
+        return lambda _, inputs, output: add(name, output, current["layers"][name](inputs[0].to(device)))
 
     handles = [exact_layers[name].register_forward_hook(layer_hook(name)) for name in layers]
     for name in target.blocks:
@@ -89,7 +90,8 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
         handles.append(exact.get_submodule(name).register_forward_hook(keep))
         handles.append(model.get_submodule(name).register_forward_hook(compare))
     for column, step in enumerate(steps):
-        current["column"] = column
+        clock_of(model).set(step, calibration.num_steps)  # its layers are called while `exact` runs
+        current |= {"column": column, "layers": quant_layers(model)}
         for each in (exact, model):
             calibration.call(each, step, calibration.rows(step, ROWS))
     for handle in handles:
@@ -98,19 +100,42 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
 
 
 def layer_table(model: nn.Module, atlas: ErrorAtlas | None) -> dict[str, dict[str, Any]]:
-    """The record's `layers`: {layer: {sqnr_db, backend, weight_bits, act_bits}} for every quantized layer."""
+    """The record's `layers`: {layer: {sqnr_db, backend, weight_bits, act_bits}} for every quantized layer; widths that change
+    with the range of steps as their mean over the steps.
+    """
     if atlas is None:
         return {}
     return {
         name: {
             "sqnr_db": atlas.pooled_db(name),
-            "backend": layer.backend,
-            "weight_bits": layer.weight_spec.bits if layer.weight_spec else 16,
-            "act_bits": layer.act_spec.bits if layer.act_spec else 16,
+            "backend": "+".join(sorted({layer.backend for layer, _ in shares})),
+            "weight_bits": _mean((layer.weight_spec.bits if layer.weight_spec else 16, part) for layer, part in shares),
+            "act_bits": _mean((layer.act_spec.bits if layer.act_spec else 16, part) for layer, part in shares),
         }
-        for name, layer in rounded_layers(model).items()
+        for name, shares in _shares(model).items()
+        if any(_rounds(layer) for layer, _ in shares)
     }
 
 
 def rounded_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    return {n: q for n, q in quant_layers(model).items() if q.weight_spec is not None or q.act_spec is not None}
+    """Those of the range of steps that the clock is in."""
+    return {name: layer for name, layer in quant_layers(model).items() if _rounds(layer)}
+
+
+def _rounds(layer: QuantLinear) -> bool:
+    return layer.weight_spec is not None or layer.act_spec is not None
+
+
+def _shares(model: nn.Module) -> dict[str, list[tuple[QuantLinear, float]]]:
+    """Of every layer what runs in each range of steps, with the range's share of the steps."""
+    ranges = clock_of(model).ranges
+    total = ranges[-1].stop
+    by_range = [(quant_layers(model, index), len(steps) / total) for index, steps in enumerate(ranges)]
+    return {name: [(layers[name], part) for layers, part in by_range] for name in by_range[0][0]}
+
+
+def _mean(values: Iterable[tuple[int, float]]) -> float:
+    """Of (value, its share); a value that does not change stays whole."""
+    kept = list(values)
+    first = kept[0][0]
+    return first if all(value == first for value, _ in kept) else sum(value * part for value, part in kept)

@@ -17,19 +17,24 @@ from torch import Tensor, nn
 from harness.calls import placed
 from harness.models.base import LoadedModel
 from harness.progress import progress
-from harness.quant.build import float_copy, quant_layers
+from harness.quant.build import clock_of, float_copy
+from harness.quant.layer import QuantLinear
 from harness.quant.target import Target
 
 
 def kind_of(model: nn.Module, quantized_attention: bool) -> str:
     """ "measured" when every quantized layer runs on a real kernel (or none is quantized), else "simulated"."""
-    kinds = {q.kind for q in quant_layers(model).values() if q.weight_spec is not None or q.act_spec is not None}
+    kinds = {layer.kind for layer in _rounding(model)}
     return "simulated" if "simulated" in kinds or quantized_attention else "measured"
 
 
 def backends_of(model: nn.Module) -> str:
-    names = {q.backend for q in quant_layers(model).values() if q.weight_spec is not None or q.act_spec is not None}
-    return "+".join(sorted(names)) or "torch"
+    return "+".join(sorted({layer.backend for layer in _rounding(model)})) or "torch"
+
+
+def _rounding(model: nn.Module) -> list[QuantLinear]:
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    return [linear for linear in linears if linear.weight_spec is not None or linear.act_spec is not None]
 
 
 @torch.no_grad()
@@ -47,8 +52,9 @@ def measure(
 ) -> dict[str, Any]:
     """The record's `efficiency` field without the byte counts. dtype: of what is not quantized in `quantized`.
 
-    One latency is one call of the transformer on `samples` samples with guidance (2 · samples rows). A simulated model
-    gets no latency, speed-up or peak memory: its arithmetic is not the one it stands for.
+    One latency is one call of the transformer on `samples` samples with guidance (2 · samples rows); where the model changes
+    with the range of steps, the mean of its calls over the steps. A simulated model gets no latency, speed-up or peak
+    memory: its arithmetic is not the one it stands for.
     """
     found: dict[str, Any] = {
         "kind": kind,
@@ -71,13 +77,13 @@ def measure(
     times: dict[str, list[float]] = {"baseline": [], "quantized": []}
     for repeat in progress(range(warmup + repeats), desc="measure"):
         for name, candidate, its_inputs in (("baseline", baseline, baseline_inputs), ("quantized", quantized, inputs)):
-            elapsed = _timed_call(candidate, its_inputs, device)
+            elapsed = _mean_call(candidate, its_inputs, device)
             if repeat >= warmup:
                 times[name].append(1000 * elapsed)
     found["latency_ms"] = quantiles(times["quantized"])
     found["baseline_latency_ms"] = quantiles(times["baseline"])
     found["speedup"] = found["baseline_latency_ms"]["median"] / found["latency_ms"]["median"]
-    found["peak_memory_bytes"] = peak_memory_bytes(quantized, inputs, device)
+    found["peak_memory_bytes"] = max(peak_memory_bytes(quantized, inputs, device) for _ in _each_range(quantized))
     found["baseline_peak_memory_bytes"] = peak_memory_bytes(baseline, baseline_inputs, device)
     return found
 
@@ -137,6 +143,19 @@ def _silent_stderr() -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
+
+
+def _mean_call(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> float:
+    """Seconds of a call, the mean over the steps."""
+    return sum(share * _timed_call(model, inputs, device) for share in _each_range(model))
+
+
+def _each_range(model: nn.Module) -> Iterator[float]:
+    """Go through the model's ranges of steps: the share of the steps that lie in each."""
+    clock = clock_of(model)
+    for index, steps in enumerate(clock.ranges):
+        clock.enter(index)
+        yield len(steps) / (clock.num_steps or 1)
 
 
 def _timed_call(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 The error of a unit in a candidate is that of the transformer's output when nothing else is rounded, Σ (y − ŷ)² / Σ y² of each
 denoising step looked at, averaged over those steps, on the calibration's inputs. It is measured once and cached beside them.
+With bits.ranges it is measured in each range of steps and weighted with the range's share of the steps.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from harness.errors import UserError
 from harness.files import canonical_sha256, write_json
 from harness.models.base import LoadedModel
 from harness.progress import progress
-from harness.quant.accounting import account, count_macs, layer_bytes
+from harness.quant.accounting import account, count_macs, held_parts, layer_bytes
 from harness.quant.attention import QuantAttnProcessor, set_processor
 from harness.quant.build import build, clock_of, quant_layers, set_submodule
-from harness.quant.plan import Unit, merged, readers_of_one_site, solve, units_of
+from harness.quant.plan import Costs, Unit, fixed_units, merged, merged_by_range, readers_of_one_site, solve, units_of
 from harness.quant.recipe import ModelRecipe
 from harness.quant.spec import Bits, MixedBits
+from harness.quant.steps import range_starts, step_ranges
 from harness.quant.target import Target, weight_matrix
 
 MAX_STEPS, ROWS = 4, 4  # of the calibration's inputs, spread over the steps and over each step's rows
+LEAST_STEPS = 2  # of each range of steps, even if there are many
 Fit = Callable[[Bits], tuple[ModelRecipe, dict[str, Tensor]]]
 
 
@@ -53,34 +56,51 @@ def quantize(
     recipes = [recipe for recipe, _ in fitted]
     state = {f"{label}/{name}": t for label, (_, own) in zip(labels, fitted, strict=True) for name, t in own.items()}
     units = units_of(target, recipes)
-    errors_UK = np.array(
-        [
-            _cached(config, label, recipe, units, target, recording)
-            for label, recipe in zip(labels, recipes, strict=True)
-        ]
-    ).T
-    costs_UK, rest = COSTS[bits.budget](config, model, target, recipes, labels, units)
-    try:
-        chosen_U = solve(
-            errors_UK,
-            costs_UK,
-            bits.limit - rest,
-            readers_of_one_site(target, units),
-            [each.act for each in bits.candidates],
-        )
-    except UserError as error:
-        raise UserError(f"bits.budget.{bits.budget}={bits.limit}: {error} (less {rest:.6g} for the rest)") from error
-    chosen = {name: int(k) for unit, k in zip(units, chosen_U, strict=True) for name in unit}
-    recipe = merged(target, recipes, chosen)
-    every = np.arange(len(units))
+    starts = range_starts(recording.num_steps, bits.ranges)
+    ranges = step_ranges(starts, recording.num_steps)
+    shares_R = np.array([len(steps) / recording.num_steps for steps in ranges])
+    measured_KUR = [
+        _cached(config, label, recipe, units, looked_at(ranges), target, recording)
+        for label, recipe in zip(labels, recipes, strict=True)
+    ]
+    errors_RUK = np.array(measured_KUR).T * shares_R[:, None, None]
+    costs, rest = COSTS[bits.budget](config, model, target, recipes, labels, units, shares_R)
+    pairs, acts = readers_of_one_site(target, units), [each.act for each in bits.candidates]
+
+    def planned(fixed: Sequence[int]) -> np.ndarray:
+        try:
+            return solve(errors_RUK, costs, bits.limit - rest, pairs, acts, fixed)
+        except UserError as error:
+            raise UserError(
+                f"bits.budget.{bits.budget}={bits.limit}: {error} (less {rest:.6g} for the rest)"
+            ) from error
+
+    def error_of(chosen_RU: np.ndarray) -> float:
+        each_range, each_unit = np.indices(chosen_RU.shape)
+        return float(errors_RUK[each_range, each_unit, chosen_RU].sum())
+
+    chosen_RU = planned(fixed_units(target, recipes, units))
     plan = {
         "candidates": labels,
         "budget": {bits.budget: bits.limit},
-        "predicted": {bits.budget: float(costs_UK[every, chosen_U].sum() + rest)},
-        "predicted_error": float(errors_UK[every, chosen_U].sum()),
-        "uniform_errors": dict(zip(labels, errors_UK.sum(0).tolist(), strict=True)),
-        "plan": {name: labels[k] for name, k in chosen.items()},
+        "predicted": {bits.budget: costs.of(chosen_RU) + rest},
+        "predicted_error": error_of(chosen_RU),
+        "uniform_errors": dict(zip(labels, errors_RUK.sum((0, 1)).tolist(), strict=True)),
     }
+    if bits.ranges == 1:
+        (chosen_U,) = chosen_RU
+        plan |= {"plan": {name: labels[k] for unit, k in zip(units, chosen_U, strict=True) for name in unit}}
+    else:
+        plan |= {
+            "predicted_error_of_one_range": error_of(planned(range(len(units)))),
+            "ranges": [[steps.start, steps.stop - 1] for steps in ranges],
+            "plan": {
+                name: [labels[k] for k in chosen_R]
+                for unit, chosen_R in zip(units, chosen_RU.T, strict=True)
+                for name in unit
+            },
+        }
+    recipe = planned_recipe(target, plan, recipes)
     return recipe, state, {"label": f"mixed-{weight_bits(target, recipe):.1f}", "mixed": plan}
 
 
@@ -95,7 +115,19 @@ def of_state(
     for label in plan["candidates"]:
         own = {n.removeprefix(f"{label}/"): tensor for n, tensor in state.items() if n.startswith(f"{label}/")}
         recipes.append(apply(label, own))
-    return merged(target, recipes, {name: plan["candidates"].index(label) for name, label in plan["plan"].items()})
+    return planned_recipe(target, plan, recipes)
+
+
+def planned_recipe(target: Target, plan: dict[str, Any], recipes: Sequence[ModelRecipe]) -> ModelRecipe:
+    """The recipe that a record's plan makes of those of its candidates."""
+    place = {label: k for k, label in enumerate(plan["candidates"])}
+    if "ranges" not in plan:
+        return merged(target, recipes, {name: place[label] for name, label in plan["plan"].items()})
+    chosen_R = [
+        {name: place[labels[index]] for name, labels in plan["plan"].items()} for index in range(len(plan["ranges"]))
+    ]
+    starts, (_, last) = tuple(first for first, _ in plan["ranges"]), plan["ranges"][-1]
+    return merged_by_range(target, recipes, chosen_R, starts, last + 1)
 
 
 def weight_bits(target: Target, recipe: ModelRecipe) -> float:
@@ -104,9 +136,21 @@ def weight_bits(target: Target, recipe: ModelRecipe) -> float:
     return 8 * stored / sum(weight_matrix(target.module(name)).numel() for name in target.layers)
 
 
+def looked_at(ranges: Sequence[range]) -> list[list[int]]:
+    """For each range of steps, those at which errors are measured."""
+    wanted = max(LEAST_STEPS, MAX_STEPS // len(ranges))
+    return [[steps[index] for index in spread(len(steps), wanted)] for steps in ranges]
+
+
 @torch.no_grad()
-def sensitivities(target: Target, recipe: ModelRecipe, units: Sequence[Unit], calibration: Calibration) -> list[float]:
-    """The relative squared error of the output for each unit, rounded alone; simulated, in float32.
+def sensitivities(
+    target: Target,
+    recipe: ModelRecipe,
+    units: Sequence[Unit],
+    steps_R: Sequence[Sequence[int]],
+    calibration: Calibration,
+) -> list[list[float]]:
+    """The relative squared error of the output for each unit, rounded alone, in each range; simulated, in float32.
 
     Two models stand side by side, one of them without any rounding, and a unit's modules change places.
     """
@@ -115,12 +159,11 @@ def sensitivities(target: Target, recipe: ModelRecipe, units: Sequence[Unit], ca
         for each in (recipe.without_rounding(), recipe)
     )
     rounds = {name for name, layer in quant_layers(rounded).items() if layer.weight_spec or layer.act_spec}
-    steps = spread(calibration.num_steps, MAX_STEPS).tolist()
-    outputs = {step: _output(exact, calibration, step) for step in steps}
+    outputs = {step: _output(exact, calibration, step) for steps in steps_R for step in steps}
     errors = []
     for unit in progress(units, total=len(units), desc="sensitivities"):
         if not any(name in rounds or name in recipe.attention for name in unit):
-            errors.append(0.0)
+            errors.append([0.0] * len(steps_R))
             continue
         before = {n: exact.get_submodule(n) for n in unit if n in recipe.layers}
         processors = {n: exact.get_submodule(n).processor for n in unit if n in recipe.attention}
@@ -128,16 +171,16 @@ def sensitivities(target: Target, recipe: ModelRecipe, units: Sequence[Unit], ca
             set_submodule(exact, name, rounded.get_submodule(name))
         for name in processors:
             set_processor(exact, name, QuantAttnProcessor(recipe.attention[name], clock_of(exact)))
-        found = []
-        for step in steps:
+        found = {}
+        for step in outputs:
             clock_of(rounded).set(step, calibration.num_steps)  # its modules keep its clock
             noise = (_output(exact, calibration, step) - outputs[step]).square().sum()
-            found.append(float(noise / outputs[step].square().sum()))
+            found[step] = float(noise / outputs[step].square().sum())
         for name, module in before.items():
             set_submodule(exact, name, module)
         for name, processor in processors.items():
             set_processor(exact, name, processor)  # type: ignore[arg-type]
-        errors.append(float(np.mean(found)))
+        errors.append([float(np.mean([found[step] for step in steps])) for steps in steps_R])
     return errors
 
 
@@ -146,12 +189,19 @@ def _output(model: nn.Module, calibration: Calibration, step: int) -> Tensor:
 
 
 def _cached(
-    config: RunConfig, label: str, recipe: ModelRecipe, units: list[Unit], target: Target, recording: Calibration
-) -> list[float]:
+    config: RunConfig,
+    label: str,
+    recipe: ModelRecipe,
+    units: list[Unit],
+    steps_R: list[list[int]],
+    target: Target,
+    recording: Calibration,
+) -> list[list[float]]:
     made_by = {
         "method": [config.method, methods.source_sha256(config.method), asdict(config.params), config.seed],
         "bits": [label, config.raw["bits"]["weight"], config.raw["bits"]["act"]],
         "of": [list(target.layers), list(target.attention), [list(unit) for unit in units]],
+        "steps": steps_R,
         "code": code_identity(),
     }
     path = recording.cache and recording.cache / f"sensitivities-{canonical_sha256(made_by)[:16]}.json"
@@ -160,34 +210,44 @@ def _cached(
         recording.saved_s[f"sensitivities {label}"] = found["seconds"]
         return found["errors"]
     start = perf_counter()
-    errors = sensitivities(target, recipe, units, recording)
+    errors = sensitivities(target, recipe, units, steps_R, recording)
     if path is not None:
         write_json(path, {"seconds": perf_counter() - start, "errors": errors})
     return errors
 
 
-def _bytes(config, model, target, recipes, labels, units) -> tuple[np.ndarray, float]:
-    """Of the stored transformer: of each unit in each candidate, and of the rest."""
-    costs_UK = np.array([[sum(_stored(target, recipe, unit)) for recipe in recipes] for unit in units], dtype=float)
+def _bytes(config, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
+    """Of the stored transformer: of each unit, and of the rest."""
+    parts_UK = [[_parts(target, recipe, unit) for recipe in recipes] for unit in units]
     macs = count_macs(model.transformer, model.step_inputs(1))
     whole_K = [account(target, recipe, macs, "")[1]["model_bytes"] for recipe in recipes]
-    return costs_UK, float(max(whole_K - costs_UK.sum(0)))
+    of_units_K = [sum(sum(of_unit[k].values()) for of_unit in parts_UK) for k in range(len(recipes))]
+    rest = max(whole - own for whole, own in zip(whole_K, of_units_K, strict=True))
+    return Costs.of_parts(parts_UK, len(shares_R)), float(rest)
 
 
-def _average_weight_bits(config, model, target, recipes, labels, units) -> tuple[np.ndarray, float]:
+def _average_weight_bits(config, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
     """8 · bytes of weights / number of weights, over the protocol's layers."""
     count = sum(weight_matrix(target.module(name)).numel() for name in target.layers)
     own = [tuple(name for name in unit if name in target.layers) for unit in units]
-    stored_UK = [[sum(layer_bytes(target, recipe, name)[0] for name in unit) for recipe in recipes] for unit in own]
-    return 8 * np.array(stored_UK, dtype=float) / count, 0.0
+    parts_UK = [[_parts(target, recipe, unit, without="bias") for recipe in recipes] for unit in own]
+    return Costs.of_parts(parts_UK, len(shares_R), count / 8), 0.0
 
 
-def _stored(target: Target, recipe: ModelRecipe, unit: Unit) -> list[int]:
-    return [sum(layer_bytes(target, recipe, name)) for name in unit if name in recipe.layers]
+def _parts(target: Target, recipe: ModelRecipe, unit: Unit, without: str = "") -> dict[object, int]:
+    """Bytes of what a unit holds; in all candidates by the same key what is the same."""
+    return {
+        (name, part): size
+        for name in unit
+        if name not in target.attention
+        for part, size in held_parts(target, recipe, name).items()
+        if part[0] != without
+    }
 
 
-def _latency_ms(config, model, target, recipes, labels, units) -> tuple[np.ndarray, float]:
-    """Of each unit's layers inside a call, per candidate; the rest of the call is the slowest candidate's.
+def _latency_ms(config, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
+    """Of each unit's layers inside a call, per candidate; the rest of the call is the slowest candidate's. By ranges, of the
+    mean step.
 
     Raises:
         UserError: a layer of a candidate has no kernel here that computes in its format.
@@ -206,7 +266,7 @@ def _latency_ms(config, model, target, recipes, labels, units) -> tuple[np.ndarr
         times_ms, call_ms = layer_times(built, units, inputs, section["warmup"], section["repeats"], config.device)
         columns.append(times_ms)
         rests.append(call_ms - sum(times_ms))
-    return np.array(columns).T, max(rests)
+    return Costs(shares_R[:, None, None] * np.array(columns).T), max(rests)
 
 
 @torch.no_grad()

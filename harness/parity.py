@@ -34,11 +34,12 @@ class LayerParity:
 def layer_parity(
     target: Target, recipe: ModelRecipe, model: nn.Module, call: Callable[[nn.Module], object]
 ) -> dict[str, LayerParity]:
-    """The layers of the built `model` that a real kernel runs, on one call of it.
+    """The layers of the built `model` that a real kernel runs, on one call of it, in the range of steps its clock is in.
 
-    call: calls the model on inputs that it takes, with its clock set. One simulated layer is held at a time.
+    call: calls the model on inputs that it takes, in that range. One simulated layer is held at a time.
     """
     clock = clock_of(model)
+    recipe = recipe.of_range(clock.range)
     found: dict[str, LayerParity] = {}
 
     def compare(name: str) -> Callable:

@@ -35,9 +35,10 @@ from harness.memory import PeakMemory, peak_memory
 from harness.models.base import LoadedModel, ModelSpec, load_model
 from harness.parity import layer_parity
 from harness.quant.accounting import account, count_macs
-from harness.quant.build import build
+from harness.quant.build import build, clock_of
 from harness.quant.recipe import ModelRecipe
 from harness.quant.spec import Bits, MixedBits
+from harness.quant.steps import step_ranges
 from harness.quant.target import Target
 from harness.record import Record
 
@@ -269,15 +270,19 @@ def stage_measure(
 def stage_parity(
     target: Target, recipe: ModelRecipe, quantized: nn.Module, calibration: Calibration
 ) -> dict[str, Any] | None:
-    """The worst layer of the real kernels against simulated execution, on two recorded calls; None if all is simulated."""
-    step = calibration.num_steps // 2
-    found = layer_parity(
-        target, recipe, quantized, lambda m: calibration.call(m, step, calibration.rows(step, PARITY_ROWS))
-    )
+    """The worst layer of the real kernels against simulated execution, on two recorded calls of each range of steps; None if
+    all is simulated.
+    """
+    found = []
+    for steps in step_ranges(recipe.starts, calibration.num_steps):
+        step = steps[len(steps) // 2]
+        clock_of(quantized).set(step, calibration.num_steps)
+        call = partial(calibration.call, step=step, inputs=calibration.rows(step, PARITY_ROWS))
+        found += layer_parity(target, recipe, quantized, call).items()
     if not found:
         return None
-    worst = max(found, key=lambda name: found[name].relative)
-    return {"layers": len(found), "worst_layer": worst} | asdict(found[worst])
+    name, worst = max(found, key=lambda each: each[1].relative)
+    return {"layers": len({name for name, _ in found}), "worst_layer": name} | asdict(worst)
 
 
 def stage_layer_errors(

@@ -3,7 +3,8 @@
 Counted per quantized layer: packed codes, scales, zero points, online transforms, low-rank branch, static activation
 ranges, bias tables, and what a fold into adaLN-single adds (to the first reader of its site). Float weights, biases, folds
 and low-rank factors count at 16 bits, scales and transforms at 32, indices at 16. Constants that can be built again
-(Hadamard matrices) do not count. It is what an export takes (`harness.export`), to the byte.
+(Hadamard matrices) do not count. A layer whose recipe changes with the range of steps counts all that its recipes hold,
+equal parts once. It is what an export takes (`harness.export`), to the byte.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.calls import float_dtype, placed, take_apart
 from harness.quant.effective import effective_linear, touched_layers
-from harness.quant.quantizers import ActQuant, LookupWeight
+from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
 from harness.quant.recipe import LayerRecipe, ModelRecipe
+from harness.quant.serialize import content_sha256
 from harness.quant.spec import FLOAT_BITS
 from harness.quant.target import QUANTIZABLE, TableRows, Target, weight_matrix
 from harness.quant.transforms import Transform
 
 FLOAT_BYTES = FLOAT_BITS // 8
 INDEX_BYTES = 2
+Part = tuple[str, str]  # what it is of a layer ("weight", "bias", …), and its content
 
 
 def account(
@@ -34,7 +37,8 @@ def account(
 
     macs: multiply-accumulates per layer name for one sample, "" for the whole transformer (see `count_macs`).
     """
-    quantized = {name for name, layer in recipe.layers.items() if layer.weight is not None or layer.act is not None}
+    shares = {name: recipe.shares(name) for name in recipe.layers}
+    quantized = {name for name, share in shares.items() if any(layer.weight or layer.act for layer, _ in share)}
     layers = [n for n, m in target.transformer.named_modules() if isinstance(m, QUANTIZABLE)]
     weights = {name: weight_matrix(target.module(name)).numel() for name in layers}
     bytes_of = {name: layer_bytes(target, recipe, name) for name in touched_layers(target, recipe)}
@@ -53,7 +57,15 @@ def account(
         count = sum(weights[n] for n in names)
         return 8 * sum(weight_bytes[n] for n in names) / count if count else None
 
-    both = [n for n in quantized if recipe.layers[n].weight and recipe.layers[n].act]
+    def quantized_macs(*sides: str) -> float:
+        """Of the layers with these sides quantized, where it changes with the step: the mean over the steps."""
+        return sum(
+            macs[name] * part
+            for name in layers
+            for layer, part in shares.get(name, [])
+            if all(getattr(layer, side) for side in sides)
+        )
+
     linear_macs = sum(macs[name] for name in layers)
     # What is not in a linear layer is the two products of attention, the same in every block.
     attention_macs = (macs[""] - linear_macs) * len(recipe.attention) / max(1, len(target.blocks))
@@ -62,9 +74,9 @@ def account(
         "weight_bits_effective": weight_bits(layers),
         "weight_bits_quantized_layers": weight_bits(sorted(quantized)),
         "weight_bits_mac_weighted": sum(macs[n] * 8 * weight_bytes[n] / weights[n] for n in layers) / linear_macs,
-        "act_bits_effective": sum(macs[n] * _act_bits(recipe.layers.get(n)) for n in layers) / linear_macs,
-        "mac_share_quantized": (sum(macs[n] for n in both) + attention_macs) / macs[""],
-        "mac_share_weight_quantized": sum(macs[n] for n in quantized if recipe.layers[n].weight) / macs[""],
+        "act_bits_effective": sum(macs[n] * _act_bits(recipe.shares(n)) for n in layers) / linear_macs,
+        "mac_share_quantized": (quantized_macs("weight", "act") + attention_macs) / macs[""],
+        "mac_share_weight_quantized": quantized_macs("weight") / macs[""],
         "attention_operands_quantized": sorted(recipe.attention),
         "float_layers": [n for n in layers if n not in quantized],
     }
@@ -110,22 +122,29 @@ def count_macs(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, int]
 def stored_bytes(layer: LayerRecipe, folded: bool) -> int:
     """Bytes of a quantized weight with all that its transform, low-rank branch and static ranges add."""
     assert layer.weight is not None
-    weight = layer.weight
+    return _code_bytes(layer.weight) + sum(_overhead_bytes(layer, folded).values())
+
+
+def _code_bytes(weight: QuantizedWeight | LookupWeight) -> int:
     rows, width = weight.codes_OC.shape
     if isinstance(weight, LookupWeight):
         code_bits, beside = weight.code_bits, _nbytes(*weight.levels.state_dict().values())
     else:
         code_bits, beside = weight.spec.bits, _nbytes(weight.scale_OG, weight.zero_point_OG)
-    total = rows * (-(-width // 8) * code_bits if code_bits < 8 else width) + beside
-    return total + _overhead_bytes(layer, folded)
+    return rows * (-(-width // 8) * code_bits if code_bits < 8 else width) + beside
 
 
-def _overhead_bytes(layer: LayerRecipe, folded: bool) -> int:
-    transform = layer.transform.rotations_only() if folded else layer.transform
-    total = _transform_bytes(transform)
-    if layer.low_rank is not None:
-        total += (layer.low_rank.down_rC.numel() + layer.low_rank.up_Or.numel()) * FLOAT_BYTES
-    return total + _range_bytes(layer.act)
+def _overhead_bytes(layer: LayerRecipe, folded: bool) -> dict[str, int]:
+    branch = layer.low_rank
+    return {
+        "transform": _transform_bytes(_online(layer, folded)),
+        "low_rank": 0 if branch is None else (branch.down_rC.numel() + branch.up_Or.numel()) * FLOAT_BYTES,
+        "act": _range_bytes(layer.act),
+    }
+
+
+def _online(layer: LayerRecipe, folded: bool) -> Transform:
+    return layer.transform.rotations_only() if folded else layer.transform
 
 
 def _range_bytes(act: ActQuant | None) -> int:
@@ -136,19 +155,49 @@ def _range_bytes(act: ActQuant | None) -> int:
 
 def layer_bytes(target: Target, recipe: ModelRecipe, name: str) -> tuple[int, int]:
     """(bytes of the weight with its overheads and folds, bytes of the bias table)."""
+    if name not in recipe.variants:
+        sizes = _part_bytes(target, recipe, name)
+        return sum(sizes.values()) - sizes["bias"], sizes["bias"]
+    held: dict[Part, int] = {}
+    for index in recipe.distinct(name)[0]:
+        held |= held_parts(target, recipe.of_range(index), name)
+    bias = sum(size for (part, _), size in held.items() if part == "bias")
+    return sum(held.values()) - bias, bias
+
+
+def held_parts(target: Target, recipe: ModelRecipe, name: str) -> dict[Part, int]:
+    """Bytes of the parts of one layer, in a recipe of one range; equal parts of other recipes have the same key."""
     layer = recipe.layers.get(name, LayerRecipe())
-    folded = any(name in site.consumers for site in target.sites if site.name in recipe.folded)
+    contents = {
+        "weight": layer.weight or layer.transform,  # in float it is the same wherever its transform is
+        "transform": _online(layer, _is_folded(target, recipe, name)),
+        "low_rank": layer.low_rank,
+        "act": layer.act,
+        "folds": None,  # the same in all
+        "bias": layer.transform.shift,
+    }
+    return {(part, content_sha256(contents[part])): n for part, n in _part_bytes(target, recipe, name).items()}
+
+
+def _part_bytes(target: Target, recipe: ModelRecipe, name: str) -> dict[str, int]:
+    layer = recipe.layers.get(name, LayerRecipe())
     transforms = {n: r.transform for n, r in recipe.layers.items()}
-    if layer.weight is not None:
-        weight = stored_bytes(layer, folded)
-    else:
-        weight = weight_matrix(target.module(name)).numel() * FLOAT_BYTES + _overhead_bytes(layer, folded)
-    weight += sum(
+    in_float = weight_matrix(target.module(name)).numel() * FLOAT_BYTES
+    folds = sum(
         _fold_bytes(layer.transform, sum(isinstance(producer, TableRows) for producer in site.producers))
         for site in target.sites
         if site.name in recipe.folded and site.consumers[0] == name
     )
-    return weight, _bias_bytes(target, name, transforms, recipe)
+    return {
+        "weight": in_float if layer.weight is None else _code_bytes(layer.weight),
+        **_overhead_bytes(layer, _is_folded(target, recipe, name)),
+        "folds": folds,
+        "bias": _bias_bytes(target, name, transforms, recipe),
+    }
+
+
+def _is_folded(target: Target, recipe: ModelRecipe, name: str) -> bool:
+    return any(name in site.consumers for site in target.sites if site.name in recipe.folded)
 
 
 def _fold_bytes(transform: Transform, producers: int) -> int:
@@ -190,5 +239,6 @@ def _nbytes(*tensors: Tensor | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _act_bits(layer: LayerRecipe | None) -> int:
-    return layer.act.spec.bits if layer is not None and layer.act is not None else FLOAT_BITS
+def _act_bits(shares: list[tuple[LayerRecipe, float]]) -> float:
+    """The mean over the steps."""
+    return sum(part * (layer.act.spec.bits if layer.act else FLOAT_BITS) for layer, part in shares)

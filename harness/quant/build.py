@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from harness.backends.base import AUTO
 from harness.memory import trim
 from harness.quant.attention import QuantAttnProcessor, set_processor
 from harness.quant.effective import effective_linear, touched_layers
-from harness.quant.layer import QuantLinear, QuantPatchEmbed
+from harness.quant.layer import QuantLinear, QuantPatchEmbed, RangedLinear
 from harness.quant.modulation import block_folds, hang
 from harness.quant.recipe import LayerRecipe, ModelRecipe
 from harness.quant.steps import StepClock, StepTable
@@ -32,12 +33,12 @@ def build(
     The model carries `clock` (a StepClock): whoever samples sets the step before each call.
     """
     device = torch.device(device)
-    clock = StepClock(recipe.num_steps).to(device)
+    clock = StepClock(recipe.num_steps, recipe.starts).to(device)
     model = copy_without(target.transformer, touched_layers(target, recipe))
     cast(model, dtype, device)
     for name in touched_layers(target, recipe):
         original = target.module(name)
-        linear = build_layer(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
+        linear = _linear(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
         trim()
     hang(model, block_folds(target, recipe, _transforms(recipe), dtype), clock, device)
@@ -83,7 +84,9 @@ def build_layer(
     device: torch.device,
     backend: str = AUTO,
 ) -> QuantLinear:
-    """One layer as `build` makes it. Layers whose weight stays in float take any backend that can run them."""
+    """One layer, of a recipe of one range, as `build` makes it. Layers whose weight stays in float take any backend that
+    can run them.
+    """
     folded = {consumer for site in target.sites if site.name in recipe.folded for consumer in site.consumers}
     layer = recipe.layers.get(name, LayerRecipe())
     return QuantLinear(
@@ -95,6 +98,14 @@ def build_layer(
         device=device,
         backend=backend if layer.weight else AUTO,
     ).to(device)
+
+
+def _linear(target: Target, recipe: ModelRecipe, name: str, **settings: Any) -> QuantLinear | RangedLinear:
+    if name not in recipe.variants:
+        return build_layer(target, recipe, name, **settings)
+    first_ranges, of_range = recipe.distinct(name)
+    variants = [build_layer(target, recipe.of_range(index), name, **settings) for index in first_ranges]
+    return RangedLinear(variants, of_range)
 
 
 def _transforms(recipe: ModelRecipe) -> dict[str, Transform]:
@@ -113,11 +124,18 @@ def clock_of(model: nn.Module) -> StepClock:
     return clock
 
 
-def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The QuantLinears of a built model by the names of the layers they stand for."""
+def quant_layers(model: nn.Module, index: int | None = None) -> dict[str, QuantLinear]:
+    """The QuantLinears of a built model by the names of the layers they stand for.
+
+    index: of the range of steps; without one it is the clock's.
+    """
     found = {}
+    ranged = [module for module in model.modules() if isinstance(module, RangedLinear)]
+    variants = {variant for module in ranged for variant in module.variants}
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLinear | RangedLinear) and module not in variants:
+            if isinstance(module, RangedLinear):
+                module = module.of_range(module.clock.range if index is None else index)
             found[name.removesuffix(".linear") if _is_patch_part(model, name) else name] = module
     return found
 

@@ -1,8 +1,9 @@
-"""`QuantLinear`: a linear layer built from a recipe and run by a backend."""
+"""`QuantLinear`: a linear layer built from a recipe and run by a backend; `RangedLinear`: one for each range of steps."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,10 +74,42 @@ class QuantLinear(nn.Module):
         return y.to(dtype)
 
 
+class RangedLinear(nn.Module):
+    """A layer whose recipe changes with the range of denoising steps: the QuantLinear of the clock's range runs.
+
+    variant_of_range: the place in `variants` of what runs in each range. Buffers that are equal in several variants, such as
+    codes under two activation formats, are held once (where the backends lay them out alike).
+    """
+
+    def __init__(self, variants: Sequence[QuantLinear], variant_of_range: Sequence[int]) -> None:
+        super().__init__()
+        self.variants = nn.ModuleList(variants)
+        self.variant_of_range = tuple(variant_of_range)
+        self.clock = variants[0].clock
+        self._hold_once()
+
+    def of_range(self, index: int) -> QuantLinear:
+        return self.variants[self.variant_of_range[index]]  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_range(self.clock.range)(x)
+
+    def _hold_once(self) -> None:
+        kept: dict[str, list[Tensor]] = {}
+        for variant in self.variants:
+            for path, module in variant.named_modules():
+                for name, tensor in module._buffers.items():
+                    if tensor is not None:
+                        known = kept.setdefault(f"{path}.{name}", [])
+                        equal = [t for t in known if t.dtype == tensor.dtype and torch.equal(t, tensor)]
+                        module._buffers[name] = equal[0] if equal else tensor
+                        known += [] if equal else [tensor]
+
+
 class QuantPatchEmbed(nn.Module):
     """A patch embedding (Conv2d with stride = kernel) as a QuantLinear on flattened patches."""
 
-    def __init__(self, conv: nn.Conv2d, linear: QuantLinear) -> None:
+    def __init__(self, conv: nn.Conv2d, linear: QuantLinear | RangedLinear) -> None:
         super().__init__()
         if conv.stride != conv.kernel_size or conv.padding != (0, 0) or conv.groups != 1:
             raise ValueError(f"only patch embeddings (stride = kernel, no padding) can be quantized, got {conv}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
+from harness.quant.steps import step_ranges
 from harness.quant.transforms import Transform
 
 
@@ -51,13 +52,38 @@ class ModelRecipe:
     """layers and attention by module name; folded: names of the sites whose shift and scale are folded.
 
     num_steps: the number of denoising steps that step-dependent tables were made for; None if there are none.
+    variants: of a layer that changes with the range of steps, its recipe in each range (one object where it is the same in
+        several); `layers` has the first. What is folded and `attention` hold for all steps.
+    starts: the first step of each range; (0,) is one range, of all steps.
     """
 
     layers: dict[str, LayerRecipe]
     folded: frozenset[str] = frozenset()
     attention: dict[str, AttentionRecipe] = field(default_factory=dict)
     num_steps: int | None = None
+    variants: dict[str, tuple[LayerRecipe, ...]] = field(default_factory=dict)
+    starts: tuple[int, ...] = (0,)
+
+    def of_range(self, index: int) -> ModelRecipe:
+        """The recipe that holds in one range of steps, as one of all steps."""
+        own = {name: variants[index] for name, variants in self.variants.items()}
+        return replace(self, layers=self.layers | own, variants={}, starts=(0,))
+
+    def distinct(self, name: str) -> tuple[list[int], list[int]]:
+        """(the range in which each recipe of a layer is met first, which of these recipes each range has)."""
+        variants = self.variants[name]
+        first = [index for index, each in enumerate(variants) if all(each is not other for other in variants[:index])]
+        return first, [next(at for at, index in enumerate(first) if variants[index] is each) for each in variants]
+
+    def shares(self, name: str) -> list[tuple[LayerRecipe, float]]:
+        """The recipes of a layer, each with its share of the steps."""
+        if name not in self.variants:
+            return [(self.layers.get(name, LayerRecipe()), 1.0)]
+        assert self.num_steps is not None, "ranges are ranges of some number of steps"
+        steps = step_ranges(self.starts, self.num_steps)
+        return [(each, len(of) / self.num_steps) for each, of in zip(self.variants[name], steps, strict=True)]
 
     def without_rounding(self) -> ModelRecipe:
         """Only the transforms: a model that computes what the float model computes."""
-        return replace(self, layers={n: r.without_rounding() for n, r in self.layers.items()}, attention={})
+        first = self.of_range(0)  # the ranges differ in what is rounded, and in online transforms that cancel
+        return replace(first, layers={n: r.without_rounding() for n, r in first.layers.items()}, attention={})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError
+from harness.files import canonical_sha256, tensors_sha256
 from harness.quant.modulation import BlockFolds, RowFold
 from harness.quant.packing import pack, unpack
 from harness.quant.quantizers import ActQuant, Levels, LogSqrt2Quant, LookupWeight, QuantizedWeight
@@ -58,6 +59,15 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         else:
             encoded[argument] = encode(getattr(value, argument), f"{name}/{argument}", tensors)
     return encoded
+
+
+def content_sha256(value: Any) -> str:
+    """Of what `encode` writes: equal for equal content. A plugin's own class is equal to nothing but itself."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        return canonical_sha256([encode(value, "", tensors), tensors_sha256(tensors)])
+    except UserError:
+        return f"object {id(value)}"
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -83,11 +83,14 @@ BUDGETS = ("bytes", "average_weight_bits", "latency_ms")
 
 @dataclass(frozen=True)
 class MixedBits:
-    """One of `candidates` for every layer, so that the sum of what `budget` names (one of BUDGETS) is at most `limit`."""
+    """One of `candidates` for every layer in every one of `ranges` ranges of denoising steps, so that the sum of what
+    `budget` names (one of BUDGETS) is at most `limit`.
+    """
 
     candidates: tuple[Bits, ...]
     budget: str
     limit: float
+    ranges: int = 1
 
     label = MIXED
 

@@ -2,6 +2,9 @@
 
 A step-dependent quantity (shift, bias, activation range) is a small table with one row per group of steps. Layers read
 the step from a tensor and pick their row by index, so a compiled model does not recompile from step to step.
+
+A plan by ranges of steps (`harness.quant.plan`) changes a layer's codes or formats, which are no rows of a table. The range
+is a plain int: a compiled model is compiled once for each.
 """
 
 from __future__ import annotations
@@ -12,12 +15,31 @@ import torch
 from torch import Tensor, nn
 
 
-class StepClock:
-    """The index of the current denoising step, 0 … num_steps − 1, as a tensor shared by all layers of a model."""
+def range_starts(num_steps: int, ranges: int) -> tuple[int, ...]:
+    """The first step of each of `ranges` consecutive ranges of steps, whose lengths differ by at most one."""
+    return tuple(index * num_steps // ranges for index in range(ranges))
 
-    def __init__(self, num_steps: int | None) -> None:
+
+def step_ranges(starts: tuple[int, ...], num_steps: int) -> list[range]:
+    """The steps of each range."""
+    return [range(start, end) for start, end in zip(starts, (*starts[1:], num_steps), strict=True)]
+
+
+class StepClock:
+    """The index of the current denoising step, 0 … num_steps − 1, as a tensor shared by all layers of a model.
+
+    range: the index of the range of steps that it lies in; starts: the first step of each range.
+    """
+
+    def __init__(self, num_steps: int | None, starts: tuple[int, ...] = (0,)) -> None:
         self.num_steps = num_steps  # None: nothing in the model depends on the step
+        self.starts, self.range = starts, 0
         self.step = torch.zeros((), dtype=torch.long)
+
+    @property
+    def ranges(self) -> list[range]:
+        """The steps of each range; one of one step where nothing depends on the step."""
+        return step_ranges(self.starts, self.num_steps or 1)
 
     def to(self, device: torch.device | str) -> StepClock:
         self.step = self.step.to(device)
@@ -35,6 +57,13 @@ class StepClock:
                 "calibrate with the same protocol.steps"
             )
         self.step.fill_(step)
+        for index, start in enumerate(self.starts):
+            if step >= start:  # compared, not looked up: where this is traced, it is so once for each range, not step
+                self.range = index
+
+    def enter(self, index: int) -> None:
+        """Go to the first step of a range."""
+        self.set(self.starts[index], self.num_steps or 1)
 
 
 class StepTable(nn.Module):

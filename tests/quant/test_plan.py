@@ -12,7 +12,7 @@ from harness import methods
 from harness.conformance import DYNAMIC, STATIC
 from harness.errors import UserError
 from harness.quant.build import build
-from harness.quant.plan import merged, readers_of_one_site, solve, units_of
+from harness.quant.plan import Costs, fixed_units, merged, readers_of_one_site, solve, units_of
 
 ACTS = (4, 8, 8)  # of w4a4, w4a8, w8a8
 
@@ -22,6 +22,11 @@ def tables(seed: int, units: int = 5, candidates: int = 3) -> tuple[np.ndarray, 
     generator = np.random.default_rng(seed)
     errors_UK = 10.0 ** generator.uniform(-7, -1, (units, candidates))
     return errors_UK, generator.integers(1, 1000, (units, candidates)).astype(float) * 1e6
+
+
+def one_plan(errors_UK, costs_UK, budget, pairs=()) -> np.ndarray:
+    """The plan for one range of all steps."""
+    return solve(errors_UK[None], Costs(costs_UK[None]), budget, pairs, ACTS)[0]
 
 
 def best(errors_UK, costs_UK, budget, pairs=()) -> float:
@@ -40,9 +45,9 @@ def best(errors_UK, costs_UK, budget, pairs=()) -> float:
 def test_the_plan_is_the_best_of_all_plans_and_keeps_the_budget(seed, pairs):
     errors_UK, costs_UK = tables(seed)
     every = np.arange(len(errors_UK))
-    least = costs_UK[every, solve(costs_UK, costs_UK, np.inf, pairs, ACTS)].sum()
+    least = costs_UK[every, one_plan(costs_UK, costs_UK, np.inf, pairs)].sum()
     for budget in np.linspace(least, costs_UK.max(1).sum(), 4):
-        chosen_U = solve(errors_UK, costs_UK, budget, pairs, ACTS)
+        chosen_U = one_plan(errors_UK, costs_UK, budget, pairs)
         assert costs_UK[every, chosen_U].sum() <= budget
         assert all(ACTS[chosen_U[u]] == ACTS[chosen_U[v]] for u, v in pairs)
         assert errors_UK[every, chosen_U].sum() == pytest.approx(best(errors_UK, costs_UK, budget, pairs), rel=1e-6)
@@ -51,18 +56,93 @@ def test_the_plan_is_the_best_of_all_plans_and_keeps_the_budget(seed, pairs):
 def test_a_budget_that_is_met_exactly_is_enough_and_one_less_is_not():
     errors_UK, costs_UK = tables(3)
     cheapest = costs_UK.min(1).sum()
-    assert np.array_equal(solve(errors_UK, costs_UK, cheapest), costs_UK.argmin(1))
+    assert np.array_equal(one_plan(errors_UK, costs_UK, cheapest), costs_UK.argmin(1))
     with pytest.raises(UserError, match=r"the least that these candidates can take is .*, above the budget of"):
-        solve(errors_UK, costs_UK, cheapest - 1)
+        one_plan(errors_UK, costs_UK, cheapest - 1)
 
 
 def test_more_budget_never_means_more_error():
     errors_UK, costs_UK = tables(5, units=8)
     every = np.arange(len(errors_UK))
     budgets = np.linspace(costs_UK.min(1).sum(), costs_UK.max(1).sum(), 25)
-    errors = [errors_UK[every, solve(errors_UK, costs_UK, budget)].sum() for budget in budgets]
+    errors = [errors_UK[every, one_plan(errors_UK, costs_UK, budget)].sum() for budget in budgets]
     assert all(later <= earlier for earlier, later in zip(errors, errors[1:], strict=False))
     assert errors[-1] == pytest.approx(errors_UK.min(1).sum()) and errors[0] > 2 * errors[-1]
+
+
+RANGES, UNITS = 2, 4
+SHARED = {  # of w4a4, w4a8, w8a8: the first two hold one weight; each has static ranges of its own
+    "weights": lambda u, size: [{"w4": size, 4: 1e5}, {"w4": size, 8: 2e5}, {"w8": 2 * size, 8: 2e5}],
+    "nothing": lambda u, size: [{k: (k + 1) * size} for k in range(3)],
+    "all but a bit": lambda u, size: [{"w": 5 * size, k: (2 - k) * size} for k in range(3)],
+}
+
+
+def by_ranges(seed: int, shared: str | None):
+    """(errors_RUK, costs, what a plan costs: written out, apart from the code)."""
+    generator = np.random.default_rng(seed)
+    errors_RUK = 10.0 ** generator.uniform(-7, -1, (RANGES, UNITS, 3))
+    if shared is None:  # time: in each range of its own
+        each_RUK = generator.integers(1, 1000, (RANGES, UNITS, 3)) * 1e-3
+        return errors_RUK, Costs(each_RUK), lambda plan: sum(each_RUK[r, u, plan[r][u]] for r, u in PLACES)
+    parts_UK = [SHARED[shared](u, int(generator.integers(1, 1000)) * 1000) for u in range(UNITS)]
+
+    def stored(plan) -> float:
+        held = {(u, key): size for r, u in PLACES for key, size in parts_UK[u][plan[r][u]].items()}
+        return sum(held.values())
+
+    return errors_RUK, Costs.of_parts(parts_UK, RANGES), stored
+
+
+PLACES = list(product(range(RANGES), range(UNITS)))
+OF_PAIRS = ((0, 1),)
+FIXED = (3,)
+
+
+def all_plans():
+    """Every plan by ranges that keeps pairs and fixed units."""
+    for flat in product(range(3), repeat=RANGES * UNITS):
+        plan = np.array(flat).reshape(RANGES, UNITS)
+        if all(ACTS[row[u]] == ACTS[row[v]] for row in plan for u, v in OF_PAIRS) and len(set(plan[:, 3])) == 1:
+            yield plan
+
+
+@pytest.mark.parametrize("shared", [None, *SHARED])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plan_by_ranges_is_the_best_of_all_and_keeps_the_budget(seed, shared):
+    errors_RUK, costs, cost_of = by_ranges(seed, shared)
+    ranges, units = np.indices((RANGES, UNITS))
+    plans = list(all_plans())
+    spent = np.array([cost_of(plan) for plan in plans])
+    errors = np.array([errors_RUK[ranges, units, plan].sum() for plan in plans])
+    for budget in np.linspace(spent.min(), spent.max(), 5):
+        chosen_RU = solve(errors_RUK, costs, budget, OF_PAIRS, ACTS, FIXED)
+        assert costs.of(chosen_RU) == pytest.approx(cost_of(chosen_RU)) and cost_of(chosen_RU) <= budget * (1 + 1e-9)
+        assert any(np.array_equal(chosen_RU, plan) for plan in plans)
+        allowed = errors[spent <= budget * (1 + 1e-9)]
+        assert errors_RUK[ranges, units, chosen_RU].sum() == pytest.approx(allowed.min(), rel=1e-6)
+    with pytest.raises(UserError, match="the least that these candidates can take"):
+        solve(errors_RUK, costs, 0.99 * spent.min(), OF_PAIRS, ACTS, FIXED)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ranges_never_mean_more_error_than_one_plan_for_all_steps_and_under_a_budget_of_time_mean_less(seed):
+    errors_RUK, costs, cost_of = by_ranges(seed, None)
+    same_RUK = Costs(np.broadcast_to(costs.each_RUK.mean(0), errors_RUK.shape).copy())
+    ranges, units = np.indices((RANGES, UNITS))
+    budget = same_RUK.each_RUK.mean(2).sum()
+    found = solve(errors_RUK, same_RUK, budget, OF_PAIRS, ACTS)
+    constant = solve(errors_RUK, same_RUK, budget, OF_PAIRS, ACTS, fixed=range(UNITS))
+    assert np.array_equal(constant[0], constant[1])
+    alone = one_plan(errors_RUK.sum(0), same_RUK.each_RUK.sum(0), budget, OF_PAIRS)
+    assert np.array_equal(constant[0], alone)
+    assert errors_RUK[ranges, units, found].sum() < errors_RUK[ranges, units, constant].sum()
+
+
+def test_parts_of_one_range_cost_what_they_sum_to():
+    parts_UK = [[{"w": 3, "s": 1}, {"w": 3}], [{}, {"w": 5}]]
+    costs = Costs.of_parts(parts_UK, 1, divisor=2)
+    assert costs.held == () and costs.each_RUK.tolist() == [[[2, 1.5], [0, 2.5]]]
 
 
 def recipes_of(name, target, calibration, formats):
@@ -80,7 +160,9 @@ WIDTHS = [DYNAMIC.with_widths(3, 8), DYNAMIC.with_widths(8, 8)]
 def test_transforms_that_do_not_depend_on_the_format_tie_nothing(small_target, small_calibration):
     recipes = recipes_of("smoothquant", small_target, small_calibration, WIDTHS)
     assert recipes[0].folded
-    assert units_of(small_target, recipes) == [(name,) for name in small_target.layers]
+    units = units_of(small_target, recipes)
+    assert units == [(name,) for name in small_target.layers]
+    assert fixed_units(small_target, recipes, units) == []
 
 
 def test_readers_of_a_fold_that_differs_are_chosen_together_with_the_layer_that_takes_it_over(
@@ -94,6 +176,9 @@ def test_readers_of_a_fold_that_differs_are_chosen_together_with_the_layer_that_
         state = module.fit(small_target, small_calibration, DYNAMIC, params)
         recipes.append(module.apply(small_target, state, DYNAMIC, params))
     units = units_of(small_target, recipes)
+    readers = {n for site in small_target.sites if site.name in recipes[0].folded for n in site.consumers}
+    tied = [index for index, unit in enumerate(units) if readers & set(unit)]
+    assert fixed_units(small_target, recipes, units) == tied and len(tied) < len(units)
     for site in small_target.sites:
         if site.name in recipes[0].folded:
             (unit,) = [unit for unit in units if site.consumers[0] in unit]

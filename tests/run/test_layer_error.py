@@ -7,9 +7,10 @@ import torch
 from harness import methods
 from harness.layer_error import error_atlas, layer_table
 from harness.quant.build import build, quant_layers
-from harness.quant.quantizers import fake_quantize_activation
-from harness.quant.recipe import ModelRecipe
+from harness.quant.quantizers import fake_quantize_activation, static_quant
+from harness.quant.recipe import LayerRecipe, ModelRecipe
 from harness.quant.spec import Bits, QuantSpec
+from harness.quant.steps import StepTable
 
 W8A8 = Bits(QuantSpec(8, "per_channel"), QuantSpec(8, "per_token", dynamic=True))
 W4A4 = W8A8.with_widths(4, 4)
@@ -37,6 +38,17 @@ def test_a_layers_sqnr_is_that_of_its_own_rounding_on_float_inputs(small_target,
     expected = 10 * torch.log10(seen["y"].square().sum() / error.square().sum())
     found = atlas.sqnr_db_LS[atlas.names.index(name), atlas.steps.index(step)]
     assert found == pytest.approx(float(expected), abs=0.01)
+
+
+def test_a_layer_is_judged_at_the_step_that_its_input_is_of(small_target, small_calibration):
+    """The static range of one step clips almost everything, those of the others nothing."""
+    name, by_step = small_target.layers[-1], torch.tensor([0, 1, 1, 1])
+    ends = StepTable(torch.tensor([1e-3, 10.0]), by_step)
+    act = static_quant(ends.map(torch.neg), ends, QuantSpec(8, "per_tensor"))
+    recipe = ModelRecipe({name: LayerRecipe(act=act)}, num_steps=4)
+    model = build(small_target, recipe, dtype=torch.float32, backend="simulate")
+    found = error_atlas(small_target, recipe, model, small_calibration).sqnr_db_LS[0]
+    assert found[0] < 1 and all(found[1:] > 10), found
 
 
 def test_layers_whose_rows_take_a_fold_are_judged_against_the_folded_float_layer(small_target, small_calibration):

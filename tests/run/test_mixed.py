@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from harness import mixed
 from harness.backends import onednn_int8
 from harness.cli import main
 from harness.export import RECIPE, TENSORS
+from harness.quant.plan import Costs
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +93,66 @@ def test_a_mixed_run_is_exported_by_its_plan(by_budget, tmp_path):
     assert (tmp_path / "export" / TENSORS).exists()
 
 
+def act_bits(config, model, target, recipes, labels, units, shares_R):
+    """A stand-in for the time of a layer, so that a plan is worth changing with the step: its activation bits."""
+    bits_UK = [[sum(recipe.layers[name].act.spec.bits for name in unit) for recipe in recipes] for unit in units]
+    return Costs(shares_R[:, None, None] * np.array(bits_UK, dtype=float)), 0.0
+
+
+@pytest.fixture(scope="module")
+def by_range(mixed_run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(mixed.COSTS, "latency_ms", act_bits)
+        return mixed_run(
+            "bits=mixed", "bits.ranges=2", "bits.candidates=[w4a4,w4a8,w8a8]", "bits.budget.latency_ms=210"
+        )
+
+
+def test_a_plan_by_ranges_is_recorded_with_its_steps_and_has_less_error(by_range):
+    record, _, _ = by_range
+    plan = record["bits"]["mixed"]
+    assert plan["ranges"] == [[0, 0], [1, 1]]
+    assert plan["predicted"]["latency_ms"] <= 210
+    assert 0 < plan["predicted_error"] < plan["predicted_error_of_one_range"]
+    assert {len(labels) for labels in plan["plan"].values()} == {2}
+    assert any(first != second for first, second in plan["plan"].values())
+    for name, labels in plan["plan"].items():
+        assert record["layers"][name]["act_bits"] == sum(int(label[-1]) for label in labels) / 2
+
+
+def test_errors_of_ranges_are_weighted_with_their_steps(by_range, by_budget):
+    """Two steps, both looked at: their sum is what one range of both has."""
+    ours, theirs = (record["bits"]["mixed"]["uniform_errors"] for record, _, _ in (by_range, by_budget[9]))
+    assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_a_run_by_ranges_is_exported_by_its_plan(by_range, tmp_path):
+    record, _, folder = by_range
+    assert main(["export", str(folder), "--out", str(tmp_path / "export")]) == 0
+    described = json.loads((tmp_path / "export" / RECIPE).read_text())
+    assert described["starts"] == [0, 1]
+    assert described["bits"] == record["bits"]
+    assert described["tensors"]["bytes"] == record["efficiency"]["model_bytes"]
+    changing = {name for name, (first, second) in record["bits"]["mixed"]["plan"].items() if first != second}
+    assert {name for name, parts in described["layers"].items() if "variants" in parts} == changing
+
+
+def test_one_range_is_recorded_as_ever(by_budget):
+    for record, _, _ in by_budget.values():
+        assert set(record["bits"]["mixed"]) == {
+            *("candidates", "budget", "predicted", "predicted_error", "uniform_errors", "plan"),
+        }
+        assert set(map(type, record["bits"]["mixed"]["plan"].values())) == {str}
+
+
 REFUSED = {
     "no budget": (["method=rtn"], "bits=mixed takes one budget .* got 0"),
     "two": (["bits.budget.bytes=9", "bits.budget.latency_ms=9"], "got 2"),
     "nothing": (["bits.budget.bytes=-1"], "bits.budget.bytes must be a number above 0, got -1"),
     "no format": (["bits.candidates=[w9a9]", "bits.budget.bytes=9"], "weights cannot have 9 bits"),
+    "no range": (["bits.ranges=0", "bits.budget.bytes=9"], "bits.ranges must be .* from 1 to protocol.steps=2, got 0"),
+    "more ranges than steps": (["bits.ranges=3", "bits.budget.bytes=9"], "protocol.steps=2, got 3"),
+    "half a range": (["bits.ranges=1.5", "bits.budget.bytes=9"], "bits.ranges must be a whole number .* got 1.5"),
     "the same twice": (["bits.candidates=[w4a8,w4a8]", "bits.budget.bytes=9"], "a list of different formats"),
 }
 
