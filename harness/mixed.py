@@ -31,7 +31,7 @@ from harness.quant.attention import QuantAttnProcessor, set_processor
 from harness.quant.build import build, clock_of, quant_layers, set_submodule
 from harness.quant.plan import Costs, Unit, fixed_units, merged, merged_by_range, readers_of_one_site, solve, units_of
 from harness.quant.recipe import ModelRecipe
-from harness.quant.spec import Bits, MixedBits
+from harness.quant.spec import FLOAT_BITS, Bits, MixedBits
 from harness.quant.steps import range_starts, step_ranges
 from harness.quant.target import Target, weight_matrix
 
@@ -234,6 +234,19 @@ def _average_weight_bits(config, model, target, recipes, labels, units, shares_R
     return Costs.of_parts(parts_UK, len(shares_R), count / 8), 0.0
 
 
+def _average_act_bits(config, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
+    """Mean over the steps and the multiplications of the protocol's layers."""
+    macs = count_macs(model.transformer, model.step_inputs(1))
+    total = sum(macs[name] for name in target.layers)
+
+    def bits(recipe: ModelRecipe, unit: Unit) -> float:
+        acts = {name: recipe.layers[name].act for name in unit if name in target.layers}
+        return sum(macs[name] * (act.spec.bits if act else FLOAT_BITS) for name, act in acts.items()) / total
+
+    bits_UK = np.array([[bits(recipe, unit) for recipe in recipes] for unit in units])
+    return Costs(shares_R[:, None, None] * bits_UK), 0.0
+
+
 def _parts(target: Target, recipe: ModelRecipe, unit: Unit, without: str = "") -> dict[object, int]:
     """Bytes of what a unit holds; in all candidates by the same key what is the same."""
     return {
@@ -306,4 +319,9 @@ def layer_times(
     return np.median(rows, axis=0).tolist(), float(np.median(whole))
 
 
-COSTS = {"bytes": _bytes, "average_weight_bits": _average_weight_bits, "latency_ms": _latency_ms}
+COSTS = {
+    "bytes": _bytes,
+    "average_weight_bits": _average_weight_bits,
+    "average_act_bits": _average_act_bits,
+    "latency_ms": _latency_ms,
+}

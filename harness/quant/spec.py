@@ -78,7 +78,7 @@ class Bits:
 
 
 MIXED = "mixed"
-BUDGETS = ("bytes", "average_weight_bits", "latency_ms")
+BUDGETS = ("bytes", "average_weight_bits", "average_act_bits", "latency_ms")
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from harness import mixed
 from harness.backends import onednn_int8
 from harness.cli import main
+from harness.config import parse
 from harness.export import RECIPE, TENSORS
-from harness.quant.plan import Costs
+from harness.quant.accounting import count_macs
+from harness.run import cached_model
 
 
 @pytest.fixture(scope="module")
@@ -93,31 +95,32 @@ def test_a_mixed_run_is_exported_by_its_plan(by_budget, tmp_path):
     assert (tmp_path / "export" / TENSORS).exists()
 
 
-def act_bits(config, model, target, recipes, labels, units, shares_R):
-    """A stand-in for the time of a layer, so that a plan is worth changing with the step: its activation bits."""
-    bits_UK = [[sum(recipe.layers[name].act.spec.bits for name in unit) for recipe in recipes] for unit in units]
-    return Costs(shares_R[:, None, None] * np.array(bits_UK, dtype=float)), 0.0
-
-
 @pytest.fixture(scope="module")
 def by_range(mixed_run):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(mixed.COSTS, "latency_ms", act_bits)
-        return mixed_run(
-            "bits=mixed", "bits.ranges=2", "bits.candidates=[w4a4,w4a8,w8a8]", "bits.budget.latency_ms=210"
-        )
+    return mixed_run(
+        "bits=mixed", "bits.ranges=2", "bits.candidates=[w4a4,w4a8,w8a8]", "bits.budget.average_act_bits=6"
+    )
 
 
 def test_a_plan_by_ranges_is_recorded_with_its_steps_and_has_less_error(by_range):
     record, _, _ = by_range
     plan = record["bits"]["mixed"]
     assert plan["ranges"] == [[0, 0], [1, 1]]
-    assert plan["predicted"]["latency_ms"] <= 210
+    assert 5.5 < plan["predicted"]["average_act_bits"] <= 6
     assert 0 < plan["predicted_error"] < plan["predicted_error_of_one_range"]
     assert {len(labels) for labels in plan["plan"].values()} == {2}
     assert any(first != second for first, second in plan["plan"].values())
     for name, labels in plan["plan"].items():
         assert record["layers"][name]["act_bits"] == sum(int(label[-1]) for label in labels) / 2
+
+
+def test_activation_bits_are_weighted_with_multiplications_and_steps(by_range):
+    record, _, _ = by_range
+    model = cached_model(json.dumps(asdict(parse(record["config"]).model), sort_keys=True))
+    macs, plan = count_macs(model.transformer, model.step_inputs(1)), record["bits"]["mixed"]
+    total = sum(macs[name] * (int(first[-1]) + int(second[-1])) / 2 for name, (first, second) in plan["plan"].items())
+    expected = total / sum(macs[name] for name in plan["plan"])
+    assert plan["predicted"]["average_act_bits"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_errors_of_ranges_are_weighted_with_their_steps(by_range, by_budget):
