@@ -18,7 +18,7 @@ from harness.parity import differences
 from harness.parity_check import worst_psnr_db
 
 CPU = torch.device("cpu")
-needs_real = pytest.mark.skipif(choose(example_recipe(8, 8), CPU).KIND != "measured", reason="no int8 kernel here")
+needs_real = pytest.mark.skipif(choose(example_recipe("w8a8"), CPU).KIND != "measured", reason="no int8 kernel here")
 needs_vnni = pytest.mark.skipif(vnni._cpu_lacks() is not None, reason=str(vnni._cpu_lacks()))
 SMALL = ("model=tiny-dit", "protocol.steps=2", "calibration.n=2", "tracker=none")
 
@@ -47,7 +47,7 @@ def test_every_candidate_is_timed_at_every_batch_against_bf16_in_its_mode(benche
     for (label, mode, batch), row in rows.items():
         baseline = rows["bf16", mode, batch]["latency_ms"]["median"]
         assert row["speedup"] == baseline / row["latency_ms"]["median"]
-        assert row["backend"] == ("torch" if label == "bf16" else choose(example_recipe(8, 8), CPU).NAME)
+        assert row["backend"] == ("torch" if label == "bf16" else choose(example_recipe("w8a8"), CPU).NAME)
     assert rows["W8A8", "eager", 1]["held_bytes"] < rows["bf16", "eager", 1]["held_bytes"]
     assert record["refused"] == {}
 

@@ -78,7 +78,7 @@ def test_only_unpaired_metrics_have_a_noise_floor(first):
 
 
 def test_a_run_in_integers_is_measured_against_bf16_in_the_same_process(swept, read_records):
-    best = {bits: choose(example_recipe(bits, bits), _cpu()) for bits in (8, 4)}
+    best = {bits: choose(example_recipe(f"w{bits}a{bits}"), _cpu()) for bits in (8, 4)}
     for bits, backend in best.items():
         if backend.KIND != "measured":
             pytest.skip(f"no backend runs W{bits}A{bits} in integers here")
