@@ -102,6 +102,17 @@ def test_a_simulated_run_has_bytes_but_no_latency_ratio_or_peak(run, tmp_path, r
     assert efficiency["compression"] == efficiency["baseline_model_bytes"] / efficiency["model_bytes"]
 
 
+def test_a_run_in_fp8_says_so_and_is_close_to_the_float_model(run, tmp_path, read_records):
+    assert run("bits=fp8", "generate.noise_floor_seeds=0") == 0
+    (only,) = read_records(tmp_path).values()
+    assert only["bits"]["label"] == "FP8" and only["config"]["bits"]["label"] == "fp8"
+    assert {only["config"]["bits"][side]["number"] for side in ("weight", "act")} == {"e4m3"}
+    assert 8 < only["bits"]["weight_bits_quantized_layers"] < 8.7 and 8 < only["bits"]["act_bits_effective"] < 9
+    assert 34 < only["metrics"]["psnr"]["value"] < 42  # of two steps; twenty give 44
+    backend = choose(example_recipe("fp8"), _cpu())
+    assert only["efficiency"]["kind"] == backend.KIND and only["efficiency"]["backend"] == backend.NAME
+
+
 def test_every_quantized_layer_has_its_error(first):
     layers = first["layers"]
     assert len(layers) == 5 * 6  # blocks × (q, k, v, out, two of the FFN)
