@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -22,6 +24,7 @@ from harness.backends import cuda_fp8, cuda_int8, cuda_w4a16, simulate  # noqa: 
 from harness.backends.base import choose, known_backends  # noqa: E402
 from harness.backends.triton_kernels import launch  # noqa: E402
 from harness.measure import resident_bytes  # noqa: E402
+from harness.paths import CONF  # noqa: E402
 from harness.quant import tlq  # noqa: E402
 from harness.quant.effective import EffectiveLinear  # noqa: E402
 from harness.quant.layer import QuantLinear  # noqa: E402
@@ -208,3 +211,29 @@ def test_no_kernel_of_integers_takes_e4m3_codes(act, hopper):
             assert reason.startswith(name) and "runs on" not in reason
     assert "e4m3" in cuda_int8.unsupported(recipe_of(16, 32), CUDA)
     assert "e4m3" in cuda_w4a16.unsupported(recipe_of(16, 32, act=None), CUDA)
+
+
+def test_ada_and_hopper_are_given_their_own_conversion():
+    """Compiled here, with no device."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = [sys.executable, "-c", COMPILE_ROWS]
+    found = subprocess.run(run, env=environment, capture_output=True, text=True, cwd=CONF.parent)
+    assert found.returncode == 0, found.stderr
+    assert "cvt.rn.satfinite.e4m3x2.f16x2" in found.stdout and "cvt.rn.satfinite.e4m3x2.f32" in found.stdout
+
+
+COMPILE_ROWS = """
+import triton
+from triton.backends.compiler import GPUTarget
+from harness.backends.triton_kernels.activations import quantize_rows_kernel as kernel
+
+pointers = dict(x_ptr="*bf16", codes_ptr="*fp8e4nv", scale_ptr="*fp32", zero_ptr="*i32", norm="fp32", clip="fp32")
+constants = dict(QUANT_MIN=-448.0, QUANT_MAX=448.0, SYMMETRIC=True, STORED_LESS=0.0, FLOAT8=True, BF16=True)
+constants |= dict(A=1, B=4096, ROWS=1)
+constants |= {name: None for name in kernel.arg_names if name.endswith("_ptr") and name not in pointers}
+signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+source = triton.compiler.ASTSource(kernel, signature, constexprs=places)
+for capability in (89, 90):
+    print(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"])
+"""
