@@ -15,7 +15,7 @@ from harness.backends.base import AUTO, known_backends
 from harness.errors import UserError, unknown_name
 from harness.models.base import ModelSpec, Sampler, family
 from harness.prompts import load_prompts
-from harness.quant.spec import BUDGETS, E4M3, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
+from harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
@@ -229,17 +229,9 @@ def _bits(node: dict[str, Any]) -> Bits:
     for side in ("weight", "act"):
         values = dict(node[side])
         sides[side] = None if values["bits"] >= FLOAT_BITS else QuantSpec(**values)
-    numbers = {side: INT if spec is None else spec.number for side, spec in sides.items()}
-    if E4M3 in numbers.values() and len(set(numbers.values())) > 1:
-        raise UserError(
-            f"bits: e4m3 is of both sides or of none (bits=fp8); got weights of {_told(sides['weight'])} and activations of "
-            f"{_told(sides['act'])}"
-        )
-    return Bits(sides["weight"], sides["act"])
-
-
-def _told(spec: QuantSpec | None) -> str:
-    return f"{FLOAT_BITS} bits" if spec is None else E4M3 if spec.number == E4M3 else f"{spec.bits}-bit integers"
+    bits = Bits(sides["weight"], sides["act"])
+    bits.check_sides()
+    return bits
 
 
 def _mixed(node: dict[str, Any]) -> MixedBits:

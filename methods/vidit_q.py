@@ -129,6 +129,7 @@ def bit_plan(target: Target, bits: Bits, params: Params) -> dict[str, Bits]:
                 )
             named_by[name] = pattern
             plan[name] = Bits(with_bits(bits.weight, weight, number), with_bits(bits.act, act, number))
+            plan[name].check_sides()
     return plan
 
 

@@ -95,11 +95,24 @@ class Bits:
         act = self.act.bits if self.act else FLOAT_BITS
         return f"W{weight}A{act}"
 
+    def check_sides(self) -> None:
+        """Raise UserError if one side alone is e4m3."""
+        numbers = {side.number if side else None for side in (self.weight, self.act)}
+        if E4M3 in numbers and len(numbers) > 1:
+            raise UserError(
+                f"bits: e4m3 is of both sides or of none (bits=fp8); got weights of {_told(self.weight)} and activations of "
+                f"{_told(self.act)}"
+            )
+
     def with_widths(self, weight_bits: int, act_bits: int) -> Bits:
         return Bits(
             replace(self.weight, bits=weight_bits) if self.weight else None,
             replace(self.act, bits=act_bits) if self.act else None,
         )
+
+
+def _told(side: QuantSpec | None) -> str:
+    return f"{FLOAT_BITS} bits" if side is None else E4M3 if side.number == E4M3 else f"{side.bits}-bit integers"
 
 
 MIXED = "mixed"

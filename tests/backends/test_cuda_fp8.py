@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the rows are rounded by a Triton kernel")
 if not ON_DEVICE and os.environ.get("TRITON_INTERPRET") != "1":  # tests/conftest.py asks for it where there is no GPU
     pytest.skip("this GPU has no FP8", allow_module_level=True)
 
-from harness.backends import cuda_fp8, cuda_int8, cuda_w4a16, simulate  # noqa: E402
+from harness.backends import cuda_fp8, cuda_int8, cuda_lookup, cuda_w4a16, simulate, weight_only  # noqa: E402
 from harness.backends.base import choose, known_backends  # noqa: E402
 from harness.backends.triton_kernels import launch  # noqa: E402
 from harness.measure import resident_bytes  # noqa: E402
@@ -210,6 +210,9 @@ def test_no_kernel_of_integers_takes_e4m3_codes(act, hopper):
             )
             assert reason.startswith(name) and "runs on" not in reason
     assert "e4m3" in cuda_int8.unsupported(recipe_of(16, 32), CUDA)
+    lookup = recipe_of(16, 32, weight=tlq.twin_log(normal(16, 32), QuantSpec(4, "per_channel")))
+    assert "e4m3" in cuda_lookup.unsupported(lookup, CUDA)
+    assert "e4m3" in weight_only.unsupported(recipe_of(16, 32, act=None), torch.device("cpu"))
     assert "e4m3" in cuda_w4a16.unsupported(recipe_of(16, 32, act=None), CUDA)
 
 
