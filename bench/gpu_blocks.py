@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.backends import cuda_int8, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16
+from harness.backends import cuda_fp8, cuda_int8, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16
 from harness.listing import bits_of
 from harness.measure import device_name, resident_bytes
 from harness.quant.effective import EffectiveLinear
@@ -35,8 +35,6 @@ from harness.quant.quantizers import ActQuant, quantize_weight
 from harness.quant.recipe import LayerRecipe
 from harness.quant.steps import StepClock, StepTable
 from harness.quant.transforms import Hadamard, Transform
-
-FLOAT8_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,15 @@ class Shape:
 SHAPES = {"flux": Shape(3072, 24, 12288, 4096), "pixart": Shape(1152, 16, 4608, 4096)}
 DRY_SHAPES = {"tiny": Shape(32, 2, 64, 24)}
 
-FORMATS = {  # name: (backend, weight bits, activation bits, Hadamard before every layer)
-    "W8A8": (cuda_int8, 8, 8, False),
-    "W8A8 rotated": (cuda_int8, 8, 8, True),
-    "W4A8": (cuda_w4a8, 4, 8, False),
-    "W4A8 rotated": (cuda_w4a8, 4, 8, True),
-    "W4A4 (int8 cores)": (cuda_w4a4_on_int8, 4, 4, True),
-    "W4A16": (cuda_w4a16, 4, 16, False),
+FORMATS = {  # name: (backend, format, Hadamard before every layer)
+    "W8A8": (cuda_int8, "w8a8", False),
+    "W8A8 rotated": (cuda_int8, "w8a8", True),
+    "FP8": (cuda_fp8, "fp8", False),
+    "FP8 rotated": (cuda_fp8, "fp8", True),
+    "W4A8": (cuda_w4a8, "w4a8", False),
+    "W4A8 rotated": (cuda_w4a8, "w4a8", True),
+    "W4A4 (int8 cores)": (cuda_w4a4_on_int8, "w4a4", True),
+    "W4A16": (cuda_w4a16, "w4a16", False),
 }
 
 
@@ -81,27 +81,6 @@ class Block(nn.Module):
         return x_BTC + self.down(F.gelu(self.up(y), approximate="tanh"))
 
 
-class Float8Linear(nn.Module):
-    """FP8 e4m3 with a scale per token and per output channel through torch's own product; a reference, no recipe runs on it."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight_OC = linear.weight.detach().float()
-        scale_O = weight_OC.abs().amax(1).clamp(min=1e-12) / FLOAT8_MAX
-        self.register_buffer("weight_OC", (weight_OC / scale_O[:, None]).to(torch.float8_e4m3fn))
-        self.register_buffer("scale_O", scale_O)
-        self.register_buffer("bias_O", linear.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        from harness.backends.triton_kernels.launch import quantize_rows
-
-        rows = quantize_rows(x.flatten(0, -2), *[None] * 3, [], None, None, 1.0, -448, 448, True, False)
-        y = torch._scaled_mm(
-            rows[0], self.weight_OC.t(), rows[1][:, None], self.scale_O[None], self.bias_O, out_dtype=x.dtype
-        )
-        return y.unflatten(0, x.shape[:-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -112,6 +91,7 @@ def main() -> None:
     if not options.dry and not torch.cuda.is_available():
         parser.error("no CUDA device; --dry shows on the CPU that this runs")
     device = torch.device("cpu" if options.dry else "cuda")
+    torch._dynamo.config.recompile_limit = 64  # every candidate compiles the same forward anew; 8 would stop the ninth
     if options.dry:
         for backend in {entry[0] for entry in FORMATS.values()}:
             backend.unsupported = lambda recipe, device: None
@@ -143,8 +123,6 @@ def block_times(shape: Shape, device: torch.device, repeats: int, *, timed: bool
     makers: dict[str, Callable[[], nn.Module]] = {"bf16": lambda: block}
     for name, entry in FORMATS.items():
         makers[name] = lambda entry=entry: replaced(block, lambda linear: quantized(linear, *entry, device))
-    if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
-        makers["FP8"] = lambda: replaced(block, Float8Linear)
     makers |= torchao_makers(block) if device.type == "cuda" else {}
 
     expected = block(x).float()
@@ -173,9 +151,9 @@ def block_times(shape: Shape, device: torch.device, repeats: int, *, timed: bool
     return found
 
 
-def quantized(linear: nn.Linear, backend: Any, weight_bits: int, act_bits: int, rotated: bool, device: torch.device):
-    """The layer at these widths, rounded to nearest."""
-    bits = bits_of(weight_bits, act_bits)
+def quantized(linear: nn.Linear, backend: Any, label: str, rotated: bool, device: torch.device):
+    """The layer in this format, rounded to nearest."""
+    bits = bits_of(label)
     transform = Transform(rotations=(Hadamard(linear.in_features),) if rotated else ())
     weight_OC = transform.of_weight(linear.weight.detach().double().cpu())
     assert bits.weight is not None

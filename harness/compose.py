@@ -16,20 +16,14 @@ from harness.quant.spec import MIXED, all_labels, parse_label
 
 
 def register() -> None:
-    """Every method's defaults and every bits=w<..>a<..> as configuration nodes."""
+    """Every method's defaults and every format of bits= as configuration nodes."""
     store = ConfigStore.instance()
     for name in methods.known_methods():
         store.store(group="method", name=f"{name}_defaults", node=methods.defaults(name))
         if not (CONF / "method" / f"{name}.yaml").exists():  # a plugin's method needs no file here
             store.store(group="method", name=name, node=methods.defaults(name))
     for label in all_labels():
-        weight, act = parse_label(label)
-        node: dict[str, Any] = {
-            "defaults": ["default", "_self_"],
-            "label": label,
-            "weight": {"bits": weight},
-            "act": {"bits": act},
-        }
+        node: dict[str, Any] = {"defaults": ["default", "_self_"], "label": label, **parse_label(label).sides()}
         store.store(group="bits", name=label, node=node)
 
 

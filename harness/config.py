@@ -15,7 +15,7 @@ from harness.backends.base import AUTO, known_backends
 from harness.errors import UserError, unknown_name
 from harness.models.base import ModelSpec, Sampler, family
 from harness.prompts import load_prompts
-from harness.quant.spec import BUDGETS, FLOAT_BITS, MIXED, Bits, MixedBits, QuantSpec, parse_label
+from harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
@@ -105,8 +105,8 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     _check_values(raw)
     if raw["method"]["name"] == methods.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
-        raw["bits"]["weight"] = raw["bits"]["weight"] | {"bits": FLOAT_BITS}
-        raw["bits"]["act"] = raw["bits"]["act"] | {"bits": FLOAT_BITS}
+        for side in ("weight", "act"):
+            raw["bits"][side] = raw["bits"][side] | {"bits": FLOAT_BITS, "number": INT}
     bits = _mixed(raw["bits"], raw["protocol"]["steps"]) if raw["bits"]["label"] == MIXED else _bits(raw["bits"])
     raw["bits"] = raw["bits"] | {"label": bits.label.lower()}  # of the widths, wherever they were set
     for each in bits.candidates if isinstance(bits, MixedBits) else (bits,):
@@ -229,7 +229,9 @@ def _bits(node: dict[str, Any]) -> Bits:
     for side in ("weight", "act"):
         values = dict(node[side])
         sides[side] = None if values["bits"] >= FLOAT_BITS else QuantSpec(**values)
-    return Bits(sides["weight"], sides["act"])
+    bits = Bits(sides["weight"], sides["act"])
+    bits.check_sides()
+    return bits
 
 
 def _mixed(node: dict[str, Any], steps: int) -> MixedBits:
@@ -238,9 +240,8 @@ def _mixed(node: dict[str, Any], steps: int) -> MixedBits:
         raise UserError(f"bits.candidates must be a list of different formats such as [w4a8,w8a8], got {labels!r}")
     candidates = []
     for label in labels:
-        weight, act = parse_label(str(label))
-        sides = {"weight": node["weight"] | {"bits": weight}, "act": node["act"] | {"bits": act}}
-        candidates.append(_bits({"label": label} | sides))
+        sides = parse_label(str(label)).sides()
+        candidates.append(_bits({"label": label} | {side: node[side] | values for side, values in sides.items()}))
     given = {name: limit for name, limit in node["budget"].items() if limit is not None}
     if len(given) != 1:
         raise UserError(

@@ -9,20 +9,13 @@ import torch
 import yaml
 
 from harness import methods
+from harness.errors import UserError
 from harness.paths import CONF, options
 from harness.quant.quantizers import ActQuant
 from harness.quant.recipe import LayerRecipe
-from harness.quant.spec import Bits, QuantSpec, all_labels
+from harness.quant.spec import FLOAT_BITS, FP8, Bits, QuantSpec, all_labels, parse_label
 
-FORMATS = {
-    "W8A8": (8, 8),
-    "W6A6": (6, 6),
-    "W4A8": (4, 8),
-    "W4A4": (4, 4),
-    "W3A4": (3, 4),
-    "W8A16": (8, 16),
-    "W4A16": (4, 16),
-}
+FORMATS = ("W8A8", "FP8", "W6A6", "W4A8", "W4A4", "W3A4", "W8A16", "W4A16")
 
 
 def list_methods() -> str:
@@ -71,8 +64,8 @@ def format_matrix() -> str:
 
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     rows: list[Sequence[str]] = []
-    for label, widths in FORMATS.items():
-        recipe = example_recipe(*widths)
+    for label in FORMATS:
+        recipe = example_recipe(label)
         for device in devices:
             real = [(b, b.unsupported(recipe, device)) for b in known_backends().values() if b.KIND == "measured"]
             able = [b.NAME for b, why in real if why is None]
@@ -122,18 +115,19 @@ KINDS: dict[str, Callable[[], str]] = {
 }
 
 
-def bits_of(weight_bits: int, act_bits: int) -> Bits:
-    """The default granularity at these widths: per channel, per token dynamic, symmetric."""
+def bits_of(label: str) -> Bits:
+    """A format in the default granularity: per channel, per token dynamic, symmetric."""
+    weight, act, number = parse_label(label)
     return Bits(
-        QuantSpec(weight_bits, "per_channel") if weight_bits < 16 else None,
-        QuantSpec(act_bits, "per_token", dynamic=True) if act_bits < 16 else None,
+        QuantSpec(weight, "per_channel", number=number) if weight < FLOAT_BITS else None,
+        QuantSpec(act, "per_token", dynamic=True, number=number) if act < FLOAT_BITS else None,
     )
 
 
-def example_recipe(weight_bits: int, act_bits: int) -> LayerRecipe:
+def example_recipe(label: str) -> LayerRecipe:
     from harness.quant.quantizers import quantize_weight
 
-    bits = bits_of(weight_bits, act_bits)
+    bits = bits_of(label)
     weight = None if bits.weight is None else quantize_weight(torch.eye(16), bits.weight)
     return LayerRecipe(weight=weight, act=None if bits.act is None else ActQuant(bits.act))
 
@@ -147,16 +141,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _formats(name: str) -> str:
-    from harness.errors import UserError
-
-    if name == methods.FLOAT:
-        return "16-bit"
+def formats_of(name: str) -> list[str]:
+    """Of FORMATS, those that the method defines."""
     defined = []
-    for label, widths in FORMATS.items():
+    for label in FORMATS:
         try:
-            methods.check_bits(name, bits_of(*widths))
+            methods.check_bits(name, bits_of(label))
             defined.append(label)
         except UserError:
             continue
-    return "any" if len(defined) == len(FORMATS) else " ".join(defined)
+    return defined
+
+
+def _formats(name: str) -> str:
+    if name == methods.FLOAT:
+        return "16-bit"
+    defined = formats_of(name)
+    if len(defined) == len(FORMATS):
+        return "any"
+    return "any integers" if defined == [label for label in FORMATS if label != FP8.upper()] else " ".join(defined)

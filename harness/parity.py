@@ -1,7 +1,9 @@
-"""Integer against simulated execution of one recipe: layer by layer on the same inputs, and in the images.
+"""Real kernels against simulated execution of one recipe: layer by layer on the same inputs, and in the images.
 
 Layers are compared in float32, after scales, bias and low-rank branch, on what they read in the model as it runs. A backend
-that computes what it says differs by rounding of float32 sums alone.
+that computes what it says differs by rounding of float32 sums alone. Sums of e4m3 products are not whole numbers, so that
+every kernel rounds them its own way, and codes near a tie fall otherwise: on tiny-dit, noise of 1e-7 in the simulated sums
+moves the worst of four images to 47 dB, noise of 1e-4 to 44 dB. Images in FP8 have a limit that leaves room for that.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from harness.quant.target import Target
 
 LAYER_LIMIT = 1e-3  # relative error of a layer's output that a backend must keep
 IMAGE_LIMIT_DB = 45.0  # PSNR of its images against the simulated ones
+E4M3_IMAGE_LIMIT_DB = 35.0
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from harness.backends.base import known_backends
 from harness.calibrate import float_dtype
 from harness.config import RunConfig, parse
 from harness.errors import UserError
-from harness.listing import FORMATS, example_recipe, table
-from harness.parity import IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
+from harness.listing import example_recipe, formats_of, table
+from harness.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
 from harness.quant.build import build
+from harness.quant.spec import FP8
 from harness.run import cached_model, stage_calibrate, stage_generate, stage_quantize
 from harness.sweep import composed
 
@@ -36,7 +37,8 @@ class Row:
 
     @property
     def keeps_limits(self) -> bool:
-        return self.relative <= LAYER_LIMIT and self.psnr_db >= IMAGE_LIMIT_DB
+        images_db = E4M3_IMAGE_LIMIT_DB if self.format == FP8.upper() else IMAGE_LIMIT_DB
+        return self.relative <= LAYER_LIMIT and self.psnr_db >= images_db
 
 
 def check(formats: Iterable[str], overrides: Sequence[str]) -> tuple[str, bool]:
@@ -45,9 +47,9 @@ def check(formats: Iterable[str], overrides: Sequence[str]) -> tuple[str, bool]:
     Raises:
         UserError: a value that cannot be used, or no real backend on this machine runs any of the formats.
     """
-    wanted = [label.lower() for label in formats] or [label.lower() for label in FORMATS]
-    jobs = [[f"protocol.n={IMAGES}", *overrides, f"bits={label}", "backend=simulate"] for label in wanted]
-    rows = [row for raw in composed(jobs) for row in rows_of(parse(raw))]
+    usual = [f"protocol.n={IMAGES}", *overrides, "backend=simulate"]
+    wanted = [label.lower() for label in formats or formats_of(composed([usual])[0]["method"]["name"])]
+    rows = [row for raw in composed([*usual, f"bits={label}"] for label in wanted) for row in rows_of(parse(raw))]
     if not rows:
         raise UserError(f"no real backend here runs {', '.join(wanted)} (ditbench list backends)")
     shown = table(
@@ -61,17 +63,17 @@ def check(formats: Iterable[str], overrides: Sequence[str]) -> tuple[str, bool]:
             for row in rows
         ],
     )
-    limits = f"integer against simulated; limits: {LAYER_LIMIT:g} per layer, {IMAGE_LIMIT_DB:g} dB"
+    images = f"{IMAGE_LIMIT_DB:g} dB ({E4M3_IMAGE_LIMIT_DB:g} in FP8)"
+    limits = f"real kernels against simulated execution; limits: {LAYER_LIMIT:g} per layer, {images}"
     return f"{shown}\n{limits}", all(row.keeps_limits for row in rows)
 
 
 def rows_of(config: RunConfig) -> list[Row]:
     """One row for each real backend that runs this format here."""
-    widths = tuple(side.bits if side else 16 for side in (config.bits.weight, config.bits.act))
     able = [
         backend
         for backend in known_backends().values()
-        if backend.KIND == "measured" and backend.unsupported(example_recipe(*widths), config.device) is None
+        if backend.KIND == "measured" and backend.unsupported(example_recipe(config.bits.label), config.device) is None
     ]
     if not able:
         return []

@@ -41,7 +41,7 @@ from harness.quant.recipe import ModelRecipe
 from harness.quant.rotations import Dual, dual_rotation
 from harness.quant.rounding import nearest, static_ranges
 from harness.quant.smoothing import place, smoothing_scale, weight_absmax
-from harness.quant.spec import Bits, QuantSpec
+from harness.quant.spec import Bits, QuantSpec, needs_integers
 from harness.quant.target import Site, Target, weight_matrix
 from harness.quant.tlq import MODES, Search, twin_log, weight_from_state, weight_state
 from harness.quant.transforms import Hadamard, Rotation, Transform, random_signs
@@ -89,6 +89,7 @@ class Params:
 
 
 def check_bits(bits: Bits) -> None:
+    needs_integers("lrq_dit", bits.weight, bits.act)
     if bits.weight is not None and bits.weight.granularity != "per_channel":
         raise UserError(f"lrq_dit: TLQ has its grids per_channel; bits.weight is {bits.weight.granularity}")
 

@@ -40,7 +40,7 @@ from harness.observe import channel_stats
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
 from harness.quant.smoothing import place, weight_absmax
-from harness.quant.spec import Bits
+from harness.quant.spec import Bits, needs_integers
 from harness.quant.target import Site, Target
 from harness.quant.transforms import Transform
 from harness.reconstruct import Reconstruction, learned_weights, reconstruct
@@ -62,6 +62,10 @@ class Params(Reconstruction):
             raise ValueError(f"ptq4dit: parts must be {', '.join(PARTS[:-1])} or {PARTS[-1]}, got {self.parts!r}")
         if self.ranges not in ("mse", "minmax"):
             raise ValueError(f"ptq4dit: ranges must be mse or minmax, got {self.ranges!r}")
+
+
+def check_bits(bits: Bits) -> None:
+    needs_integers("ptq4dit", bits.weight, bits.act)
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:

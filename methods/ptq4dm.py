@@ -30,7 +30,7 @@ from torch import Tensor
 from harness.calibrate import Calibration, selected
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
-from harness.quant.spec import Bits
+from harness.quant.spec import Bits, needs_integers
 from harness.quant.target import Target
 from harness.reconstruct import Reconstruction, learned_weights, reconstruct
 
@@ -72,6 +72,10 @@ def draw_steps(count: int, steps: int, params: Params, generator: torch.Generato
     """The denoising step of each sample: step 0 is timestep T − 1."""
     timestep_N = params.mean * steps + params.std * steps * torch.randn(count, generator=generator)
     return steps - 1 - timestep_N.round().long().clamp(0, steps - 1)
+
+
+def check_bits(bits: Bits) -> None:
+    needs_integers("ptq4dm", bits.weight, bits.act)
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:

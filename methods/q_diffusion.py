@@ -32,7 +32,7 @@ from torch import Tensor
 from harness.calibrate import Calibration, selected
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
-from harness.quant.spec import Bits
+from harness.quant.spec import Bits, needs_integers
 from harness.quant.target import Target
 from harness.reconstruct import Reconstruction, learned_weights, reconstruct
 
@@ -62,6 +62,10 @@ def select_calibration(calibration: Calibration, params: Params, seed: int) -> C
     everything = torch.arange(calibration.num_rows(0))
     rows = [everything if step in kept else everything[:0] for step in range(total)]
     return selected(calibration, rows, f"q_diffusion steps={params.steps}")
+
+
+def check_bits(bits: Bits) -> None:
+    needs_integers("q_diffusion", bits.weight, bits.act)
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:

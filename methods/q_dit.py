@@ -22,7 +22,7 @@ model on part of the calibration (with weights rounded to nearest, as the releas
 `fitness_rows`), cheap enough for a CPU, and so the search is off unless asked for. Granularity and symmetry are the
 method's, only the widths come from `bits`. GPTQ is calibrated on the sampler's whole trajectory, with guidance's null rows;
 adaLN stays in float unless the protocol's scope says otherwise. In the release the search changes the weights' group
-sizes only and GPTQ takes one size for all layers; here both sides follow it, and so does GPTQ.
+sizes only and GPTQ takes one size for all layers; here both sides follow it, and so does GPTQ. In FP8 groups are symmetric.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from harness.quant.build import build, float_copy
 from harness.quant.gptq import gptq
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest
-from harness.quant.spec import Bits, QuantSpec
+from harness.quant.spec import E4M3, Bits, QuantSpec
 from harness.quant.target import Site, Target, weight_matrix
 from harness.stream import MAX_BYTES
 
@@ -141,12 +141,13 @@ def width(target: Target, site: Site) -> int:
 
 
 def bits_by_layer(target: Target, bits: Bits, sizes: Candidate, params: Params) -> dict[str, Bits]:
-    """The same group size on both sides of every layer."""
+    """The same group size on both sides of every layer; e4m3 has no zero point."""
 
     def grouped(spec: QuantSpec | None, size: int) -> QuantSpec | None:
         if spec is None:
             return None
-        return replace(spec, granularity="per_group", group_size=size, symmetric=params.symmetric)
+        symmetric = params.symmetric or spec.number == E4M3
+        return replace(spec, granularity="per_group", group_size=size, symmetric=symmetric)
 
     return {
         name: Bits(grouped(bits.weight, size), grouped(bits.act, size))

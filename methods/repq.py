@@ -40,7 +40,7 @@ from harness.quant.quantizers import quantize_weight
 from harness.quant.recipe import ModelRecipe
 from harness.quant.rounding import nearest, static_ranges
 from harness.quant.smoothing import place
-from harness.quant.spec import Bits, QuantSpec
+from harness.quant.spec import Bits, QuantSpec, needs_integers
 from harness.quant.steps import StepTable
 from harness.quant.target import Site, Target
 from harness.quant.transforms import Transform
@@ -62,6 +62,10 @@ class Params:
             raise ValueError(f"repq: softmax must be log_sqrt2 or uniform, got {self.softmax!r}")
         if self.tokens < 1:
             raise ValueError(f"repq: tokens must be at least 1, got {self.tokens}")
+
+
+def check_bits(bits: Bits) -> None:
+    needs_integers("repq", bits.weight, bits.act)
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:

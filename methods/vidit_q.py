@@ -121,16 +121,17 @@ def bit_plan(target: Target, bits: Bits, params: Params) -> dict[str, Bits]:
         names = [name for name in target.layers if re.search(pattern, name)]
         if not names:
             raise UserError(f"method.mixed: {pattern!r} names no layer to quantize, such as {target.layers[0]}")
-        weight_bits, act_bits = parse_label(label)
+        weight, act, number = parse_label(label)
         for name in names:
             if name in named_by:
                 raise UserError(
                     f"method.mixed: {named_by[name]!r} and {pattern!r} both name {name}; a layer has one width"
                 )
             named_by[name] = pattern
-            plan[name] = Bits(with_bits(bits.weight, weight_bits), with_bits(bits.act, act_bits))
+            plan[name] = Bits(with_bits(bits.weight, weight, number), with_bits(bits.act, act, number))
+            plan[name].check_sides()
     return plan
 
 
-def with_bits(spec: QuantSpec | None, width: int) -> QuantSpec | None:
-    return None if spec is None or width == FLOAT_BITS else replace(spec, bits=width)
+def with_bits(spec: QuantSpec | None, width: int, number: str) -> QuantSpec | None:
+    return None if spec is None or width == FLOAT_BITS else replace(spec, bits=width, number=number)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight
 from harness.quant.recipe import LayerRecipe
+from harness.quant.spec import E4M3, QuantSpec
 
 LARGEST_WIDTH = 33_000  # C · 255² < 2³¹: sums of products of codes fit int32
 
@@ -19,10 +20,17 @@ def not_integers(name: str, recipe: LayerRecipe) -> str | None:
         return f"{name} multiplies integers; these weights are looked up in a table of uneven levels"
     if isinstance(recipe.act, LogSqrt2Quant):
         return f"{name} multiplies integers; these activations are rounded in their logarithm"
-    return None
+    return e4m3_of(name, recipe.weight.spec) or e4m3_of(name, recipe.act.spec)
+
+
+def e4m3_of(name: str, spec: QuantSpec) -> str | None:
+    """Why the codes of this side are no integers."""
+    return f"{name} takes integers; these codes are e4m3" if spec.number == E4M3 else None
 
 
 def weight_lacks(name: str, weight: QuantizedWeight) -> str | None:
+    if problem := e4m3_of(name, weight.spec):
+        return problem
     if weight.codes_OC.shape[1] > LARGEST_WIDTH:
         return f"{name} sums in int32, which {weight.codes_OC.shape[1]} input channels could overflow"
     if not _whole(weight.zero_point_OG):

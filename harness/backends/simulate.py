@@ -1,9 +1,9 @@
 """Simulated execution: codes are stored packed, arithmetic is float. Runs every recipe anywhere.
 
-Where both sides are integers, float32 multiplies the codes (less their zero points) and scales follow, weight's first, as an
-integer kernel does it. Sums of such products are whole numbers, exact below 2²⁴, so that a kernel which scales in this
-order gives the same bits; in four bits one code that rounds the other way would change an image visibly. Its speed says
-nothing, so none is reported.
+Where both sides are codes × scale, float32 multiplies the codes (less their zero points) and scales follow, weight's first, as
+an integer kernel does it. Sums of products of integers are whole numbers, exact below 2²⁴, so that a kernel which scales in
+this order gives the same bits; in four bits one code that rounds the other way would change an image visibly. Products of
+e4m3 codes are exact too, their sums are rounded to float32. Its speed says nothing, so none is reported.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from harness.quant.quantizers import (
     to_codes,
 )
 from harness.quant.recipe import LayerRecipe
+from harness.quant.spec import E4M3
 
 NAME = "simulate"
 KIND = "simulated"
@@ -62,8 +63,11 @@ class SimulatedKernel(Kernel):
             self.levels = copy.deepcopy(recipe.weight.levels)  # moved with us, and the recipe stays where it is
         else:
             self.spec, self.width = recipe.weight.spec, recipe.weight.codes_OC.shape[1]
-            offset_codes = recipe.weight.codes_OC.to(torch.int16) - self.spec.quant_min
-            self.register_buffer("packed", pack(offset_codes, self.spec.bits))
+            if self.spec.number == E4M3:
+                self.register_buffer("packed", recipe.weight.codes_OC.view(torch.uint8))
+            else:
+                offset_codes = recipe.weight.codes_OC.to(torch.int16) - self.spec.quant_min
+                self.register_buffer("packed", pack(offset_codes, self.spec.bits))
             self.register_buffer("scale_OG", recipe.weight.scale_OG)
             self.register_buffer("zero_point_OG", recipe.weight.zero_point_OG)
         if recipe.act is not None and recipe.act.scale is not None:
@@ -74,29 +78,32 @@ class SimulatedKernel(Kernel):
         if hasattr(self, "levels"):
             codes_OC = unpack(self.packed, self.code_bits, self.width)
             return LookupWeight(codes_OC, self.levels, self.num_levels, self.spec)
-        codes = unpack(self.packed, self.spec.bits, self.width).to(torch.int16) + self.spec.quant_min
+        if self.spec.number == E4M3:
+            codes = self.packed.view(self.spec.code_dtype)
+        else:
+            codes = unpack(self.packed, self.spec.bits, self.width).to(torch.int16) + self.spec.quant_min
         return QuantizedWeight(codes, self.scale_OG, self.zero_point_OG, self.spec)
 
     @property
-    def has_integers(self) -> bool:
-        """Both sides are codes × scale, so that codes can be multiplied."""
+    def multiplies_codes(self) -> bool:
+        """Both sides are codes × scale."""
         evenly = self.quantized and not hasattr(self, "levels")
         return evenly and self.act is not None and not isinstance(self.act, LogSqrt2Quant)
 
     def unpacked(self) -> Tensor:
-        """weight_OC in float32: codes less their zero points, or values where there are no integers to multiply."""
+        """weight_OC in float32: codes less their zero points, or values where no codes are multiplied."""
         if not self.quantized:
             return self.weight_OC
         if self._unpacked is None or self._unpacked.device != self.packed.device:
             weight = self.quantized_weight()
-            self._unpacked = centred_codes(weight) if self.has_integers else weight.dequantize()  # type: ignore[arg-type]
+            self._unpacked = centred_codes(weight) if self.multiplies_codes else weight.dequantize()  # type: ignore[arg-type]
         return self._unpacked
 
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
         if self.act is None and not self.quantized:
             return F.linear(x.to(self.weight_OC.dtype), self.weight_OC)
         x = x if x.dtype == torch.float64 else x.float()
-        if self.has_integers:
+        if self.multiplies_codes:
             return self.product(x, step)
         if self.act is not None:
             x = fake_quantize_activation(x, self.act, step)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.backends import vnni
 from harness.backends.base import Kernel
+from harness.backends.integers import e4m3_of
 from harness.quant.packing import pack
 from harness.quant.quantizers import LookupWeight, QuantizedWeight
 from harness.quant.recipe import LayerRecipe
@@ -30,6 +31,8 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
         return f"{NAME} is for quantized weights with activations in float"
     if isinstance(weight, LookupWeight):
         return f"{NAME} unpacks integers; these weights are looked up in a table of uneven levels"
+    if problem := e4m3_of(NAME, weight.spec):
+        return problem
     if weight.spec.bits not in (8, 4):
         return f"{NAME} stores weights in 8 or 4 bits, these have {weight.spec.bits}"
     width = weight.codes_OC.shape[1] // weight.scale_OG.shape[1]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.quant.quantizers import ActQuant, QuantizedWeight, fake_quantize_activation, from_codes
+from harness.quant.spec import needs_integers
 
 STRETCH = (-0.1, 1.1)
 SCALE_FLOOR = 1e-3  # of the starting scale: a learned scale stays positive
@@ -30,6 +31,7 @@ class AdaRound(nn.Module):
 
     def __init__(self, weight_OC: Tensor, start: QuantizedWeight) -> None:
         super().__init__()
+        needs_integers("AdaRound", start.spec)
         self.spec = start.spec
         groups = start.scale_OG.shape[1]
         self.scale_OG, self.zero_point_OG = start.scale_OG, start.zero_point_OG
@@ -44,8 +46,7 @@ class AdaRound(nn.Module):
     def hard(self) -> QuantizedWeight:
         """The weight that is used: up where α ≥ 0."""
         codes = self._codes((self.alpha_OGg.detach() >= 0).to(self.floor_OGg.dtype)).flatten(1)
-        dtype = torch.int8 if self.spec.symmetric else torch.uint8
-        return QuantizedWeight(codes.to(dtype), self.scale_OG, self.zero_point_OG, self.spec)
+        return QuantizedWeight(codes.to(self.spec.code_dtype), self.scale_OG, self.zero_point_OG, self.spec)
 
     def regulariser(self, sharpness: float) -> Tensor:
         """Σ 1 − |2 h(α) − 1|^b: 0 when every weight has decided."""
@@ -67,6 +68,7 @@ class LearnedAct(nn.Module):
 
     def __init__(self, quant: ActQuant) -> None:
         super().__init__()
+        needs_integers("LSQ", quant.spec)
         self.quant = quant
         self.scale_G: nn.Parameter | None = None
         if quant.scale is not None:

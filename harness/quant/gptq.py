@@ -70,9 +70,8 @@ def gptq(
             weight[:, column:stop] -= errors[:, column - start, None] * inverse[column, column:stop]
         weight[:, stop:] -= errors @ inverse[start:stop, stop:]
     back = torch.argsort(order)
-    dtype = torch.int8 if spec.symmetric else torch.uint8
     zero_point = None if zero_OG is None else zero_OG.float()
-    return QuantizedWeight(codes[:, back].to(dtype), scale_OG.float(), zero_point, spec)
+    return QuantizedWeight(codes[:, back].to(spec.code_dtype), scale_OG.float(), zero_point, spec)
 
 
 def _ahead(weight: Tensor, inverse: Tensor, errors: Tensor, start: int, column: int, group_size: int) -> Tensor:

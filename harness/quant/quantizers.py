@@ -1,6 +1,6 @@
 """Quantizers: ranges → scale and zero_point → codes, for weights and activations; and weights looked up in a table.
 
-x ≈ (code − zero_point) · scale. Zero is always inside the range, so that it is represented exactly and a one-sided
+x ≈ (code − zero_point) · scale. A code is an integer, or (number "e4m3") a value of that grid, without a zero_point. Zero is always inside the range, so that it is represented exactly and a one-sided
 group such as [5, 10] keeps an integer zero_point without being clipped (the raw-min/max form used in some releases
 clips such a group by half its range).
 """
@@ -13,16 +13,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from harness.quant.spec import QuantSpec
+from harness.quant.spec import E4M3, E4M3_MAX, QuantSpec
 from harness.quant.steps import StepTable
 
 MSE_PERCENTILES = (0.999, 0.9999, 0.99999)
+FLOATS = {  # integers of the same size, the bits of the exponent, how many bits follow the leading one
+    torch.float32: (torch.int32, 0x7F800000, 23),
+    torch.float64: (torch.int64, 0x7FF0000000000000, 52),
+}
 SHRINK_STEPS, SHRINK_BY, SHRINK_POWER = 80, 0.01, 2.4
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """codes_OC int16-safe integers (int8 or uint8); scale_OG float32; zero_point_OG float32 or None (symmetric).
+    """codes_OC in the spec's code_dtype (int8, uint8 or float8_e4m3fn); scale_OG float32; zero_point_OG float32 or None (symmetric).
 
     G = 1 for per_channel and per_tensor, C / group_size for per_group.
     """
@@ -140,15 +144,30 @@ def affine_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tenso
 def to_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, *, overwrite: bool = False
 ) -> Tensor:
-    """Float-valued integer codes, clamped to the range of the spec.
+    """Float-valued codes: integers, or values of the e4m3 grid; clamped to the range of the spec.
 
-    overwrite: x is no longer needed and has the codes' shape; they are written there.
+    overwrite: x is no longer needed and has the codes' shape; integers are written there.
     """
+    if spec.number == E4M3:
+        return to_e4m3(x / scale)
     # In place after the division: beside the product itself, these passes are what a real W8A8 layer spends its time on.
     codes = (x.div_(scale) if overwrite else x / scale).round_()
     if zero_point is not None:
         codes += zero_point
     return codes.clamp_(spec.quant_min, spec.quant_max)
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """The nearest values of float8_e4m3fn, ties to even, float32 (float64 stays); beyond ±448 its ends; NaN stays NaN.
+
+    torch's own cast takes many times as long on the CPU, and rounds float64 twice. Steps are an eighth of the power of two
+    below |x|, and stay equal below 2⁻⁶; adding a number whose last bit is worth one step leaves no room for less.
+    """
+    x = (x if x.dtype == torch.float64 else x.float()).clamp(-E4M3_MAX, E4M3_MAX)
+    integers, exponent, digits = FLOATS[x.dtype]
+    power = (x.view(integers) & exponent).view(x.dtype).clamp_(min=2.0**-6)
+    large = power.mul_(1.5 * 2.0 ** (digits - 3))
+    return x.add_(large).sub_(large)
 
 
 def from_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -176,7 +195,7 @@ def quantize_weight(
         scale = scale.expand(len(weight_OC), 1)
         zero_point = None if zero_point is None else zero_point.expand(len(weight_OC), 1)
     return QuantizedWeight(
-        codes.reshape(weight_OC.shape).to(torch.int8 if spec.symmetric else torch.uint8),
+        codes.reshape(weight_OC.shape).to(spec.code_dtype),
         scale.reshape(len(weight_OC), -1).contiguous(),
         None if zero_point is None else zero_point.reshape(len(weight_OC), -1).contiguous(),
         spec,

@@ -28,7 +28,7 @@ from harness.quant.quantizers import (
     static_quant,
 )
 from harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRecipe
-from harness.quant.spec import Bits, QuantSpec
+from harness.quant.spec import E4M3, Bits, QuantSpec
 from harness.quant.steps import StepTable
 from harness.quant.target import Target
 from harness.quant.transforms import Transform
@@ -142,12 +142,15 @@ def static_ranges(
 def _attention_recipe(spec: QuantSpec, state: dict[str, Tensor], name: str) -> AttentionRecipe:
     """q, k, v at the activation width, the softmax map at 8 bits (PTQ4DiT's `sm_abit`), all per tensor and asymmetric.
 
+    With e4m3 activations all four are e4m3, and so symmetric.
     Where the state has a δ for the map, its codes are log√2.
     """
     quantizers = {}
     for operand in OPERANDS:
         bits = SOFTMAX_BITS if operand == "probabilities" else spec.bits
-        operand_spec = QuantSpec(bits, "per_tensor", symmetric=False, dynamic=spec.dynamic)
+        operand_spec = QuantSpec(
+            bits, "per_tensor", symmetric=spec.number == E4M3, dynamic=spec.dynamic, number=spec.number
+        )
         delta = state.get(f"{name}.{operand}/act_delta")
         quantizers[operand] = (
             act_quant(operand_spec, state, f"{name}.{operand}")

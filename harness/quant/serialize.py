@@ -1,7 +1,7 @@
 """Recipes as JSON with their tensors beside it, for safetensors: nothing is pickled.
 
 One rule serves every class: the arguments of its constructor are its attributes of the same name. A tensor becomes
-{"tensor": name}, weight codes are packed without gaps ({"packed": name, …}, see `packing`), and int64 indices take the
+{"tensor": name}, integer weight codes are packed without gaps ({"packed": name, …}, see `packing`), and int64 indices take the
 narrowest integers that hold them. `CLASSES` is all that can be written, and all that a file can make.
 """
 
@@ -21,7 +21,7 @@ from harness.quant.packing import pack, unpack
 from harness.quant.quantizers import ActQuant, Levels, LogSqrt2Quant, LookupWeight, QuantizedWeight
 from harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank
 from harness.quant.rotations import BlockRotation
-from harness.quant.spec import QuantSpec
+from harness.quant.spec import E4M3, QuantSpec
 from harness.quant.steps import StepTable
 from harness.quant.tlq import TwinLogLevels
 from harness.quant.transforms import Hadamard, Permutation, Transform
@@ -101,6 +101,8 @@ def _encode_tensor(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> dic
 
 
 def _encode_codes(weight: QuantizedWeight | LookupWeight, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if not isinstance(weight, LookupWeight) and weight.spec.number == E4M3:
+        return _encode_tensor(weight.codes_OC, name, tensors)
     bits, least = (
         (weight.code_bits, 0) if isinstance(weight, LookupWeight) else (weight.spec.bits, weight.spec.quant_min)
     )

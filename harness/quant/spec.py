@@ -1,14 +1,21 @@
-"""What "W4A8" means: bit widths with granularity and symmetry for each side."""
+"""What "W4A8" and "FP8" mean: bit widths, or the e4m3 grid, with granularity and symmetry for each side."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
 
 from harness.errors import UserError
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 FLOAT_BITS = 16
+INT, E4M3 = "int", "e4m3"
+NUMBERS = (INT, E4M3)
+E4M3_MAX = 448
+FP8 = "fp8"  # the label of e4m3 on both sides
 GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
 _LABEL = re.compile(r"^w(\d+)a(\d+)$")
 
@@ -21,6 +28,7 @@ class QuantSpec:
         `group_size` consecutive input channels (of each output channel or token).
     symmetric: codes −(2^(b−1)−1) … 2^(b−1)−1 with zero_point 0; otherwise 0 … 2^b−1 with zero inside the range.
     dynamic: activations only; scales from the input itself. Otherwise static, from calibration.
+    number: what a code is: "int", or "e4m3", a value of the grid of float8_e4m3fn, −448 … 448 (8 bits, symmetric).
     """
 
     bits: int
@@ -28,8 +36,16 @@ class QuantSpec:
     symmetric: bool = True
     dynamic: bool = False
     group_size: int | None = None
+    number: str = INT
 
     def __post_init__(self) -> None:
+        if self.number not in NUMBERS:
+            raise UserError(f"bits: number {self.number!r} is none of {', '.join(NUMBERS)}")
+        if self.number == E4M3 and (self.bits != 8 or not self.symmetric):
+            raise UserError(
+                f"bits: e4m3 has 8 bits and no zero point; got {self.bits} bits, symmetric={str(self.symmetric).lower()}; "
+                "take bits=fp8 with symmetric=true on both sides, or integers such as bits=w8a8"
+            )
         if self.bits not in WIDTHS:
             raise UserError(f"bits: a quantized side has 2 to 8 bits, got {self.bits}; 16 leaves it in float")
         if self.granularity not in GRANULARITIES:
@@ -46,7 +62,14 @@ class QuantSpec:
 
     @property
     def quant_max(self) -> int:
+        if self.number == E4M3:
+            return E4M3_MAX
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """In which codes are kept."""
+        return torch.float8_e4m3fn if self.number == E4M3 else torch.int8 if self.symmetric else torch.uint8
 
     def check_width(self, layer: str, channels: int) -> None:
         """Raise UserError if group_size does not divide the layer's input channels."""
@@ -66,15 +89,30 @@ class Bits:
 
     @property
     def label(self) -> str:
+        if self.weight and self.act and self.weight.number == self.act.number == E4M3:
+            return FP8.upper()
         weight = self.weight.bits if self.weight else FLOAT_BITS
         act = self.act.bits if self.act else FLOAT_BITS
         return f"W{weight}A{act}"
+
+    def check_sides(self) -> None:
+        """Raise UserError if one side alone is e4m3."""
+        numbers = {side.number if side else None for side in (self.weight, self.act)}
+        if E4M3 in numbers and len(numbers) > 1:
+            raise UserError(
+                f"bits: e4m3 is of both sides or of none (bits=fp8); got weights of {_told(self.weight)} and activations of "
+                f"{_told(self.act)}"
+            )
 
     def with_widths(self, weight_bits: int, act_bits: int) -> Bits:
         return Bits(
             replace(self.weight, bits=weight_bits) if self.weight else None,
             replace(self.act, bits=act_bits) if self.act else None,
         )
+
+
+def _told(side: QuantSpec | None) -> str:
+    return f"{FLOAT_BITS} bits" if side is None else E4M3 if side.number == E4M3 else f"{side.bits}-bit integers"
 
 
 MIXED = "mixed"
@@ -95,23 +133,48 @@ class MixedBits:
     label = MIXED
 
 
-def parse_label(label: str) -> tuple[int, int]:
-    """ "w4a8" → (4, 8).
+class Format(NamedTuple):
+    """What a label says: both widths, and the number that codes are."""
+
+    weight: int
+    act: int
+    number: str = INT
+
+    def sides(self) -> dict[str, dict[str, Any]]:
+        """As the sections of a configuration's `bits`."""
+        return {
+            "weight": {"bits": self.weight, "number": self.number},
+            "act": {"bits": self.act, "number": self.number},
+        }
+
+
+def parse_label(label: str) -> Format:
+    """ "w4a8" → 4 and 8 bits of integers, "fp8" → e4m3.
 
     Raises:
-        UserError: not of the form w<bits>a<bits>, or a width that does not exist.
+        UserError: neither fp8 nor of the form w<bits>a<bits>, or a width that does not exist.
     """
+    if label.lower() == FP8:
+        return Format(8, 8, E4M3)
     match = _LABEL.match(label.lower())
     if not match:
-        raise UserError(f"bits {label!r} is not of the form w<bits>a<bits>, such as w8a8, w4a8 or w4a16")
+        raise UserError(f"bits {label!r} is not of the form w<bits>a<bits>, such as w8a8, w4a8 or w4a16, nor {FP8}")
     widths = int(match[1]), int(match[2])
     for side, width in zip(("weight", "activation"), widths, strict=True):
         if width not in (*WIDTHS, FLOAT_BITS):
             raise UserError(f"bits={label}: {side}s cannot have {width} bits; choose 2 to 8, or 16 for float")
-    return widths
+    return Format(*widths)
 
 
 def all_labels() -> list[str]:
     """Every format that `bits=` takes."""
     widths = (*WIDTHS, FLOAT_BITS)
-    return [f"w{weight}a{act}" for weight in widths for act in widths]
+    return [*(f"w{weight}a{act}" for weight in widths for act in widths), FP8]
+
+
+def needs_integers(who: str, *specs: QuantSpec | None) -> None:
+    """Raise UserError if a side's codes are no integers, which `who` (a method, or what it learns) is about."""
+    if any(spec is not None and spec.number != INT for spec in specs):
+        raise UserError(
+            f"{who} is about integer codes, and bits=fp8 has none; take integers such as w8a8, or another method"
+        )

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.quant.quantizers import Levels, LookupWeight
-from harness.quant.spec import QuantSpec
+from harness.quant.spec import QuantSpec, needs_integers
 
 MODES = ("strict", "paper", "code")
 LN2 = math.log(2)
@@ -107,8 +107,9 @@ def twin_log(weight_OC: Tensor, spec: QuantSpec, mode: str = "strict", search: S
     """Quantize a weight, one pair of grids per row.
 
     Raises:
-        UserError: another granularity than per_channel, or mode "code" at 8 bits (its 258 levels fit no byte).
+        UserError: another granularity than per_channel, e4m3, or mode "code" at 8 bits (its 258 levels fit no byte).
     """
+    needs_integers("tlq", spec)
     if spec.granularity != "per_channel":
         raise UserError(f"tlq: its grids are per_channel (one pair per output row); bits.weight is {spec.granularity}")
     weight_OC = weight_OC.double()

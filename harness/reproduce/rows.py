@@ -87,9 +87,9 @@ def _expected(table: Table, section: Reproduce, row: Row) -> tuple[str, ...] | N
     chosen = section.rows.get(row.name) or ([f"method={OURS[row.name]}"] if row.name in OURS else [])
     if not chosen or chosen[0].split("=")[1] not in methods.known_methods():
         return None
-    widths = re.fullmatch(r"W(\d+)A(\d+)", str(row.keys.get("bits")))
-    if widths and chosen[0] != f"method={methods.FLOAT}":
-        chosen = [*chosen, f"bits={widths[0].lower()}"]
+    label = re.fullmatch(r"W\d+A\d+|FP8", str(row.keys.get("bits")))
+    if label and chosen[0] != f"method={methods.FLOAT}":
+        chosen = [*chosen, f"bits={label[0].lower()}"]
     usual = [
         f"name=reproduce-{table.name}",
         f"model={section.model}",

@@ -15,10 +15,10 @@ from harness.bench.timing import interleaved
 from harness.cli import main
 from harness.listing import example_recipe
 from harness.parity import differences
-from harness.parity_check import worst_psnr_db
+from harness.parity_check import Row, worst_psnr_db
 
 CPU = torch.device("cpu")
-needs_real = pytest.mark.skipif(choose(example_recipe(8, 8), CPU).KIND != "measured", reason="no int8 kernel here")
+needs_real = pytest.mark.skipif(choose(example_recipe("w8a8"), CPU).KIND != "measured", reason="no int8 kernel here")
 needs_vnni = pytest.mark.skipif(vnni._cpu_lacks() is not None, reason=str(vnni._cpu_lacks()))
 SMALL = ("model=tiny-dit", "protocol.steps=2", "calibration.n=2", "tracker=none")
 
@@ -47,7 +47,7 @@ def test_every_candidate_is_timed_at_every_batch_against_bf16_in_its_mode(benche
     for (label, mode, batch), row in rows.items():
         baseline = rows["bf16", mode, batch]["latency_ms"]["median"]
         assert row["speedup"] == baseline / row["latency_ms"]["median"]
-        assert row["backend"] == ("torch" if label == "bf16" else choose(example_recipe(8, 8), CPU).NAME)
+        assert row["backend"] == ("torch" if label == "bf16" else choose(example_recipe("w8a8"), CPU).NAME)
     assert rows["W8A8", "eager", 1]["held_bytes"] < rows["bf16", "eager", 1]["held_bytes"]
     assert record["refused"] == {}
 
@@ -121,6 +121,33 @@ def test_a_kernel_that_is_off_is_named_and_the_exit_code_says_so(ditbench, tmp_p
     outcome = ditbench("parity", *SMALL, f"results_dir={tmp_path}", "--formats", "w8a8")
     (row,) = (line for line in outcome.out.splitlines() if " vnni " in line)
     assert outcome.code == 3 and row.endswith("DIFFERS") and "1.0e-02" in row
+
+
+@pytest.mark.parametrize(
+    ("label", "relative", "psnr_db", "keeps"),
+    [
+        ("W8A8", 9e-4, 46.0, True),
+        ("W8A8", 9e-4, 44.0, False),
+        ("W8A8", 2e-3, 90.0, False),
+        ("FP8", 9e-4, 44.0, True),
+        ("FP8", 9e-4, 34.0, False),
+        ("FP8", 2e-3, 90.0, False),
+    ],
+)
+def test_a_kernel_agrees_within_the_limits_of_its_format(label, relative, psnr_db, keeps):
+    """Of sums that are whole numbers more is asked than of FP8's, which every kernel rounds its own way."""
+    assert Row(label, "any", 30, relative, relative, psnr_db).keeps_limits is keeps
+
+
+@needs_real
+def test_parity_without_formats_takes_those_of_the_method(ditbench, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("harness.parity_check.rows_of", lambda config: asked.append(config.bits.label) or [])
+    for name, more in (("rtn", {"FP8"}), ("ptq4dit", set())):
+        asked.clear()
+        outcome = ditbench("parity", *SMALL, f"method={name}", f"results_dir={tmp_path}")
+        assert outcome.code == 2 and "no real backend here runs" in outcome.err
+        assert set(asked) == {"W8A8", "W6A6", "W4A8", "W4A4", "W3A4", "W8A16", "W4A16"} | more
 
 
 def test_parity_of_what_nothing_runs_is_refused(ditbench, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -301,6 +302,15 @@ def test_the_ablation_turns_off_what_its_rows_name():
     bare, whole = rows.configurations(line.job for line in lines).values()
     assert (bare["method"]["parts"], whole["method"]["parts"]) == ("none", "csb+ssc")
     assert bare["bits"]["label"] == "w4a8" and bare["protocol"]["steps"] == 250
+
+
+@pytest.mark.parametrize(("printed", "label"), [("W4A8", "w4a8"), ("FP8", "fp8")])
+def test_a_rows_bits_are_those_that_it_runs_with(printed, label):
+    table = papers.table("ptq4dit-table1")
+    row = next(row for row in table.rows if row.name == "PTQ4DiT")
+    row = replace(row, keys=row.keys | {"bits": printed})
+    (line, *_) = rows.plan_lines(replace(table, rows=(row,)), table.reproduce, None, ())
+    assert f"bits={label}" in line.job
 
 
 # Verdicts

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from harness.conformance import DYNAMIC, SMALL_DIT, STATIC
 from harness.errors import UserError
 from harness.export import TENSORS, load_quantized, save_quantized
+from harness.listing import bits_of
 from harness.models.base import ModelSpec, load_model
 from harness.quant.build import quant_layers
 from harness.quant.recipe import LayerRecipe, ModelRecipe
@@ -18,11 +20,14 @@ GROUPS = Bits(
     QuantSpec(3, "per_group", symmetric=False, group_size=16), QuantSpec(8, "per_group", dynamic=True, group_size=16)
 )
 STATIC_5 = STATIC.with_widths(5, 8)  # codes that cross bytes
+FP8 = bits_of("fp8")
 CASES = [
     ("rtn", DYNAMIC, "blocks", {}),
     ("rtn", DYNAMIC.with_widths(8, 8), "blocks", {}),  # integer kernels, where the machine has them
     ("rtn", DYNAMIC.with_widths(4, 8), "blocks", {"dtype": "float32"}),
     ("rtn", STATIC_5, "all", {}),
+    ("gptq", FP8, "blocks", {}),
+    ("svdquant", FP8, "all", {}),
     ("gptq", GROUPS, "blocks", {}),
     ("smoothquant", DYNAMIC, "blocks", {}),
     ("smoothquant", STATIC, "all", {}),
@@ -77,6 +82,15 @@ def test_an_export_runs_on_any_backend(written, drawn, small_model, another):
     assert {layer.backend for layer in quant_layers(simulated).values()} == {"simulate"}
     before = drawn(small_model, export.built("simulate"))
     assert torch.equal(before.latents, drawn(small_model, simulated).latents)
+
+
+def test_e4m3_codes_lie_in_the_file_as_what_they_are(written):
+    export = written("gptq", FP8)
+    tensors = load_file(export.folder / TENSORS)
+    for name, layer in export.recipe.layers.items():
+        (stored,) = (tensors[key] for key in tensors if key.startswith(f"layers/{name}/") and key.endswith("/codes_OC"))
+        assert stored.dtype == torch.float8_e4m3fn
+        assert torch.equal(stored.view(torch.uint8), layer.weight.codes_OC.view(torch.uint8))
 
 
 def test_the_model_that_it_is_loaded_into_is_left_alone(written, another):

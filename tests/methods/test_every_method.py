@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
+import torch
 
 from harness import methods
 from harness.conformance import (
     CHECKS,
     fitting_twice_is_the_same,
     model_and_random_state_are_left_alone,
+    relative_error,
     transforms_are_exact,
 )
 from harness.errors import UserError
+from harness.listing import bits_of
+from harness.quant.build import build
+from harness.quant.spec import QuantSpec
 
 METHODS = list(methods.known_methods())
 
@@ -33,6 +38,32 @@ def test_every_method_conforms(name, check, case_of, in_fresh_process):
 def test_every_method_conforms_with_every_layer_in_scope(name, check, case_of):
     """adaLN and the embedders are then quantized too: producers of a fold and consumers of a rounding at once."""
     check(case_of(name, "all"))
+
+
+ABOUT_INTEGERS = {"lrq_dit", "ptq4dit", "ptq4dm", "q_diffusion", "repq"}
+FP8 = bits_of("fp8")
+FP8_STATIC = replace(FP8, act=QuantSpec(8, "per_tensor", number="e4m3"))
+
+
+@pytest.mark.parametrize("bits", [FP8, FP8_STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_runs_in_fp8_or_refuses_it_in_one_line(name, bits, case_of):
+    case = case_of(name)
+    if name in ABOUT_INTEGERS:
+        with pytest.raises(UserError, match=f"^{name} is about integer codes, and bits=fp8 has none"):
+            methods.check_bits(name, bits)
+        return
+    if name == "q_dit" and not bits.act.dynamic:
+        with pytest.raises(UserError, match="dynamic"):
+            methods.check_bits(name, bits)
+        return
+    methods.check_bits(name, bits)
+    recipe = case.recipe(bits)
+    rounded = [layer for layer in recipe.layers.values() if layer.weight is not None]
+    assert {side.spec.number for layer in rounded for side in (layer.weight, layer.act)} <= {"e4m3"}
+    assert {layer.weight.codes_OC.dtype for layer in rounded} <= {torch.float8_e4m3fn}
+    error = relative_error(case.output(build(case.target, recipe, dtype=torch.float32)), case.float_output)
+    assert error < 0.1 and (error > 1e-3 or name == methods.FLOAT)
 
 
 @pytest.mark.parametrize("name", METHODS)

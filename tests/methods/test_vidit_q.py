@@ -176,6 +176,15 @@ def test_every_layer_gets_exactly_one_width(bits, small_target, small_calibratio
     assert bit_plan(small_target, bits, params).keys() == set(small_target.layers)
 
 
+def test_a_plan_gives_single_layers_fp8_or_integers(small_target):
+    (name,) = (name for name in small_target.layers if name.endswith("1.attn1.to_q"))
+    bits = bit_plan(small_target, DYNAMIC, Params(mixed={r"1\.attn1\.to_q": "fp8"}))[name]
+    assert bits.label == "FP8" and (bits.weight.granularity, bits.act.dynamic) == ("per_channel", True)
+    assert bit_plan(small_target, bits, Params(mixed={"to_q": "w4a8"}))[name] == DYNAMIC
+    with pytest.raises(UserError, match="weights of e4m3 and activations of 16 bits"):
+        bit_plan(small_target, Bits(DYNAMIC.weight, None), Params(mixed={"to_q": "fp8"}))
+
+
 def test_a_plan_changes_widths_and_nothing_else(small_target):
     plan = bit_plan(small_target, DYNAMIC, Params(mixed={"to_q": "w8a4"}))
     name = "transformer_blocks.0.attn1.to_q"

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from harness.errors import UserError
 from harness.quant.adaround import SCALE_FLOOR, AdaRound, LearnedAct, alpha_of, rectified_sigmoid
 from harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight, static_quant
 from harness.quant.rounding import act_quant
@@ -30,6 +31,15 @@ def widened(weight_OC, spec, factor):
     start = quantize_weight(weight_OC, spec)
     zero_point = None if start.zero_point_OG is None else start.zero_point_OG.double()
     return replace(start, scale_OG=factor * start.scale_OG.double(), zero_point_OG=zero_point)
+
+
+def test_e4m3_codes_are_not_rounded_up_or_down_by_one(normal):
+    spec = QuantSpec(8, "per_tensor", number="e4m3")
+    weight = normal(5, 48).float()
+    with pytest.raises(UserError, match="AdaRound is about integer codes"):
+        AdaRound(weight, quantize_weight(weight, spec))
+    with pytest.raises(UserError, match="LSQ is about integer codes"):
+        LearnedAct(ActQuant(spec, StepTable.constant(torch.tensor(1.0))))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=describe)

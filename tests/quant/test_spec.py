@@ -3,14 +3,47 @@ from __future__ import annotations
 import pytest
 
 from harness.errors import UserError
-from harness.quant.spec import Bits, QuantSpec, all_labels, parse_label
+from harness.quant.spec import Bits, Format, QuantSpec, all_labels, needs_integers, parse_label
 
 
 @pytest.mark.parametrize(
     ("label", "widths"), [("w4a8", (4, 8)), ("W8A8", (8, 8)), ("w3a4", (3, 4)), ("w4a16", (4, 16)), ("w16a2", (16, 2))]
 )
 def test_a_label_gives_both_widths(label, widths):
-    assert parse_label(label) == widths
+    assert parse_label(label) == Format(*widths, "int")
+
+
+@pytest.mark.parametrize("label", ["fp8", "FP8"])
+def test_fp8_is_eight_bits_of_e4m3_on_both_sides(label):
+    sides = parse_label(label).sides()
+    assert sides == {side: {"bits": 8, "number": "e4m3"} for side in ("weight", "act")}
+    bits = Bits(
+        QuantSpec(granularity="per_channel", **sides["weight"]), QuantSpec(granularity="per_token", **sides["act"])
+    )
+    assert bits.label == "FP8"
+    assert (bits.weight.quant_min, bits.weight.quant_max) == (-448, 448)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"bits": 4}, "got 4 bits"),
+        ({"symmetric": False}, "no zero point.*symmetric=false"),
+        ({"number": "e5m2"}, "'e5m2' is none of int, e4m3"),
+    ],
+    ids=str,
+)
+def test_e4m3_has_eight_bits_and_no_zero_point(values, words):
+    with pytest.raises(UserError, match=words):
+        QuantSpec(**({"bits": 8, "granularity": "per_channel", "number": "e4m3"} | values))
+
+
+def test_what_is_about_integers_refuses_e4m3_on_either_side_and_nothing_else():
+    integers, e4m3 = QuantSpec(8, "per_channel"), QuantSpec(8, "per_channel", number="e4m3")
+    needs_integers("somebody", integers, None)
+    for specs in ((e4m3,), (integers, e4m3), (None, e4m3)):
+        with pytest.raises(UserError, match="somebody is about integer codes"):
+            needs_integers("somebody", *specs)
 
 
 @pytest.mark.parametrize("label", ["", "w4", "a8", "4a8", "w4a8x", "xw4a8", "w-4a8", "w4.5a8", "w4 a8"])
@@ -30,7 +63,8 @@ def test_a_width_that_does_not_exist_is_refused_naming_its_side(label, side):
 def test_every_listed_label_parses_and_none_is_listed_twice():
     labels = all_labels()
     assert {parse_label(label) for label in labels} == {
-        (w, a) for w in (2, 3, 4, 5, 6, 7, 8, 16) for a in (2, 3, 4, 5, 6, 7, 8, 16)
+        *(Format(w, a) for w in (2, 3, 4, 5, 6, 7, 8, 16) for a in (2, 3, 4, 5, 6, 7, 8, 16)),
+        Format(8, 8, "e4m3"),
     }
     assert len(set(labels)) == len(labels)
 

@@ -31,6 +31,11 @@ def spec(bits: int) -> QuantSpec:
     return QuantSpec(bits, "per_channel")
 
 
+def test_e4m3_is_no_width_of_a_log_grid(normal):
+    with pytest.raises(UserError, match="tlq is about integer codes"):
+        twin_log(normal(4, 48), QuantSpec(8, "per_channel", number="e4m3"))
+
+
 def heavy_tailed(normal, kind: str, rows: int = 32, width: int = 1024):
     """Gaussian with 0.5 % of the weights eight times as large, or Student's t with 4 degrees of freedom."""
     weight = 0.03 * normal(rows, width, seed=1)

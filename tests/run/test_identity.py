@@ -32,6 +32,7 @@ CHANGES = [
     "method=rtn",
     "method.strength=0.6",
     "bits=w4a4",
+    "bits=fp8",
     "bits.weight.symmetric=false",
     "model=tiny-dit-stress",
     "seed=1",
@@ -77,6 +78,10 @@ def test_where_results_go_and_who_is_told_does_not_change_the_run_id(base, overr
 
 def test_a_default_said_aloud_does_not_change_the_run_id(base):
     assert run_id("method.strength=0.5", "seed=0", "device=cpu" if not _cuda() else "device=cuda") == base
+
+
+def test_the_float_model_is_one_run_whatever_bits_a_sweep_is_at():
+    assert len({run_id("method=fp", f"bits={label}") for label in ("w8a8", "w4a16", "fp8")}) == 1
 
 
 def test_an_edited_method_makes_new_runs(base, monkeypatch):

@@ -60,12 +60,23 @@ def test_layers_have_the_widths_of_their_plan(by_budget):
             assert width == widths[name.replace("to_q", "to_k")] == widths[name.replace("to_q", "to_v")]
 
 
-def test_one_candidate_is_the_uniform_run_bit_for_bit(mixed_run):
-    _, uniform, _ = mixed_run("bits=w4a8", "method=smoothquant")
+@pytest.mark.parametrize("label", ["w4a8", "fp8"])
+def test_one_candidate_is_the_uniform_run_bit_for_bit(mixed_run, label):
+    _, uniform, _ = mixed_run(f"bits={label}", "method=smoothquant")
     _, mixed, _ = mixed_run(
-        "bits=mixed", "bits.candidates=[w4a8]", "bits.budget.average_weight_bits=9", "method=smoothquant"
+        "bits=mixed", f"bits.candidates=[{label}]", "bits.budget.average_weight_bits=9", "method=smoothquant"
     )
     assert np.array_equal(uniform, mixed)
+
+
+def test_fp8_is_one_candidate_among_integers(mixed_run):
+    """Of the same size as w8a8, so that the budget takes it wherever its measured error is less than that of w4a8."""
+    record, _, _ = mixed_run("bits=mixed", "bits.candidates=[w4a8,fp8]", "bits.budget.average_weight_bits=6.5")
+    plan = record["bits"]["mixed"]["plan"]
+    assert set(plan.values()) == {"w4a8", "fp8"}
+    assert {name for name, layer in record["layers"].items() if layer["weight_bits"] == 8} == {
+        name for name, label in plan.items() if label == "fp8"
+    }
 
 
 def test_sixteen_bits_alone_are_the_float_model(mixed_run):

@@ -78,7 +78,7 @@ def test_only_unpaired_metrics_have_a_noise_floor(first):
 
 
 def test_a_run_in_integers_is_measured_against_bf16_in_the_same_process(swept, read_records):
-    best = {bits: choose(example_recipe(bits, bits), _cpu()) for bits in (8, 4)}
+    best = {bits: choose(example_recipe(f"w{bits}a{bits}"), _cpu()) for bits in (8, 4)}
     for bits, backend in best.items():
         if backend.KIND != "measured":
             pytest.skip(f"no backend runs W{bits}A{bits} in integers here")
@@ -100,6 +100,17 @@ def test_a_simulated_run_has_bytes_but_no_latency_ratio_or_peak(run, tmp_path, r
         assert efficiency[name] is None
     assert 0 < efficiency["model_bytes"] < efficiency["baseline_model_bytes"]
     assert efficiency["compression"] == efficiency["baseline_model_bytes"] / efficiency["model_bytes"]
+
+
+def test_a_run_in_fp8_says_so_and_is_close_to_the_float_model(run, tmp_path, read_records):
+    assert run("bits=fp8", "generate.noise_floor_seeds=0") == 0
+    (only,) = read_records(tmp_path).values()
+    assert only["bits"]["label"] == "FP8" and only["config"]["bits"]["label"] == "fp8"
+    assert {only["config"]["bits"][side]["number"] for side in ("weight", "act")} == {"e4m3"}
+    assert 8 < only["bits"]["weight_bits_quantized_layers"] < 8.7 and 8 < only["bits"]["act_bits_effective"] < 9
+    assert 34 < only["metrics"]["psnr"]["value"] < 42  # of two steps; twenty give 44
+    backend = choose(example_recipe("fp8"), _cpu())
+    assert only["efficiency"]["kind"] == backend.KIND and only["efficiency"]["backend"] == backend.NAME
 
 
 def test_every_quantized_layer_has_its_error(first):

@@ -12,6 +12,7 @@ from harness.backends.base import FusedKernel
 from harness.backends.triton_kernels import launch
 from harness.backends.triton_kernels.storage import NIBBLE, pack_halves, stored_codes
 from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, activation_affine
+from harness.quant.spec import E4M3
 from harness.quant.steps import StepTable
 from harness.quant.transforms import Hadamard, Transform
 
@@ -99,7 +100,7 @@ class TritonKernel(FusedKernel):
             self.act.clip,
             spec.quant_min,
             spec.quant_max,
-            False,
+            spec.number == E4M3,
             keep_transformed,
         )
         return Rows(codes_MC, scale_M, zero_M, (kept_MC if keep_transformed else x_MC) if keep else None)
@@ -127,6 +128,40 @@ class IntKernel(TritonKernel):
     ) -> Tensor:
         weight = (self.stored, self.scale_OG, self.zero_OG, self.row_sum_O, self.middle)
         return launch.int_product(rows.codes_MC, rows.scale_M, rows.zero_M, *weight, bias_O, down_MR, up_OR, dtype)
+
+
+class Float8Kernel(TritonKernel):
+    """e4m3 codes by e4m3 codes, in torch's own product. The bytes are held as uint8, which no cast of a model changes."""
+
+    scale_O1: Tensor
+    one: Tensor
+
+    def __init__(self, weight: QuantizedWeight, act: ActQuant) -> None:
+        super().__init__()
+        self._keep(act)
+        self.register_buffer("stored", weight.codes_OC.contiguous().view(torch.uint8))
+        self.register_buffer("scale_O1", weight.scale_OG.float().contiguous())
+        self.register_buffer("one", torch.ones(()), persistent=False)
+
+    def product(
+        self, rows: Rows, bias_O: Tensor | None, down_MR: Tensor | None, up_OR: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        assert rows.scale_M is not None
+        weight_CO = self.stored.view(torch.float8_e4m3fn).t()
+        scale_M1, scale_1O = rows.scale_M[:, None], self.scale_O1.t()
+        if dtype == torch.bfloat16:
+            fused_O = None if bias_O is None or up_OR is not None else bias_O.to(dtype)
+            y_MO = torch._scaled_mm(rows.codes_MC, weight_CO, scale_M1, scale_1O, fused_O, out_dtype=dtype)
+            if up_OR is None:
+                return y_MO
+            y_MO = y_MO.float()
+        else:
+            y_MO = torch._scaled_mm(rows.codes_MC, weight_CO, self.one, self.one, out_dtype=torch.float32)
+            y_MO = y_MO.mul_(scale_1O).mul_(scale_M1)
+        if up_OR is not None:
+            assert down_MR is not None
+            y_MO = y_MO + F.linear(down_MR, up_OR)
+        return (y_MO if bias_O is None else y_MO + bias_O).to(dtype)
 
 
 class FloatKernel(TritonKernel):
