@@ -8,6 +8,7 @@ and the command that would help. It never returns a placeholder.
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from harness.errors import unknown_name
+from harness.errors import reason, unknown_name
+from harness.files import is_disk_error
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def known_metrics() -> dict[str, Metric]:
 
 
 def evaluate(names: Iterable[str], evidence: Evidence) -> dict[str, dict[str, Any]]:
-    """Run the named metrics → the record's `metrics` field. One that cannot run is recorded as skipped."""
+    """Run the named metrics → the record's `metrics` field: one that cannot run is skipped, one that breaks has failed."""
     return evaluate_samples(names, evidence)[0]
 
 
@@ -196,39 +198,51 @@ def evaluate_samples(
     names: Iterable[str], evidence: Evidence
 ) -> tuple[dict[str, dict[str, Any]], dict[str, PerSample]]:
     """As `evaluate`, and what each metric found per sample, of those that look at samples one by one."""
-    known = known_metrics()
+    known, names = known_metrics(), list(names)
     for name in names:
         if name not in known:
             raise unknown_name("metric", name, known)
     entries, samples = {}, {}
     for name in names:
-        result: Measurement | MetricSkipped
-        try:
-            result = known[name].compute(evidence)
-        except MetricSkipped as reason:
-            result = reason
-        entries[name] = _entry(known[name], result)
-        if isinstance(result, Measurement) and result.per_sample is not None:
-            samples[name] = result.per_sample
+        entries[name], per_sample = _evaluated(known[name], evidence)
+        if per_sample is not None:
+            samples[name] = per_sample
     return entries, samples
 
 
-def _entry(metric: Metric, result: Measurement | MetricSkipped) -> dict[str, Any]:
-    common = {"better": metric.better, "paired": metric.paired, "unit": metric.unit, "noise_floor": None}
-    if isinstance(result, MetricSkipped):
-        return {
-            "value": None,
-            "ci95": None,
-            "n": 0,
-            "status": "skipped",
-            "reason": str(result),
-            "passport": {},
-        } | common
+def _evaluated(metric: Metric, evidence: Evidence) -> tuple[dict[str, Any], PerSample | None]:
+    """The entry of one metric. Whatever breaks in it, a full GPU or a plugin, must not cost what others found already."""
+    try:
+        result = metric.compute(evidence)
+        entry = _entry(metric, result)
+        json.dumps(entry, allow_nan=False)  # as the record is written
+        return entry, result.per_sample
+    except MetricSkipped as skipped:
+        return _without_value(metric, "skipped", str(skipped)), None
+    except Exception as error:
+        if is_disk_error(error):
+            raise
+        return _without_value(metric, "failed", reason(error)), None
+
+
+def _entry(metric: Metric, result: Measurement) -> dict[str, Any]:
+    value, ci95 = float(result.value), [float(limit) for limit in result.ci95 or ()]
+    if not np.isfinite([value, *ci95]).all():
+        raise ValueError(f"{metric.name} gave {value} {ci95 or ''}, which a record cannot hold")
     return {
-        "value": result.value,
-        "ci95": list(result.ci95) if result.ci95 else None,
-        "n": result.n,
+        "value": value,
+        "ci95": ci95 or None,
+        "n": int(result.n),
         "status": "ok",
         "reason": None,
         "passport": result.passport,
-    } | common
+    } | _constant(metric)
+
+
+def _without_value(metric: Metric, status: str, why: str) -> dict[str, Any]:
+    found = {"value": None, "ci95": None, "n": 0, "status": status, "reason": why, "passport": {}}
+    return found | _constant(metric)
+
+
+def _constant(metric: Metric) -> dict[str, Any]:
+    return {"better": metric.better, "paired": metric.paired, "unit": metric.unit, "noise_floor": None}

@@ -62,7 +62,10 @@ def float_values(
     key = canonical_sha256([evaluator, judges])
     path = config.cache_dir / "float" / _key(config, model, config.seed, dtype) / f"values-{key[:16]}.npz"
     if not path.exists():
-        sample_values.save(sample_values.Values({}, evaluate(list(metrics)), ""), path)
+        found = evaluate(list(metrics))
+        if found.keys() != metrics.keys():  # one of them broke, which it may not do next time
+            return found
+        sample_values.save(sample_values.Values({}, found, ""), path)
     return dict(sample_values.load(path).float_model)
 
 
@@ -94,7 +97,8 @@ def noise_floor(
             images = float_images(config, model, seed, dtype)
             replicates.append(evaluate(images, images))
         floors = {name: _range([each[name]["value"] for each in replicates]) for name in unpaired}
-        write_json(path, floors)
+        if not any(each[name]["status"] == "failed" for each in replicates for name in unpaired):
+            write_json(path, floors)
     for name in unpaired:
         metrics[name]["noise_floor"] = floors[name]
 
