@@ -240,7 +240,7 @@ def _entry(metric: Metric, result: Measurement) -> dict[str, Any]:
 
 
 def _without_value(metric: Metric, status: str, why: str) -> dict[str, Any]:
-    found = {"value": None, "ci95": None, "n": 0, "status": status, "reason": why, "passport": {}}
+    found: dict[str, Any] = {"value": None, "ci95": None, "n": 0, "status": status, "reason": why, "passport": {}}
     return found | _constant(metric)
 
 
