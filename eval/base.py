@@ -1,25 +1,28 @@
 """What a metric is given, what it gives back, and the registry that finds it.
 
 A metric is a function of `Evidence` in any module of this folder (or of a package with the entry point group
-`ditbench.metrics`), marked with `@metric(...)`. It returns a `Measurement`, or raises `MetricSkipped` with the reason
+`ditbench.metrics`), marked with `@metric(...)`: docs/add-a-metric.md. It returns a `Measurement`, or raises `MetricSkipped` with the reason
 and the command that would help. It never returns a placeholder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from harness.errors import reason, unknown_name
+from harness.errors import UserError, reason, unknown_name
 from harness.files import is_disk_error
 
 
@@ -146,6 +149,7 @@ class Metric:
     needs: tuple[Need, ...] = ()
 
 
+ENTRY_POINTS = "ditbench.metrics"
 BETTER = ("higher", "lower", "none")  # none: the number describes the samples and ranks nobody
 Need = Callable[[], str | None]  # None, or what is missing here and the command that helps; loads nothing
 
@@ -170,6 +174,8 @@ def metric(
         raise ValueError(f"metric {name}: better must be one of {', '.join(BETTER)}, got {better!r}")
 
     def register(compute: Callable[[Evidence], Measurement]) -> Callable[[Evidence], Measurement]:
+        if name in _METRICS and (other := _METRICS[name].compute.__module__) != compute.__module__:
+            raise UserError(f"metric {name!r} of {compute.__module__} has the name of one of {other}; rename it")
         summary = (compute.__doc__ or "").strip().split("\n")[0]
         _METRICS[name] = Metric(name, compute, better, paired, unit, summary, asks, needs)
         return compute
@@ -179,14 +185,30 @@ def metric(
 
 @cache
 def known_metrics() -> dict[str, Metric]:
-    """Every metric of this folder and of installed plugins, by name."""
+    """Every metric of this folder and of installed plugins, by name.
+
+    Raises:
+        UserError: a plugin cannot be imported, or two metrics have the same name.
+    """
     import eval as package
 
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"eval.{module.name}")
-    for plugin in entry_points(group="ditbench.metrics"):
-        plugin.load()
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"metrics of {point.value} cannot be imported: {error}") from error
     return dict(sorted(_METRICS.items()))
+
+
+def plugin_sources(names: Iterable[str]) -> dict[str, str]:
+    """{metric: SHA-256 of its file}, of those that are not in this folder: editing a plugin makes new runs of it."""
+    modules = {name: known_metrics()[name].compute.__module__ for name in names if name in known_metrics()}
+    files = {name: sys.modules[module].__file__ for name, module in modules.items() if not module.startswith("eval.")}
+    return {name: hashlib.sha256(Path(str(file)).read_bytes()).hexdigest() for name, file in files.items()}
 
 
 def evaluate(names: Iterable[str], evidence: Evidence) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval.base import Evidence, FeatureModel, PerSample, Reference, Samples, evaluate_samples, known_metrics
+from eval.base import (
+    Evidence,
+    FeatureModel,
+    PerSample,
+    Reference,
+    Samples,
+    evaluate_samples,
+    known_metrics,
+    plugin_sources,
+)
 from eval.judges import load_judge
 from eval.needs import lacking, offered
 from eval.reference import load_reference
@@ -330,6 +339,7 @@ def evaluator_identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
         "metrics": config.section("metrics"),
         "judge": judge and judge.sha256,
         "reference": reference and reference.sha256,
+        "metric_plugins": plugin_sources(config.section("metrics")["names"]),
     }
 
 
