@@ -272,9 +272,11 @@ def test_images_without_prompts_have_no_clipscore(name, installed, painted):
 
 
 def test_prompts_that_do_not_pair_with_the_images_are_an_error(installed, painted):
-    broken = replace(painted.generated, prompts=painted.generated.prompts[:3])
+    broken = replace(painted, generated=replace(painted.generated, prompts=painted.generated.prompts[:3]))
     with pytest.raises(ValueError, match="4 samples but 3 prompts"):
-        evaluate(["clipscore_b32"], replace(painted, generated=broken))
+        known_metrics()["clipscore_b32"].compute(broken)
+    entry = evaluate(["clipscore_b32"], broken)["clipscore_b32"]
+    assert (entry["status"], entry["value"]) == ("failed", None) and "4 samples but 3 prompts" in entry["reason"]
 
 
 @pytest.mark.parametrize("name", CLIP_METRICS)
