@@ -76,19 +76,19 @@ def load_clip(name_or_folder: str) -> Clip:
     )
 
 
-def embed_images(clip: Clip, images_NHWC: Tensor, *, stretch: bool = False) -> Tensor:
+def embed_images(clip: Clip, images_NHWC: Tensor, *, crop_first: bool = False) -> Tensor:
     """Unit vectors (N, width), float32 on the CPU."""
 
     def embed() -> Tensor:
         rows = []
         with full_precision():
             for batch in channels_first(images_NHWC, BATCH):
-                pixels = prepare(batch, clip.side, stretch=stretch).to(best_device())
+                pixels = prepare(batch, clip.side, crop_first=crop_first).to(best_device())
                 seen = clip.module.vision_model(pixel_values=pixels).pooler_output
                 rows.append(F.normalize(clip.module.visual_projection(seen), dim=-1).cpu())
         return torch.cat(rows)
 
-    return remembered(images_NHWC, clip.module, f"clip, stretch {stretch}", embed)
+    return remembered(images_NHWC, clip.module, f"clip, crop first {crop_first}", embed)
 
 
 def embed_texts(clip: Clip, texts: tuple[str, ...]) -> Tensor:
@@ -113,21 +113,28 @@ def count_too_long(clip: Clip, texts: tuple[str, ...]) -> int:
     return sum(len(ids) > clip.max_tokens for ids in clip.tokenizer(list(texts), verbose=False)["input_ids"])
 
 
-def prepare(images_BCHW: Tensor, side: int, *, stretch: bool = False) -> Tensor:
+def prepare(images_BCHW: Tensor, side: int, *, crop_first: bool = False) -> Tensor:
     """uint8 (B, 3, H, W) → what CLIP takes, float32 (B, 3, side, side).
 
-    stretch: both sides are resized to `side`, neither cropped nor rounded, as CMMD's authors do.
+    crop_first: the middle square is cut out before it is resized, as CMMD's authors do (google-research, cmmd/io_util.py);
+    CLIP itself resizes, then crops. Square images come out the same.
     """
+    if crop_first:
+        images_BCHW = center_square(images_BCHW, min(images_BCHW.shape[-2:]))
     height, width = images_BCHW.shape[-2:]
     short = min(height, width)
-    size = (side, side) if stretch else (side * height // short, side * width // short)
+    size = side * height // short, side * width // short
     # In uint8 torch rounds after each of the two passes, as PIL does; it can do so on the CPU only.
-    images = images_BCHW.float() if stretch else images_BCHW
-    images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (size[0] - side) // 2, (size[1] - side) // 2
-    images = images[..., top : top + side, left : left + side].float()
+    images = F.interpolate(images_BCHW, size, mode="bicubic", antialias=True, align_corners=False)
+    images = center_square(images, side).float()
     mean, deviation = (images.new_tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     return (images / 255.0 - mean) / deviation
+
+
+def center_square(images_BCHW: Tensor, side: int) -> Tensor:
+    height, width = images_BCHW.shape[-2:]
+    top, left = (height - side) // 2, (width - side) // 2
+    return images_BCHW[..., top : top + side, left : left + side]
 
 
 def clip_here(name: str) -> Need:
