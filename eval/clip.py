@@ -1,7 +1,7 @@
 """CLIP as a judge: images and texts as unit vectors of one space (Radford et al. 2021, arXiv:2103.00020).
 
-Weights and tokenizer come from Hugging Face's local cache, or from a folder that `save_pretrained` wrote; nothing is
-downloaded here. Images are prepared in torch as CLIP's own preprocessing does it with PIL: bicubic antialiased resize
+Weights and tokenizer come from `$DITBENCH_JUDGES/<owner>/<name>`, from Hugging Face's local cache, or from a folder that
+`save_pretrained` wrote; nothing is downloaded here. Images are prepared in torch as CLIP's own preprocessing does it with PIL: bicubic antialiased resize
 of the short side, rounded to uint8, centre crop, CLIP's mean and deviation.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eval.base import MetricSkipped, Need, Samples
 from eval.features import best_device, channels_first, full_precision, remembered
+from eval.video_judges import judge_folder
 from eval.weights import stored_sha256
 
 HUB = {
@@ -50,15 +51,15 @@ class Clip:
 
 @cache
 def load_clip(name_or_folder: str) -> Clip:
-    """CLIP by its name on the hub, from the local cache only, or from a folder; MetricSkipped where it is not."""
+    """CLIP by its name on the hub, if it is on this machine, or from a folder; MetricSkipped where it is not."""
     weights = _weight_file(name_or_folder)
     if weights is None:
         raise MetricSkipped(_not_here(name_or_folder))
     from transformers import AutoTokenizer, CLIPModel
 
     try:
-        module = CLIPModel.from_pretrained(name_or_folder, local_files_only=True).float().eval()
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, local_files_only=True)
+        module = CLIPModel.from_pretrained(weights.parent, local_files_only=True).float().eval()
+        tokenizer = AutoTokenizer.from_pretrained(weights.parent, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise MetricSkipped(
@@ -156,13 +157,8 @@ def _not_here(name_or_folder: str) -> str:
 
 
 def _weight_file(name_or_folder: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    for file in WEIGHT_FILES:
-        if Path(name_or_folder).is_dir():
-            path: Any = Path(name_or_folder) / file
-        else:
-            path = try_to_load_from_cache(name_or_folder, file)
-        if isinstance(path, (str, Path)) and Path(path).is_file():
-            return Path(path)
-    return None
+    try:
+        folder = Path(name_or_folder) if Path(name_or_folder).is_dir() else judge_folder(name_or_folder)
+    except MetricSkipped:
+        return None
+    return next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)

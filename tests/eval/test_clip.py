@@ -306,3 +306,16 @@ def test_images_are_embedded_once_for_all_metrics(installed, painted, monkeypatc
     fresh = replace(painted, generated=replace(painted.generated, pixels=painted.generated.pixels.clone()))
     evaluate(["clipscore_b32", "clipscore_l14", "clip_iqa"], fresh)
     assert len(calls) == 1
+
+
+def test_clip_is_found_where_other_judges_are(folder, monkeypatch, tmp_path):
+    name = clip.HUB["b32"]
+    home = tmp_path / "judges" / name
+    home.parent.mkdir(parents=True)
+    home.symlink_to(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert f"hf download {name}" in clip.clip_here("b32")()
+    monkeypatch.setenv("DITBENCH_JUDGES", str(tmp_path / "judges"))
+    clip.load_clip.cache_clear()
+    assert clip.clip_here("b32")() is None and clip.load_clip(name).name == name
+    clip.load_clip.cache_clear()
