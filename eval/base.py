@@ -1,24 +1,29 @@
 """What a metric is given, what it gives back, and the registry that finds it.
 
 A metric is a function of `Evidence` in any module of this folder (or of a package with the entry point group
-`ditbench.metrics`), marked with `@metric(...)`. It returns a `Measurement`, or raises `MetricSkipped` with the reason
+`ditbench.metrics`), marked with `@metric(...)`: docs/add-a-metric.md. It returns a `Measurement`, or raises `MetricSkipped` with the reason
 and the command that would help. It never returns a placeholder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from harness.errors import unknown_name
+from harness.errors import UserError, reason, unknown_name
+from harness.files import is_disk_error
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ class Metric:
     needs: tuple[Need, ...] = ()
 
 
+ENTRY_POINTS = "ditbench.metrics"
 BETTER = ("higher", "lower", "none")  # none: the number describes the samples and ranks nobody
 Need = Callable[[], str | None]  # None, or what is missing here and the command that helps; loads nothing
 
@@ -168,6 +174,8 @@ def metric(
         raise ValueError(f"metric {name}: better must be one of {', '.join(BETTER)}, got {better!r}")
 
     def register(compute: Callable[[Evidence], Measurement]) -> Callable[[Evidence], Measurement]:
+        if name in _METRICS and (other := _METRICS[name].compute.__module__) != compute.__module__:
+            raise UserError(f"metric {name!r} of {compute.__module__} has the name of one of {other}; rename it")
         summary = (compute.__doc__ or "").strip().split("\n")[0]
         _METRICS[name] = Metric(name, compute, better, paired, unit, summary, asks, needs)
         return compute
@@ -177,18 +185,34 @@ def metric(
 
 @cache
 def known_metrics() -> dict[str, Metric]:
-    """Every metric of this folder and of installed plugins, by name."""
+    """Every metric of this folder and of installed plugins, by name.
+
+    Raises:
+        UserError: a plugin cannot be imported, or two metrics have the same name.
+    """
     import eval as package
 
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"eval.{module.name}")
-    for plugin in entry_points(group="ditbench.metrics"):
-        plugin.load()
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"metrics of {point.value} cannot be imported: {error}") from error
     return dict(sorted(_METRICS.items()))
 
 
+def plugin_sources(names: Iterable[str]) -> dict[str, str]:
+    """{metric: SHA-256 of its file}, of those that are not in this folder: editing a plugin makes new runs of it."""
+    modules = {name: known_metrics()[name].compute.__module__ for name in names if name in known_metrics()}
+    files = {name: sys.modules[module].__file__ for name, module in modules.items() if not module.startswith("eval.")}
+    return {name: hashlib.sha256(Path(str(file)).read_bytes()).hexdigest() for name, file in files.items()}
+
+
 def evaluate(names: Iterable[str], evidence: Evidence) -> dict[str, dict[str, Any]]:
-    """Run the named metrics → the record's `metrics` field. One that cannot run is recorded as skipped."""
+    """Run the named metrics → the record's `metrics` field: one that cannot run is skipped, one that breaks has failed."""
     return evaluate_samples(names, evidence)[0]
 
 
@@ -196,39 +220,51 @@ def evaluate_samples(
     names: Iterable[str], evidence: Evidence
 ) -> tuple[dict[str, dict[str, Any]], dict[str, PerSample]]:
     """As `evaluate`, and what each metric found per sample, of those that look at samples one by one."""
-    known = known_metrics()
+    known, names = known_metrics(), list(names)
     for name in names:
         if name not in known:
             raise unknown_name("metric", name, known)
     entries, samples = {}, {}
     for name in names:
-        result: Measurement | MetricSkipped
-        try:
-            result = known[name].compute(evidence)
-        except MetricSkipped as reason:
-            result = reason
-        entries[name] = _entry(known[name], result)
-        if isinstance(result, Measurement) and result.per_sample is not None:
-            samples[name] = result.per_sample
+        entries[name], per_sample = _evaluated(known[name], evidence)
+        if per_sample is not None:
+            samples[name] = per_sample
     return entries, samples
 
 
-def _entry(metric: Metric, result: Measurement | MetricSkipped) -> dict[str, Any]:
-    common = {"better": metric.better, "paired": metric.paired, "unit": metric.unit, "noise_floor": None}
-    if isinstance(result, MetricSkipped):
-        return {
-            "value": None,
-            "ci95": None,
-            "n": 0,
-            "status": "skipped",
-            "reason": str(result),
-            "passport": {},
-        } | common
+def _evaluated(metric: Metric, evidence: Evidence) -> tuple[dict[str, Any], PerSample | None]:
+    """The entry of one metric. Whatever breaks in it, a full GPU or a plugin, must not cost what others found already."""
+    try:
+        result = metric.compute(evidence)
+        entry = _entry(metric, result)
+        json.dumps(entry, allow_nan=False)  # as the record is written
+        return entry, result.per_sample
+    except MetricSkipped as skipped:
+        return _without_value(metric, "skipped", str(skipped)), None
+    except Exception as error:
+        if is_disk_error(error):
+            raise
+        return _without_value(metric, "failed", reason(error)), None
+
+
+def _entry(metric: Metric, result: Measurement) -> dict[str, Any]:
+    value, ci95 = float(result.value), [float(limit) for limit in result.ci95 or ()]
+    if not np.isfinite([value, *ci95]).all():
+        raise ValueError(f"{metric.name} gave {value} {ci95 or ''}, which a record cannot hold")
     return {
-        "value": result.value,
-        "ci95": list(result.ci95) if result.ci95 else None,
-        "n": result.n,
+        "value": value,
+        "ci95": ci95 or None,
+        "n": int(result.n),
         "status": "ok",
         "reason": None,
         "passport": result.passport,
-    } | common
+    } | _constant(metric)
+
+
+def _without_value(metric: Metric, status: str, why: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"value": None, "ci95": None, "n": 0, "status": status, "reason": why, "passport": {}}
+    return found | _constant(metric)
+
+
+def _constant(metric: Metric) -> dict[str, Any]:
+    return {"better": metric.better, "paired": metric.paired, "unit": metric.unit, "noise_floor": None}

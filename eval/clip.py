@@ -1,7 +1,7 @@
 """CLIP as a judge: images and texts as unit vectors of one space (Radford et al. 2021, arXiv:2103.00020).
 
-Weights and tokenizer come from Hugging Face's local cache, or from a folder that `save_pretrained` wrote; nothing is
-downloaded here. Images are prepared in torch as CLIP's own preprocessing does it with PIL: bicubic antialiased resize
+Weights and tokenizer come from `$DITBENCH_JUDGES/<owner>/<name>`, from Hugging Face's local cache, or from a folder that
+`save_pretrained` wrote; nothing is downloaded here. Images are prepared in torch as CLIP's own preprocessing does it with PIL: bicubic antialiased resize
 of the short side, rounded to uint8, centre crop, CLIP's mean and deviation.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eval.base import MetricSkipped, Need, Samples
 from eval.features import best_device, channels_first, full_precision, remembered
+from eval.video_judges import judge_folder
 from eval.weights import stored_sha256
 
 HUB = {
@@ -50,15 +51,15 @@ class Clip:
 
 @cache
 def load_clip(name_or_folder: str) -> Clip:
-    """CLIP by its name on the hub, from the local cache only, or from a folder; MetricSkipped where it is not."""
+    """CLIP by its name on the hub, if it is on this machine, or from a folder; MetricSkipped where it is not."""
     weights = _weight_file(name_or_folder)
     if weights is None:
         raise MetricSkipped(_not_here(name_or_folder))
     from transformers import AutoTokenizer, CLIPModel
 
     try:
-        module = CLIPModel.from_pretrained(name_or_folder, local_files_only=True).float().eval()
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, local_files_only=True)
+        module = CLIPModel.from_pretrained(weights.parent, local_files_only=True).float().eval()
+        tokenizer = AutoTokenizer.from_pretrained(weights.parent, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise MetricSkipped(
@@ -76,19 +77,19 @@ def load_clip(name_or_folder: str) -> Clip:
     )
 
 
-def embed_images(clip: Clip, images_NHWC: Tensor, *, stretch: bool = False) -> Tensor:
+def embed_images(clip: Clip, images_NHWC: Tensor, *, crop_first: bool = False) -> Tensor:
     """Unit vectors (N, width), float32 on the CPU."""
 
     def embed() -> Tensor:
         rows = []
         with full_precision():
             for batch in channels_first(images_NHWC, BATCH):
-                pixels = prepare(batch, clip.side, stretch=stretch).to(best_device())
+                pixels = prepare(batch, clip.side, crop_first=crop_first).to(best_device())
                 seen = clip.module.vision_model(pixel_values=pixels).pooler_output
                 rows.append(F.normalize(clip.module.visual_projection(seen), dim=-1).cpu())
         return torch.cat(rows)
 
-    return remembered(images_NHWC, clip.module, f"clip, stretch {stretch}", embed)
+    return remembered(images_NHWC, clip.module, f"clip, crop first {crop_first}", embed)
 
 
 def embed_texts(clip: Clip, texts: tuple[str, ...]) -> Tensor:
@@ -113,21 +114,28 @@ def count_too_long(clip: Clip, texts: tuple[str, ...]) -> int:
     return sum(len(ids) > clip.max_tokens for ids in clip.tokenizer(list(texts), verbose=False)["input_ids"])
 
 
-def prepare(images_BCHW: Tensor, side: int, *, stretch: bool = False) -> Tensor:
+def prepare(images_BCHW: Tensor, side: int, *, crop_first: bool = False) -> Tensor:
     """uint8 (B, 3, H, W) → what CLIP takes, float32 (B, 3, side, side).
 
-    stretch: both sides are resized to `side`, neither cropped nor rounded, as CMMD's authors do.
+    crop_first: the middle square is cut out before it is resized, as CMMD's authors do (google-research, cmmd/io_util.py);
+    CLIP itself resizes, then crops. Square images come out the same.
     """
+    if crop_first:
+        images_BCHW = center_square(images_BCHW, min(images_BCHW.shape[-2:]))
     height, width = images_BCHW.shape[-2:]
     short = min(height, width)
-    size = (side, side) if stretch else (side * height // short, side * width // short)
+    size = side * height // short, side * width // short
     # In uint8 torch rounds after each of the two passes, as PIL does; it can do so on the CPU only.
-    images = images_BCHW.float() if stretch else images_BCHW
-    images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (size[0] - side) // 2, (size[1] - side) // 2
-    images = images[..., top : top + side, left : left + side].float()
+    images = F.interpolate(images_BCHW, size, mode="bicubic", antialias=True, align_corners=False)
+    images = center_square(images, side).float()
     mean, deviation = (images.new_tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     return (images / 255.0 - mean) / deviation
+
+
+def center_square(images_BCHW: Tensor, side: int) -> Tensor:
+    height, width = images_BCHW.shape[-2:]
+    top, left = (height - side) // 2, (width - side) // 2
+    return images_BCHW[..., top : top + side, left : left + side]
 
 
 def clip_here(name: str) -> Need:
@@ -149,13 +157,8 @@ def _not_here(name_or_folder: str) -> str:
 
 
 def _weight_file(name_or_folder: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    for file in WEIGHT_FILES:
-        if Path(name_or_folder).is_dir():
-            path: Any = Path(name_or_folder) / file
-        else:
-            path = try_to_load_from_cache(name_or_folder, file)
-        if isinstance(path, (str, Path)) and Path(path).is_file():
-            return Path(path)
-    return None
+    try:
+        folder = Path(name_or_folder) if Path(name_or_folder).is_dir() else judge_folder(name_or_folder)
+    except MetricSkipped:
+        return None
+    return next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)

@@ -29,7 +29,7 @@ SCALE = 100.0  # of cosines: CLIP's trained temperature
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 
 _CROPPED = {"resize": "bicubic, short side, centre crop", "antialias": True}
-_STRETCHED = {"resize": "bicubic, both sides, not cropped", "antialias": True}
+_CROPPED_FIRST = {"resize": "centre square, then bicubic", "antialias": True}
 
 
 @metric("clipscore_b32", better="higher", asks=("prompts",), needs=(clip_here("b32"),))
@@ -84,13 +84,13 @@ def clip_mmd(evidence: Evidence, pairs: bool = False) -> Measurement:
     images_NHWC = evidence.generated.images_NHWC
     clip = load_clip(HUB["l14_336"])
     generated_NF, reference_MF = (
-        embed_images(clip, images, stretch=True).double().numpy() for images in (images_NHWC, reference.images_NHWC)
+        embed_images(clip, images, crop_first=True).double().numpy() for images in (images_NHWC, reference.images_NHWC)
     )
     value = CMMD_SCALE * mmd2(generated_NF, reference_MF)
     kernel_sd = spread.kernel_sd_of_pairs if pairs else spread.kernel_sd
     sd = kernel_sd(generated_NF, reference_MF, evidence.seed, evidence.resamples, kernel=gaussian_kernel)
     low, high = around(value, CMMD_SCALE * sd)
-    settings = clip.passport | _STRETCHED | {"dtype": "float32, kernel float64"}
+    settings = clip.passport | _CROPPED_FIRST | {"dtype": "float32, kernel float64"}
     settings |= {"sigma": CMMD_SIGMA, "scale": CMMD_SCALE, "estimator": "biased (V-statistic), unit vectors"}
     settings |= {"ci_method": PAIRED_BOOTSTRAP if pairs else NORMAL_BOOTSTRAP, "resamples": evidence.resamples}
     return Measurement(

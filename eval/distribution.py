@@ -6,6 +6,11 @@ judge that comes with the model, `<library>/<metric>` (eval/inception.py) throug
 `…_to_float` takes the float model's images for the reference: how far the quantized model has moved, not how good either
 is. Those numbers have names of their own, because papers that print them as "FID" cannot be compared with the others.
 
+Moments of the reference come from the images of the reference batch. ADM's evaluator (guided-diffusion,
+evaluations/evaluator.py, read_statistics) takes those the .npz stores (`mu`, `sigma`: the whole training set), so papers that
+used it print another FID of the same images, as a rule a lower one (fewer samples bias it upwards: Chong & Forsyth 2020,
+arXiv:1911.07023).
+
 An interval says how the number would move with n other images of the same model. That FID falls as n grows is not in
 it: compare at equal n.
 """
@@ -42,12 +47,18 @@ class View:
 def fid(library: str, view: View, evidence: Evidence, pairs: bool = False) -> Measurement:
     """pairs: row i of the reference has the noise of generated row i, so both are resampled together."""
     pair = view.pair(evidence)
-    n, width = pair.generated_NF.shape
+    (n, width), m = pair.generated_NF.shape, len(pair.reference_MF)
     value, settings = libraries.FID[library](pair.generated_NF, pair.reference_MF, evidence.seed)
     resamples = spread.frechet_resamples(width, evidence.resamples)
     sd = pair.once("fid sd", lambda: _frechet_sd(pair, evidence.seed, resamples, pairs))
     if n <= width:
         settings["note"] = f"n = {n} is not above the feature width {width}: compare at equal n only"
+    elif m <= width:
+        settings["note"] = (
+            f"the reference's {m} are not above the feature width {width}: compare with this reference only"
+        )
+    if not pairs:
+        settings["reference_moments"] = f"of the reference batch's {m} images"
     settings |= {"ci_method": PAIRED_BOOTSTRAP if pairs else NORMAL_BOOTSTRAP, "resamples": resamples}
     low, high = around(value, sd)
     return _measurement(library, "fid", view, evidence, value, (max(low, min(value, 0.0)), high), settings)

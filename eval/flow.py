@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate, pad
 
 from eval.base import MetricSkipped
-from eval.video_judges import device, weights_sha256
-from eval.weights import weights_folder
+from eval.features import best_device, full_precision
+from eval.weights import stored_sha256, weights_folder
 
 RAFT_FILE = "raft_large_C_T_V1-22a6c225.pth"
 RAFT_URL = f"https://download.pytorch.org/models/{RAFT_FILE}"
@@ -63,7 +63,7 @@ def raft(weights: Path) -> Flow:
         network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise MetricSkipped(f"{weights}: not RAFT's weights; delete it, and fetch it again from {RAFT_URL}") from error
-    network = network.eval().to(device())
+    network = network.eval().to(best_device())
 
     @torch.no_grad()
     def estimate(before_PHWC: Tensor, after_PHWC: Tensor) -> Tensor:
@@ -72,20 +72,25 @@ def raft(weights: Path) -> Flow:
         size = tuple(max(RAFT_SIDE, round(side * scale)) for side in (height, width))
         flows = []
         for pair in zip(before_PHWC.split(RAFT_PAIRS), after_PHWC.split(RAFT_PAIRS), strict=True):
-            before, after = (_padded_to_8(_resized(_channels_first(x) / 127.5 - 1.0, size)).to(device()) for x in pair)
-            flow_P2HW = network(before, after, num_flow_updates=RAFT_UPDATES)[-1][..., : size[0], : size[1]]
+            before, after = (
+                _padded_to_8(_resized(_channels_first(x) / 127.5 - 1.0, size)).to(best_device()) for x in pair
+            )
+            with full_precision():
+                flow_P2HW = network(before, after, num_flow_updates=RAFT_UPDATES)[-1][..., : size[0], : size[1]]
             flows.append(_resized_flow(flow_P2HW.cpu(), (height, width)))
         return torch.cat(flows)
 
     origin = {"flow": f"torchvision raft_large, {weights.name}", "flow_updates": RAFT_UPDATES}
-    return Flow("torchvision", estimate, origin | {"weights_sha256": weights_sha256(weights)})
+    return Flow("torchvision", estimate, origin | {"weights_sha256": stored_sha256(weights)})
 
 
 @cache
 def blocks() -> Flow:
     resolution = f"1 pixel of a frame resized to a short side of {WORK_SIDE}, at most {REACH} of them"
     origin = {"flow": "ditbench block matching (not RAFT)", "flow_window": WINDOW, "flow_resolution": resolution}
-    return Flow("ditbench", match_blocks, origin | {"flow_raft": f"for RAFT, put {RAFT_URL} into {weights_folder()}"})
+    return Flow(
+        "ditbench", match_blocks, origin | {"flow_raft": f"for RAFT, `ditbench data fetch raft-large` ({RAFT_URL})"}
+    )
 
 
 def match_blocks(before_PHWC: Tensor, after_PHWC: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval.base import Evidence, Measurement, MetricSkipped, metric
 from eval.clip import need_prompts
-from eval.features import best_device
+from eval.features import best_device, full_precision
 from eval.needs import package
 from eval.passport import need_samples
 from eval.per_sample import mean_or_share
@@ -62,7 +62,7 @@ def image_reward(evidence: Evidence) -> Measurement:
 def rewards(scorer: Scorer, images_NHWC: Tensor, texts: tuple[str, ...]) -> Tensor:
     """One score per image and its prompt, float64."""
     images = (Image.fromarray(image.cpu().numpy()) for image in images_NHWC)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         scores = [float(scorer(text, image)) for text, image in zip(texts, images, strict=True)]
     return torch.tensor(scores, dtype=torch.float64)
 

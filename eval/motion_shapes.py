@@ -1,7 +1,8 @@
 """Does a video of the shapes world show the object, the motion and the background that its prompt asks for? Read exactly.
 
 The object is followed through the frames by its colour and shape. It moves the way asked if its centre ends that way and
-further that way than across; speed is its path against half-way between the two speeds; the scene is the frames' edge.
+further that way than across; speed is how far it comes per frame, against half-way between the two speeds; the scene is
+the frames' edge.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ LEAST_PATH = 0.04  # of the picture's side: less is standing still
 LEAST_FRAMES = 0.5  # share of frames in which the object has to be seen
 
 
-def path(video_FHWC: np.ndarray, about: dict) -> np.ndarray | None:
-    """Centres (x, y) of the object asked for, one per frame that shows it, or None if too few do."""
-    wanted = about["include"][0]
-    centres = []
-    for frame in video_FHWC:
+def path(video_FHWC: np.ndarray, about: dict, *, any_shape: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
+    """Frames that show the object asked for and its centres (x, y) there, or None if too few do.
+
+    any_shape: its colour is enough, since a shape may blur on its way.
+    """
+    wanted, frames, centres = about["include"][0], [], []
+    for index, frame in enumerate(video_FHWC):
         seen = [
-            s for s in shapes.objects(frame) if s.colour == wanted.get("color", s.colour) and s.shape == wanted["class"]
+            s
+            for s in shapes.objects(frame)
+            if s.colour == wanted.get("color", s.colour) and (any_shape or s.shape == wanted["class"])
         ]
         if seen:
+            frames.append(index)
             centres.append(seen[0].centre)
-    return np.array(centres) if len(centres) >= max(2, LEAST_FRAMES * len(video_FHWC)) else None
+    enough = len(frames) >= max(2, LEAST_FRAMES * len(video_FHWC))
+    return (np.array(frames), np.array(centres)) if enough else None
 
 
 def shows_object(video_FHWC: np.ndarray, about: dict) -> bool:
@@ -37,30 +44,22 @@ def shows_object(video_FHWC: np.ndarray, about: dict) -> bool:
 
 
 def moves_as_asked(video_FHWC: np.ndarray, about: dict) -> bool:
-    centres = moving_path(video_FHWC, about)
-    if centres is None:
+    found = path(video_FHWC, about, any_shape=True)
+    if found is None:
         return False
-    moved = centres[-1] - centres[0]
+    moved = found[1][-1] - found[1][0]
     wanted = np.array(DIRECTIONS[about["direction"]])
     along, across = float(moved @ wanted), float(np.abs(moved[wanted == 0]).sum())
     return along >= LEAST_PATH * video_FHWC.shape[2] and along > across
 
 
-def moving_path(video_FHWC: np.ndarray, about: dict) -> np.ndarray | None:
-    """As `path`, of whatever moves: the object's colour is enough, since a shape may blur on its way."""
-    wanted, centres = about["include"][0], []
-    for frame in video_FHWC:
-        seen = [s for s in shapes.objects(frame) if s.colour == wanted.get("color", s.colour)]
-        if seen:
-            centres.append(seen[0].centre)
-    return np.array(centres) if len(centres) >= max(2, LEAST_FRAMES * len(video_FHWC)) else None
-
-
 def is_as_fast_as_asked(video_FHWC: np.ndarray, about: dict) -> bool:
-    centres = moving_path(video_FHWC, about)
-    if centres is None:
+    """By the frames between the first and the last that show it: it may come into sight late."""
+    found = path(video_FHWC, about, any_shape=True)
+    if found is None:
         return False
-    per_frame = np.linalg.norm(centres[-1] - centres[0]) / (len(video_FHWC) - 1)
+    frames, centres = found
+    per_frame = np.linalg.norm(centres[-1] - centres[0]) / (frames[-1] - frames[0])
     fast = bool(per_frame > sum(SPEEDS.values()) / len(SPEEDS))
     return fast == (about["speed"] == "fast")
 

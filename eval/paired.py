@@ -23,11 +23,11 @@ import numpy as np
 from scipy.stats import binomtest
 
 from eval.base import PerSample
-from eval.statistics import Interval, resampled_rows
+from eval.statistics import Interval, percentiles95, resampled_rows
 
 SIGN_TEST = "exact sign test (McNemar)"
 FLIP_TEST = "sign-flip permutation"
-PAIRED_PERCENTILE = "percentile bootstrap of the pairs"
+PAIRED_PERCENTILE = "percentile bootstrap of the pairs, widened for small n (Hesterberg 2015)"
 AGRESTI_MIN = "Agresti & Min 2005"
 AGRESTI_MIN_OF_GROUPS = "Agresti & Min 2005 of each category, combined (MOVER)"
 
@@ -133,19 +133,28 @@ def _weights(one: PerSample, delta_N: np.ndarray) -> np.ndarray:
     return weight_N
 
 
-def _bootstrap(delta_PN: Sequence[np.ndarray], seed: int) -> list[Interval]:
-    """Percentile intervals of the mean difference; all pairs see the same resamples."""
-    if not delta_PN:
-        return []
-    counted_NP = np.isfinite(np.array(delta_PN)).T
-    delta_NP = np.nan_to_num(np.array(delta_PN)).T
-    n = len(delta_NP)
+def _bootstrap(deltas: Sequence[np.ndarray], seed: int) -> list[Interval]:
+    """Percentile intervals of the mean difference; all pairs of runs with the same samples see the same resamples."""
+    delta_PN = np.array(deltas)
+    counted_PN = np.isfinite(delta_PN)
+    interval_P2 = np.empty((len(delta_PN), 2))
+    for counted_N in np.unique(counted_PN, axis=0):
+        same_P = (counted_PN == counted_N).all(axis=1)
+        interval_P2[same_P] = _mean_intervals(delta_PN[same_P][:, counted_N], seed)
+    return [(float(low), float(high)) for low, high in interval_P2]
+
+
+def _mean_intervals(delta_PN: np.ndarray, seed: int) -> np.ndarray:
+    """(P, 2); without limits where one sample, or none, is all there is."""
+    n = delta_PN.shape[1]
+    if n < 2:
+        return np.array([-np.inf, np.inf])
     means = []
     for start in range(0, RESAMPLES, BLOCK):
         rows = resampled_rows(n, seed + start, min(BLOCK, RESAMPLES - start))
         counts_RN = np.stack([np.bincount(each, minlength=n) for each in rows]).astype(float)
-        means.append((counts_RN @ delta_NP) / (counts_RN @ counted_NP).clip(min=1))
-    return [(float(low), float(high)) for low, high in np.percentile(np.concatenate(means), [2.5, 97.5], axis=0).T]
+        means.append(counts_RN @ delta_PN.T / n)
+    return np.percentile(np.concatenate(means), percentiles95(n), axis=0).T
 
 
 def _of_categories(delta_N: np.ndarray, strata_N: np.ndarray) -> Interval:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eval.base import Evidence, Measurement, PerSample
 from eval.passport import need_samples, passport
-from eval.statistics import PERCENTILE_BOOTSTRAP, WILSON, mean_with_ci, share_with_ci
+from eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Interval, mean_with_ci, share_with_ci
 
 
 def mean_or_share(
@@ -30,12 +30,13 @@ def mean_or_share(
     n = need_samples(evidence, 1)
     found = np.asarray(values_N)
     yes_no = found.dtype == bool
+    ci95: Interval | None
     if yes_no:
         value, ci95 = share_with_ci(int(found.sum()), len(found))
         settings |= {"ci_method": WILSON}
     else:
         value, ci95 = mean_with_ci(found, evidence.seed, evidence.resamples)
-        settings |= {"ci_method": PERCENTILE_BOOTSTRAP, "resamples": evidence.resamples}
+        settings |= {"ci_method": PERCENTILE_BOOTSTRAP if ci95 else OF_ONE, "resamples": evidence.resamples}
     whole_N = np.full(n, np.nan)
     whole_N[slice(None) if rows is None else list(rows)] = found
     card = passport(implementation, package, reference=reference, **settings)

@@ -74,7 +74,6 @@ def _origin(evidence: Evidence) -> dict[str, Any]:
         "antialias": False,
         "dtype": "float32",
         "features": f"Inception {path.name}, mixed_6/conv, {CHANNELS} channels",
-        "reference_moments": "of the reference batch's images",
     }
 
 

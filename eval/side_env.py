@@ -26,9 +26,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.base import Samples
 from eval.passport import passport
-from eval.statistics import PERCENTILE_BOOTSTRAP, mean_with_ci
+from eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Interval, mean_with_ci, share_with_ci
 from eval.weights import data_folder, offline, weights_folder
 from harness.errors import UserError, unknown_name
 from harness.files import file_sha256
@@ -207,12 +209,17 @@ def run_dimension(python: Path, videos: Path, dimension: str, samples: Samples, 
     return entry_of(dimension, value, per_video, mode, seed, resamples)
 
 
-def parsed(path: Path, dimension: str) -> tuple[float, list[float]]:
-    """vbench's results file: {dimension: [score, [{video_path, video_results, …}, …]]} → the score, and one per video."""
+def parsed(path: Path, dimension: str) -> tuple[float, list[float] | list[bool]]:
+    """vbench's results file: {dimension: [score, [{video_path, video_results, …}, …]]} → the score, and one per video.
+
+    Those of dynamic_degree and human_action are yes or no, and stay bool.
+    """
     try:
         value, videos = json.loads(path.read_text(encoding="utf-8"))[dimension]
+        found = [video["video_results"] for video in videos]
         scale = 100.0 if dimension in PERCENT else 1.0
-        per_video = [float(video["video_results"]) / scale for video in videos]
+        yes_no = all(isinstance(each, bool) for each in found)
+        per_video = found if yes_no else [float(each) / scale for each in found]
     except (ValueError, KeyError, TypeError) as error:
         raise VBenchFailed(f"{path.name}: not vbench's results of {dimension} ({error})") from error
     if not math.isfinite(value) or not per_video:
@@ -221,15 +228,20 @@ def parsed(path: Path, dimension: str) -> tuple[float, list[float]]:
 
 
 def entry_of(
-    dimension: str, value: float, per_video: list[float], mode: str, seed: int, resamples: int
+    dimension: str, value: float, per_video: list[float] | list[bool], mode: str, seed: int, resamples: int
 ) -> dict[str, Any]:
-    """The interval is that of the mean over videos, and absent where vbench's total is not that mean."""
-    mean, ci95 = mean_with_ci(per_video, seed, resamples)
+    """The interval is that of the mean or share over videos, and absent where vbench's total is neither."""
+    ci95: Interval | None
+    if isinstance(per_video[0], bool):
+        (mean, ci95), method = share_with_ci(sum(per_video), len(per_video)), WILSON
+    else:
+        mean, ci95 = mean_with_ci(np.array(per_video), seed, resamples)
+        method = PERCENTILE_BOOTSTRAP if ci95 else OF_ONE
     is_mean = math.isclose(mean, value, rel_tol=1e-4, abs_tol=1e-6)
     settings = {
         "mode": mode,
         "videos": "mp4, H.264 in RGB, lossless",
-        "ci_method": PERCENTILE_BOOTSTRAP if is_mean else "none: the total is not the mean over videos",
+        "ci_method": method if is_mean else "none: the total is not the mean over videos",
         "resamples": resamples,
         "environment_sha256": file_sha256(REQUIREMENTS),
     }
@@ -238,7 +250,7 @@ def entry_of(
     card = passport(f"vbench {dimension}", "ditbench", reference=None, dtype="vbench's own", **settings)
     return {
         "value": value,
-        "ci95": list(ci95) if is_mean else None,
+        "ci95": list(ci95) if is_mean and ci95 else None,
         "n": len(per_video),
         "status": "ok",
         "reason": None,

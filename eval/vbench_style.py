@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, linear
 
 from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.features import channels_first
+from eval.features import best_device, channels_first, full_precision
 from eval.needs import package
 from eval.per_sample import mean_or_share
 from eval.video_judges import (
@@ -22,13 +22,11 @@ from eval.video_judges import (
     CLIP,
     CLIP_LARGE,
     DINO,
-    device,
     frame_features,
     judge_here,
     load_judge,
-    weights_sha256,
 )
-from eval.weights import weights_folder
+from eval.weights import stored_sha256, weights_folder
 
 AESTHETIC_FILE = "sa_0_4_vit_l_14_linear.pth"
 MUSIQ_SIDE = 512  # VBench's mode "longer": frames whose longer side is larger are made smaller
@@ -70,7 +68,7 @@ def aesthetic_quality(evidence: Evidence) -> Measurement:
     head = torch.load(path, map_location="cpu", weights_only=True)
     features_NFW = frame_features(videos_NFHWC, judge, antialias=False)
     values_N = linear(features_NFW, head["weight"].float(), head["bias"].float())[..., 0].mean(dim=1) / 10.0
-    origin |= {"head": AESTHETIC_FILE, "head_sha256": weights_sha256(path), "antialias": False}
+    origin |= {"head": AESTHETIC_FILE, "head_sha256": stored_sha256(path), "antialias": False}
     return of_dimension("aesthetic_quality", evidence, values_N, "transformers", origin)
 
 
@@ -86,13 +84,13 @@ def imaging_quality(evidence: Evidence) -> Measurement:
     import pyiqa
 
     try:
-        musiq = pyiqa.create_metric("musiq-spaq", device=device())
+        musiq = pyiqa.create_metric("musiq-spaq", device=best_device())
     except OSError as error:  # it fetches its own weights
         help_text = "run it once where there is a network"
         raise MetricSkipped(f"pyiqa could not get MUSIQ's weights ({error}); {help_text}") from error
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         scores = [
-            musiq(musiq_frames(batch).to(device())) for batch in channels_first(videos_NFHWC.flatten(0, 1), BATCH)
+            musiq(musiq_frames(batch).to(best_device())) for batch in channels_first(videos_NFHWC.flatten(0, 1), BATCH)
         ]
     values_N = torch.cat(scores).flatten().float().cpu().unflatten(0, videos_NFHWC.shape[:2]).mean(dim=1) / 100.0
     resize = f"bilinear, longer side to at most {MUSIQ_SIDE}"

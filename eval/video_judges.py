@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from eval.base import MetricSkipped, Need
-from eval.features import channels_first, remembered
-from harness.files import file_sha256
+from eval.features import best_device, channels_first, full_precision, remembered
+from eval.weights import stored_sha256
 
 DINO = "facebook/dino-vitb16"
 CLIP = "openai/clip-vit-base-patch32"
@@ -68,7 +68,7 @@ class ClipJudge(nn.Module):
     def texts(self, texts: list[str]) -> Tensor:
         """(N, width), of unit length; what is beyond the network's tokens (77) is cut off."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        pooled = self.network.text_model(**tokens.to(device())).pooler_output
+        pooled = self.network.text_model(**tokens.to(best_device())).pooler_output
         return normalize(self.network.text_projection(pooled), dim=-1).cpu()
 
 
@@ -76,9 +76,9 @@ def frame_features(videos_NFHWC: Tensor, judge: nn.Module, antialias: bool) -> T
     """(N, F, width), of unit length, float32 on the CPU."""
 
     def all_frames() -> Tensor:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would move the features
+        with full_precision():
             batches = [
-                judge(batch.to(device()), antialias).float().cpu()
+                judge(batch.to(best_device()), antialias).float().cpu()
                 for batch in channels_first(videos_NFHWC.flatten(0, 1), BATCH)
             ]
         return normalize(torch.cat(batches), dim=-1).unflatten(0, videos_NFHWC.shape[:2])
@@ -94,7 +94,7 @@ def load_judge(name: str) -> tuple[Any, dict[str, Any]]:
     folder = judge_folder(name)
     judge = _load(name, folder)
     weights = next(folder / file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).exists())
-    origin = {"features": name, "weights_sha256": weights_sha256(weights), "resize": judge.resize, "dtype": "float32"}
+    origin = {"features": name, "weights_sha256": stored_sha256(weights), "resize": judge.resize, "dtype": "float32"}
     return judge, origin
 
 
@@ -130,16 +130,7 @@ def _load(name: str, folder: Path) -> Any:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise MetricSkipped(f"{folder}: not a whole {name} ({reason}); fetch it with: hf download {name}") from error
-    return judge.eval().requires_grad_(False).to(device())
-
-
-@cache
-def weights_sha256(path: Path) -> str:
-    return file_sha256(path)
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return judge.float().eval().requires_grad_(False).to(best_device())
 
 
 def resize_short_side(frames_B3HW: Tensor, side: int, mode: str, antialias: bool) -> Tensor:

@@ -1,9 +1,11 @@
-"""The one exception that means "the user can mend this": printed as one or two lines, without a traceback."""
+"""The one exception that means "the user can mend this", printed as one or two lines without a traceback; and such lines of others."""
 
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -17,3 +19,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     guess = f"; did you mean {close[0]!r}?" if close else ";"
     listed = ", ".join(known) if len(known) <= 24 else f"{', '.join(known[:24])}, … ({len(known)} in all)"
     return UserError(f"no {kind} {name!r}{guess} known: {listed}")
+
+
+def reason(error: BaseException) -> str:
+    """One line: what a user can act on, or the kind of error and where it was raised."""
+    if isinstance(error, UserError):
+        return str(error).replace("\n", " ")
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    first_line = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {first_line}"

@@ -62,7 +62,10 @@ def float_values(
     key = canonical_sha256([evaluator, judges])
     path = config.cache_dir / "float" / _key(config, model, config.seed, dtype) / f"values-{key[:16]}.npz"
     if not path.exists():
-        sample_values.save(sample_values.Values({}, evaluate(list(metrics)), ""), path)
+        found = evaluate(list(metrics))
+        if found.keys() != metrics.keys():  # one of them broke, which it may not do next time
+            return found
+        sample_values.save(sample_values.Values({}, found, ""), path)
     return dict(sample_values.load(path).float_model)
 
 
@@ -79,24 +82,24 @@ def noise_floor(
     evaluator: everything that makes `evaluate` what it is (metric names, judge, reference), for the cache.
     """
     extra = config.section("generate")["noise_floor_seeds"]
-    unpaired = [name for name, entry in metrics.items() if not entry["paired"] and entry["status"] == "ok"]
+    unpaired = {name for name, entry in metrics.items() if not entry["paired"] and entry["status"] == "ok"}
     if extra < 1 or not unpaired:
         return
     dtype = config.section("generate")["dtype"]
     seeds = [config.seed + SEED_STRIDE * k for k in range(extra + 1)]
     key = canonical_sha256([_key(config, model, config.seed, dtype), extra, evaluator])
     path = config.cache_dir / "noise" / f"{key}.json"
-    if path.exists():
-        floors = _read_json(path)
-    else:
+    floors: dict[str, float | None] = _read_json(path) if path.exists() else {}
+    if unpaired - floors.keys():  # nothing is known, or a metric can run now that could not when the others were kept
         replicates = []
         for seed in seeds:
             images = float_images(config, model, seed, dtype)
             replicates.append(evaluate(images, images))
-        floors = {name: _range([each[name]["value"] for each in replicates]) for name in unpaired}
+        whole = [name for name in unpaired if all(each[name]["status"] != "failed" for each in replicates)]
+        floors |= {name: _range([each[name]["value"] for each in replicates]) for name in whole}
         write_json(path, floors)
     for name in unpaired:
-        metrics[name]["noise_floor"] = floors[name]
+        metrics[name]["noise_floor"] = floors.get(name)
 
 
 def _range(values: list[float | None]) -> float | None:
@@ -120,5 +123,5 @@ def _key(config: RunConfig, model: LoadedModel, seed: int, dtype: str) -> str:
     )
 
 
-def _read_json(path: Path) -> dict[str, float]:
+def _read_json(path: Path) -> dict[str, float | None]:
     return json.loads(path.read_text())

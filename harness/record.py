@@ -34,7 +34,7 @@ class Record:
     """The result of one run.
 
     metrics: {name: {value, ci95, n, better, paired, noise_floor, status, reason, passport}}; `value` is None when
-        `status` is "skipped".
+        `status` is "skipped" (it cannot run here) or "failed" (it broke).
     efficiency: {kind, backend, device, latency_ms{median, p10, p90}, baseline_latency_ms{…}, speedup, model_bytes,
         baseline_model_bytes, compression, peak_memory_bytes, …}; `kind` is "measured" (an integer kernel, or the
         16-bit reference, ran on this device) or "simulated" (then latency, speedup and peak memory are None).

@@ -17,7 +17,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval.base import Evidence, FeatureModel, PerSample, Reference, Samples, evaluate_samples, known_metrics
+from eval.base import (
+    Evidence,
+    FeatureModel,
+    PerSample,
+    Reference,
+    Samples,
+    evaluate_samples,
+    known_metrics,
+    plugin_sources,
+)
 from eval.judges import load_judge
 from eval.needs import lacking, offered
 from eval.reference import load_reference
@@ -25,7 +34,7 @@ from harness import methods, mixed, record, sample_values, tracking
 from harness.calibrate import Calibration, calibrate
 from harness.config import RunConfig
 from harness.environment import code_identity, environment
-from harness.errors import UserError
+from harness.errors import UserError, reason
 from harness.files import canonical_sha256, disk_errors_explained, is_disk_error
 from harness.float_images import float_images, float_values, noise_floor
 from harness.generate import conditions, generate, save_animation, save_grid, save_samples
@@ -226,7 +235,11 @@ def stage_evaluate(
 ) -> tuple[dict[str, Any], dict[str, PerSample]]:
     """The record's `metrics`, and the values per sample; names: of some of the run's metrics only."""
     evidence = evidence_of(config, model, images, float_model)
-    return evaluate_samples(config.section("metrics")["names"] if names is None else names, evidence)
+    entries, samples = evaluate_samples(config.section("metrics")["names"] if names is None else names, evidence)
+    for name, entry in entries.items():
+        if entry["status"] == "failed":
+            say(f"{title(config)}: {name} FAILED: {entry['reason']}")
+    return entries, samples
 
 
 def evidence_of(config: RunConfig, model: LoadedModel, images: Samples, float_model: Samples | None) -> Evidence:
@@ -331,6 +344,7 @@ def evaluator_identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
         "metrics": config.section("metrics"),
         "judge": judge and judge.sha256,
         "reference": reference and reference.sha256,
+        "metric_plugins": plugin_sources(config.section("metrics")["names"]),
     }
 
 
@@ -340,15 +354,6 @@ def title(config: RunConfig) -> str:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def reason(error: BaseException) -> str:
-    """One line: what a user can act on, or the kind of error and where it was raised."""
-    if isinstance(error, UserError):
-        return str(error).replace("\n", " ")
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    first_line = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {first_line}"
 
 
 @dataclass

@@ -208,17 +208,17 @@ def _notes(group: Group, metrics: Sequence[str]) -> list[str]:
         r.method == FLOAT_METHOD and r.status == "ok" for r in group.records
     ):
         notes.append("No float row here, so nothing could be held against the noise floor.")
-    skipped: dict[tuple[str, str], list[str]] = {}
+    missing: dict[tuple[str, str, str], list[str]] = {}
     for record, run in zip(group.records, group.run_names, strict=True):
         for name in group.metrics:
             entry = record.metrics.get(name, {})
-            if entry.get("status") == "skipped":
-                key = (names[name], str(entry.get("reason")))
-                skipped.setdefault(key, []).append(f"{run} {compare.bits_label(record)}")
+            if entry.get("status") in ("skipped", "failed"):
+                key = (names[name], entry["status"], str(entry.get("reason")))
+                missing.setdefault(key, []).append(f"{run} {compare.bits_label(record)}")
     finished = sum(record.status == "ok" for record in group.records)
-    for (name, why), runs in skipped.items():
+    for (name, status, why), runs in missing.items():
         where = "" if len(runs) >= finished else f" for {', '.join(runs)}"
-        notes.append(f"{name} skipped{where}: {why}")
+        notes.append(f"{name} {status}{where}: {why}")
     return notes
 
 

@@ -126,13 +126,17 @@ def test_images_are_prepared_as_clips_own_processor_does_with_pil(size):
     assert (ours - theirs).abs().mean() < 0.02 * level
 
 
-def test_stretching_keeps_the_whole_image_and_cropping_its_middle():
-    stripes = torch.zeros(1, 3, 40, 80, dtype=torch.uint8)
-    stripes[..., :20], stripes[..., 60:] = 255, 255
-    cropped, stretched = clip.prepare(stripes, 32), clip.prepare(stripes, 32, stretch=True)
-    black = -clip.MEAN[0] / clip.DEVIATION[0]
-    assert cropped[0, 0, :, 4:-4].max() == pytest.approx(black, abs=0.02)
-    assert (stretched[0, 0, 16] > 0).float().mean() == pytest.approx(0.5, abs=0.07)
+@pytest.mark.parametrize("size", [(80, 50), (51, 64), (48, 48)])
+def test_cmmds_images_are_cropped_with_pil_and_then_resized_as_by_its_authors(size):
+    random = np.random.default_rng(0)
+    small = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    image, short = small.resize(size, Image.Resampling.BICUBIC), min(size)
+    left, top = (size[0] - short) // 2, (size[1] - short) // 2
+    square = image.crop((left, top, left + short, top + short)).resize((32, 32), Image.Resampling.BICUBIC)
+    expected = (np.array(square) / 255.0 - clip.MEAN) / clip.DEVIATION
+    ours = clip.prepare(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], 32, crop_first=True)
+    level = 1 / 255 / min(clip.DEVIATION)
+    assert np.abs(ours[0].permute(1, 2, 0).numpy() - expected).max() < 1.5 * level
 
 
 def test_embeddings_are_the_models_own_scaled_to_unit_length(installed, painted):
@@ -206,7 +210,7 @@ def test_clip_iqa_is_torchmetrics_softmax_over_good_and_bad(installed, painted):
 
 def test_cmmd_is_1000_times_the_biased_mmd_with_a_gaussian_of_width_10(installed, painted):
     x, y = (
-        clip.embed_images(installed, images, stretch=True).double().numpy()
+        clip.embed_images(installed, images, crop_first=True).double().numpy()
         for images in (painted.generated.images_NHWC, painted.reference.images_NHWC)
     )
     gamma = 1 / (2 * 10**2)
@@ -240,10 +244,11 @@ def test_the_interval_of_cmmd_to_the_float_model_draws_both_images_of_a_pair(mon
         assert sd == pytest.approx(np.std(values, ddof=1), rel=1e-9) and sd > 1e-3
 
 
-def test_cropped_and_stretched_images_are_not_taken_for_each_other(installed, painted):
-    images = painted.generated.images_NHWC.clone()
-    cropped, stretched = (clip.embed_images(installed, images, stretch=on) for on in (False, True))
-    assert (cropped - stretched).abs().max() > 1e-3
+def test_images_cropped_before_and_after_resizing_are_not_taken_for_each_other(installed):
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 40, 61, 3), generator=random, dtype=torch.uint8)
+    after, before = (clip.embed_images(installed, images, crop_first=on) for on in (False, True))
+    assert (after - before).abs().max() > 1e-3
 
 
 def test_kernel_sums_do_not_depend_on_how_many_rows_are_held_at_once(monkeypatch):
@@ -272,9 +277,11 @@ def test_images_without_prompts_have_no_clipscore(name, installed, painted):
 
 
 def test_prompts_that_do_not_pair_with_the_images_are_an_error(installed, painted):
-    broken = replace(painted.generated, prompts=painted.generated.prompts[:3])
+    broken = replace(painted, generated=replace(painted.generated, prompts=painted.generated.prompts[:3]))
     with pytest.raises(ValueError, match="4 samples but 3 prompts"):
-        evaluate(["clipscore_b32"], replace(painted, generated=broken))
+        known_metrics()["clipscore_b32"].compute(broken)
+    entry = evaluate(["clipscore_b32"], broken)["clipscore_b32"]
+    assert (entry["status"], entry["value"]) == ("failed", None) and "4 samples but 3 prompts" in entry["reason"]
 
 
 @pytest.mark.parametrize("name", CLIP_METRICS)
@@ -289,7 +296,7 @@ def test_the_passport_names_the_weights_by_their_hash_and_how_images_were_resize
     passport = scored(name, painted)["passport"]
     sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert passport["weights_sha256"] == sha256 and passport["antialias"] is True
-    assert ("not cropped" in passport["resize"]) == name.startswith("cmmd")
+    assert passport["resize"].startswith("centre square, then") == name.startswith("cmmd")
 
 
 def test_images_are_embedded_once_for_all_metrics(installed, painted, monkeypatch):
@@ -299,3 +306,16 @@ def test_images_are_embedded_once_for_all_metrics(installed, painted, monkeypatc
     fresh = replace(painted, generated=replace(painted.generated, pixels=painted.generated.pixels.clone()))
     evaluate(["clipscore_b32", "clipscore_l14", "clip_iqa"], fresh)
     assert len(calls) == 1
+
+
+def test_clip_is_found_where_other_judges_are(folder, monkeypatch, tmp_path):
+    name = clip.HUB["b32"]
+    home = tmp_path / "judges" / name
+    home.parent.mkdir(parents=True)
+    home.symlink_to(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert f"hf download {name}" in clip.clip_here("b32")()
+    monkeypatch.setenv("DITBENCH_JUDGES", str(tmp_path / "judges"))
+    clip.load_clip.cache_clear()
+    assert clip.clip_here("b32")() is None and clip.load_clip(name).name == name
+    clip.load_clip.cache_clear()

@@ -11,11 +11,15 @@ import torch
 from eval import data, fetch
 from eval.clip import HUB as CLIP_HUB
 from eval.data import Data, find_data, known_data, verify
+from eval.flow import RAFT_URL
+from eval.geneval_detector import DETECTOR
 from eval.image_reward import HUB as REWARD_HUB
 from eval.inception import clean_fid_upstream, torch_fidelity_upstream
 from eval.lpips import SMALLEST as LPIPS_BACKBONES
 from eval.lpips import backbone_upstream
 from eval.reference import load_reference, write_reference
+from eval.vbench_style import AESTHETIC_FILE
+from eval.video_judges import DINO
 from eval.weights import local_weights
 from harness.errors import UserError
 
@@ -70,6 +74,15 @@ def test_addresses_are_those_that_the_libraries_use():
         assert find_data(f"lpips-{backbone}").url == backbone_upstream(backbone).url
     assert {find_data(f"clip-{name.replace('_', '-')}").repo for name in CLIP_HUB} == set(CLIP_HUB.values())
     assert find_data("image-reward").repo == REWARD_HUB
+    assert find_data("raft-large").url == RAFT_URL
+    assert find_data("dino-b16").repo == DINO and find_data("mask2former-coco").repo == DETECTOR
+    assert find_data("laion-aesthetic").path.name == AESTHETIC_FILE
+
+
+def test_weights_are_listed_only_if_a_metric_reads_them():
+    read = {"inception-fid", "inception-clean-fid", "lpips-alex", "lpips-vgg", "clip-b32", "clip-l14", "clip-l14-336"}
+    read |= {"mask2former-coco", "i3d-kinetics400", "image-reward", "raft-large", "dino-b16", "laion-aesthetic"}
+    assert set(data.names_of(data.WEIGHTS)) == read, "see the test above: what is fetched has to be what is looked for"
 
 
 def test_an_entry_needs_one_address_and_a_known_kind():

@@ -164,6 +164,15 @@ def test_subsets_shrink_with_the_set_and_the_passport_says_so(evidence_of):
     assert entries["torch_fidelity/fid_judge"]["passport"]["note"].startswith("n = 5 is not above the feature width 64")
 
 
+def test_a_reference_of_few_images_is_said_in_the_passport_and_whose_moments_were_taken(evidence_of):
+    few, enough = (
+        evaluate(["torch_fidelity/fid_judge"], evidence_of(n=80, reference_n=m))["torch_fidelity/fid_judge"]["passport"]
+        for m in (60, 80)
+    )
+    assert few["note"].startswith("the reference's 60 are not above the feature width 64") and "note" not in enough
+    assert enough["reference_moments"] == "of the reference batch's 80 images"
+
+
 @pytest.mark.parametrize("name", JUDGE_METRICS)
 def test_one_image_is_too_few_and_the_reason_says_how_many_are_needed(name, evidence_of):
     entry = evaluate([name], evidence_of(n=1))[name]

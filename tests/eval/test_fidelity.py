@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import correlate1d
 
-from eval.base import Evidence, Samples, evaluate
+from eval.base import Evidence, Samples, evaluate, known_metrics
 
 
 def value(name: str, evidence: Evidence) -> float:
@@ -83,4 +83,6 @@ def test_latents_of_a_diverged_sampler_are_skipped_and_not_recorded_as_nan(evide
 def test_sets_that_do_not_pair_row_by_row_are_an_error(evidence):
     fewer = replace(evidence, float_model=Samples(evidence.float_model.images_NHWC[:-1]))
     with pytest.raises(ValueError, match="same seeds"):
-        evaluate(["psnr"], fewer)
+        known_metrics()["psnr"].compute(fewer)
+    entry = evaluate(["psnr"], fewer)["psnr"]
+    assert (entry["status"], entry["value"]) == ("failed", None) and "same seeds" in entry["reason"]

@@ -125,3 +125,21 @@ def test_a_flow_of_one_pixel_in_a_frame_of_twice_the_size_is_half_a_pixel():
     halved = flow._resized_flow(larger, (4, 4))
     assert halved.shape == (1, 2, 4, 4)
     torch.testing.assert_close(halved[0, :, 0, 0], torch.tensor([4.0 / 3, 1.0]))
+
+
+def test_raft_computes_without_tf32_as_every_other_network_does(tmp_path, monkeypatch):
+    class Still(torch.nn.Module):
+        def load_state_dict(self, _):
+            pass
+
+        def forward(self, before, after, num_flow_updates):
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return [torch.zeros(len(before), 2, *before.shape[-2:])]
+
+    seen: list[bool] = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr("torchvision.models.optical_flow.raft_large", lambda weights: Still())
+    torch.save({}, tmp_path / flow.RAFT_FILE)
+    frames = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+    flow.raft(tmp_path / flow.RAFT_FILE).estimate(frames, frames)
+    assert seen == [False] and torch.backends.cudnn.allow_tf32

@@ -68,6 +68,13 @@ def test_an_object_that_leaves_the_picture_early_is_not_shown():
     assert shows_object(late, ASKED) and moves_as_asked(late, ASKED)
 
 
+@pytest.mark.parametrize("unseen", [slice(5, None), slice(0, 3)])
+def test_a_fast_object_that_is_seen_in_part_of_the_frames_is_no_slow_one(unseen):
+    found, fast = video(step=(2, 0), start=(5, 12)), ASKED | {"speed": "fast"}
+    found[unseen] = render(Scene(()), SIDE)
+    assert is_as_fast_as_asked(found, fast) and not is_as_fast_as_asked(found, ASKED)
+
+
 def test_an_empty_video_shows_moves_and_hurries_nothing():
     assert judged(np.stack([render(Scene(()), SIDE)] * FRAMES)) == [False, False, False, True]
 

@@ -97,6 +97,26 @@ def test_samples_that_do_not_count_take_no_part():
     assert 1.0 <= without.ci95[0] < without.ci95[1] <= 8.0
 
 
+def test_an_interval_is_of_the_samples_that_count_alone():
+    """Drawn from all 60 rows, one resample in eight would hold neither of the two, and count as no difference."""
+    nothing = [np.nan] * 58
+    found = one(numbers(5, 7, *nothing), numbers(0, 0, *nothing))
+    assert found.n == 2 and 5.0 <= found.ci95[0] <= found.value == 6.0 <= found.ci95[1] <= 7.0
+
+
+def test_one_pair_puts_no_limits_to_the_difference():
+    found = one(numbers(5), numbers(2))
+    assert (found.value, found.ci95, found.p) == (3.0, (-np.inf, np.inf), 1.0)
+
+
+def test_pairs_of_runs_with_other_samples_missing_have_each_their_own_interval():
+    nan, random = np.nan, np.random.default_rng(3)
+    first = [numbers(*random.normal(size=20)) for _ in range(3)]
+    second = [numbers(*random.normal(size=19), nan), numbers(nan, *random.normal(size=19)), numbers(*[0.0] * 20)]
+    together = paired.differences(list(zip(first, second, strict=True)))
+    assert [each.ci95 for each in together] == [one(*pair).ci95 for pair in zip(first, second, strict=True)]
+
+
 def test_agresti_and_mins_interval_is_their_formula_and_has_a_width_where_runs_agree():
     middle, half = 7 / 52, 1.959963984540054 * np.sqrt(14 - 49 / 52) / 52
     assert paired.agresti_min(10, 3, 50) == pytest.approx((middle - half, middle + half))

@@ -12,6 +12,7 @@ import torch
 
 from eval import side_env
 from eval.base import Prompt, Samples
+from eval.statistics import WILSON
 from harness.errors import UserError
 from harness.generate import save_samples
 from harness.record import Record, add_metric, read, write
@@ -132,6 +133,16 @@ def test_an_interval_is_given_where_the_total_is_the_mean_over_videos_only():
     assert by_frames["ci95"] is None and "not the mean" in by_frames["passport"]["ci_method"]
     flickering = side_env.entry_of("temporal_flickering", 0.4, [0.4], "vbench_standard", 0, 50)
     assert "not applied" in flickering["passport"]["static_filter"]
+
+
+def test_a_share_of_videos_has_wilsons_interval_which_keeps_a_width_at_all_and_none(tmp_path):
+    path = tmp_path / "results_eval_results.json"
+    videos = [{"video_path": f"{index}.mp4", "video_results": True} for index in range(5)]
+    path.write_text(json.dumps({"dynamic_degree": [1.0, videos]}))
+    value, per_video = side_env.parsed(path, "dynamic_degree")
+    entry = side_env.entry_of("dynamic_degree", value, per_video, "custom_input", 0, 50)
+    assert entry["passport"]["ci_method"] == WILSON
+    assert entry["ci95"] == pytest.approx([0.5655, 1.0], abs=1e-4)  # n / (n + z²)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.stats import norm, t
 
 from eval import statistics
 
@@ -9,6 +10,25 @@ def test_mean_interval_covers_the_true_mean_about_95_times_in_100():
     intervals = [statistics.mean_with_ci(random.normal(2.0, 5.0, 60), seed, 200)[1] for seed in range(400)]
     covered = np.mean([low <= 2.0 <= high for low, high in intervals])
     assert 0.90 <= covered <= 0.98
+
+
+@pytest.mark.parametrize(("n", "least"), [(5, 0.87), (10, 0.91)])
+def test_mean_interval_of_few_samples_covers_nearly_as_often(n, least):
+    random = np.random.default_rng(4)
+    intervals = [statistics.mean_with_ci(random.normal(2.0, 5.0, n), seed, 400)[1] for seed in range(1000)]
+    assert least <= np.mean([low <= 2.0 <= high for low, high in intervals]) <= 0.97
+
+
+def test_percentiles_of_few_samples_are_those_that_give_students_interval():
+    for n in (3, 8, 50):
+        low, high = statistics.percentiles95(n)
+        assert low + high == pytest.approx(100)
+        assert -norm.ppf(low / 100) * np.sqrt((n - 1) / n) == pytest.approx(t.ppf(0.975, n - 1))
+    assert statistics.percentiles95(10**6)[0] == pytest.approx(2.5, abs=1e-4)
+
+
+def test_one_sample_has_no_interval():
+    assert statistics.mean_with_ci(np.array([3.0]), 0, 50) == (3.0, None)
 
 
 def test_mean_interval_is_as_wide_as_the_normal_theory_says():

@@ -54,7 +54,9 @@ def evidence(speed: int = 2, **fields) -> Evidence:
 def entry_of(name: str, given: Evidence) -> dict:
     entry = evaluate([name], given)[name]
     assert entry["status"] == "ok", entry["reason"]
-    assert entry["ci95"][0] <= entry["value"] <= entry["ci95"][1] and entry["n"] > 0
+    assert entry["n"] > 0 and (entry["ci95"] or entry["n"] == 1), "one video alone says nothing of the spread"
+    low, high = entry["ci95"] or (entry["value"], entry["value"])
+    assert low <= entry["value"] <= high
     assert entry["passport"]["implementation"] and not entry["paired"]
     return entry
 
@@ -399,3 +401,18 @@ def test_frames_are_looked_at_once_for_all_metrics_that_share_them(judges, monke
     monkeypatch.setattr(judge, "forward", forward)
     evaluate(["clip_temp", "clipsim"], evidence())
     assert sum(seen) == N * FRAMES
+
+
+@pytest.mark.parametrize("name", [DINO, CLIP])
+def test_judges_look_in_float32_as_the_passport_says_whatever_their_file_holds(
+    name, judge_folders, tmp_path, monkeypatch
+):
+    from transformers import CLIPModel, CLIPTokenizer, ViTModel
+
+    classes = {DINO: ViTModel, CLIP: CLIPModel}
+    classes[name].from_pretrained(judge_folders / name).half().save_pretrained(tmp_path / name)
+    if name == CLIP:
+        CLIPTokenizer.from_pretrained(judge_folders / name).save_pretrained(tmp_path / name)
+    monkeypatch.setenv("DITBENCH_JUDGES", str(tmp_path))
+    judge, origin = video_judges.load_judge(name)
+    assert {parameter.dtype for parameter in judge.parameters()} == {torch.float32} and origin["dtype"] == "float32"

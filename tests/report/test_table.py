@@ -154,6 +154,13 @@ def test_a_skipped_metric_is_a_dash_with_its_reason(add_run, results_dir, metric
     assert "fid skipped: pip install clean-fid" in report(results_dir, None, "md", metrics=["clean_fid/fid"]).text
 
 
+def test_a_metric_that_broke_is_said_beside_the_table(add_run, results_dir, metric):
+    broke = metric(None, reason="OutOfMemoryError in lpips.py:75: CUDA out of memory") | {"status": "failed"}
+    add_run("a", metrics={"psnr": metric(20.0), "ssim": broke})
+    text = report(results_dir, None, "md", metrics=["ssim"]).text
+    assert "ssim failed: OutOfMemoryError in lpips.py:75: CUDA out of memory" in text
+
+
 def test_set_metrics_carry_their_n_in_the_header(sweep):
     built = table(compare.groups(read_all(sweep))[0], ["torchmetrics/fid_judge", "psnr"])
     heads = {column.title: column.subtitle for column in built.columns}

@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from eval.base import known_metrics
 from harness import run as running
 
 QUICK = ("metrics=fidelity", "generate.noise_floor_seeds=0")
@@ -73,6 +75,26 @@ def test_a_method_that_misses_a_file_does_not_stop_the_sweep_or_show_a_traceback
     assert "ok" in [values["status"] for values in read_records(tmp_path).values()]
     said = capsys.readouterr().err
     assert "Traceback" not in said and "/no/such/file" in said
+
+
+def test_a_metric_that_breaks_costs_the_run_its_number_and_nothing_else(
+    run, tmp_path, read_records, monkeypatch, capsys
+):
+    def full(evidence):
+        raise RuntimeError("CUDA out of memory")
+
+    name, known = "torchmetrics/fid_judge", known_metrics()
+    names = f"metrics.names=[psnr,accuracy,{name}]"
+    with monkeypatch.context() as once:
+        once.setitem(known, name, replace(known[name], compute=full))
+        assert run(names) == 0
+    assert f"{name} FAILED: RuntimeError in test_failures.py" in capsys.readouterr().err
+    assert run(names, "--force") == 0
+    broken, whole = read_records(tmp_path).values()
+    assert (broken["status"], broken["metrics"][name]["status"]) == ("ok", "failed")
+    assert broken["metrics"]["psnr"]["value"] == whole["metrics"]["psnr"]["value"]
+    assert broken["artifacts"]["images"] and broken["efficiency"]["latency_ms"]["median"] > 0
+    assert whole["metrics"][name]["noise_floor"] > 0, "though the noise floors kept by the first run lack it"
 
 
 def test_a_failed_run_is_tried_again_and_the_failure_is_kept(run, tmp_path, read_records, monkeypatch):

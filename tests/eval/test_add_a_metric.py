@@ -1,0 +1,83 @@
+"""The example of docs/add-a-metric.md is a metric; one that cannot be had says so, and none takes another's name."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from eval import base
+from eval.base import evaluate_samples, known_metrics, plugin_sources
+from harness.errors import UserError
+from harness.run import evaluator_identity
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-metric.md"
+pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="not a source checkout")
+
+
+def example() -> str:
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return source
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """package(source) installs a package of that source as a stranger would; gives its file."""
+    known_metrics()
+    folder, before = tmp_path / "site", dict(base._METRICS)
+
+    def install(source: str) -> Path:
+        info = folder / "mine-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{base.ENTRY_POINTS}]\ncontrast = mine_contrast\n")
+        (folder / "mine_contrast.py").write_text(source)
+        monkeypatch.syspath_prepend(str(folder))
+        importlib.invalidate_caches()
+        known_metrics.cache_clear()
+        return folder / "mine_contrast.py"
+
+    yield install
+    sys.modules.pop("mine_contrast", None)
+    base._METRICS.clear()
+    base._METRICS.update(before)
+    known_metrics.cache_clear()
+
+
+def test_the_example_of_the_page_needs_its_file_only(package, evidence):
+    package(example())
+    entries, samples = evaluate_samples(["contrast"], evidence)
+    entry = entries["contrast"]
+    grey_NHW = evidence.generated.pixels.double().numpy() @ [0.299, 0.587, 0.114]
+    assert entry["status"] == "ok", entry["reason"]
+    assert entry["value"] == pytest.approx(grey_NHW.std(axis=(1, 2)).mean())
+    assert entry["ci95"][0] < entry["value"] < entry["ci95"][1] and samples["contrast"].values_N.shape == (96,)
+    assert known_metrics()["contrast"].summary.startswith("Standard deviation")
+
+
+def test_editing_a_plugin_makes_new_runs_of_it_and_of_no_others(package):
+    file = package(example())
+    config = SimpleNamespace(section=lambda _: {"names": ["psnr", "contrast"], "reference": None})
+    model = SimpleNamespace(extras={})
+    before = evaluator_identity(config, model)
+    file.write_text(example().replace("0.299", "0.3"))
+    assert evaluator_identity(config, model) != before
+    assert set(plugin_sources(["psnr", "contrast"])) == {"contrast"}
+
+
+def test_a_plugin_cannot_take_the_name_of_a_metric_that_is_there(package):
+    package(example().replace('@metric("contrast"', '@metric("psnr"'))
+    with pytest.raises(UserError, match="'psnr' of mine_contrast has the name of one of eval.fidelity; rename it"):
+        known_metrics()
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(package):
+    package("import no_such_module\n")
+    with pytest.raises(
+        UserError, match="metrics of mine_contrast cannot be imported: No module named 'no_such_module'"
+    ):
+        known_metrics()
