@@ -6,7 +6,7 @@
 
 A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
 
-    table: NAME                      results/NAME.csv in the order of PSNR; means over seeds with 95 % intervals (Student's t)
+    table: NAME                      results/NAME.csv by bits, in the order of PSNR; means over seeds with 95 % intervals (Student's t)
     paired: NAME, METRIC, RUN, RUN   the difference of two rows, seed by seed
     fit cost                         what `bench/fit_cost.py` wrote
     bench: FILE                      results/bench/FILE.json, which `ditbench bench` wrote
@@ -36,7 +36,7 @@ COLUMNS = {  # metric: (heading, decimals); a table has those that its runs have
     "ssim": ("SSIM ↑", 4),
     "accuracy": ("recognised ↑", 3),
     "geneval_shapes/overall": ("as told (GenEval) ↑", 3),
-    "motion_shapes/scene": ("object, direction and speed as told ↑", 3),
+    "motion_shapes/direction": ("moves as told ↑", 3),
 }
 
 
@@ -57,7 +57,7 @@ def fill(place: re.Match[str]) -> str:
 
 def table(name: str) -> str:
     runs = pd.read_csv(RESULTS / f"{name}.csv")
-    runs = runs[runs.status == "ok"].sort_values("psnr", ascending=False)
+    runs = runs[runs.status == "ok"].sort_values(["bits", "psnr"], ascending=[True, False])
     columns = {name: column for name, column in COLUMNS.items() if name in runs and runs[name].notna().any()}
     heads = [
         "method",
