@@ -24,7 +24,7 @@ import pandas as pd
 from harness.report.seeds import t_interval
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "docs" / "methods.md", ROOT / "docs" / "backends.md")
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("methods", "backends", "mixed-precision")]
 RESULTS = ROOT / "results"
 BENCH = RESULTS / "bench"
 COST = BENCH / "fit_cost-dit-xl-2-256-random.jsonl"
