@@ -25,6 +25,7 @@ from torch import Tensor
 from harness.errors import UserError, unknown_name
 from harness.models.base import Correction
 from harness.quant.spec import Bits
+from harness.typed import check_types
 
 ENTRY_POINTS = "ditbench.methods"
 FLOAT = "fp"  # the 16-bit reference: it ignores bits
@@ -81,7 +82,7 @@ def params_of(config: dict[str, Any]) -> Any:
     """The frozen Params of a method's configuration node.
 
     Raises:
-        UserError: an unknown field, or a value that Params refuses.
+        UserError: an unknown field, a value of another type than the field's, or one that Params refuses.
     """
     values = dict(config)
     name = values.pop("name")
@@ -89,9 +90,10 @@ def params_of(config: dict[str, Any]) -> Any:
     unknown = set(values) - {field.name for field in fields(params_class)}
     if unknown:
         raise unknown_name(f"parameter of method {name}", sorted(unknown)[0], [f.name for f in fields(params_class)])
+    check_types(params_class, values, f"method {name}: method")
     try:
         return params_class(**values)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from error
 
 
