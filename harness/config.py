@@ -191,7 +191,8 @@ def _check_values(raw: dict[str, Any]) -> None:
         raise UserError(f"protocol.guidance must be at least 1 (1 is no guidance), got {guidance}")
     for name, value in (("metrics.names", metrics), ("protocol.skip", skip)):
         if not isinstance(value, list):
-            raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{value}]")
+            example = "" if value is None else value
+            raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{example}]")
     for metric in metrics:
         if metric not in known_metrics():
             raise unknown_name("metric", str(metric), known_metrics())
