@@ -56,6 +56,14 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def tensor_sums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Per tensor the sum of its bits as whole numbers: notices a change in far less time than a hash takes."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: int(tensor.view(whole[tensor.element_size()]).sum(dtype=torch.int64)) for name, tensor in tensors.items()
+    }
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

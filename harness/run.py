@@ -26,7 +26,7 @@ from harness.calibrate import Calibration, calibrate
 from harness.config import RunConfig
 from harness.environment import code_identity, environment
 from harness.errors import UserError
-from harness.files import canonical_sha256, disk_errors_explained, is_disk_error
+from harness.files import canonical_sha256, disk_errors_explained, is_disk_error, tensor_sums
 from harness.float_images import float_images, float_values, noise_floor
 from harness.generate import conditions, generate, save_animation, save_grid, save_samples
 from harness.layer_error import ErrorAtlas, error_atlas, layer_table
@@ -72,7 +72,7 @@ def run(config: RunConfig) -> Record:
         except Exception as error:
             if is_disk_error(error):
                 raise  # the record could not be written either
-            values.status, values.error = "failed", reason(error)
+            values.status, values.error = "failed", reason(error, config.method)
             say(f"{title(config)}: FAILED: {values.error}")
             if config.raw["debug"]:
                 traceback.print_exc()
@@ -192,10 +192,32 @@ def fitted(
     method = methods.method(config.method)
     select = getattr(method, "select_calibration", None)
     calibration = recording if select is None else select(recording, config.params, config.seed)
-    with torch.random.fork_rng(devices=[]):
+    with left_alone(target.transformer, config.method), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         state = method.fit(target, calibration, bits, config.params)
-        return method.apply(target, state, bits, config.params), state
+        methods.check_state(config.method, state)
+        recipe = method.apply(target, state, bits, config.params)
+        methods.check_recipe(config.method, recipe, target)
+    return recipe, state
+
+
+@contextmanager
+def left_alone(transformer: nn.Module, method: str) -> Iterator[None]:
+    """Raise UserError if the block changed the float model: the next run of a sweep, and every cache, would be of another
+    model than their records say. The changed one is forgotten, so that the next run loads it anew.
+    """
+    before = tensor_sums(transformer.state_dict())
+    try:
+        yield
+    finally:
+        after = tensor_sums(transformer.state_dict())
+        if after != before:
+            cached_model.cache_clear()
+    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+    if changed:
+        raise UserError(
+            f"method {method}: changed the float model ({changed[0]}, {len(changed)} in all); copy it first"
+        )
 
 
 def built(config: RunConfig, target: Target, recipe: ModelRecipe) -> nn.Module:
@@ -337,13 +359,16 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def reason(error: BaseException) -> str:
-    """One line: what a user can act on, or the kind of error and where it was raised."""
+def reason(error: BaseException, method: str | None = None) -> str:
+    """One line: what a user can act on, or the kind of error, where it was raised and from where in the method's file."""
     if isinstance(error, UserError):
         return str(error).replace("\n", " ")
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if method is not None and frame.filename == methods.method(method).__file__]
+    shown = [frames[-1], *(frame for frame in own[-1:] if frame is not frames[-1])]
+    where = ", called from ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in shown)
     first_line = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {first_line}"
+    return f"{type(error).__name__} in {where}: {first_line}"
 
 
 @dataclass
