@@ -334,6 +334,7 @@ def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
     """Everything that can change a number of this run."""
     return config.identity() | {
         "weights": model.fingerprint,
+        "prompts": [asdict(p) for p in (*config.protocol.prompts, *config.calibration_prompts)],
         "evaluator": evaluator_identity(config, model),
         "device": str(config.device),
         "code": code_identity(),
