@@ -7,17 +7,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from harness.errors import UserError
 
+T = TypeVar("T")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNREADABLE = (ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error, SafetensorError)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -39,6 +45,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     with atomic_path(path) as part:
         part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def cached(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What a cache file holds; None if it has to be made: it is not there, or what is there cannot be read (that is said)."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except UNREADABLE as error:
+        print(f"{path}: damaged ({type(error).__name__}); made again", file=sys.stderr, flush=True)
+        return None
 
 
 def canonical_sha256(value: Any) -> str:

@@ -18,7 +18,7 @@ from eval.passport import SCORED_BY
 from harness import sample_values
 from harness.config import RunConfig
 from harness.environment import code_identity
-from harness.files import canonical_sha256, write_json
+from harness.files import cached, canonical_sha256, write_json
 from harness.generate import conditions, generate, load_samples, save_samples
 from harness.models.base import LoadedModel
 from harness.quant.build import float_copy
@@ -31,8 +31,8 @@ def float_images(config: RunConfig, model: LoadedModel, seed: int, dtype: str | 
     section = config.section("generate")
     dtype = dtype or section["reference_dtype"]
     path = config.cache_dir / "float" / _key(config, model, seed, dtype) / "images.npz"
-    if path.exists():
-        return load_samples(path)
+    if (kept := cached(path, load_samples)) is not None:
+        return kept
     images = generate(
         model,
         float_copy(model.target(), dtype=getattr(torch, dtype), device=config.device),
@@ -61,8 +61,9 @@ def float_values(
     judges = {name: {key: entry["passport"].get(key) for key in SCORED_BY} for name, entry in metrics.items()}
     key = canonical_sha256([evaluator, judges])
     path = config.cache_dir / "float" / _key(config, model, config.seed, dtype) / f"values-{key[:16]}.npz"
-    if not path.exists():
-        sample_values.save(sample_values.Values({}, evaluate(list(metrics)), ""), path)
+    if (kept := cached(path, sample_values.load)) is not None:
+        return dict(kept.float_model)
+    sample_values.save(sample_values.Values({}, evaluate(list(metrics)), ""), path)
     return dict(sample_values.load(path).float_model)
 
 
@@ -86,9 +87,8 @@ def noise_floor(
     seeds = [config.seed + SEED_STRIDE * k for k in range(extra + 1)]
     key = canonical_sha256([_key(config, model, config.seed, dtype), extra, evaluator])
     path = config.cache_dir / "noise" / f"{key}.json"
-    if path.exists():
-        floors = _read_json(path)
-    else:
+    floors = cached(path, _read_json)
+    if floors is None or not floors.keys() >= set(unpaired):  # a metric that could not run then may run now
         replicates = []
         for seed in seeds:
             images = float_images(config, model, seed, dtype)

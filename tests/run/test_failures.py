@@ -138,6 +138,31 @@ def test_a_method_that_changes_the_float_model_fails_and_the_next_run_has_the_mo
     assert after["metrics"]["psnr"]["value"] == fresh["metrics"]["psnr"]["value"]
 
 
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_damaged_cache_files_are_made_again_and_named(run, tmp_path, read_records, capsys, damage):
+    assert run("method=smoothquant") == 0
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".npz", ".json", ".safetensors")]
+    kinds = {path.name.split("-")[0].partition(".")[0] for path in files}
+    assert {"images", "values", "inputs", "stats"} < kinds, "and the noise floors, named by their hash"
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "cut" else b"garbage")
+    assert run("method=smoothquant", "--force") == 0
+    before, after = read_records(tmp_path).values()
+    values = [{name: (m["value"], m["noise_floor"]) for name, m in each["metrics"].items()} for each in (before, after)]
+    assert values[0] == values[1]
+    said = capsys.readouterr().err
+    assert all(f"{path}: damaged" in said for path in files)
+
+
+def test_a_metric_that_was_skipped_when_the_noise_floor_was_cached_gets_one_later(run, tmp_path, read_records):
+    assert run() == 0
+    (floors,) = (tmp_path / "cache" / "noise").glob("*.json")
+    floors.write_text("{}")
+    assert run("--force") == 0
+    first, second = (each["metrics"]["torchmetrics/fid_judge"] for each in read_records(tmp_path).values())
+    assert first["noise_floor"] == second["noise_floor"] > 0
+
+
 def test_a_failed_run_is_tried_again_and_the_failure_is_kept(run, tmp_path, read_records, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of luck")
