@@ -18,7 +18,7 @@ from eval.base import Prompt
 from harness.calls import Shape, float_dtype, placed, take_apart
 from harness.environment import code_identity
 from harness.errors import UserError
-from harness.files import atomic_path, canonical_sha256
+from harness.files import atomic_path, cached, canonical_sha256
 from harness.models.base import PROMPTS, Conditions, LoadedModel, Sampler
 from harness.progress import progress as progress_bar
 from harness.quant.build import clock_of, float_copy
@@ -107,8 +107,8 @@ def calibrate(
     )
     device = torch.device(device)
     path = None if cache is None else cache / "calibration" / key / "inputs.safetensors"
-    if path is not None and path.exists():
-        per_step, shapes = _read(path)
+    if path is not None and (kept := cached(path, _read)) is not None:
+        per_step, shapes = kept
         return Calibration(per_step, key, shapes, path.parent, device, {"calibration": saved_seconds(path)})
 
     start_time = perf_counter()

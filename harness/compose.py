@@ -47,8 +47,12 @@ def check_overrides(overrides: list[str]) -> None:
         raise not_an_override(error) from error
     known = groups()
     for override in parsed:
+        if override.is_delete():
+            raise UserError(f"{override.input_line}: nothing can be left out; give it another value instead")
         if override.key_or_group not in known:
             continue
+        if override.value() is None:
+            raise unknown_name(override.key_or_group, "null", known[override.key_or_group])
         for choice in _choices(override):
             if override.key_or_group == "bits" and choice != MIXED:
                 parse_label(choice)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from harness.errors import UserError, unknown_name
 from harness.models.base import ModelSpec, Sampler, family
 from harness.prompts import load_prompts
 from harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
+from harness.typed import check_types
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
@@ -42,6 +44,8 @@ FLAGS = (
     "measure.layer_errors",
     "strict",
 )
+TEXTS = ("name", "device", "results_dir", "cache_dir")
+TEXTS_OR_NULL = ("metrics.reference", "protocol.prompts", "calibration.prompts")
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
     "protocol.scope": ("blocks", "all"),
@@ -111,9 +115,12 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     raw["bits"] = raw["bits"] | {"label": bits.label.lower()}  # of the widths, wherever they were set
     for each in bits.candidates if isinstance(bits, MixedBits) else (bits,):
         methods.check_bits(raw["method"]["name"], each)
-    params = _params(raw["method"])
+    params = methods.params_of(raw["method"])
     protocol, calibration_prompts = raw["protocol"], raw["calibration"]["prompts"]
     model = {key: value for key, value in raw["model"].items() if key != "usual"}
+    check_types(ModelSpec, model, "model")
+    if model["source"] is None and model["random"] is None:
+        raise UserError("model.source is null; name a folder or a hub id, or set model.random for random weights")
     return RunConfig(
         raw=raw,
         name=_folder_name(raw["name"]),
@@ -165,6 +172,11 @@ def _check_values(raw: dict[str, Any]) -> None:
     for name in FLAGS:
         if not isinstance(_value(raw, name), bool):
             raise UserError(f"{name} must be true or false, got {_value(raw, name)!r}")
+    for name in (*TEXTS, *TEXTS_OR_NULL):
+        value = _value(raw, name)
+        if not isinstance(value, str) and not (value is None and name in TEXTS_OR_NULL):
+            raise UserError(f"{name} must be text, got {value!r}; in quotes a number is text: \"{name}='{value}'\"")
+    _check_finite(raw)
     choices: dict[str, tuple[str, ...]] = CHOICES | {
         "backend": (AUTO, *known_backends()),
         "protocol.sampler": family(raw["model"]["family"]).SAMPLERS,
@@ -179,7 +191,8 @@ def _check_values(raw: dict[str, Any]) -> None:
         raise UserError(f"protocol.guidance must be at least 1 (1 is no guidance), got {guidance}")
     for name, value in (("metrics.names", metrics), ("protocol.skip", skip)):
         if not isinstance(value, list):
-            raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{value}]")
+            example = "" if value is None else value
+            raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{example}]")
     for metric in metrics:
         if metric not in known_metrics():
             raise unknown_name("metric", str(metric), known_metrics())
@@ -194,24 +207,23 @@ def _check_values(raw: dict[str, Any]) -> None:
         raise UserError("results_dir is empty; name a folder, such as results_dir=./results")
 
 
+def _check_finite(node: Any, name: str = "") -> None:
+    """Neither a run's identity nor its record can hold nan or inf."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _check_finite(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(node, list):
+        for value in node:
+            _check_finite(value, name)
+    elif isinstance(node, float) and not isfinite(node):
+        raise UserError(f"{name} must be finite, got {node}")
+
+
 def _value(raw: dict[str, Any], name: str) -> Any:
     value: Any = raw
     for key in name.split("."):
         value = value[key]
     return value
-
-
-def _params(node: dict[str, Any]) -> Any:
-    """The method's Params. They check their range; a value of another type fails there in Python's words."""
-    try:
-        return methods.params_of(node)
-    except UserError as error:
-        if not isinstance(error.__cause__, TypeError):
-            raise
-        given, usual = ({k: v for k, v in d.items() if k != "name"} for d in (node, methods.defaults(node["name"])))
-        raise UserError(
-            f"method {node['name']}: a parameter of the wrong type in {given}; such values are expected: {usual} ({error})"
-        ) from error
 
 
 GRANULARITIES = {
@@ -228,6 +240,9 @@ def _bits(node: dict[str, Any]) -> Bits:
     sides: dict[str, QuantSpec | None] = {}
     for side in ("weight", "act"):
         values = dict(node[side])
+        check_types(QuantSpec, values, f"bits.{side}")
+        if values["group_size"] is not None and values["group_size"] < 1:
+            raise UserError(f"bits.{side}.group_size must be at least 1, got {values['group_size']}")
         sides[side] = None if values["bits"] >= FLOAT_BITS else QuantSpec(**values)
     bits = Bits(sides["weight"], sides["act"])
     bits.check_sides()

@@ -21,10 +21,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"no {kind} {name!r}{guess} known: {listed}")
 
 
-def reason(error: BaseException) -> str:
-    """One line: what a user can act on, or the kind of error and where it was raised."""
+def reason(error: BaseException, own: str | None = None) -> str:
+    """One line: what a user can act on, or the kind of error, where it was raised and from where in the file `own`."""
     if isinstance(error, UserError):
         return str(error).replace("\n", " ")
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    callers = [frame for frame in frames[:-1] if frame.filename == own]
+    where = ", called from ".join(f"{Path(f.filename).name}:{f.lineno}" for f in (frames[-1], *callers[-1:]))
     first_line = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}: {first_line}"
+    return f"{type(error).__name__} in {where}: {first_line}"

@@ -7,17 +7,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from harness.errors import UserError
 
+T = TypeVar("T")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNREADABLE = (ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error, SafetensorError)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -41,6 +47,17 @@ def write_json(path: Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def cached(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What a cache file holds; None if it has to be made: it is not there, or what is there cannot be read (that is said)."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except UNREADABLE as error:
+        print(f"{path}: damaged ({type(error).__name__}); made again", file=sys.stderr, flush=True)
+        return None
+
+
 def canonical_sha256(value: Any) -> str:
     """SHA-256 of a JSON value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
@@ -54,6 +71,14 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def tensor_sums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Per tensor the sum of its bits as whole numbers: notices a change in far less time than a hash takes."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: int(tensor.view(whole[tensor.element_size()]).sum(dtype=torch.int64)) for name, tensor in tensors.items()
+    }
 
 
 def file_sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from eval.passport import SCORED_BY
 from harness import sample_values
 from harness.config import RunConfig
 from harness.environment import code_identity
-from harness.files import canonical_sha256, write_json
+from harness.files import cached, canonical_sha256, write_json
 from harness.generate import conditions, generate, load_samples, save_samples
 from harness.models.base import LoadedModel
 from harness.quant.build import float_copy
@@ -31,8 +31,8 @@ def float_images(config: RunConfig, model: LoadedModel, seed: int, dtype: str | 
     section = config.section("generate")
     dtype = dtype or section["reference_dtype"]
     path = config.cache_dir / "float" / _key(config, model, seed, dtype) / "images.npz"
-    if path.exists():
-        return load_samples(path)
+    if (kept := cached(path, load_samples)) is not None:
+        return kept
     images = generate(
         model,
         float_copy(model.target(), dtype=getattr(torch, dtype), device=config.device),
@@ -61,11 +61,12 @@ def float_values(
     judges = {name: {key: entry["passport"].get(key) for key in SCORED_BY} for name, entry in metrics.items()}
     key = canonical_sha256([evaluator, judges])
     path = config.cache_dir / "float" / _key(config, model, config.seed, dtype) / f"values-{key[:16]}.npz"
-    if not path.exists():
-        found = evaluate(list(metrics))
-        if found.keys() != metrics.keys():  # one of them broke, which it may not do next time
-            return found
-        sample_values.save(sample_values.Values({}, found, ""), path)
+    if (kept := cached(path, sample_values.load)) is not None:
+        return dict(kept.float_model)
+    found = evaluate(list(metrics))
+    if found.keys() != metrics.keys():  # one of them broke, which it may not do next time
+        return found
+    sample_values.save(sample_values.Values({}, found, ""), path)
     return dict(sample_values.load(path).float_model)
 
 
@@ -89,7 +90,7 @@ def noise_floor(
     seeds = [config.seed + SEED_STRIDE * k for k in range(extra + 1)]
     key = canonical_sha256([_key(config, model, config.seed, dtype), extra, evaluator])
     path = config.cache_dir / "noise" / f"{key}.json"
-    floors: dict[str, float | None] = _read_json(path) if path.exists() else {}
+    floors: dict[str, float | None] = cached(path, _read_json) or {}
     if unpaired - floors.keys():  # nothing is known, or a metric can run now that could not when the others were kept
         replicates = []
         for seed in seeds:

@@ -24,7 +24,10 @@ from torch import Tensor
 
 from harness.errors import UserError, unknown_name
 from harness.models.base import Correction
+from harness.quant.recipe import ModelRecipe
 from harness.quant.spec import Bits
+from harness.quant.target import Target
+from harness.typed import check_types
 
 ENTRY_POINTS = "ditbench.methods"
 FLOAT = "fp"  # the 16-bit reference: it ignores bits
@@ -81,7 +84,7 @@ def params_of(config: dict[str, Any]) -> Any:
     """The frozen Params of a method's configuration node.
 
     Raises:
-        UserError: an unknown field, or a value that Params refuses.
+        UserError: an unknown field, a value of another type than the field's, or one that Params refuses.
     """
     values = dict(config)
     name = values.pop("name")
@@ -89,9 +92,10 @@ def params_of(config: dict[str, Any]) -> Any:
     unknown = set(values) - {field.name for field in fields(params_class)}
     if unknown:
         raise unknown_name(f"parameter of method {name}", sorted(unknown)[0], [f.name for f in fields(params_class)])
+    check_types(params_class, values, f"method {name}: method")
     try:
         return params_class(**values)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from error
 
 
@@ -99,6 +103,26 @@ def check_bits(name: str, bits: Bits) -> None:
     check = getattr(method(name), "check_bits", None)
     if check is not None:
         check(bits)
+
+
+def check_state(name: str, state: Any) -> None:
+    """Raise UserError unless it is what `fit` returns: tensors by name."""
+    if not isinstance(state, dict):
+        kind = type(state).__name__
+        raise UserError(f"method {name}: fit returned a {kind}, expected tensors by name ({{}} if it learns nothing)")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"method {name}: state[{key!r}] of fit is a {type(value).__name__}, expected a tensor")
+
+
+def check_recipe(name: str, recipe: Any, target: Target) -> None:
+    """Raise UserError unless it is what `apply` returns: a recipe of layers that the model has."""
+    if not isinstance(recipe, ModelRecipe):
+        raise UserError(f"method {name}: apply returned a {type(recipe).__name__}, expected a ModelRecipe")
+    known = dict(target.transformer.named_modules())
+    for layer in recipe.layers:
+        if layer not in known:
+            raise unknown_name(f"layer (recipe of method {name})", layer, target.layers)
 
 
 def source_sha256(name: str) -> str:

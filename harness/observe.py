@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harness.calibrate import SECONDS, Calibration, saved_seconds
 from harness.calls import float_dtype
-from harness.files import atomic_path, canonical_sha256
+from harness.files import atomic_path, cached, canonical_sha256
 from harness.progress import progress
 from harness.quant.build import float_copy
 from harness.quant.target import Site, Target
@@ -65,8 +65,8 @@ def channel_stats(target: Target, calibration: Calibration) -> dict[str, Channel
             calibration.cache
             / f"stats-v{STATS_VERSION}-{canonical_sha256([site.name for site in sites])[:16]}.safetensors"
         )
-    if path is not None and path.exists():
-        by_site = _read(path)
+    by_site = None if path is None else cached(path, _read)
+    if path is not None and by_site is not None:
         calibration.saved_s["statistics"] = saved_seconds(path)
     else:
         start_time = perf_counter()

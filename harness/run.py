@@ -35,7 +35,7 @@ from harness.calibrate import Calibration, calibrate
 from harness.config import RunConfig
 from harness.environment import code_identity, environment
 from harness.errors import UserError, reason
-from harness.files import canonical_sha256, disk_errors_explained, is_disk_error
+from harness.files import canonical_sha256, disk_errors_explained, is_disk_error, tensor_sums
 from harness.float_images import float_images, float_values, noise_floor
 from harness.generate import conditions, generate, save_animation, save_grid, save_samples
 from harness.layer_error import ErrorAtlas, error_atlas, layer_table
@@ -82,7 +82,7 @@ def run(config: RunConfig) -> Record:
         except Exception as error:
             if is_disk_error(error):
                 raise  # the record could not be written either
-            values.status, values.error = "failed", reason(error)
+            values.status, values.error = "failed", reason(error, methods.method(config.method).__file__)
             say(f"{title(config)}: FAILED: {values.error}")
             if config.raw["debug"]:
                 traceback.print_exc()
@@ -202,10 +202,32 @@ def fitted(
     method = methods.method(config.method)
     select = getattr(method, "select_calibration", None)
     calibration = recording if select is None else select(recording, config.params, config.seed)
-    with torch.random.fork_rng(devices=[]):
+    with left_alone(target.transformer, config.method), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         state = method.fit(target, calibration, bits, config.params)
-        return method.apply(target, state, bits, config.params), state
+        methods.check_state(config.method, state)
+        recipe = method.apply(target, state, bits, config.params)
+        methods.check_recipe(config.method, recipe, target)
+    return recipe, state
+
+
+@contextmanager
+def left_alone(transformer: nn.Module, method: str) -> Iterator[None]:
+    """Raise UserError if the block changed the float model: the next run of a sweep, and every cache, would be of another
+    model than their records say. The changed one is forgotten, so that the next run loads it anew.
+    """
+    before = tensor_sums(transformer.state_dict())
+    try:
+        yield
+    finally:
+        after = tensor_sums(transformer.state_dict())
+        if after != before:
+            cached_model.cache_clear()
+    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+    if changed:
+        raise UserError(
+            f"method {method}: changed the float model ({changed[0]}, {len(changed)} in all); copy it first"
+        )
 
 
 def built(config: RunConfig, target: Target, recipe: ModelRecipe) -> nn.Module:
@@ -330,6 +352,7 @@ def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
     """Everything that can change a number of this run."""
     return config.identity() | {
         "weights": model.fingerprint,
+        "prompts": [asdict(p) for p in (*config.protocol.prompts, *config.calibration_prompts)],
         "evaluator": evaluator_identity(config, model),
         "device": str(config.device),
         "code": code_identity(),

@@ -97,6 +97,94 @@ def test_a_metric_that_breaks_costs_the_run_its_number_and_nothing_else(
     assert whole["metrics"][name]["noise_floor"] > 0, "though the noise floors kept by the first run lack it"
 
 
+SLOPPY = '''"""Sloppy: breaks the contract in the way it is told to."""
+from dataclasses import dataclass, replace
+import torch
+from harness.quant.rounding import nearest
+from harness.quant.transforms import Transform
+
+@dataclass(frozen=True)
+class Params:
+    way: str = "none"
+
+def fit(target, calibration, bits, params):
+    if params.way in ("mutates", "mutates_and_raises"):
+        target.module(target.layers[0]).weight.data.mul_(2)
+    if params.way == "mutates_and_raises":
+        raise ValueError("too late")
+    return {"no_state": None, "list": {"a": [1, 2]}}.get(params.way, {})
+
+def apply(target, state, bits, params):
+    if params.way == "short":
+        return nearest(target, bits, state, {target.layers[0]: Transform(scale_C=torch.ones(5))})
+    recipe = nearest(target, bits, state)
+    renamed = replace(recipe, layers={"blocks.0": recipe.layers[target.layers[0]]})
+    return {"no_recipe": None, "renamed": renamed}.get(params.way, recipe)
+'''
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("no_state", "method sloppy: fit returned a NoneType, expected tensors by name"),
+        ("list", "method sloppy: state['a'] of fit is a list, expected a tensor"),
+        ("no_recipe", "method sloppy: apply returned a NoneType, expected a ModelRecipe"),
+        ("renamed", "no layer (recipe of method sloppy) 'blocks.0'"),
+        ("short", "called from sloppy.py:20: The size of tensor"),
+    ],
+)
+def test_a_method_that_breaks_the_contract_is_told_how_before_anything_is_generated(
+    run, tmp_path, plugin, read_records, way, words
+):
+    plugin("sloppy", SLOPPY)
+    assert run("method=sloppy", f"method.way={way}", *QUICK) == 3
+    (failed,) = read_records(tmp_path).values()
+    assert words in failed["error"]
+    assert "generate" not in failed["timings_s"]
+
+
+def test_a_method_that_changes_the_float_model_fails_and_the_next_run_has_the_model_as_it_was(
+    run, tmp_path, plugin, read_records
+):
+    plugin("sloppy", SLOPPY)
+    assert run("-m", "method=sloppy", "method.way=mutates,mutates_and_raises,none", *QUICK) == 3
+    mutated, raised, after = read_records(tmp_path).values()
+    assert "method sloppy: changed the float model (transformer_blocks.0.attn1.to_q.weight" in mutated["error"]
+    assert "too late" in raised["error"]
+    assert run("method=rtn", "--force", *QUICK) == 0  # rounds as sloppy does when it is not sloppy
+    alone = list(read_records(tmp_path).values())[-1]
+    assert after["metrics"]["psnr"]["value"] == alone["metrics"]["psnr"]["value"]
+    running.cached_model.cache_clear()
+    assert run("method=rtn", "--force", f"cache_dir={tmp_path}/fresh", *QUICK) == 0
+    fresh = list(read_records(tmp_path).values())[-1]
+    assert after["metrics"]["psnr"]["value"] == fresh["metrics"]["psnr"]["value"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_damaged_cache_files_are_made_again_and_named(run, tmp_path, read_records, capsys, damage):
+    assert run("method=smoothquant") == 0
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".npz", ".json", ".safetensors")]
+    kinds = {path.name.split("-")[0].partition(".")[0] for path in files}
+    assert {"images", "values", "inputs", "stats"} < kinds, "and the noise floors, named by their hash"
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "cut" else b"garbage")
+    assert run("method=smoothquant", "--force") == 0
+    before, after = read_records(tmp_path).values()
+    values = [{name: (m["value"], m["noise_floor"]) for name, m in each["metrics"].items()} for each in (before, after)]
+    assert values[0] == values[1]
+    said = capsys.readouterr().err
+    assert all(f"{path}: damaged" in said for path in files)
+
+
+def test_a_metric_that_was_skipped_when_the_noise_floor_was_cached_gets_one_later(run, tmp_path, read_records):
+    assert run() == 0
+    (floors,) = (tmp_path / "cache" / "noise").glob("*.json")
+    floors.write_text("{}")
+    assert run("--force") == 0
+    first, second = (each["metrics"]["torchmetrics/fid_judge"] for each in read_records(tmp_path).values())
+    assert first["noise_floor"] == second["noise_floor"] > 0
+
+
 def test_a_failed_run_is_tried_again_and_the_failure_is_kept(run, tmp_path, read_records, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of luck")

@@ -14,6 +14,7 @@ from harness import compose, methods
 from harness.config import parse
 from harness.files import canonical_sha256
 from harness.paths import CONF
+from harness.prompts import load_prompts
 from harness.run import cached_model, identity
 
 BASE = ("method=smoothquant", "bits=w4a8")
@@ -92,6 +93,18 @@ def test_an_edited_method_makes_new_runs(base, monkeypatch):
 def test_other_weights_under_the_same_name_make_new_runs(base, monkeypatch):
     monkeypatch.setattr("harness.models.base.tensors_sha256", lambda tensors: "0" * 64)
     assert run_id(fresh=True) != base
+
+
+@pytest.mark.parametrize("of", ["protocol", "calibration"])
+def test_an_edited_prompt_file_makes_new_runs(tmp_path, of):
+    """The configuration holds its name only."""
+    prompts = tmp_path / "prompts.jsonl"
+    ids = set()
+    for line in ('{"prompt": "a red circle"}', '{"prompt": "a red disc"}', '{"prompt": "a red disc", "tag": "colors"}'):
+        prompts.write_text(line)
+        load_prompts.cache_clear()
+        ids.add(run_id("model=tiny-t2i", f"{of}.prompts={prompts}"))
+    assert len(ids) == 3
 
 
 def test_all_runs_of_these_changes_are_different_from_each_other():

@@ -48,7 +48,9 @@ def test_a_record_has_every_field_with_its_type(first):
 def test_a_record_holds_the_whole_configuration_with_defaults(first):
     config = first["config"]
     assert config["protocol"]["n"] == 4 and config["protocol"]["scope"] == "blocks"
-    assert config["bits"]["weight"] == {"bits": 4, "granularity": "per_channel", "group_size": None, "symmetric": True}
+    assert config["bits"]["weight"] == {
+        "bits": 4, "number": "int", "granularity": "per_channel", "group_size": None, "symmetric": True,
+    }  # fmt: skip
     assert config["generate"]["reference_dtype"] == "float32", "an interpolation is not resolved"
     assert config["seed"] == 0
 
