@@ -17,3 +17,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     guess = f"; did you mean {close[0]!r}?" if close else ";"
     listed = ", ".join(known) if len(known) <= 24 else f"{', '.join(known[:24])}, … ({len(known)} in all)"
     return UserError(f"no {kind} {name!r}{guess} known: {listed}")
+
+
+def of_the_system(error: OSError) -> UserError:
+    """What a disk or a file says for which nobody had better words."""
+    explained = UserError(f"{error.filename or 'a file'}: {error.strerror or error}; --debug shows where")
+    explained.__cause__ = error
+    return explained
