@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import UserError, of_the_system
 
 HELP = """\
 ditbench: one protocol for post-training quantization of diffusion transformers.
@@ -85,6 +85,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if debug:
+            raise
+        print(f"ditbench: {of_the_system(error)}", file=sys.stderr)
+        return EXIT_USER
 
 
 def run_command(arguments: list[str]) -> int:

@@ -30,3 +30,10 @@ def reason(error: BaseException, own: str | None = None) -> str:
     where = ", called from ".join(f"{Path(f.filename).name}:{f.lineno}" for f in (frames[-1], *callers[-1:]))
     first_line = str(error).strip().split("\n")[0]
     return f"{type(error).__name__} in {where}: {first_line}"
+
+
+def of_the_system(error: OSError) -> UserError:
+    """What a disk or a file says for which nobody had better words."""
+    explained = UserError(f"{error.filename or 'a file'}: {error.strerror or error}; --debug shows where")
+    explained.__cause__ = error
+    return explained

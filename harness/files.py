@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -91,20 +92,29 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
     """Turns a full disk or a folder that may not be written into a UserError that names the folder."""
     try:
         yield
-    except OSError as error:
-        if error.errno in NO_ROOM:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        if _errno(error) in NO_ROOM:
             raise UserError(
-                f"{folder}: no room to write ({error.strerror}); free some, or set results_dir=… and cache_dir=… to "
+                f"{folder}: no room to write ({why}); free some, or set results_dir=… and cache_dir=… to "
                 "another disk. Records already written are kept."
             ) from error
-        if error.errno in NOT_WRITABLE:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); set results_dir=…") from error
+        if _errno(error) in NOT_WRITABLE:
+            raise UserError(f"{folder}: cannot be written ({why}); set results_dir=…") from error
         raise
 
 
 def is_disk_error(error: BaseException) -> bool:
     """Whether nothing can be written any more (as against a file that somebody's code misses)."""
-    return isinstance(error, OSError) and error.errno in (*NO_ROOM, *NOT_WRITABLE)
+    return _errno(error) in (*NO_ROOM, *NOT_WRITABLE)
+
+
+def _errno(error: BaseException) -> int | None:
+    """Of an OSError, or of one that safetensors reports in words: "… I/O error: No space left on device (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno
+    said = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(said[1]) if said else None
 
 
 def pipeline_without(folder: str, part: str) -> dict[str, None]:

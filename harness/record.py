@@ -132,6 +132,9 @@ def read(path: Path) -> Record:
     if missing or not isinstance(schema, int):
         what = f"without {', '.join(sorted(missing))}" if missing else f"schema {schema!r}"
         raise UserError(f"{path}: not a ditbench record ({what}); move that folder away to go on")
+    for name, entry in values.get("metrics", {}).items():
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: metric {name} is {entry!r}, expected its value with n; move that folder away")
     known = set(Record.__dataclass_fields__) - {"folder"}
     record = Record(**{name: value for name, value in values.items() if name in known}, folder=path.parent)
     record.metrics = _later_metrics(path.parent / "metrics") | record.metrics

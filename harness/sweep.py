@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness import compose
 from harness.config import parse
-from harness.errors import UserError, unknown_name
+from harness.errors import UserError, of_the_system, unknown_name
 from harness.paths import CONF
 from harness.record import Record
 from harness.report import comparison_table
@@ -64,7 +64,7 @@ def job(config: DictConfig) -> str:
         _refused.append(error)
         return "refused"
     except OSError as error:
-        _refused.append(_of_the_system(error))
+        _refused.append(of_the_system(error))
         return "refused"
     if record.folder not in [other.folder for other in _done]:
         _done.append(record)
@@ -123,10 +123,3 @@ def _explained(error: Exception) -> UserError:
         if str(cause).startswith("Ambiguous value for argument"):
             return UserError(f"{str(cause).splitlines()[0]}: add -m to sweep over it, or write name=[a,b] for a list")
     return UserError(str(chain[-1]).strip().split("\n")[0] or str(error).split("\n")[0])
-
-
-def _of_the_system(error: OSError) -> UserError:
-    """What a disk or a file says for which nobody had better words."""
-    explained = UserError(f"{error.filename or 'a file'}: {error.strerror or error}; --debug shows where")
-    explained.__cause__ = error
-    return explained

@@ -50,7 +50,7 @@ def page(groups: Sequence[Group], experiment: str | None) -> str:
     return environment.get_template("template.html").render(
         title=f"ditbench · {experiment}" if experiment else "ditbench · all experiments",
         provenance=provenance(records),
-        tables=[table(group, compare.headline_first(group)) for group in groups],
+        tables=[table(group, compare.headline([group]), compare.headline_first(group)) for group in groups],
         paired=[paired.tests(group) for group in groups],
         paired_columns=paired.COLUMNS,
         counts={status: sum(r.status == status for r in records) for status in ("ok", "failed", "skipped")},

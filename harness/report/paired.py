@@ -14,6 +14,8 @@ from pathlib import Path
 from eval.base import PerSample
 from eval.paired import Difference, differences, holm
 from eval.passport import scored_alike
+from harness.errors import UserError
+from harness.files import UNREADABLE
 from harness.record import Record
 from harness.report import compare
 from harness.report.compare import FLOAT_METHOD, Group
@@ -161,4 +163,7 @@ def _stored(record: Record) -> Values | None:
 
 @lru_cache(maxsize=256)
 def _load(path: Path, mtime_ns: int) -> Values:
-    return load(path)
+    try:
+        return load(path)
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not readable ({type(error).__name__}); move it away to go on without it") from error

@@ -62,9 +62,10 @@ class Table:
     collapsed: list[str]  # those of runs that collapsed
 
 
-def table(group: Group, metrics: Sequence[str]) -> Table:
-    """The group's runs as printable rows with the given metrics."""
+def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = ()) -> Table:
+    """The group's runs as printable rows with the given metrics; more of them stand behind size, speed and cost."""
     metrics = [name for name in metrics if name in group.metrics]
+    behind = [name for name in behind if name in group.metrics and name not in metrics]
     columns = [Column("method", numeric=False), Column("bits", numeric=False), Column("eff. W/A", "bits")]
     by_column = [
         [Cell(name, sort=name) for name in group.run_names],
@@ -83,6 +84,9 @@ def table(group: Group, metrics: Sequence[str]) -> Table:
         Column("fit peak", "MiB", "most memory held during calibrate + quantize: of the process, or of the GPU"),
     ]
     by_column += [[_efficiency_cells(record)[place] for record in group.records] for place in range(6)]
+    for name in behind:
+        columns.append(_metric_column(group, name))
+        by_column.append(_metric_cells(group, name))
     for title, values in (("device", _devices(group)), ("experiment", [r.experiment for r in group.records])):
         if len(set(values) - {MISSING}) > 1:
             columns.append(Column(title, numeric=False))
@@ -98,7 +102,14 @@ def table(group: Group, metrics: Sequence[str]) -> Table:
     setting = " · ".join(filter(None, (group.label, devices, note)))
     caption = f"{setting}. {BASELINE_NOTE} Intervals are 95 %; fit is calibrate + quantize."
     return Table(
-        group.label, devices, caption, columns, rows, _notes(group, metrics), _problems(group), _collapsed(group)
+        group.label,
+        devices,
+        caption,
+        columns,
+        rows,
+        _notes(group, [*metrics, *behind]),
+        _problems(group),
+        _collapsed(group),
     )
 
 
@@ -208,18 +219,19 @@ def _notes(group: Group, metrics: Sequence[str]) -> list[str]:
         r.method == FLOAT_METHOD and r.status == "ok" for r in group.records
     ):
         notes.append("No float row here, so nothing could be held against the noise floor.")
-    missing: dict[tuple[str, str, str], list[str]] = {}
+    runs_without: dict[tuple[str, str, str], list[str]] = {}
     for record, run in zip(group.records, group.run_names, strict=True):
         for name in group.metrics:
             entry = record.metrics.get(name, {})
             if entry.get("status") in ("skipped", "failed"):
-                key = (names[name], entry["status"], str(entry.get("reason")))
-                missing.setdefault(key, []).append(f"{run} {compare.bits_label(record)}")
+                key = (name, entry["status"], str(entry.get("reason")))
+                runs_without.setdefault(key, []).append(f"{run} {compare.bits_label(record)}")
     finished = sum(record.status == "ok" for record in group.records)
-    for (name, status, why), runs in missing.items():
+    missing: dict[tuple[str, str, str], list[str]] = {}
+    for (name, status, why), runs in runs_without.items():
         where = "" if len(runs) >= finished else f" for {', '.join(runs)}"
-        notes.append(f"{name} {status}{where}: {why}")
-    return notes
+        missing.setdefault((status, why, where), []).append(name)
+    return notes + [f"{status}{where}: {why}: {', '.join(found)}" for (status, why, where), found in missing.items()]
 
 
 def _problems(group: Group) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from harness import record
@@ -263,6 +264,36 @@ def test_a_disk_that_takes_no_record_is_named_and_leaves_nothing_half(run, tmp_p
     assert list((tmp_path / "runs" / "default").iterdir()) == []
 
 
+def test_a_disk_that_is_full_before_the_record_is_reached_stops_the_run_and_records_no_failure(
+    run, tmp_path, monkeypatch
+):
+    """safetensors has an exception of its own for it."""
+
+    def refuse(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("harness.calibrate.save_file", refuse)
+    outcome = run()
+    assert outcome.code == REFUSED
+    assert f"{tmp_path}: no room to write" in outcome.error_lines[-1] and "results_dir=" in outcome.error_lines[-1]
+    assert statuses(tmp_path) == []
+
+
+def test_a_report_that_cannot_be_written_is_one_line(ditbench, finished, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    outcome = ditbench("report", "--results-dir", str(tmp_path), "--out", str(tmp_path / "file" / "report.md"))
+    assert outcome.code == REFUSED
+    assert_short(outcome, str(tmp_path / "file"), "--debug")
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_values_per_sample_that_cannot_be_read_are_named(ditbench, finished, tmp_path, command):
+    (finished.parent / "per_sample.npz").write_text("garbage")
+    outcome = ditbench(command, "--results-dir", str(tmp_path))
+    assert outcome.code == REFUSED
+    assert_short(outcome, str(finished.parent / "per_sample.npz"), "not readable", "move it away")
+
+
 def test_a_results_folder_that_may_not_be_written_is_named(run, tmp_path, monkeypatch):
     if os.geteuid():
         tmp_path.chmod(0o500)
@@ -291,6 +322,11 @@ BROKEN_RECORDS = {
     "binary": (b"\xff\xfe\x00", ("not a readable record", "move that folder away")),
     "foreign": ("[1, 2]", ("not a ditbench record", "move that folder away")),
     "other json": ('{"loss": 1.0}', ("not a ditbench record", "schema", "move that folder away")),
+    "edited": (
+        '{"schema": 1, "run_id": "0", "status": "ok", "config": {}, "method": "rtn", "model": "m", "experiment": "e", '
+        '"metrics": {"psnr": 31.2}}',
+        ("metric psnr is 31.2", "move that folder away"),
+    ),
     "emptied": ('{"schema": 1}', ("not a ditbench record", "run_id", "move that folder away")),
 }
 

@@ -137,6 +137,20 @@ def test_a_measured_run_shows_its_clock(add_run, results_dir):
     assert cell(group, "rtn", "fit").text == "2.2"
 
 
+def test_metrics_that_lack_the_same_thing_share_a_line(add_run, results_dir, metric, fid):
+    lacking = {name: fid(None, reason="no weights") for name in ("clean_fid/fid", "adm/sfid")}
+    add_run("a", metrics={"psnr": metric(20.0), **lacking})
+    notes = table(only_group(results_dir), ["psnr"]).notes
+    assert [note for note in notes if "skipped" in note] == ["skipped: no weights: clean_fid/fid, adm/sfid"]
+
+
+def test_size_and_speed_stand_before_the_metrics_that_are_no_headline(add_run, results_dir, metric):
+    add_run("a", metrics={"psnr": metric(20.0), "sqnr": metric(9.0)})
+    titles = [column.title for column in table(only_group(results_dir), ["psnr"], ["psnr", "sqnr"]).columns]
+    places = [next(i for i, title in enumerate(titles) if title.startswith(n)) for n in ("psnr", "speed-up", "sqnr")]
+    assert places == sorted(places) and sum(title.startswith("psnr") for title in titles) == 1
+
+
 @pytest.mark.parametrize("format", ["md", "csv", "latex"])
 def test_a_failed_run_is_a_row_with_its_one_line_reason(add_run, results_dir, format):
     add_run("a")
@@ -151,14 +165,14 @@ def test_a_skipped_metric_is_a_dash_with_its_reason(add_run, results_dir, metric
     add_run("a", metrics={"psnr": metric(20.0), "clean_fid/fid": fid(None, reason="pip install clean-fid")})
     skipped = cell(only_group(results_dir), "a", "fid")
     assert (skipped.text, skipped.tip) == ("–", "pip install clean-fid")
-    assert "fid skipped: pip install clean-fid" in report(results_dir, None, "md", metrics=["clean_fid/fid"]).text
+    assert "skipped: pip install clean-fid" in report(results_dir, None, "md", metrics=["clean_fid/fid"]).text
 
 
 def test_a_metric_that_broke_is_said_beside_the_table(add_run, results_dir, metric):
     broke = metric(None, reason="OutOfMemoryError in lpips.py:75: CUDA out of memory") | {"status": "failed"}
     add_run("a", metrics={"psnr": metric(20.0), "ssim": broke})
     text = report(results_dir, None, "md", metrics=["ssim"]).text
-    assert "ssim failed: OutOfMemoryError in lpips.py:75: CUDA out of memory" in text
+    assert "failed: OutOfMemoryError in lpips.py:75: CUDA out of memory: ssim" in text
 
 
 def test_set_metrics_carry_their_n_in_the_header(sweep):
