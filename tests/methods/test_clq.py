@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from harness import methods
 from harness.calibrate import Calibration, calibrate
 from harness.conformance import DYNAMIC, SMALL_DIT, STATIC, relative_error
 from harness.errors import UserError
@@ -678,6 +679,8 @@ def test_values_that_cannot_be_used_are_refused(values, words):
 
 def test_what_hydra_gives_is_what_python_gives():
     assert Params(cbc_depth=1, probe=[0.5, 1.0]) == Params(cbc_depth="1", probe=(0.5, 1.0))
+    given = methods.defaults("clq") | {"cbc_depth": 1, "probe": [0.5, 1.0]}  # as the command line gives them
+    assert methods.params_of(given) == Params(cbc_depth="1", probe=(0.5, 1.0))
 
 
 @pytest.mark.parametrize(("rows_of_tokens", "rows"), [(100, 6), (4, 4), (1, 2)])
