@@ -43,6 +43,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
 def write_json(path: Path, value: Any) -> None:
     with atomic_path(path) as part:
         part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -5,10 +5,8 @@ They are the reference of every paired metric, and, with other seeds, the measur
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from eval.passport import SCORED_BY
 from harness import sample_values
 from harness.config import RunConfig
 from harness.environment import code_identity
-from harness.files import cached, canonical_sha256, write_json
+from harness.files import cached, canonical_sha256, read_json, write_json
 from harness.generate import conditions, generate, load_samples, save_samples
 from harness.models.base import LoadedModel
 from harness.quant.build import float_copy
@@ -90,7 +88,7 @@ def noise_floor(
     seeds = [config.seed + SEED_STRIDE * k for k in range(extra + 1)]
     key = canonical_sha256([_key(config, model, config.seed, dtype), extra, evaluator])
     path = config.cache_dir / "noise" / f"{key}.json"
-    floors: dict[str, float | None] = cached(path, _read_json) or {}
+    floors: dict[str, float | None] = cached(path, read_json) or {}
     if unpaired - floors.keys():  # nothing is known, or a metric can run now that could not when the others were kept
         replicates = []
         for seed in seeds:
@@ -122,7 +120,3 @@ def _key(config: RunConfig, model: LoadedModel, seed: int, dtype: str) -> str:
             "code": code_identity(),
         }
     )
-
-
-def _read_json(path: Path) -> dict[str, float | None]:
-    return json.loads(path.read_text())

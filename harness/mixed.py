@@ -7,7 +7,6 @@ With bits.ranges it is measured in each range of steps and weighted with the ran
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from time import perf_counter
@@ -23,7 +22,7 @@ from harness.calls import placed
 from harness.config import RunConfig
 from harness.environment import code_identity
 from harness.errors import UserError
-from harness.files import canonical_sha256, write_json
+from harness.files import cached, canonical_sha256, read_json, write_json
 from harness.models.base import LoadedModel
 from harness.progress import progress
 from harness.quant.accounting import account, count_macs, held_parts, layer_bytes
@@ -205,8 +204,7 @@ def _cached(
         "code": code_identity(),
     }
     path = recording.cache and recording.cache / f"sensitivities-{canonical_sha256(made_by)[:16]}.json"
-    if path is not None and path.exists():
-        found = json.loads(path.read_text())
+    if path is not None and (found := cached(path, read_json)) is not None:
         recording.saved_s[f"sensitivities {label}"] = found["seconds"]
         return found["errors"]
     start = perf_counter()

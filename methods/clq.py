@@ -78,7 +78,7 @@ class Params:
     """parts: which of the three are on, joined by +, or none: the rows of the ablation are values of one parameter."""
 
     parts: str = "cbc+obs+clps"
-    cbc_depth: str = "all"
+    cbc_depth: str | int = "all"
     target: str = "fp_block"
     permutation: str = "group"
     score: str = "absmax"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from clq_cases import BLOCK, BOTH, BOTH_STATIC, FAST, LAST
 
+from harness import methods
 from harness.conformance import DYNAMIC, relative_error
 from harness.quant.build import build, float_copy, quant_layers
 from harness.quant.spec import Bits
@@ -120,6 +121,8 @@ def test_values_that_cannot_be_used_are_refused(values, words):
 
 def test_what_hydra_gives_is_what_python_gives():
     assert Params(cbc_depth=1, probe=[0.5, 1.0]) == Params(cbc_depth="1", probe=(0.5, 1.0))
+    given = methods.defaults("clq") | {"cbc_depth": 1, "probe": [0.5, 1.0]}  # as the command line gives them
+    assert methods.params_of(given) == Params(cbc_depth="1", probe=(0.5, 1.0))
 
 
 @pytest.mark.parametrize(("rows_of_tokens", "rows"), [(100, 6), (4, 4), (1, 2)])
