@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from time import process_time
 
@@ -24,9 +23,10 @@ from harness import methods
 from harness.calibrate import calibrate
 from harness.config import parse
 from harness.environment import environment
-from harness.errors import UserError
+from harness.errors import UserError, reason
+from harness.loaded import model_of
 from harness.memory import peak_memory
-from harness.run import Timer, cached_model, fit_cost, reason, stage_quantize
+from harness.run import Timer, fit_cost, stage_quantize
 from harness.sweep import composed
 
 PASSED_ON = ("model", "bits", "samples", "steps")  # to the process of one method
@@ -101,7 +101,7 @@ def fit(name: str, options: argparse.Namespace) -> dict:
     overrides += [f"model.random.num_layers={options.blocks}"] if options.blocks else []
     (raw,) = composed([overrides])
     config = parse(raw)
-    model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    model = model_of(config.model)
     target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
     found = asked(name, options) | {"blocks": len(target.blocks), "status": "ok", "error": None}
     timer, cpu_start_s = Timer(), process_time()

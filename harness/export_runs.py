@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from harness import methods, mixed, record
 from harness.config import RunConfig, parse
 from harness.errors import UserError
 from harness.export import save_quantized
+from harness.loaded import model_of
 from harness.models.base import LoadedModel
 from harness.quant.recipe import ModelRecipe
 from harness.quant.spec import Bits, MixedBits
 from harness.quant.target import Target
 from harness.record import Record
-from harness.run import cached_model, fitted, stage_account, stage_calibrate, stage_mixed
+from harness.run import fitted, stage_account, stage_calibrate, stage_mixed
 from harness.sweep import composed
 
 
@@ -138,7 +138,7 @@ def _written(
 def _model_and_target(config: RunConfig) -> tuple[LoadedModel, Target]:
     if config.method == methods.FLOAT:
         raise UserError("export: method fp quantizes nothing; save the pipeline itself (pipe.save_pretrained)")
-    model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    model = model_of(config.model)
     return model, model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,10 +13,11 @@ from harness.calibrate import float_dtype
 from harness.config import RunConfig, parse
 from harness.errors import UserError
 from harness.listing import example_recipe, formats_of, table
+from harness.loaded import model_of
 from harness.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
 from harness.quant.build import build
 from harness.quant.spec import FP8
-from harness.run import cached_model, stage_calibrate, stage_generate, stage_quantize
+from harness.run import stage_calibrate, stage_generate, stage_quantize
 from harness.sweep import composed
 
 IMAGES = 4
@@ -77,7 +77,7 @@ def rows_of(config: RunConfig) -> list[Row]:
     ]
     if not able:
         return []
-    model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    model = model_of(config.model)
     target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
     recording = stage_calibrate(config, model)
     recipe, state, simulated = stage_quantize(config, target, recording)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,29 +18,26 @@ from torch import Tensor, nn
 
 from eval.base import (
     Evidence,
-    FeatureModel,
     PerSample,
-    Reference,
     Samples,
     evaluate_samples,
     known_metrics,
     plugin_sources,
 )
-from eval.judges import load_judge
 from eval.needs import lacking, offered
-from eval.reference import load_reference
 from harness import methods, mixed, record, sample_values, tracking
 from harness.calibrate import Calibration, calibrate
 from harness.config import RunConfig
 from harness.environment import code_identity, environment
 from harness.errors import UserError, reason
-from harness.files import canonical_sha256, disk_errors_explained, is_disk_error, tensor_sums
+from harness.files import canonical_sha256, disk_errors_explained, is_disk_error
 from harness.float_images import float_images, float_values, noise_floor
 from harness.generate import conditions, generate, save_animation, save_grid, save_samples
 from harness.layer_error import ErrorAtlas, error_atlas, layer_table
+from harness.loaded import judge_in, left_alone, model_of, reference_of
 from harness.measure import kind_of, measure
 from harness.memory import PeakMemory, peak_memory
-from harness.models.base import LoadedModel, ModelSpec, load_model
+from harness.models.base import LoadedModel
 from harness.parity import layer_parity
 from harness.quant.accounting import account, count_macs
 from harness.quant.build import build, clock_of
@@ -62,7 +58,7 @@ def run(config: RunConfig) -> Record:
     Raises:
         UserError: the model cannot be loaded, or results cannot be written; with config.strict: a metric would be skipped.
     """
-    model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    model = model_of(config.model)
     if config.strict and (skipped := will_be_skipped(config, model)):
         raise UserError(f"--strict: {config.model.name}: these metrics would be skipped\n{skipped}")
     run_id = canonical_sha256(identity(config, model))[:12]
@@ -211,25 +207,6 @@ def fitted(
     return recipe, state
 
 
-@contextmanager
-def left_alone(transformer: nn.Module, method: str) -> Iterator[None]:
-    """Raise UserError if the block changed the float model: the next run of a sweep, and every cache, would be of another
-    model than their records say. The changed one is forgotten, so that the next run loads it anew.
-    """
-    before = tensor_sums(transformer.state_dict())
-    try:
-        yield
-    finally:
-        after = tensor_sums(transformer.state_dict())
-        if after != before:
-            cached_model.cache_clear()
-    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
-    if changed:
-        raise UserError(
-            f"method {method}: changed the float model ({changed[0]}, {len(changed)} in all); copy it first"
-        )
-
-
 def built(config: RunConfig, target: Target, recipe: ModelRecipe) -> nn.Module:
     dtype = getattr(torch, config.section("generate")["dtype"])
     return build(target, recipe, dtype=dtype, device=config.device, backend=config.backend)
@@ -269,8 +246,8 @@ def evidence_of(config: RunConfig, model: LoadedModel, images: Samples, float_mo
     return Evidence(
         generated=images,
         float_model=float_model,
-        reference=cached_reference(section["reference"]),
-        judge=cached_judge(model.extras.get("judge")),
+        reference=reference_of(section["reference"]),
+        judge=judge_in(model.extras.get("judge")),
         seed=config.seed,
         resamples=section["resamples"],
     )
@@ -361,8 +338,8 @@ def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
 
 
 def evaluator_identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
-    judge = cached_judge(model.extras.get("judge"))
-    reference = cached_reference(config.section("metrics")["reference"])
+    judge = judge_in(model.extras.get("judge"))
+    reference = reference_of(config.section("metrics")["reference"])
     return {
         "metrics": config.section("metrics"),
         "judge": judge and judge.sha256,
@@ -392,19 +369,3 @@ class Timer:
             yield
         finally:
             self.seconds[stage] = perf_counter() - start
-
-
-@cache
-def cached_model(spec_json: str) -> LoadedModel:
-    """A sweep loads each model once."""
-    return load_model(ModelSpec(**json.loads(spec_json)))
-
-
-@cache
-def cached_judge(folder: Path | None) -> FeatureModel | None:
-    return None if folder is None else load_judge(folder)
-
-
-@cache
-def cached_reference(name: str | None) -> Reference | None:
-    return None if name is None else load_reference(name)

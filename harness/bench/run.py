@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,14 @@ from harness.bench.timing import interleaved
 from harness.calls import placed
 from harness.config import RunConfig, parse
 from harness.environment import environment
+from harness.errors import reason
 from harness.files import write_json
 from harness.generate import conditions
+from harness.loaded import model_of
 from harness.measure import peak_memory_bytes, quantiles
 from harness.models.base import LoadedModel
 from harness.quant.build import quant_layers
-from harness.run import cached_model, reason, say
+from harness.run import say
 from harness.sweep import composed
 
 SCHEMA = 1
@@ -51,7 +52,7 @@ def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], P
     """
     configs = [parse(raw) for raw in composed([[*overrides, f"bits={label}"] for label in options.formats])]
     config = configs[0]
-    model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    model = model_of(config.model)
     target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
     candidates = list(baseline(target, config.device, options.modes))
     for each in configs:

@@ -7,13 +7,13 @@ compared with the one that the table's section `reproduce` composes to, and each
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from harness.config import RunConfig
 from harness.errors import UserError
 from harness.listing import table as text_table
+from harness.loaded import model_of
 from harness.papers import EMPTY, Reproduce, Table
 from harness.record import Record
 from harness.report.frame import SIMULATED
@@ -21,7 +21,7 @@ from harness.report.table import interval
 from harness.reproduce.needs import notes, plan, reference
 from harness.reproduce.rows import Line, configurations, parsed, plan_lines, reproducible
 from harness.reproduce.verdicts import Judged, judged_row
-from harness.run import cached_model, run
+from harness.run import run
 
 __all__ = ["Outcome", "plan", "reproduce"]
 
@@ -57,7 +57,7 @@ def _check_inputs(name: str, section: Reproduce, config: RunConfig) -> None:
     """All that is missing in one message, before hours of running."""
     missing = []
     try:
-        cached_model(json.dumps(asdict(config.model), sort_keys=True))
+        model_of(config.model)
     except UserError as error:
         missing.append(str(error))
     if not config.section("metrics")["reference"]:

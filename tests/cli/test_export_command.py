@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from harness.config import parse
 from harness.export import RECIPE, TENSORS, load_quantized
-from harness.run import cached_model, stage_generate
+from harness.loaded import forget_models, model_of
+from harness.run import stage_generate
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def smoothed(run, tmp_path):
 def drawn_again(folder, run_folder):
     """The images of an export, drawn with a fresh model as the run's configuration says."""
     config = parse(json.loads((run_folder / "record.json").read_text())["config"])
-    cached_model.cache_clear()
-    model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    forget_models()
+    model = model_of(config.model)
     return stage_generate(config, model, load_quantized(folder, model.transformer), {})
 
 

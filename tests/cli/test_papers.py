@@ -188,7 +188,7 @@ def test_show_without_a_name_says_where_the_names_are(ditbench):
 
 @pytest.mark.parametrize("name", REPRODUCIBLE)
 def test_a_plan_says_what_the_real_table_needs(ditbench, name, monkeypatch):
-    monkeypatch.setattr(reproduce, "cached_model", lambda _: pytest.fail("a plan loads nothing"))
+    monkeypatch.setattr(reproduce, "model_of", lambda _: pytest.fail("a plan loads nothing"))
     here = {"q_dit": methods.method("rtn")} | methods.known_methods()  # of one table it is the only method
     monkeypatch.setattr(methods, "known_methods", lambda: here)
     outcome = ditbench("reproduce", name, "--plan")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from hydra import compose as hydra_compose
@@ -13,9 +12,10 @@ from omegaconf import OmegaConf
 from harness import compose, methods
 from harness.config import parse
 from harness.files import canonical_sha256
+from harness.loaded import model_of
 from harness.paths import CONF
 from harness.prompts import load_prompts
-from harness.run import cached_model, identity
+from harness.run import identity
 
 BASE = ("method=smoothquant", "bits=w4a8")
 
@@ -25,7 +25,7 @@ def run_id(*overrides: str, fresh: bool = False) -> str:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra_compose("config", overrides=[*BASE, *overrides])
     config = parse(OmegaConf.to_container(composed, resolve=True))
-    model = cached_model(json.dumps(asdict(config.model), sort_keys=True))
+    model = model_of(config.model)
     return canonical_sha256(identity(config, replace(model) if fresh else model))[:12]  # replace: nothing cached in it
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ from harness.backends import onednn_int8
 from harness.cli import main
 from harness.config import parse
 from harness.export import RECIPE, TENSORS
+from harness.loaded import model_of
 from harness.quant.accounting import count_macs
-from harness.run import cached_model
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,7 @@ def test_a_plan_by_ranges_is_recorded_with_its_steps_and_has_less_error(by_range
 
 def test_activation_bits_are_weighted_with_multiplications_and_steps(by_range):
     record, _, _ = by_range
-    model = cached_model(json.dumps(asdict(parse(record["config"]).model), sort_keys=True))
+    model = model_of(parse(record["config"]).model)
     macs, plan = count_macs(model.transformer, model.step_inputs(1)), record["bits"]["mixed"]
     total = sum(macs[name] * (int(first[-1]) + int(second[-1])) / 2 for name, (first, second) in plan["plan"].items())
     expected = total / sum(macs[name] for name in plan["plan"])
