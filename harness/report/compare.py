@@ -67,8 +67,9 @@ def judge(records: Sequence[Record], metric: str) -> list[Verdict]:
     """One verdict per record of a group.
 
     A run with a collapse alarm has no rank: a blank video would win every consistency. Runs inside the noise floor cannot
-    be told apart: they all stand at the float row's value and share one rank. Where every rival of a bits label stands
-    level, or there is only one, or the metric has no better direction, nobody is marked.
+    be told apart: they all stand at the float row's value and share one rank; after several firsts nobody is second.
+    Where every rival of a bits label stands level, or there is only one, or the metric has no better direction, nobody is
+    marked.
     """
     center = float_value(records, metric)
     inside = [_inside(record, metric, center) for record in records]
@@ -87,8 +88,9 @@ def judge(records: Sequence[Record], metric: str) -> list[Verdict]:
         ranks = sorted(set(standing.values()), reverse=better == "higher")
         if len(ranks) < 2:
             continue
+        alone = list(standing.values()).count(ranks[0]) == 1  # after two firsts comes a third
         for index, at in standing.items():
-            marks[index] = {ranks[0]: "best", ranks[1]: "second"}.get(at, "")
+            marks[index] = "best" if at == ranks[0] else "second" if alone and at == ranks[1] else ""
     return [Verdict(mark, within) for mark, within in zip(marks, inside, strict=True)]
 
 
