@@ -133,7 +133,7 @@ def caption(runs: pd.DataFrame) -> str:
     seeds = len(str(first.seed).split(","))
     over = f"over {seeds} seeds" if seeds > 1 else "over bootstrap resamples"
     return (
-        f"{first.model}, n = {first.n:,} images × {seeds} seed{'s' * (seeds > 1)}, {first.steps} steps, guidance {first.guidance}; "
+        f"{first.model}, n = {first.n:,} samples × {seeds} seed{'s' * (seeds > 1)}, {first.steps} steps, guidance {first.guidance}; "
         f"95 % intervals {over}; ~: inside the noise floor; {first.device}, commit {first.commit[:7]}."
     )
 
