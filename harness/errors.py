@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", printed as one or two lines without a traceback; and such lines of others."""
+"""The one exception that means "the user can mend this", printed as one or two lines; and one line of any other."""
 
 from __future__ import annotations
 

@@ -28,17 +28,20 @@ def values(block: str, *linears: str) -> tuple[ValueRows, ...]:
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 
-def text_cross_attention(blocks: str, depth: int, feed_forward: str) -> list[Site]:
-    """Blocks of self-attention, cross-attention and feed-forward, modulated by rows of their own table (LTX, Wan)."""
+def text_cross_attention(blocks: str, depth: int, *, modulation: str = "temb", feed_forward: str = "ff") -> list[Site]:
+    """Blocks of self-attention, cross-attention and feed-forward, modulated by rows of their own table (PixArt, LTX, Wan).
+
+    modulation: the argument of the block that its table is added to. feed_forward: what the block calls it.
+    """
     found = []
     for block in (f"{blocks}.{index}" for index in range(depth)):
         found += [
-            reads("attn_in", block, QKV, table(block, "temb", 0, 1)),
+            reads("attn_in", block, QKV, table(block, modulation, 0, 1)),
             reads("attn_out", block, ("attn1.to_out.0",), *values(block, "attn1.to_v")),
             reads("cross_query", block, ("attn2.to_q",)),
             reads("caption", block, ("attn2.to_k", "attn2.to_v")),
             reads("cross_out", block, ("attn2.to_out.0",), *values(block, "attn2.to_v")),
-            reads("ff_in", block, (f"{feed_forward}.net.0.proj",), table(block, "temb", 3, 4)),
+            reads("ff_in", block, (f"{feed_forward}.net.0.proj",), table(block, modulation, 3, 4)),
             reads("ff_mid", block, (f"{feed_forward}.net.2",)),
         ]
     return found

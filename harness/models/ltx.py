@@ -17,7 +17,7 @@ HEIGHT, WIDTH, FRAMES = 512, 704, 161  # the pipeline's defaults
 
 
 def sites(transformer: nn.Module) -> list[Site]:
-    return text_cross_attention("transformer_blocks", len(transformer.transformer_blocks), feed_forward="ff")
+    return text_cross_attention("transformer_blocks", len(transformer.transformer_blocks))
 
 
 def call(pipe: Any) -> dict[str, Any]:

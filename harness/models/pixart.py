@@ -13,25 +13,13 @@ from torch import nn
 from harness.pipeline import PipelineFamily
 from harness.quant.target import Site
 from harness.samplers import PIPELINE
-from harness.sites import QKV, reads, table, values
+from harness.sites import text_cross_attention
 
 ALPHA_TOKENS, SIGMA_TOKENS = 120, 300  # the pipelines' defaults
 
 
 def sites(transformer: nn.Module) -> list[Site]:
-    found = []
-    for index in range(len(transformer.transformer_blocks)):
-        block = f"transformer_blocks.{index}"
-        found += [
-            reads("attn_in", block, QKV, table(block, "timestep", 0, 1)),
-            reads("attn_out", block, ("attn1.to_out.0",), *values(block, "attn1.to_v")),
-            reads("cross_query", block, ("attn2.to_q",)),
-            reads("caption", block, ("attn2.to_k", "attn2.to_v")),
-            reads("cross_out", block, ("attn2.to_out.0",), *values(block, "attn2.to_v")),
-            reads("ff_in", block, ("ff.net.0.proj",), table(block, "timestep", 3, 4)),
-            reads("ff_mid", block, ("ff.net.2",)),
-        ]
-    return found
+    return text_cross_attention("transformer_blocks", len(transformer.transformer_blocks), modulation="timestep")
 
 
 def call(pipe: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Quantizers: ranges → scale and zero_point → codes, for weights and activations; and weights looked up in a table.
 
-x ≈ (code − zero_point) · scale. A code is an integer, or (number "e4m3") a value of that grid, without a zero_point. Zero is always inside the range, so that it is represented exactly and a one-sided
-group such as [5, 10] keeps an integer zero_point without being clipped (the raw-min/max form used in some releases
-clips such a group by half its range).
+x ≈ (code − zero_point) · scale. A code is an integer, or (number "e4m3") a value of that grid, without a zero_point.
+Zero is always inside the range, so that it is represented exactly and a one-sided group such as [5, 10] keeps an integer
+zero_point without being clipped (the raw-min/max form used in some releases clips such a group by half its range).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ SHRINK_STEPS, SHRINK_BY, SHRINK_POWER = 80, 0.01, 2.4
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """codes_OC in the spec's code_dtype (int8, uint8 or float8_e4m3fn); scale_OG float32; zero_point_OG float32 or None (symmetric).
+    """codes_OC in the spec's code_dtype (int8, uint8 or float8_e4m3fn); scale_OG float32; zero_point_OG float32 or None
+    (symmetric).
 
     G = 1 for per_channel and per_tensor, C / group_size for per_group.
     """

@@ -51,7 +51,7 @@ LISTED = {
     "methods": ("fp", "rtn", "smoothquant", "strength=0.5", "quarot", "ptq4dit"),
     "models": ("tiny-dit", "tiny-dit-stress", "outlier", "dit-xl-2-256", "DiT-XL/2"),
     "metrics": ("psnr", "higher is better", "per sample", "torchmetrics/fid", "lower is better", "per set"),
-    "backends": ("simulate", "onednn_int8", "measured", "W4A4", "cpu", "why not"),
+    "backends": ("simulate", "onednn_int8", "real", "simulated", "W4A4", "cpu", "why not"),
     "prompts": ("shapes-calibration", "geneval", "vbench", "protocol.prompts=FILE"),
     "protocols": ("default", "ptq4dit", "10,000 images"),
     "bits": ("w8a8", "w4a4", "w3a4", "w8a16", "granularity=per_channel", "granularity=per_token"),
