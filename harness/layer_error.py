@@ -62,7 +62,7 @@ class ErrorAtlas:
 @torch.no_grad()
 def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibration: Calibration) -> ErrorAtlas | None:
     """Compare the built model with its recipe without rounding on the calibration's inputs; None if nothing is rounded."""
-    layers = [name for name, shares in _shares(model).items() if any(_rounds(layer) for layer, _ in shares)]
+    layers = [name for name, shares in _shares(model).items() if any(layer.rounds for layer, _ in shares)]
     if not layers:
         return None
     exact = build(target, recipe.without_rounding(), dtype=torch.float32)
@@ -113,17 +113,13 @@ def layer_table(model: nn.Module, atlas: ErrorAtlas | None) -> dict[str, dict[st
             "act_bits": _mean((layer.act_spec.bits if layer.act_spec else 16, part) for layer, part in shares),
         }
         for name, shares in _shares(model).items()
-        if any(_rounds(layer) for layer, _ in shares)
+        if any(layer.rounds for layer, _ in shares)
     }
 
 
 def rounded_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """Those of the range of steps that the clock is in."""
-    return {name: layer for name, layer in quant_layers(model).items() if _rounds(layer)}
-
-
-def _rounds(layer: QuantLinear) -> bool:
-    return layer.weight_spec is not None or layer.act_spec is not None
+    return {name: layer for name, layer in quant_layers(model).items() if layer.rounds}
 
 
 def _shares(model: nn.Module) -> dict[str, list[tuple[QuantLinear, float]]]:

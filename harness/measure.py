@@ -33,8 +33,7 @@ def backends_of(model: nn.Module) -> str:
 
 
 def _rounding(model: nn.Module) -> list[QuantLinear]:
-    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    return [linear for linear in linears if linear.weight_spec is not None or linear.act_spec is not None]
+    return [module for module in model.modules() if isinstance(module, QuantLinear) and module.rounds]
 
 
 @torch.no_grad()

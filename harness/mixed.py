@@ -29,7 +29,7 @@ from harness.quant.accounting import account, count_macs, held_parts, layer_byte
 from harness.quant.attention import QuantAttnProcessor, set_processor
 from harness.quant.build import build, clock_of, quant_layers, set_submodule
 from harness.quant.plan import Costs, Unit, fixed_units, merged, merged_by_range, readers_of_one_site, solve, units_of
-from harness.quant.recipe import ModelRecipe
+from harness.quant.recipe import LayerRecipe, ModelRecipe
 from harness.quant.spec import FLOAT_BITS, Bits, MixedBits
 from harness.quant.steps import range_starts, step_ranges
 from harness.quant.target import Target, weight_matrix
@@ -157,7 +157,7 @@ def sensitivities(
         build(target, each, dtype=torch.float32, device=calibration.device, backend="simulate")
         for each in (recipe.without_rounding(), recipe)
     )
-    rounds = {name for name, layer in quant_layers(rounded).items() if layer.weight_spec or layer.act_spec}
+    rounds = {name for name, layer in quant_layers(rounded).items() if layer.rounds}
     outputs = {step: _output(exact, calibration, step) for steps in steps_R for step in steps}
     errors = []
     for unit in progress(units, total=len(units), desc="sensitivities"):
@@ -238,11 +238,12 @@ def _average_act_bits(config, model, target, recipes, labels, units, shares_R) -
     total = sum(macs[name] for name in target.layers)
 
     def bits(recipe: ModelRecipe, unit: Unit) -> float:
-        acts = {name: recipe.layers[name].act for name in unit if name in target.layers}
+        acts = {name: recipe.layers.get(name, LayerRecipe()).act for name in unit if name in target.layers}
         return sum(macs[name] * (act.spec.bits if act else FLOAT_BITS) for name, act in acts.items()) / total
 
     bits_UK = np.array([[bits(recipe, unit) for recipe in recipes] for unit in units])
-    return Costs(shares_R[:, None, None] * bits_UK), 0.0
+    untouched = set(target.layers).difference(*units)
+    return Costs(shares_R[:, None, None] * bits_UK), FLOAT_BITS * sum(macs[name] for name in untouched) / total
 
 
 def _parts(target: Target, recipe: ModelRecipe, unit: Unit, without: str = "") -> dict[object, int]:
@@ -269,7 +270,7 @@ def _latency_ms(config, model, target, recipes, labels, units, shares_R) -> tupl
     for label, recipe in zip(labels, recipes, strict=True):
         built = build(target, recipe, dtype=dtype, device=config.device, backend=config.backend)
         for name, layer in quant_layers(built).items():
-            if (layer.weight_spec or layer.act_spec) and layer.kind != "measured" or recipe.attention:
+            if layer.rounds and layer.kind != "measured" or recipe.attention:
                 raise UserError(
                     f"bits.budget.latency_ms: {name} as {label} is simulated on this device (backend {layer.backend}), "
                     "so its latency is not known; take formats that run here (ditbench list backends), or another budget"

@@ -51,6 +51,7 @@ class QuantLinear(nn.Module):
         self.backend, self.kind = chosen.NAME, chosen.KIND
         self.weight_spec = recipe.weight.spec if recipe.weight else None
         self.act_spec = recipe.act.spec if recipe.act else None
+        self.rounds = recipe.weight is not None or recipe.act is not None
         self.kernel = chosen.make_kernel(recipe, effective.weight_OC.to(dtype))
         self.bias: StepTable | None = None if effective.bias is None else effective.bias.map(lambda b: b.to(dtype))
         if recipe.low_rank is not None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from harness import mixed
 from harness.backends import onednn_int8
 from harness.cli import main
 from harness.config import parse
 from harness.export import RECIPE, TENSORS
 from harness.loaded import model_of
 from harness.quant.accounting import count_macs
+from harness.quant.spec import Bits, QuantSpec
+from methods import rtn
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,23 @@ def test_activation_bits_are_weighted_with_multiplications_and_steps(by_range):
     total = sum(macs[name] * (int(first[-1]) + int(second[-1])) / 2 for name, (first, second) in plan["plan"].items())
     expected = total / sum(macs[name] for name in plan["plan"])
     assert plan["predicted"]["average_act_bits"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_layers_that_a_recipe_leaves_out_have_sixteen_activation_bits(small_model, small_target):
+    bits = Bits(QuantSpec(4, "per_channel"), QuantSpec(4, "per_token", dynamic=True))
+    first, second, *others = small_target.layers
+    whole = rtn.apply(small_target, {}, bits, rtn.Params())
+    recipes = [replace(whole, layers={n: whole.layers[n] for n in names}) for names in (others, [second, *others])]
+    units = [(name,) for name in (second, *others)]
+    costs, rest = mixed.COSTS["average_act_bits"](
+        None, small_model, small_target, recipes, ["a", "b"], units, np.ones(1)
+    )
+    macs = count_macs(small_model.transformer, small_model.step_inputs(1))
+    for candidate, in_float in enumerate([(first, second), (first,)]):
+        expected = [16 if name in in_float else 4 for name in small_target.layers]
+        weights = [macs[name] for name in small_target.layers]
+        found = costs.of(np.full((1, len(units)), candidate)) + rest
+        assert found == pytest.approx(np.average(expected, weights=weights))
 
 
 def test_errors_of_ranges_are_weighted_with_their_steps(by_range, by_budget):
