@@ -19,15 +19,15 @@ from time import process_time
 
 import torch
 
-from harness import methods
-from harness.calibrate import calibrate
-from harness.config import parse
-from harness.environment import environment
-from harness.errors import UserError, reason
-from harness.loaded import model_of
-from harness.memory import peak_memory
-from harness.run import Timer, fit_cost, stage_quantize
-from harness.sweep import composed
+from ditbench.harness import methods
+from ditbench.harness.calibrate import calibrate
+from ditbench.harness.config import parse
+from ditbench.harness.environment import environment
+from ditbench.harness.errors import UserError, reason
+from ditbench.harness.loaded import model_of
+from ditbench.harness.memory import peak_memory
+from ditbench.harness.run import Timer, fit_cost, stage_quantize
+from ditbench.harness.sweep import composed
 
 PASSED_ON = ("model", "bits", "samples", "steps")  # to the process of one method
 GIB = 2**30

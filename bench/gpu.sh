@@ -24,8 +24,8 @@ step() { # name, seconds, command: what is slow or broken does not cost the othe
 step tests 150 python3 -m pytest -q -p no:cacheprovider -m gpu $(python3 -c 'import xdist; print("-n 8")' 2>/dev/null) \
   tests/backends tests/test_gpu.py
 step blocks 300 python3 bench/gpu_blocks.py --out "$out"
-step runs 100 python3 -m harness.cli run -m device=cuda model=dit-xl-2-256-random method=fp,rtn,quarot bits=w8a8,fp8,w4a8 \
+step runs 100 python3 -m ditbench run -m device=cuda model=dit-xl-2-256-random method=fp,rtn,quarot bits=w8a8,fp8,w4a8 \
   tracker=none name=gpu measure.samples=8 results_dir="$out/results"
-step report 20 python3 -m harness.cli report --experiment gpu --results-dir "$out/results" --format md
-step matrix 20 python3 -m harness.cli list backends
+step report 20 python3 -m ditbench report --experiment gpu --results-dir "$out/results" --format md
+step matrix 20 python3 -m ditbench list backends
 exit $failed

@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.backends import cuda_fp8, cuda_int8, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16
-from harness.listing import bits_of
-from harness.measure import device_name, resident_bytes
-from harness.quant.effective import EffectiveLinear
-from harness.quant.layer import QuantLinear
-from harness.quant.quantizers import ActQuant, quantize_weight
-from harness.quant.recipe import LayerRecipe
-from harness.quant.steps import StepClock, StepTable
-from harness.quant.transforms import Hadamard, Transform
+from ditbench.harness.backends import cuda_fp8, cuda_int8, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16
+from ditbench.harness.listing import bits_of
+from ditbench.harness.measure import device_name, resident_bytes
+from ditbench.harness.quant.effective import EffectiveLinear
+from ditbench.harness.quant.layer import QuantLinear
+from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.steps import StepClock, StepTable
+from ditbench.harness.quant.transforms import Hadamard, Transform
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def interleaved(calls: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, 
 @torch.no_grad()
 def roofline(shape: Shape, device: torch.device) -> dict[str, Any]:
     """TFLOP/s of one product (tokens × width × hidden) and GB/s of one copy, as measured on random data."""
-    from harness.backends.triton_kernels import launch
+    from ditbench.harness.backends.triton_kernels import launch
 
     m, c, o = shape.tokens, shape.width, shape.hidden
     x_MC, weight_OC = torch.randn(m, c, device=device).bfloat16(), torch.randn(o, c, device=device).bfloat16()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.features import need_judge, outputs
-from eval.passport import need_samples
-from eval.per_sample import mean_or_share
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.features import need_judge, outputs
+from ditbench.eval.passport import need_samples
+from ditbench.eval.per_sample import mean_or_share
 
 
 @metric("accuracy", better="higher", asks=("judge", "labels"))

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from harness.errors import UserError, reason, unknown_name
-from harness.files import is_disk_error
+from ditbench.harness.errors import UserError, reason, unknown_name
+from ditbench.harness.files import is_disk_error
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,10 @@ def known_metrics() -> dict[str, Metric]:
     Raises:
         UserError: a plugin cannot be imported, or two metrics have the same name.
     """
-    import eval as package
+    import ditbench.eval as package
 
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"eval.{module.name}")
+        importlib.import_module(f"ditbench.eval.{module.name}")
     for point in entry_points(group=ENTRY_POINTS):
         try:
             point.load()
@@ -207,7 +207,11 @@ def known_metrics() -> dict[str, Metric]:
 def plugin_sources(names: Iterable[str]) -> dict[str, str]:
     """{metric: SHA-256 of its file}, of those that are not in this folder: editing a plugin makes new runs of it."""
     modules = {name: known_metrics()[name].compute.__module__ for name in names if name in known_metrics()}
-    files = {name: sys.modules[module].__file__ for name, module in modules.items() if not module.startswith("eval.")}
+    files = {
+        name: sys.modules[module].__file__
+        for name, module in modules.items()
+        if not module.startswith("ditbench.eval.")
+    }
     return {name: hashlib.sha256(Path(str(file)).read_bytes()).hexdigest() for name, file in files.items()}
 
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eval.base import MetricSkipped, Need, Samples
-from eval.features import best_device, channels_first, full_precision, remembered
-from eval.video_judges import judge_folder
-from eval.weights import stored_sha256
+from ditbench.eval.base import MetricSkipped, Need, Samples
+from ditbench.eval.features import best_device, channels_first, full_precision, remembered
+from ditbench.eval.video_judges import judge_folder
+from ditbench.eval.weights import stored_sha256
 
 HUB = {
     "b32": "openai/clip-vit-base-patch32",

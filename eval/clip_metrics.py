@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from eval import spread
-from eval.base import Evidence, Measurement, metric
-from eval.clip import HUB, clip_here, count_too_long, embed_images, embed_texts, load_clip, need_prompts
-from eval.features import against_float, need_reference
-from eval.passport import need_samples, passport
-from eval.per_sample import mean_or_share
-from eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, around
+from ditbench.eval import spread
+from ditbench.eval.base import Evidence, Measurement, metric
+from ditbench.eval.clip import HUB, clip_here, count_too_long, embed_images, embed_texts, load_clip, need_prompts
+from ditbench.eval.features import against_float, need_reference
+from ditbench.eval.passport import need_samples, passport
+from ditbench.eval.per_sample import mean_or_share
+from ditbench.eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, around
 
 GOOD, BAD = "Good photo.", "Bad photo."
 SCALE = 100.0  # of cosines: CLIP's trained temperature

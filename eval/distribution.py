@@ -25,11 +25,11 @@ from typing import Any
 
 from torch import Tensor
 
-from eval import libraries, spread
-from eval.base import Evidence, Measurement, MetricSkipped, Need, metric
-from eval.features import Pair, against_float, judge_pair, need_judge, one_thread, outputs
-from eval.passport import need_samples, passport
-from eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, WILSON, around, bootstrap_sd, share_with_ci
+from ditbench.eval import libraries, spread
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, Need, metric
+from ditbench.eval.features import Pair, against_float, judge_pair, need_judge, one_thread, outputs
+from ditbench.eval.passport import need_samples, passport
+from ditbench.eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, WILSON, around, bootstrap_sd, share_with_ci
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from eval.base import Evidence, FeatureModel, MetricSkipped, Reference, Samples
-from eval.passport import FLOAT_MODEL, need_samples
-from eval.reference import images_sha256
+from ditbench.eval.base import Evidence, FeatureModel, MetricSkipped, Reference, Samples
+from ditbench.eval.passport import FLOAT_MODEL, need_samples
+from ditbench.eval.reference import images_sha256
 
 BATCH = 512
 

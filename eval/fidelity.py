@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.features import BATCH, need_float_model
-from eval.passport import FLOAT_MODEL, need_samples
-from eval.per_sample import mean_or_share
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.features import BATCH, need_float_model
+from ditbench.eval.passport import FLOAT_MODEL, need_samples
+from ditbench.eval.per_sample import mean_or_share
 
 CAP_DB = 100.0  # what identical samples count as; their true value is infinite
 SSIM_SIGMA, SSIM_KERNEL = 1.5, 11

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate, pad
 
-from eval.base import MetricSkipped
-from eval.features import best_device, full_precision
-from eval.weights import stored_sha256, weights_folder
+from ditbench.eval.base import MetricSkipped
+from ditbench.eval.features import best_device, full_precision
+from ditbench.eval.weights import stored_sha256, weights_folder
 
 RAFT_FILE = "raft_large_C_T_V1-22a6c225.pth"
 RAFT_URL = f"https://download.pytorch.org/models/{RAFT_FILE}"

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval import distribution
-from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.data import find_data
-from eval.features import Pair, best_device, full_precision, need_float_model, remembered
-from eval.passport import FLOAT_MODEL, need_samples
-from eval.weights import stored_sha256
+from ditbench.eval import distribution
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.data import find_data
+from ditbench.eval.features import Pair, best_device, full_precision, need_float_model, remembered
+from ditbench.eval.passport import FLOAT_MODEL, need_samples
+from ditbench.eval.weights import stored_sha256
 
 I3D = "i3d-kinetics400"  # in eval/data.yaml
 BATCH = 4

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from eval import shapes
-from eval.base import Evidence, Measurement, MetricSkipped, PerSample, metric
-from eval.features import remembered
-from eval.passport import passport
-from eval.statistics import WILSON, WILSON_OF_GROUPS, mean_of_shares_with_ci
-from harness.models.zoo.shapes import KINDS
+from ditbench.eval import shapes
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, PerSample, metric
+from ditbench.eval.features import remembered
+from ditbench.eval.passport import passport
+from ditbench.eval.statistics import WILSON, WILSON_OF_GROUPS, mean_of_shares_with_ci
+from ditbench.harness.models.zoo.shapes import KINDS
 
 POSITION_MARGIN = 0.1
 LEAST_SHARE = 0.5  # of the offset's length along the relation's axis

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.clip import WEIGHT_FILES, Clip, embed_images, embed_texts, load_clip
-from eval.features import best_device, full_precision
-from eval.geneval import Found, measured, need_objects
-from eval.video_judges import CLIP_LARGE, IMAGENET, judge_folder, judge_here, standardised
-from eval.weights import stored_sha256
-from harness.models.zoo.shapes import KINDS
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.clip import WEIGHT_FILES, Clip, embed_images, embed_texts, load_clip
+from ditbench.eval.features import best_device, full_precision
+from ditbench.eval.geneval import Found, measured, need_objects
+from ditbench.eval.video_judges import CLIP_LARGE, IMAGENET, judge_folder, judge_here, standardised
+from ditbench.eval.weights import stored_sha256
+from ditbench.harness.models.zoo.shapes import KINDS
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CERTAIN, CERTAIN_TO_COUNT = 0.3, 0.9

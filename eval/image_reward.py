@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.clip import need_prompts
-from eval.features import best_device, full_precision
-from eval.needs import package
-from eval.passport import need_samples
-from eval.per_sample import mean_or_share
-from eval.weights import stored_sha256
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.clip import need_prompts
+from ditbench.eval.features import best_device, full_precision
+from ditbench.eval.needs import package
+from ditbench.eval.passport import need_samples
+from ditbench.eval.per_sample import mean_or_share
+from ditbench.eval.weights import stored_sha256
 
 PACKAGE = "ImageReward"
 HUB = "THUDM/ImageReward"

@@ -21,12 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.base import Evidence, MetricSkipped, Need
-from eval.distribution import View, register
-from eval.features import Pair, best_device, channels_first, full_precision, need_reference, pair_of, remembered, seeded
-from eval.needs import weights as weights_here
-from eval.passport import need_samples
-from eval.weights import Upstream, find_weights
+from ditbench.eval.base import Evidence, MetricSkipped, Need
+from ditbench.eval.distribution import View, register
+from ditbench.eval.features import (
+    Pair,
+    best_device,
+    channels_first,
+    full_precision,
+    need_reference,
+    pair_of,
+    remembered,
+    seeded,
+)
+from ditbench.eval.needs import weights as weights_here
+from ditbench.eval.passport import need_samples
+from ditbench.eval.weights import Upstream, find_weights
 
 BATCH = 32
 LAYERS = ["2048", "logits_unbiased"]  # pooled features, and class scores without bias as IS wants them

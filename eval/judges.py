@@ -6,10 +6,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from eval.base import FeatureModel
-from harness.errors import UserError
-from harness.files import file_sha256
-from harness.models.zoo import judge
+from ditbench.eval.base import FeatureModel
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import file_sha256
+from ditbench.harness.models.zoo import judge
 
 
 def load_judge(folder: Path) -> FeatureModel:

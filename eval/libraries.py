@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from eval.base import MetricSkipped
-from eval.features import seeded
+from ditbench.eval.base import MetricSkipped
+from ditbench.eval.features import seeded
 
 Scored = tuple[float, dict[str, Any]]
 

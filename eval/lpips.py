@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from eval.base import Evidence, Measurement, MetricSkipped, Need, metric
-from eval.features import best_device, full_precision, seeded
-from eval.fidelity import paired_measurement, pixel_pairs, unit_range
-from eval.needs import weights as weights_here
-from eval.weights import Upstream, local_weights, weights_folder
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, Need, metric
+from ditbench.eval.features import best_device, full_precision, seeded
+from ditbench.eval.fidelity import paired_measurement, pixel_pairs, unit_range
+from ditbench.eval.needs import weights as weights_here
+from ditbench.eval.weights import Upstream, local_weights, weights_folder
 
 Backbone = Literal["alex", "vgg"]
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eval import shapes
-from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.per_sample import mean_or_share
-from harness.models.zoo.shapes import DIRECTIONS, SPEEDS
+from ditbench.eval import shapes
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.per_sample import mean_or_share
+from ditbench.harness.models.zoo.shapes import DIRECTIONS, SPEEDS
 
 LEAST_PATH = 0.04  # of the picture's side: less is standing still
 LEAST_FRAMES = 0.5  # share of frames in which the object has to be seen

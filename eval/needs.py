@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable
 
-from eval.base import Evidence, Metric, Need
-from eval.weights import Upstream, weights_folder
+from ditbench.eval.base import Evidence, Metric, Need
+from ditbench.eval.weights import Upstream, weights_folder
 
 ASKS = {
     "judge": "the model comes without a judge; take Inception's metrics (metrics=inception)",

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from eval.base import PerSample
-from eval.statistics import Interval, percentiles95, resampled_rows
+from ditbench.eval.base import PerSample
+from ditbench.eval.statistics import Interval, percentiles95, resampled_rows
 
 SIGN_TEST = "exact sign test (McNemar)"
 FLIP_TEST = "sign-flip permutation"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-import harness
-from eval.base import Evidence, MetricSkipped, Reference
+import ditbench
+from ditbench.eval.base import Evidence, MetricSkipped, Reference
 
 FLOAT_MODEL = "float model, same noise and labels"
 SCORED_BY = (
@@ -40,7 +40,7 @@ def passport(
     """
     fields = {
         "implementation": implementation,
-        "version": f"{package} {harness.__version__ if package == 'ditbench' else version(package)}",
+        "version": f"{package} {ditbench.__version__ if package == 'ditbench' else version(package)}",
         "reference": reference.name if isinstance(reference, Reference) else reference,
         "weights_sha256": weights_sha256,
         "resize": resize,

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from eval.base import Evidence, Measurement, PerSample
-from eval.passport import need_samples, passport
-from eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Interval, mean_with_ci, share_with_ci
+from ditbench.eval.base import Evidence, Measurement, PerSample
+from ditbench.eval.passport import need_samples, passport
+from ditbench.eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Interval, mean_with_ci, share_with_ci
 
 
 def mean_or_share(

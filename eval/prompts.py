@@ -20,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from eval.base import Prompt
-from eval.data import PROMPTS, names_of, need_file
-from harness.errors import UserError, unknown_name
+from ditbench.eval.base import Prompt
+from ditbench.eval.data import PROMPTS, names_of, need_file
+from ditbench.harness.errors import UserError, unknown_name
 
 TEXT_FIELDS = ("prompt_en", "prompt", "text", "caption")
 

@@ -13,10 +13,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from eval.base import Reference
-from eval.data import REFERENCE, names_of, need_file
-from harness.errors import UserError, unknown_name
-from harness.files import atomic_path
+from ditbench.eval.base import Reference
+from ditbench.eval.data import REFERENCE, names_of, need_file
+from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.files import atomic_path
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 DIGITS = "digits-1797"
@@ -43,7 +43,7 @@ def load_reference(name_or_path: str | Path | None) -> Reference | None:
 @cache
 def _digits() -> Reference:
     """All 1,797 real digits, three equal channels, 16×16. Cached, so that their features are computed once."""
-    from harness.models.zoo import digits
+    from ditbench.harness.models.zoo import digits
 
     images_N1HW = digits.load("all").images_N1HW
     images_NHW = ((images_N1HW[:, 0] + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

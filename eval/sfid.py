@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval import distribution
-from eval.base import Evidence, Measurement, metric
-from eval.features import best_device, channels_first, full_precision, need_reference, pair_of, remembered
-from eval.inception import BATCH, port_here, torch_fidelity_network, torch_fidelity_upstream
-from eval.passport import need_samples
-from eval.weights import find_weights
+from ditbench.eval import distribution
+from ditbench.eval.base import Evidence, Measurement, metric
+from ditbench.eval.features import best_device, channels_first, full_precision, need_reference, pair_of, remembered
+from ditbench.eval.inception import BATCH, port_here, torch_fidelity_network, torch_fidelity_upstream
+from ditbench.eval.passport import need_samples
+from ditbench.eval.weights import find_weights
 
 CHANNELS = 7
 

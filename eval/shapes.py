@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from harness.models.zoo import shapes
+from ditbench.harness.models.zoo import shapes
 
 FAR = 85.0  # RGB distance from which a pixel is of no colour; the palest pixels of a small white cross are 81 away from white
 LEAST_AREA = 6 / 32**2  # of the picture: a small triangle, the smallest that is drawn, has 8 pixels of its colour

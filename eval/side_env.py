@@ -28,13 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from eval.base import Samples
-from eval.passport import passport
-from eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Interval, mean_with_ci, share_with_ci
-from eval.weights import data_folder, offline, weights_folder
-from harness.errors import UserError, unknown_name
-from harness.files import file_sha256
-from harness.record import Record, add_metric, experiment_folder, read, read_all
+from ditbench.eval.base import Samples
+from ditbench.eval.passport import passport
+from ditbench.eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Interval, mean_with_ci, share_with_ci
+from ditbench.eval.weights import data_folder, offline, weights_folder
+from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.files import file_sha256
+from ditbench.harness.record import Record, add_metric, experiment_folder, read, read_all
 
 VBENCH = "0.1.5"
 REQUIREMENTS = Path(__file__).with_name("vbench_requirements.txt")
@@ -63,7 +63,7 @@ def score(target: str, dimensions: Sequence[str] | None, results_dir: Path) -> O
     """
     import torch
 
-    from harness.generate import load_samples
+    from ditbench.harness.generate import load_samples
 
     for name in dimensions or ():
         if name not in DIMENSIONS:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.statistics import resampled_rows
+from ditbench.eval.statistics import resampled_rows
 
 WIDE = 512  # from here on one resample of a Fréchet distance takes seconds
 FEW_RESAMPLES = 20

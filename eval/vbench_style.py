@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, linear
 
-from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.features import best_device, channels_first, full_precision
-from eval.needs import package
-from eval.per_sample import mean_or_share
-from eval.video_judges import (
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.features import best_device, channels_first, full_precision
+from ditbench.eval.needs import package
+from ditbench.eval.per_sample import mean_or_share
+from ditbench.eval.video_judges import (
     BATCH,
     CLIP,
     CLIP_LARGE,
@@ -26,7 +26,7 @@ from eval.video_judges import (
     judge_here,
     load_judge,
 )
-from eval.weights import stored_sha256, weights_folder
+from ditbench.eval.weights import stored_sha256, weights_folder
 
 AESTHETIC_FILE = "sa_0_4_vit_l_14_linear.pth"
 MUSIQ_SIDE = 512  # VBench's mode "longer": frames whose longer side is larger are made smaller

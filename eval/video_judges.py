@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from eval.base import MetricSkipped, Need
-from eval.features import best_device, channels_first, full_precision, remembered
-from eval.weights import stored_sha256
+from ditbench.eval.base import MetricSkipped, Need
+from ditbench.eval.features import best_device, channels_first, full_precision, remembered
+from ditbench.eval.weights import stored_sha256
 
 DINO = "facebook/dino-vitb16"
 CLIP = "openai/clip-vit-base-patch32"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.features import remembered
-from eval.flow import Flow, find_flow, warp
-from eval.per_sample import mean_or_share
-from eval.vbench_style import of_dimension
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.features import remembered
+from ditbench.eval.flow import Flow, find_flow, warp
+from ditbench.eval.per_sample import mean_or_share
+from ditbench.eval.vbench_style import of_dimension
 
 VBENCH_FPS = 8.0  # the rate VBench looks at motion
 FASTEST_SHARE = 0.05  # of a frame's pixels

@@ -12,10 +12,10 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from eval.base import Evidence, Measurement, MetricSkipped, metric
-from eval.per_sample import mean_or_share
-from eval.vbench_style import of_dimension
-from eval.video_judges import CLIP, frame_features, judge_here, load_judge
+from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.per_sample import mean_or_share
+from ditbench.eval.vbench_style import of_dimension
+from ditbench.eval.video_judges import CLIP, frame_features, judge_here, load_judge
 
 VBENCH_FRAMES = 8
 

@@ -18,8 +18,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from eval.base import MetricSkipped
-from harness.files import atomic_path, file_sha256
+from ditbench.eval.base import MetricSkipped
+from ditbench.harness.files import atomic_path, file_sha256
 
 CONNECT_TIMEOUT_S = 5.0
 _NETWORK_ERRORS = (OSError, HTTPException)  # URLError and HTTPError are OSErrors

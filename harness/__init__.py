@@ -1,7 +1,4 @@
-"""ditbench: one protocol for post-training quantization of diffusion transformers."""
+"""The harness: its rooms and what flows through them stand in docs/architecture.md."""
 
-from harness.torchvision_ops import ensure_torchvision_imports
-
-ensure_torchvision_imports()
-
-__version__ = "0.1.0"
+if __name__ == "harness":  # the folder itself was found, from the top of a checkout: every module would exist twice
+    raise ImportError("import ditbench.harness instead of harness; `pip install -e .` makes it known")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError
+from ditbench.harness.errors import UserError
 
 Arguments = dict[str, Any]
 TEXT_TOKENS = "text_tokens"  # of a two-stream state: how many come first

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from harness.calibrate import Calibration
-from harness.observe import run_calibration
-from harness.quant.build import build, quant_layers
-from harness.quant.layer import QuantLinear
-from harness.quant.lowrank import residual
-from harness.quant.quantizers import QuantizedWeight
-from harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
-from harness.quant.spec import QuantSpec
-from harness.quant.target import Target
-from harness.quant.transforms import Transform
-from harness.stream import MAX_BYTES, BlockStream, watched
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.observe import run_calibration
+from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.quant.layer import QuantLinear
+from ditbench.harness.quant.lowrank import residual
+from ditbench.harness.quant.quantizers import QuantizedWeight
+from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.transforms import Transform
+from ditbench.harness.stream import MAX_BYTES, BlockStream, watched
 
 Round = Callable[[str, Tensor, Tensor], QuantizedWeight]  # (layer, weight_OC, hessian_CC) → codes
 

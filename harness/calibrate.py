@@ -14,15 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eval.base import Prompt
-from harness.calls import Shape, float_dtype, placed, take_apart
-from harness.environment import code_identity
-from harness.errors import UserError
-from harness.files import atomic_path, cached, canonical_sha256
-from harness.models.base import PROMPTS, Conditions, LoadedModel, Sampler
-from harness.progress import progress as progress_bar
-from harness.quant.build import clock_of, float_copy
-from harness.seeds import sample_seeds
+from ditbench.eval.base import Prompt
+from ditbench.harness.calls import Shape, float_dtype, placed, take_apart
+from ditbench.harness.environment import code_identity
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import atomic_path, cached, canonical_sha256
+from ditbench.harness.models.base import PROMPTS, Conditions, LoadedModel, Sampler
+from ditbench.harness.progress import progress as progress_bar
+from ditbench.harness.quant.build import clock_of, float_copy
+from ditbench.harness.seeds import sample_seeds
 
 SECONDS = "seconds"  # metadata of cached files
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError
+from ditbench.harness.errors import UserError
 
 PLAIN = (bool, int, float, str, type(None))
 KEEP_PRECISION = ("timestep", "sigma", "guidance")  # arguments that a model embeds in float32 whatever its dtype

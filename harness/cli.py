@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.errors import UserError, of_the_system
+from ditbench.harness.errors import UserError, of_the_system
 
 HELP = """\
 ditbench: one protocol for post-training quantization of diffusion transformers.
@@ -64,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in rest or "debug=true" in rest
     try:
         if command == "--version":
-            import harness
+            import ditbench
 
-            print(f"ditbench {harness.__version__}")
+            print(f"ditbench {ditbench.__version__}")
             return 0
         if command not in commands:
-            from harness.errors import unknown_name
+            from ditbench.harness.errors import unknown_name
 
             raise unknown_name("command", command, commands)
         return commands[command](rest)
@@ -97,7 +97,7 @@ def run_command(arguments: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(HELP)
         return 0
-    from harness.sweep import launch
+    from ditbench.harness.sweep import launch
 
     return launch(_flags_to_overrides(arguments))
 
@@ -112,7 +112,7 @@ def report_command(arguments: list[str]) -> int:
     parser.add_argument("--over-seeds", action="store_true", help="one row for runs that differ in their seed only")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
     options = parser.parse_args(arguments)
-    from harness.report import report
+    from ditbench.harness.report import report
 
     made = report(
         options.results_dir, options.experiment, options.format, options.out, options.metrics, options.over_seeds
@@ -134,7 +134,7 @@ def compare_command(arguments: list[str]) -> int:
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
     options = parser.parse_args(arguments)
-    from harness.report import comparisons
+    from ditbench.harness.report import comparisons
 
     print(comparisons(options.results_dir, options.experiment, options.metric, options.bits))
     return 0
@@ -155,7 +155,7 @@ def export_command(arguments: list[str]) -> int:
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
     options = parser.parse_intermixed_args(arguments)
-    from harness.export_runs import export
+    from ditbench.harness.export_runs import export
 
     for exported in export(options.wanted, options.out, options.results_dir):
         print(exported)
@@ -163,7 +163,7 @@ def export_command(arguments: list[str]) -> int:
 
 
 def list_command(arguments: list[str]) -> int:
-    from harness import listing
+    from ditbench.harness import listing
 
     parser = argparse.ArgumentParser(prog="ditbench list", description="What there is to choose from.")
     parser.add_argument("kind", choices=sorted(listing.KINDS))
@@ -178,7 +178,7 @@ def paper_command(arguments: list[str]) -> int:
     parser.add_argument("name", nargs="?", help="of a table, to show: ptq4dit-table1")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args(arguments)
-    from harness import papers
+    from ditbench.harness import papers
 
     if options.action == "show" and options.name is None:
         raise UserError("paper show: which table? `ditbench paper list` names them")
@@ -197,7 +197,7 @@ def reproduce_command(arguments: list[str]) -> int:
     )
     parser.add_argument("--plan", action="store_true", help="only say what it needs; nothing is loaded or run")
     options = parser.parse_intermixed_args(_flags_to_overrides(arguments))
-    from harness import reproduce
+    from ditbench.harness import reproduce
 
     if options.plan:
         print(reproduce.plan(options.name, options.model, options.overrides))
@@ -211,7 +211,7 @@ def check_method_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ditbench check-method", description="The conformance suite on one method.")
     parser.add_argument("name", help="a method's name, or all")
     parser.add_argument("--debug", action="store_true")
-    from harness.conformance import check_methods
+    from ditbench.harness.conformance import check_methods
 
     return check_methods(parser.parse_args(arguments).name)
 
@@ -224,7 +224,7 @@ def parity_command(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, as in ditbench run")
     parser.add_argument("--formats", nargs="+", default=[], metavar="BITS", help="w8a8 w4a8 …; default: all")
     options = parser.parse_intermixed_args(_flags_to_overrides(arguments))
-    from harness.parity_check import check
+    from ditbench.harness.parity_check import check
 
     text, good = check(options.formats, options.overrides)
     print(text)
@@ -232,8 +232,8 @@ def parity_command(arguments: list[str]) -> int:
 
 
 def bench_command(arguments: list[str]) -> int:
-    from harness.bench import Options, bench, plot, shown
-    from harness.bench.others import OTHERS
+    from ditbench.harness.bench import Options, bench, plot, shown
+    from ditbench.harness.bench.others import OTHERS
 
     usual = Options()
     parser = argparse.ArgumentParser(
@@ -265,7 +265,7 @@ def data_command(arguments: list[str]) -> int:
     parser.add_argument("name", nargs="?", help="of an entry (ditbench data list); verify without one takes all")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args(arguments)
-    from eval import data, fetch
+    from ditbench.eval import data, fetch
 
     if options.action == "list":
         print(data.listed())
@@ -289,7 +289,7 @@ def vbench_command(arguments: list[str]) -> int:
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args(arguments)
-    from eval import side_env
+    from ditbench.eval import side_env
 
     outcome = side_env.score(options.target, options.dimension, options.results_dir)
     print(outcome.text)
@@ -300,14 +300,14 @@ def doctor_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ditbench doctor", description="What this machine can do.")
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
     parser.add_argument("--debug", action="store_true")
-    from harness.doctor import examine
+    from ditbench.harness.doctor import examine
 
     print(examine(parser.parse_args(arguments).results_dir))
     return 0
 
 
 def zoo_command(arguments: list[str]) -> int:
-    from harness.models.zoo import trainable
+    from ditbench.harness.models.zoo import trainable
 
     parser = argparse.ArgumentParser(prog="ditbench zoo", description="The embedded models.")
     parser.add_argument("action", choices=["train"])

@@ -9,10 +9,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import OverrideParseException
 
-from harness import methods
-from harness.errors import UserError, unknown_name
-from harness.paths import CONF, options
-from harness.quant.spec import MIXED, all_labels, parse_label
+from ditbench.harness import methods
+from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.paths import CONF, options
+from ditbench.harness.quant.spec import MIXED, all_labels, parse_label
 
 
 def register() -> None:

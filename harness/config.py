@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from eval.base import Prompt, known_metrics
-from harness import methods
-from harness.backends.base import AUTO, known_backends
-from harness.errors import UserError, unknown_name
-from harness.models.base import ModelSpec, Sampler, family
-from harness.prompts import load_prompts
-from harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
-from harness.typed import check_types
+from ditbench.eval.base import Prompt, known_metrics
+from ditbench.harness import methods
+from ditbench.harness.backends.base import AUTO, known_backends
+from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.models.base import ModelSpec, Sampler, family
+from ditbench.harness.prompts import load_prompts
+from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
+from ditbench.harness.typed import check_types
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")

@@ -21,16 +21,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness import methods
-from harness.calibrate import Calibration, calibrate
-from harness.calls import placed
-from harness.errors import UserError
-from harness.files import tensors_sha256
-from harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
-from harness.quant.build import build
-from harness.quant.recipe import ModelRecipe
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.target import Target
+from ditbench.harness import methods
+from ditbench.harness.calibrate import Calibration, calibrate
+from ditbench.harness.calls import placed
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import tensors_sha256
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.quant.build import build
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.target import Target
 
 FLOAT_IDENTITY = 1e-10
 SMALL_DIT = {

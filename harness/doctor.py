@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from harness import tracking
-from harness.environment import PACKAGES, package_version
-from harness.listing import format_matrix, table
-from harness.measure import device_name
-from harness.models.zoo import WEIGHTS
-from harness.paths import options
+from ditbench.harness import tracking
+from ditbench.harness.environment import PACKAGES, package_version
+from ditbench.harness.listing import format_matrix, table
+from ditbench.harness.measure import device_name
+from ditbench.harness.models.zoo import WEIGHTS
+from ditbench.harness.paths import options
 
 
 def examine(results_dir: Path) -> str:
@@ -58,9 +58,9 @@ def _weights(path: Path) -> str:
 
 def _metrics() -> str:
     """Every registered metric, those together that need the same; then others' data."""
-    from eval.base import known_metrics
-    from eval.data import known_data
-    from eval.needs import lacking
+    from ditbench.eval.base import known_metrics
+    from ditbench.eval.data import known_data
+    from ditbench.eval.needs import lacking
 
     alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
     for metric in known_metrics().values():

@@ -8,13 +8,13 @@ import subprocess
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import harness
-from harness.measure import device_name
+import ditbench
+from ditbench.harness.measure import device_name
+from ditbench.harness.paths import HARNESS
 
 # Modules that only choose, show or tell: editing them changes no number.
 TELLERS = frozenset(
@@ -27,7 +27,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelit
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:
     return {
-        "ditbench": harness.__version__,
+        "ditbench": ditbench.__version__,
         "git": git_commit(),
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
@@ -41,7 +41,7 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
 @cache
 def code_identity() -> dict[str, Any]:
     """What, besides the configuration, makes the numbers: our sources and the libraries that compute."""
-    root = Path(harness.__file__).resolve().parent
+    root = HARNESS
     files = [*root.glob("*.py"), *(root.parent / "eval").glob("*.py")]
     folders = [root / folder for folder in ("quant", "backends", "models")]
     files += [path for folder in folders for kind in ("*.py", "*.cpp") for path in folder.rglob(kind)]
@@ -55,7 +55,7 @@ def code_identity() -> dict[str, Any]:
 @cache
 def git_commit() -> str | None:
     """Commit of the checkout that this code runs from, with "-dirty" for uncommitted changes; None in a wheel."""
-    root = Path(harness.__file__).resolve().parent.parent
+    root = HARNESS.parent
     if not (root / ".git").exists():
         return None
     try:

@@ -24,19 +24,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import harness
-from harness.backends.base import AUTO
-from harness.errors import UserError
-from harness.files import atomic_path, file_sha256
-from harness.quant.attention import QuantAttnProcessor, set_processor
-from harness.quant.build import cast, clock_of, copy_without, dtype_of, set_submodule
-from harness.quant.effective import effective_linear, touched_layers
-from harness.quant.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed, RangedLinear
-from harness.quant.modulation import block_folds, hang
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.serialize import content_sha256, decode, encode
-from harness.quant.steps import StepClock
-from harness.quant.target import Target
+import ditbench
+from ditbench.harness.backends.base import AUTO
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import atomic_path, file_sha256
+from ditbench.harness.quant.attention import QuantAttnProcessor, set_processor
+from ditbench.harness.quant.build import cast, clock_of, copy_without, dtype_of, set_submodule
+from ditbench.harness.quant.effective import effective_linear, touched_layers
+from ditbench.harness.quant.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed, RangedLinear
+from ditbench.harness.quant.modulation import block_folds, hang
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.serialize import content_sha256, decode, encode
+from ditbench.harness.quant.steps import StepClock
+from ditbench.harness.quant.target import Target
 
 FORMAT, VERSION = "ditbench quantized transformer", 1
 RECIPE, TENSORS = "recipe.json", "quantized.safetensors"
@@ -60,7 +60,7 @@ def save_quantized(
     described = {
         "format": FORMAT,
         "version": VERSION,
-        "ditbench": harness.__version__,
+        "ditbench": ditbench.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "transformer": architecture(target.transformer),
         "num_steps": recipe.num_steps,

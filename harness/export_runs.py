@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harness import methods, mixed, record
-from harness.config import RunConfig, parse
-from harness.errors import UserError
-from harness.export import save_quantized
-from harness.loaded import model_of
-from harness.models.base import LoadedModel
-from harness.quant.recipe import ModelRecipe
-from harness.quant.spec import Bits, MixedBits
-from harness.quant.target import Target
-from harness.record import Record
-from harness.run import fitted, stage_account, stage_calibrate, stage_mixed
-from harness.sweep import composed
+from ditbench.harness import methods, mixed, record
+from ditbench.harness.config import RunConfig, parse
+from ditbench.harness.errors import UserError
+from ditbench.harness.export import save_quantized
+from ditbench.harness.loaded import model_of
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.spec import Bits, MixedBits
+from ditbench.harness.quant.target import Target
+from ditbench.harness.record import Record
+from ditbench.harness.run import fitted, stage_account, stage_calibrate, stage_mixed
+from ditbench.harness.sweep import composed
 
 
 @dataclass(frozen=True)

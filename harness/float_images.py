@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from eval.base import PerSample, Samples
-from eval.passport import SCORED_BY
-from harness import sample_values
-from harness.config import RunConfig
-from harness.environment import code_identity
-from harness.files import cached, canonical_sha256, read_json, write_json
-from harness.generate import conditions, generate, load_samples, save_samples
-from harness.models.base import LoadedModel
-from harness.quant.build import float_copy
+from ditbench.eval.base import PerSample, Samples
+from ditbench.eval.passport import SCORED_BY
+from ditbench.harness import sample_values
+from ditbench.harness.config import RunConfig
+from ditbench.harness.environment import code_identity
+from ditbench.harness.files import cached, canonical_sha256, read_json, write_json
+from ditbench.harness.generate import conditions, generate, load_samples, save_samples
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.quant.build import float_copy
 
 SEED_STRIDE = 1_000_003  # extra seeds lie far from the seeds that users give
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval.base import Prompt, Samples
-from harness.errors import UserError
-from harness.files import atomic_path
-from harness.models.base import PROMPTS, Conditions, Correction, LoadedModel, Sampler
-from harness.progress import progress as progress_bar
-from harness.seeds import sample_seeds
+from ditbench.eval.base import Prompt, Samples
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import atomic_path
+from ditbench.harness.models.base import PROMPTS, Conditions, Correction, LoadedModel, Sampler
+from ditbench.harness.progress import progress as progress_bar
+from ditbench.harness.seeds import sample_seeds
 
 
 def conditions(

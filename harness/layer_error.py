@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.blocks import tokens_of
-from harness.calibrate import Calibration, spread
-from harness.files import atomic_path
-from harness.quant.build import build, clock_of, quant_layers
-from harness.quant.layer import QuantLinear
-from harness.quant.recipe import ModelRecipe
-from harness.quant.target import Target
+from ditbench.harness.blocks import tokens_of
+from ditbench.harness.calibrate import Calibration, spread
+from ditbench.harness.files import atomic_path
+from ditbench.harness.quant.build import build, clock_of, quant_layers
+from ditbench.harness.quant.layer import QuantLinear
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.target import Target
 
 MAX_STEPS = 20  # spread over the trajectory
 ROWS = 16  # of each step's recorded calls, spread as well

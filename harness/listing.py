@@ -8,12 +8,12 @@ from dataclasses import asdict
 import torch
 import yaml
 
-from harness import methods
-from harness.errors import UserError
-from harness.paths import CONF, options
-from harness.quant.quantizers import ActQuant
-from harness.quant.recipe import LayerRecipe
-from harness.quant.spec import FLOAT_BITS, FP8, Bits, QuantSpec, all_labels, parse_label
+from ditbench.harness import methods
+from ditbench.harness.errors import UserError
+from ditbench.harness.paths import CONF, options
+from ditbench.harness.quant.quantizers import ActQuant
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.spec import FLOAT_BITS, FP8, Bits, QuantSpec, all_labels, parse_label
 
 FORMATS = ("W8A8", "FP8", "W6A6", "W4A8", "W4A4", "W3A4", "W8A16", "W4A16")
 
@@ -37,7 +37,7 @@ def list_models() -> str:
 
 
 def list_metrics() -> str:
-    from eval.base import known_metrics
+    from ditbench.eval.base import known_metrics
 
     rows = [
         (m.name, m.summary, _direction(m.better), "per sample against the float model" if m.paired else "per set")
@@ -52,7 +52,7 @@ def _direction(better: str) -> str:
 
 def list_backends() -> str:
     """Every backend, and the format × device matrix: why a format has no kernel here."""
-    from harness.backends.base import known_backends
+    from ditbench.harness.backends.base import known_backends
 
     backends = known_backends()
     # Not the word "measured": that is a record's, of a run in which the kernel ran.
@@ -61,7 +61,7 @@ def list_backends() -> str:
 
 
 def format_matrix() -> str:
-    from harness.backends.base import known_backends
+    from ditbench.harness.backends.base import known_backends
 
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     rows: list[Sequence[str]] = []
@@ -87,8 +87,8 @@ def list_protocols() -> str:
 
 def list_prompts() -> str:
     """The sets shipped here, and those that `ditbench data fetch` gets."""
-    from eval.data import PROMPTS, known_data
-    from harness.prompts import SETS
+    from ditbench.eval.data import PROMPTS, known_data
+    from ditbench.harness.prompts import SETS
 
     rows = [(name, "here", each.what) for name, each in SETS.items()]
     rows += [(d.name, "here" if d.is_here else "–", d.what) for d in known_data().values() if d.kind == PROMPTS]
@@ -126,7 +126,7 @@ def bits_of(label: str) -> Bits:
 
 
 def example_recipe(label: str) -> LayerRecipe:
-    from harness.quant.quantizers import quantize_weight
+    from ditbench.harness.quant.quantizers import quantize_weight
 
     bits = bits_of(label)
     weight = None if bits.weight is None else quantize_weight(torch.eye(16), bits.weight)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from torch import nn
 
-from eval.base import FeatureModel, Reference
-from eval.judges import load_judge
-from eval.reference import load_reference
-from harness.errors import UserError
-from harness.files import tensor_sums
-from harness.models.base import LoadedModel, ModelSpec, load_model
+from ditbench.eval.base import FeatureModel, Reference
+from ditbench.eval.judges import load_judge
+from ditbench.eval.reference import load_reference
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import tensor_sums
+from ditbench.harness.models.base import LoadedModel, ModelSpec, load_model
 
 
 def model_of(spec: ModelSpec) -> LoadedModel:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.calls import placed
-from harness.models.base import LoadedModel
-from harness.progress import progress
-from harness.quant.build import clock_of, float_copy
-from harness.quant.layer import QuantLinear
-from harness.quant.target import Target
+from ditbench.harness.calls import placed
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.progress import progress
+from ditbench.harness.quant.build import clock_of, float_copy
+from ditbench.harness.quant.layer import QuantLinear
+from ditbench.harness.quant.target import Target
 
 
 def kind_of(model: nn.Module, quantized_attention: bool) -> str:

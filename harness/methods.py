@@ -22,12 +22,12 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.errors import UserError, unknown_name
-from harness.models.base import Correction
-from harness.quant.recipe import ModelRecipe
-from harness.quant.spec import Bits
-from harness.quant.target import Target
-from harness.typed import check_types
+from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.models.base import Correction
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.target import Target
+from ditbench.harness.typed import check_types
 
 ENTRY_POINTS = "ditbench.methods"
 FLOAT = "fp"  # the 16-bit reference: it ignores bits
@@ -40,11 +40,11 @@ def known_methods() -> dict[str, ModuleType]:
     Raises:
         UserError: a plugin cannot be imported or lacks a part, or two have the same name.
     """
-    import methods as package
+    import ditbench.methods as package
 
     found: dict[str, ModuleType] = {}
     for module in pkgutil.iter_modules(package.__path__):
-        found[module.name] = importlib.import_module(f"methods.{module.name}")
+        found[module.name] = importlib.import_module(f"ditbench.methods.{module.name}")
     for point in entry_points(group=ENTRY_POINTS):
         if point.name in found:
             raise UserError(f"method {point.name!r} of {point.value} has the name of another method; rename it")

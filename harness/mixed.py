@@ -16,23 +16,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness import methods
-from harness.calibrate import Calibration, spread
-from harness.calls import placed
-from harness.config import RunConfig
-from harness.environment import code_identity
-from harness.errors import UserError
-from harness.files import cached, canonical_sha256, read_json, write_json
-from harness.models.base import LoadedModel
-from harness.progress import progress
-from harness.quant.accounting import account, count_macs, held_parts, layer_bytes
-from harness.quant.attention import QuantAttnProcessor, set_processor
-from harness.quant.build import build, clock_of, quant_layers, set_submodule
-from harness.quant.plan import Costs, Unit, fixed_units, merged, merged_by_range, readers_of_one_site, solve, units_of
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.spec import FLOAT_BITS, Bits, MixedBits
-from harness.quant.steps import range_starts, step_ranges
-from harness.quant.target import Target, weight_matrix
+from ditbench.harness import methods
+from ditbench.harness.calibrate import Calibration, spread
+from ditbench.harness.calls import placed
+from ditbench.harness.config import RunConfig
+from ditbench.harness.environment import code_identity
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import cached, canonical_sha256, read_json, write_json
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.progress import progress
+from ditbench.harness.quant.accounting import account, count_macs, held_parts, layer_bytes
+from ditbench.harness.quant.attention import QuantAttnProcessor, set_processor
+from ditbench.harness.quant.build import build, clock_of, quant_layers, set_submodule
+from ditbench.harness.quant.plan import (
+    Costs,
+    Unit,
+    fixed_units,
+    merged,
+    merged_by_range,
+    readers_of_one_site,
+    solve,
+    units_of,
+)
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.spec import FLOAT_BITS, Bits, MixedBits
+from ditbench.harness.quant.steps import range_starts, step_ranges
+from ditbench.harness.quant.target import Target, weight_matrix
 
 MAX_STEPS, ROWS = 4, 4  # of the calibration's inputs, spread over the steps and over each step's rows
 LEAST_STEPS = 2  # of each range of steps, even if there are many

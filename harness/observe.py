@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.calibrate import SECONDS, Calibration, saved_seconds
-from harness.calls import float_dtype
-from harness.files import atomic_path, cached, canonical_sha256
-from harness.progress import progress
-from harness.quant.build import float_copy
-from harness.quant.target import Site, Target
+from ditbench.harness.calibrate import SECONDS, Calibration, saved_seconds
+from ditbench.harness.calls import float_dtype
+from ditbench.harness.files import atomic_path, cached, canonical_sha256
+from ditbench.harness.progress import progress
+from ditbench.harness.quant.build import float_copy
+from ditbench.harness.quant.target import Site, Target
 
 STATS_VERSION = 1  # of what is cached: raise it when ChannelStats changes
 

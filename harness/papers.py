@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from harness.errors import UserError, unknown_name
-from harness.listing import table as text_table
-from harness.paths import PAPERS
+from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.listing import table as text_table
+from ditbench.harness.paths import PAPERS
 
 CONFIDENCES = {
     "primary": "text of the paper or the README of the method itself",

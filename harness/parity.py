@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from harness.layer_error import rounded_layers
-from harness.quant.build import build_layer, clock_of
-from harness.quant.recipe import ModelRecipe
-from harness.quant.target import Target
+from ditbench.harness.layer_error import rounded_layers
+from ditbench.harness.quant.build import build_layer, clock_of
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.target import Target
 
 LAYER_LIMIT = 1e-3  # relative error of a layer's output that a backend must keep
 IMAGE_LIMIT_DB = 45.0  # PSNR of its images against the simulated ones

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.backends.base import known_backends
-from harness.calibrate import float_dtype
-from harness.config import RunConfig, parse
-from harness.errors import UserError
-from harness.listing import example_recipe, formats_of, table
-from harness.loaded import model_of
-from harness.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
-from harness.quant.build import build
-from harness.quant.spec import FP8
-from harness.run import stage_calibrate, stage_generate, stage_quantize
-from harness.sweep import composed
+from ditbench.harness.backends.base import known_backends
+from ditbench.harness.calibrate import float_dtype
+from ditbench.harness.config import RunConfig, parse
+from ditbench.harness.errors import UserError
+from ditbench.harness.listing import example_recipe, formats_of, table
+from ditbench.harness.loaded import model_of
+from ditbench.harness.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
+from ditbench.harness.quant.build import build
+from ditbench.harness.quant.spec import FP8
+from ditbench.harness.run import stage_calibrate, stage_generate, stage_quantize
+from ditbench.harness.sweep import composed
 
 IMAGES = 4
 ROWS = 2  # of the recorded calls of the middle step

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+HARNESS = Path(__file__).resolve().parent
+CONF = HARNESS.parent / "conf"
 PAPERS = CONF.parent / "results" / "papers"  # reported numbers, shipped; a user's own results lie in ./results/runs
 
 

@@ -19,14 +19,14 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from harness.blocks import BlockCall, OneStream, by_name
-from harness.calls import float_dtype, placed
-from harness.errors import UserError
-from harness.models.base import PROMPTS, Conditions, Correction, Drawn, OnCall, Sampler
-from harness.quant.build import clock_of
-from harness.quant.target import Site
-from harness.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
-from harness.transformer_only import TransformerOnly, random_transformer
+from ditbench.harness.blocks import BlockCall, OneStream, by_name
+from ditbench.harness.calls import float_dtype, placed
+from ditbench.harness.errors import UserError
+from ditbench.harness.models.base import PROMPTS, Conditions, Correction, Drawn, OnCall, Sampler
+from ditbench.harness.quant.build import clock_of
+from ditbench.harness.quant.target import Site
+from ditbench.harness.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
+from ditbench.harness.transformer_only import TransformerOnly, random_transformer
 
 
 def no_sites(transformer: nn.Module) -> list[Site]:
@@ -63,7 +63,7 @@ class PipelineFamily:
     INDEX: str = "model_index.json"
 
     def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
-        from harness.files import pipeline_without
+        from ditbench.harness.files import pipeline_without
 
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             folder, revision=revision, dtype=dtype, **pipeline_without(folder, "vae")
@@ -171,7 +171,7 @@ class PipelineFamily:
 
     @staticmethod
     def _any_prompts(count: int):
-        from eval.base import Prompt
+        from ditbench.eval.base import Prompt
 
         return (Prompt("a red circle"),) * count
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from eval.base import Prompt
-from harness.models.zoo import shapes
+from ditbench.eval.base import Prompt
+from ditbench.harness.models.zoo import shapes
 
 CALIBRATION_SEED = 1  # drawn anew; of the kinds that have a dozen captions in all, some are those that are scored
 MANY = 240
@@ -36,7 +36,7 @@ def load_prompts(name: str) -> tuple[Prompt, ...]:
     """
     if name in SETS:
         return SETS[name].make()
-    from eval import prompts
+    from ditbench.eval import prompts
 
     return prompts.load_prompts(name)
 

@@ -22,19 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.backends import simulate
-from harness.backends.base import Kernel
-from harness.blockwise import weight_from_state, weight_state
-from harness.calibrate import Calibration
-from harness.quant.adaround import AdaRound, LearnedAct
-from harness.quant.attention import OPERANDS, QuantAttnProcessor, set_processor
-from harness.quant.build import build, clock_of, quant_layers
-from harness.quant.quantizers import ActQuant, QuantizedWeight
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.rounding import act_quant
-from harness.quant.spec import QuantSpec
-from harness.quant.target import Target
-from harness.stream import MAX_BYTES, BlockInput, BlockStream
+from ditbench.harness.backends import simulate
+from ditbench.harness.backends.base import Kernel
+from ditbench.harness.blockwise import weight_from_state, weight_state
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.quant.adaround import AdaRound, LearnedAct
+from ditbench.harness.quant.attention import OPERANDS, QuantAttnProcessor, set_processor
+from ditbench.harness.quant.build import build, clock_of, quant_layers
+from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.rounding import act_quant
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.target import Target
+from ditbench.harness.stream import MAX_BYTES, BlockInput, BlockStream
 
 STREAMS = 3  # hidden states held at a time: quantized inputs, float inputs, float outputs
 

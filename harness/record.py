@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
-from harness.files import write_json
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import write_json
 
 SCHEMA = 1
 _HOST = socket.gethostname()

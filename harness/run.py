@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval.base import (
+from ditbench.eval.base import (
     Evidence,
     PerSample,
     Samples,
@@ -24,28 +24,28 @@ from eval.base import (
     known_metrics,
     plugin_sources,
 )
-from eval.needs import lacking, offered
-from harness import methods, mixed, record, sample_values, tracking
-from harness.calibrate import Calibration, calibrate
-from harness.config import RunConfig
-from harness.environment import code_identity, environment
-from harness.errors import UserError, reason
-from harness.files import canonical_sha256, disk_errors_explained, is_disk_error
-from harness.float_images import float_images, float_values, noise_floor
-from harness.generate import conditions, generate, save_animation, save_grid, save_samples
-from harness.layer_error import ErrorAtlas, error_atlas, layer_table
-from harness.loaded import judge_in, left_alone, model_of, reference_of
-from harness.measure import kind_of, measure
-from harness.memory import PeakMemory, peak_memory
-from harness.models.base import LoadedModel
-from harness.parity import layer_parity
-from harness.quant.accounting import account, count_macs
-from harness.quant.build import build, clock_of
-from harness.quant.recipe import ModelRecipe
-from harness.quant.spec import Bits, MixedBits
-from harness.quant.steps import step_ranges
-from harness.quant.target import Target
-from harness.record import Record
+from ditbench.eval.needs import lacking, offered
+from ditbench.harness import methods, mixed, record, sample_values, tracking
+from ditbench.harness.calibrate import Calibration, calibrate
+from ditbench.harness.config import RunConfig
+from ditbench.harness.environment import code_identity, environment
+from ditbench.harness.errors import UserError, reason
+from ditbench.harness.files import canonical_sha256, disk_errors_explained, is_disk_error
+from ditbench.harness.float_images import float_images, float_values, noise_floor
+from ditbench.harness.generate import conditions, generate, save_animation, save_grid, save_samples
+from ditbench.harness.layer_error import ErrorAtlas, error_atlas, layer_table
+from ditbench.harness.loaded import judge_in, left_alone, model_of, reference_of
+from ditbench.harness.measure import kind_of, measure
+from ditbench.harness.memory import PeakMemory, peak_memory
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.parity import layer_parity
+from ditbench.harness.quant.accounting import account, count_macs
+from ditbench.harness.quant.build import build, clock_of
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.spec import Bits, MixedBits
+from ditbench.harness.quant.steps import step_ranges
+from ditbench.harness.quant.target import Target
+from ditbench.harness.record import Record
 
 PARITY_ROWS = 2
 

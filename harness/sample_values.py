@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.base import PerSample, Samples
-from harness.files import atomic_path, canonical_sha256
+from ditbench.eval.base import PerSample, Samples
+from ditbench.harness.files import atomic_path, canonical_sha256
 
 FILE = "per_sample.npz"
 

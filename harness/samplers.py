@@ -13,7 +13,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from harness.errors import UserError
+from ditbench.harness.errors import UserError
 
 NO_VARIANCE = 1e-20  # has a logarithm
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.quant.target import AdaLNRows, Producer, Site, TableRows, ValueRows
+from ditbench.harness.quant.target import AdaLNRows, Producer, Site, TableRows, ValueRows
 
 
 def chunk(linear: str, width: int, shift: int, scale: int) -> AdaLNRows:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.blocks import by_name
-from harness.calibrate import Calibration, spread
-from harness.progress import progress
-from harness.quant.target import Target
+from ditbench.harness.blocks import by_name
+from ditbench.harness.calibrate import Calibration, spread
+from ditbench.harness.progress import progress
+from ditbench.harness.quant.target import Target
 
 MAX_BYTES = 2**30
 

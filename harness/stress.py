@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from harness.quant.target import AdaLNRows, Producer, Site, TableRows
+from ditbench.harness.quant.target import AdaLNRows, Producer, Site, TableRows
 
 
 def inject_outliers(transformer: nn.Module, sites: list[Site], channels: int, log2_factor: int, seed: int) -> None:

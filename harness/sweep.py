@@ -13,13 +13,13 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import compose
-from harness.config import parse
-from harness.errors import UserError, of_the_system, unknown_name
-from harness.paths import CONF
-from harness.record import Record
-from harness.report import comparison_table
-from harness.run import run, say
+from ditbench.harness import compose
+from ditbench.harness.config import parse
+from ditbench.harness.errors import UserError, of_the_system, unknown_name
+from ditbench.harness.paths import CONF
+from ditbench.harness.record import Record
+from ditbench.harness.report import comparison_table
+from ditbench.harness.run import run, say
 
 # Of this process: Hydra does not hand back what a job returns in a sweep.
 _done: list[Record] = []
@@ -32,7 +32,7 @@ def launch(arguments: list[str]) -> int:
     Raises:
         UserError: a choice, override or value that cannot be used.
     """
-    from harness.cli import EXIT_FAILED_RUNS
+    from ditbench.harness.cli import EXIT_FAILED_RUNS
 
     compose.register()
     overrides = [a for a in arguments if ("=" in a or a.startswith("~")) and not a.startswith("-")]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.record import Record
+from ditbench.harness.record import Record
 
 
 def log(tracker: dict[str, Any], record: Record, folder: Path) -> None:

@@ -15,7 +15,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError
+from ditbench.harness.errors import UserError
 
 
 @dataclass(frozen=True)

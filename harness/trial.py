@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from harness.quant.build import build, quant_layers
-from harness.quant.layer import QuantLinear
-from harness.quant.quantizers import ActQuant
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.target import Target
-from harness.quant.transforms import Transform
+from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.quant.layer import QuantLinear
+from ditbench.harness.quant.quantizers import ActQuant
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.transforms import Transform
 
 
 def float_model(target: Target, layers: Iterable[str], dtype) -> nn.Module:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from harness.errors import UserError
+from ditbench.harness.errors import UserError
 
 WORDS = {
     bool: "true or false",

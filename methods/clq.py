@@ -49,18 +49,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.calibrate import Calibration
-from harness.errors import UserError
-from harness.quant.effective import effective_linear
-from harness.quant.hadamard import is_admissible, largest_admissible_divisor
-from harness.quant.quantizers import ActQuant, quantize_weight
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import act_quant, nearest, static_ranges
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.target import Site, Target, weight_matrix
-from harness.quant.transforms import Hadamard, Permutation, Rotation, Transform
-from harness.stream import MAX_BYTES, BlockInput, BlockStream
-from harness.trial import TrialLayer, float_model, trial_layers
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.effective import effective_linear
+from ditbench.harness.quant.hadamard import is_admissible, largest_admissible_divisor
+from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import act_quant, nearest, static_ranges
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.target import Site, Target, weight_matrix
+from ditbench.harness.quant.transforms import Hadamard, Permutation, Rotation, Transform
+from ditbench.harness.stream import MAX_BYTES, BlockInput, BlockStream
+from ditbench.harness.trial import TrialLayer, float_model, trial_layers
 
 PARTS = ("cbc", "obs", "clps")
 CHOICES = {

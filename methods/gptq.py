@@ -19,15 +19,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from harness.blockwise import round_blockwise, weight_from_state, weight_state
-from harness.calibrate import Calibration
-from harness.quant.gptq import gptq
-from harness.quant.quantizers import RANGES
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.spec import Bits
-from harness.quant.target import Target
-from harness.stream import MAX_BYTES
+from ditbench.harness.blockwise import round_blockwise, weight_from_state, weight_state
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.quant.gptq import gptq
+from ditbench.harness.quant.quantizers import RANGES
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.target import Target
+from ditbench.harness.stream import MAX_BYTES
 
 
 @dataclass(frozen=True)

@@ -33,16 +33,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.calibrate import Calibration
-from harness.observe import ChannelStats, channel_stats
-from harness.quant.clustering import adjacent_clusters, group_means
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.smoothing import place, weight_absmax
-from harness.quant.spec import Bits
-from harness.quant.steps import StepTable
-from harness.quant.target import Target
-from harness.quant.transforms import Transform
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.observe import ChannelStats, channel_stats
+from ditbench.harness.quant.clustering import adjacent_clusters, group_means
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.smoothing import place, weight_absmax
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.transforms import Transform
 
 PARTS = ("group", "shift", "scale")
 

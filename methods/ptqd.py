@@ -35,13 +35,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from harness.calibrate import Calibration
-from harness.errors import UserError
-from harness.quant.build import build, float_copy
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.spec import Bits
-from harness.quant.target import Target
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.target import Target
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.calibrate import Calibration, selected
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.spec import Bits, needs_integers
-from harness.quant.target import Target
-from harness.reconstruct import Reconstruction, learned_weights, reconstruct
+from ditbench.harness.calibrate import Calibration, selected
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.spec import Bits, needs_integers
+from ditbench.harness.quant.target import Target
+from ditbench.harness.reconstruct import Reconstruction, learned_weights, reconstruct
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from harness.blockwise import round_blockwise, weight_from_state, weight_state
-from harness.calibrate import Calibration, spread
-from harness.errors import UserError
-from harness.quant.build import build, float_copy
-from harness.quant.gptq import gptq
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest
-from harness.quant.spec import E4M3, Bits, QuantSpec
-from harness.quant.target import Site, Target, weight_matrix
-from harness.stream import MAX_BYTES
+from ditbench.harness.blockwise import round_blockwise, weight_from_state, weight_state
+from ditbench.harness.calibrate import Calibration, spread
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.quant.gptq import gptq
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest
+from ditbench.harness.quant.spec import E4M3, Bits, QuantSpec
+from ditbench.harness.quant.target import Site, Target, weight_matrix
+from ditbench.harness.stream import MAX_BYTES
 
 Candidate = tuple[int, ...]  # a group size per layer input
 TRIES = 10  # times the number wanted, before a search that finds nothing new goes on with fewer

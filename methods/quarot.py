@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.calibrate import Calibration
-from harness.errors import UserError
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.spec import Bits
-from harness.quant.target import Target
-from harness.quant.transforms import Hadamard, Transform, random_signs
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.transforms import Hadamard, Transform, random_signs
 
 
 @dataclass(frozen=True)

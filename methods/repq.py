@@ -33,17 +33,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.calibrate import Calibration
-from harness.observe import channel_stats, inputs_observed, run_calibration
-from harness.quant.build import float_copy
-from harness.quant.quantizers import quantize_weight
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.smoothing import place
-from harness.quant.spec import Bits, QuantSpec, needs_integers
-from harness.quant.steps import StepTable
-from harness.quant.target import Site, Target
-from harness.quant.transforms import Transform
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.observe import channel_stats, inputs_observed, run_calibration
+from ditbench.harness.quant.build import float_copy
+from ditbench.harness.quant.quantizers import quantize_weight
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.smoothing import place
+from ditbench.harness.quant.spec import Bits, QuantSpec, needs_integers
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.target import Site, Target
+from ditbench.harness.quant.transforms import Transform
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from harness.calibrate import Calibration
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.spec import Bits
-from harness.quant.target import Target
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.target import Target
 
 
 @dataclass(frozen=True)

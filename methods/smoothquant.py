@@ -23,14 +23,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from harness.calibrate import Calibration
-from harness.observe import channel_stats
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.smoothing import place, smoothing_scale, weight_absmax
-from harness.quant.spec import Bits
-from harness.quant.target import Site, Target
-from harness.quant.transforms import Transform
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.observe import channel_stats
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.smoothing import place, smoothing_scale, weight_absmax
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.target import Site, Target
+from ditbench.harness.quant.transforms import Transform
 
 
 @dataclass(frozen=True)

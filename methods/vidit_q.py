@@ -33,15 +33,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from harness.calibrate import Calibration
-from harness.errors import UserError
-from harness.observe import ChannelStats, channel_stats
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.smoothing import place, smoothing_scale, weight_absmax
-from harness.quant.spec import FLOAT_BITS, Bits, QuantSpec, parse_label
-from harness.quant.target import Target
-from harness.quant.transforms import Hadamard, Transform, random_signs
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.errors import UserError
+from ditbench.harness.observe import ChannelStats, channel_stats
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.smoothing import place, smoothing_scale, weight_absmax
+from ditbench.harness.quant.spec import FLOAT_BITS, Bits, QuantSpec, parse_label
+from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.transforms import Hadamard, Transform, random_signs
 
 HIGHEST_NOISE = 0  # the first denoising step
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.calibrate import Calibration, calibrate
-from harness.conformance import SMALL_DIT
-from harness.files import tensors_sha256
-from harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
-from harness.quant.target import Target
+from ditbench.harness.calibrate import Calibration, calibrate
+from ditbench.harness.conformance import SMALL_DIT
+from ditbench.harness.files import tensors_sha256
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.quant.target import Target
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: kernels then run on the CPU

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import methods
+from ditbench.harness import methods
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source checkout")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from harness.cli import main
-from harness.generate import load_samples
-from harness.record import read_all
+from ditbench.harness.cli import main
+from ditbench.harness.generate import load_samples
+from ditbench.harness.record import read_all
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError, unknown_name
-from harness.quant.recipe import LayerRecipe
-from harness.quant.steps import StepTable
-from harness.quant.transforms import Transform
+from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.transforms import Transform
 
 AUTO = "auto"
 
@@ -63,9 +63,11 @@ class Backend(Protocol):
 @cache
 def known_backends() -> dict[str, Backend]:
     """Every backend module of this folder, the fastest first."""
-    import harness.backends as package
+    import ditbench.harness.backends as package
 
-    modules = [importlib.import_module(f"harness.backends.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    modules = [
+        importlib.import_module(f"ditbench.harness.backends.{m.name}") for m in pkgutil.iter_modules(package.__path__)
+    ]
     found = [module for module in modules if hasattr(module, "PRIORITY")]
     return {module.NAME: module for module in sorted(found, key=lambda module: -module.PRIORITY)}  # type: ignore[misc]
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.backends.base import Kernel
-from harness.backends.triton_kernels.limits import device_lacks, rows_lack
-from harness.quant.quantizers import LogSqrt2Quant, QuantizedWeight
-from harness.quant.recipe import LayerRecipe
-from harness.quant.spec import E4M3
+from ditbench.harness.backends.base import Kernel
+from ditbench.harness.backends.triton_kernels.limits import device_lacks, rows_lack
+from ditbench.harness.quant.quantizers import LogSqrt2Quant, QuantizedWeight
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.spec import E4M3
 
 NAME = "cuda_fp8"
 KIND = "measured"
@@ -40,7 +40,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
-    from harness.backends.triton_kernels.layers import Float8Kernel
+    from ditbench.harness.backends.triton_kernels.layers import Float8Kernel
 
     assert isinstance(recipe.weight, QuantizedWeight) and recipe.act is not None
     return Float8Kernel(recipe.weight, recipe.act)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.backends.base import Kernel
-from harness.backends.integers import not_integers, weight_lacks
-from harness.backends.triton_kernels.limits import device_lacks, rows_lack
-from harness.quant.quantizers import QuantizedWeight
-from harness.quant.recipe import LayerRecipe
+from ditbench.harness.backends.base import Kernel
+from ditbench.harness.backends.integers import not_integers, weight_lacks
+from ditbench.harness.backends.triton_kernels.limits import device_lacks, rows_lack
+from ditbench.harness.quant.quantizers import QuantizedWeight
+from ditbench.harness.quant.recipe import LayerRecipe
 
 NAME = "cuda_int8"
 KIND = "measured"
@@ -35,7 +35,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
-    from harness.backends.triton_kernels.layers import IntKernel
+    from ditbench.harness.backends.triton_kernels.layers import IntKernel
 
     assert isinstance(recipe.weight, QuantizedWeight) and recipe.act is not None
     return IntKernel(recipe.weight, recipe.act)

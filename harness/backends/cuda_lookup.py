@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.backends.base import Kernel
-from harness.backends.integers import e4m3_of
-from harness.backends.triton_kernels.limits import device_lacks, rows_lack
-from harness.quant.quantizers import LookupWeight
-from harness.quant.recipe import LayerRecipe
+from ditbench.harness.backends.base import Kernel
+from ditbench.harness.backends.integers import e4m3_of
+from ditbench.harness.backends.triton_kernels.limits import device_lacks, rows_lack
+from ditbench.harness.quant.quantizers import LookupWeight
+from ditbench.harness.quant.recipe import LayerRecipe
 
 NAME = "cuda_lookup"
 KIND = "measured"
@@ -32,7 +32,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
-    from harness.backends.triton_kernels.layers import FloatKernel
+    from ditbench.harness.backends.triton_kernels.layers import FloatKernel
 
     assert isinstance(recipe.weight, LookupWeight)
     return FloatKernel(recipe.weight, recipe.act)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.backends.base import Kernel
-from harness.backends.integers import weight_lacks
-from harness.backends.triton_kernels.limits import device_lacks
-from harness.quant.quantizers import LookupWeight, QuantizedWeight
-from harness.quant.recipe import LayerRecipe
+from ditbench.harness.backends.base import Kernel
+from ditbench.harness.backends.integers import weight_lacks
+from ditbench.harness.backends.triton_kernels.limits import device_lacks
+from ditbench.harness.quant.quantizers import LookupWeight, QuantizedWeight
+from ditbench.harness.quant.recipe import LayerRecipe
 
 NAME = "cuda_w4a16"
 KIND = "measured"
@@ -33,7 +33,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
-    from harness.backends.triton_kernels.layers import FloatKernel
+    from ditbench.harness.backends.triton_kernels.layers import FloatKernel
 
     assert isinstance(recipe.weight, QuantizedWeight)
     return FloatKernel(recipe.weight, None)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from harness.backends.cuda_w4a8 import make_kernel, packed_unsupported
-from harness.quant.recipe import LayerRecipe
+from ditbench.harness.backends.cuda_w4a8 import make_kernel, packed_unsupported
+from ditbench.harness.quant.recipe import LayerRecipe
 
 __all__ = ["make_kernel"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight
-from harness.quant.recipe import LayerRecipe
-from harness.quant.spec import E4M3, QuantSpec
+from ditbench.harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.spec import E4M3, QuantSpec
 
 LARGEST_WIDTH = 33_000  # C · 255² < 2³¹: sums of products of codes fit int32
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.backends.base import Kernel
-from harness.backends.integers import not_integers
-from harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine, to_codes
-from harness.quant.recipe import LayerRecipe
+from ditbench.harness.backends.base import Kernel
+from ditbench.harness.backends.integers import not_integers
+from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine, to_codes
+from ditbench.harness.quant.recipe import LayerRecipe
 
 NAME = "onednn_int8"
 KIND = "measured"

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.backends.base import Kernel
-from harness.quant.packing import pack, unpack
-from harness.quant.quantizers import (
+from ditbench.harness.backends.base import Kernel
+from ditbench.harness.quant.packing import pack, unpack
+from ditbench.harness.quant.quantizers import (
     ActQuant,
     LogSqrt2Quant,
     LookupWeight,
@@ -25,8 +25,8 @@ from harness.quant.quantizers import (
     fake_quantize_activation,
     to_codes,
 )
-from harness.quant.recipe import LayerRecipe
-from harness.quant.spec import E4M3
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.spec import E4M3
 
 NAME = "simulate"
 KIND = "simulated"

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.backends.base import FusedKernel, Kernel
-from harness.backends.integers import act_lacks, not_integers, weight_lacks
-from harness.files import atomic_path, canonical_sha256
-from harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine
-from harness.quant.recipe import LayerRecipe
-from harness.quant.steps import StepTable
-from harness.quant.transforms import Transform
+from ditbench.harness.backends.base import FusedKernel, Kernel
+from ditbench.harness.backends.integers import act_lacks, not_integers, weight_lacks
+from ditbench.harness.files import atomic_path, canonical_sha256
+from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.transforms import Transform
 
 NAME = "vnni"
 KIND = "measured"

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.backends import vnni
-from harness.backends.base import Kernel
-from harness.backends.integers import e4m3_of
-from harness.quant.packing import pack
-from harness.quant.quantizers import LookupWeight, QuantizedWeight
-from harness.quant.recipe import LayerRecipe
+from ditbench.harness.backends import vnni
+from ditbench.harness.backends.base import Kernel
+from ditbench.harness.backends.integers import e4m3_of
+from ditbench.harness.quant.packing import pack
+from ditbench.harness.quant.quantizers import LookupWeight, QuantizedWeight
+from ditbench.harness.quant.recipe import LayerRecipe
 
 NAME = "weight_only"
 KIND = "measured"

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.config import RunConfig
-from harness.errors import UserError
-from harness.measure import backends_of, kind_of, resident_bytes
-from harness.models.base import LoadedModel
-from harness.quant.build import float_copy
-from harness.quant.target import Target
-from harness.run import stage_calibrate, stage_quantize
+from ditbench.harness.config import RunConfig
+from ditbench.harness.errors import UserError
+from ditbench.harness.measure import backends_of, kind_of, resident_bytes
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.quant.build import float_copy
+from ditbench.harness.quant.target import Target
+from ditbench.harness.run import stage_calibrate, stage_quantize
 
 EAGER, COMPILED = "eager", "compiled"
 BASELINE = "bf16"

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from harness.bench.candidates import COMPILED, Candidate, compiled, in_modes
-from harness.errors import UserError
-from harness.quant.build import float_copy, set_submodule
-from harness.quant.target import Target
+from ditbench.harness.bench.candidates import COMPILED, Candidate, compiled, in_modes
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.build import float_copy, set_submodule
+from ditbench.harness.quant.target import Target
 
 
 def torchao_int8(target: Target, device: torch.device, modes: tuple[str, ...]) -> Iterator[Candidate]:

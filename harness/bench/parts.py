@@ -13,10 +13,10 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from harness.backends.base import known_backends
-from harness.bench.timing import synchronize
-from harness.models.base import Conditions, LoadedModel, Sampler
-from harness.quant.build import quant_layers
+from ditbench.harness.backends.base import known_backends
+from ditbench.harness.bench.timing import synchronize
+from ditbench.harness.models.base import Conditions, LoadedModel, Sampler
+from ditbench.harness.quant.build import quant_layers
 
 LAYERS, STEP = "quantized layers", "step"
 REST, OUTSIDE = "transforms, scales, bias, low rank", "outside the quantized layers"

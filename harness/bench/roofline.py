@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from harness.bench.timing import interleaved
+from ditbench.harness.bench.timing import interleaved
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices multiplied
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -34,7 +34,7 @@ def products(device: torch.device, side: int) -> dict[str, Callable[[], object]]
             small, one = a.to(torch.float8_e4m3fn), torch.ones((), device=device)
             found["fp8 TFLOP/s"] = lambda: torch._scaled_mm(small, small.T, one, one, out_dtype=torch.bfloat16)
         return found
-    from harness.backends import onednn_int8
+    from ditbench.harness.backends import onednn_int8
 
     if onednn_int8._cpu_lacks() is None:
         packed = torch.ops.onednn.qlinear_prepack(eight, None)

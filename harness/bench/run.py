@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 
-from harness.bench.candidates import BASELINE, COMPILED, EAGER, Candidate, baseline, quantized
-from harness.bench.others import OTHERS
-from harness.bench.parts import by_component, shares
-from harness.bench.roofline import roofline
-from harness.bench.timing import interleaved
-from harness.calls import placed
-from harness.config import RunConfig, parse
-from harness.environment import environment
-from harness.errors import reason
-from harness.files import write_json
-from harness.generate import conditions
-from harness.loaded import model_of
-from harness.measure import peak_memory_bytes, quantiles
-from harness.models.base import LoadedModel
-from harness.quant.build import quant_layers
-from harness.run import say
-from harness.sweep import composed
+from ditbench.harness.bench.candidates import BASELINE, COMPILED, EAGER, Candidate, baseline, quantized
+from ditbench.harness.bench.others import OTHERS
+from ditbench.harness.bench.parts import by_component, shares
+from ditbench.harness.bench.roofline import roofline
+from ditbench.harness.bench.timing import interleaved
+from ditbench.harness.calls import placed
+from ditbench.harness.config import RunConfig, parse
+from ditbench.harness.environment import environment
+from ditbench.harness.errors import reason
+from ditbench.harness.files import write_json
+from ditbench.harness.generate import conditions
+from ditbench.harness.loaded import model_of
+from ditbench.harness.measure import peak_memory_bytes, quantiles
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.quant.build import quant_layers
+from ditbench.harness.run import say
+from ditbench.harness.sweep import composed
 
 SCHEMA = 1
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from harness.progress import progress
+from ditbench.harness.progress import progress
 
 
 @torch.no_grad()

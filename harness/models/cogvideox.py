@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from harness.blocks import TwoStreams
-from harness.pipeline import PipelineFamily
-from harness.quant.target import Site
-from harness.samplers import PIPELINE
-from harness.sites import QKV, chunk, reads, values
+from ditbench.harness.blocks import TwoStreams
+from ditbench.harness.pipeline import PipelineFamily
+from ditbench.harness.quant.target import Site
+from ditbench.harness.samplers import PIPELINE
+from ditbench.harness.sites import QKV, chunk, reads, values
 
 VIDEO, TEXT = (0, 1), (3, 4)  # chunks of (shift, scale)
 

@@ -14,12 +14,12 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from harness.blocks import OneStream
-from harness.errors import UserError
-from harness.files import pipeline_without
-from harness.models.base import LABELS, Conditions, Correction, Drawn, OnCall, Sampler
-from harness.quant.target import AdaLNRows, Site, ValueRows
-from harness.samplers import CorrectedDDPM
+from ditbench.harness.blocks import OneStream
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import pipeline_without
+from ditbench.harness.models.base import LABELS, Conditions, Correction, Drawn, OnCall, Sampler
+from ditbench.harness.quant.target import AdaLNRows, Site, ValueRows
+from ditbench.harness.samplers import CorrectedDDPM
 
 BLOCKS = "transformer_blocks"
 FLOAT_IN_BLOCKS = r"norm1\."  # the adaLN linear and the embedders that diffusers keeps per block

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from harness.blocks import TwoStreams
-from harness.pipeline import PipelineFamily
-from harness.quant.target import Site
-from harness.sites import chunk, reads, values
+from ditbench.harness.blocks import TwoStreams
+from ditbench.harness.pipeline import PipelineFamily
+from ditbench.harness.quant.target import Site
+from ditbench.harness.sites import chunk, reads, values
 
 ATTENTION, FEED_FORWARD = (0, 1), (3, 4)  # chunks of (shift, scale)
 SIDE = 1024  # pixels, where the checkpoint does not say

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from harness.blocks import NotInLine
-from harness.pipeline import PipelineFamily
+from ditbench.harness.blocks import NotInLine
+from ditbench.harness.pipeline import PipelineFamily
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.blocks import NotInLine
-from harness.pipeline import PipelineFamily
-from harness.quant.target import Site
-from harness.sites import QKV, reads
+from ditbench.harness.blocks import NotInLine
+from ditbench.harness.pipeline import PipelineFamily
+from ditbench.harness.quant.target import Site
+from ditbench.harness.sites import QKV, reads
 
 
 @dataclass(frozen=True)

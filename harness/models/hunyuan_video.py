@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from harness.blocks import TwoStreams
-from harness.models.flux import sites as flux_sites
-from harness.pipeline import PipelineFamily
-from harness.quant.target import Site
+from ditbench.harness.blocks import TwoStreams
+from ditbench.harness.models.flux import sites as flux_sites
+from ditbench.harness.pipeline import PipelineFamily
+from ditbench.harness.quant.target import Site
 
 HEIGHT, WIDTH, FRAMES = 720, 1280, 129  # the pipeline's defaults
 

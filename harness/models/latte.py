@@ -16,10 +16,10 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from harness.models.pixart import sites as pixart_sites
-from harness.pipeline import PipelineFamily
-from harness.quant.target import Site
-from harness.sites import QKV, reads, table, values
+from ditbench.harness.models.pixart import sites as pixart_sites
+from ditbench.harness.pipeline import PipelineFamily
+from ditbench.harness.quant.target import Site
+from ditbench.harness.sites import QKV, reads, table, values
 
 TEXT, TIMESTEP = "encoder_hidden_states", "timestep"
 

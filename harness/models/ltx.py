@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from harness.pipeline import PipelineFamily
-from harness.quant.target import Site
-from harness.sites import text_cross_attention
+from ditbench.harness.pipeline import PipelineFamily
+from ditbench.harness.quant.target import Site
+from ditbench.harness.sites import text_cross_attention
 
 HEIGHT, WIDTH, FRAMES = 512, 704, 161  # the pipeline's defaults
 

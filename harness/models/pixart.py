@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from harness.pipeline import PipelineFamily
-from harness.quant.target import Site
-from harness.samplers import PIPELINE
-from harness.sites import text_cross_attention
+from ditbench.harness.pipeline import PipelineFamily
+from ditbench.harness.quant.target import Site
+from ditbench.harness.samplers import PIPELINE
+from ditbench.harness.sites import text_cross_attention
 
 ALPHA_TOKENS, SIGMA_TOKENS = 120, 300  # the pipelines' defaults
 

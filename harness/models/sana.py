@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from harness.pipeline import PipelineFamily
-from harness.quant.target import Site
-from harness.sites import QKV, reads, table, values
+from ditbench.harness.pipeline import PipelineFamily
+from ditbench.harness.quant.target import Site
+from ditbench.harness.sites import QKV, reads, table, values
 
 
 def sites(transformer: nn.Module) -> list[Site]:

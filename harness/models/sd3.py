@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from harness.blocks import TwoStreams
-from harness.pipeline import PipelineFamily
-from harness.quant.target import Site
-from harness.sites import chunk, reads, values
+from ditbench.harness.blocks import TwoStreams
+from ditbench.harness.pipeline import PipelineFamily
+from ditbench.harness.quant.target import Site
+from ditbench.harness.sites import chunk, reads, values
 
 ATTENTION, FEED_FORWARD, SECOND = (0, 1), (3, 4), (6, 7)  # chunks of (shift, scale)
 LAST_TEXT = (1, 0)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.calls import float_dtype, placed, take_apart
-from harness.quant.effective import effective_linear, touched_layers
-from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.serialize import content_sha256
-from harness.quant.spec import FLOAT_BITS
-from harness.quant.target import QUANTIZABLE, TableRows, Target, weight_matrix
-from harness.quant.transforms import Transform
+from ditbench.harness.calls import float_dtype, placed, take_apart
+from ditbench.harness.quant.effective import effective_linear, touched_layers
+from ditbench.harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.serialize import content_sha256
+from ditbench.harness.quant.spec import FLOAT_BITS
+from ditbench.harness.quant.target import QUANTIZABLE, TableRows, Target, weight_matrix
+from ditbench.harness.quant.transforms import Transform
 
 FLOAT_BYTES = FLOAT_BITS // 8
 INDEX_BYTES = 2

@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from harness.quant.quantizers import ActQuant, QuantizedWeight, fake_quantize_activation, from_codes
-from harness.quant.spec import needs_integers
+from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, fake_quantize_activation, from_codes
+from ditbench.harness.quant.spec import needs_integers
 
 STRETCH = (-0.1, 1.1)
 SCALE_FLOOR = 1e-3  # of the starting scale: a learned scale stays positive

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from harness.quant.quantizers import ActQuant, fake_quantize_activation
-from harness.quant.steps import StepClock
+from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation
+from ditbench.harness.quant.steps import StepClock
 
 if TYPE_CHECKING:
-    from harness.quant.recipe import AttentionRecipe
+    from ditbench.harness.quant.recipe import AttentionRecipe
 
 OPERANDS = ("query", "key", "value", "probabilities")
 

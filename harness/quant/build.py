@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.backends.base import AUTO
-from harness.memory import trim
-from harness.quant.attention import QuantAttnProcessor, set_processor
-from harness.quant.effective import effective_linear, touched_layers
-from harness.quant.layer import QuantLinear, QuantPatchEmbed, RangedLinear
-from harness.quant.modulation import block_folds, hang
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.steps import StepClock, StepTable
-from harness.quant.target import Target
-from harness.quant.transforms import Transform
+from ditbench.harness.backends.base import AUTO
+from ditbench.harness.memory import trim
+from ditbench.harness.quant.attention import QuantAttnProcessor, set_processor
+from ditbench.harness.quant.effective import effective_linear, touched_layers
+from ditbench.harness.quant.layer import QuantLinear, QuantPatchEmbed, RangedLinear
+from ditbench.harness.quant.modulation import block_folds, hang
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.steps import StepClock, StepTable
+from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.transforms import Transform
 
 
 def build(

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.quant.recipe import ModelRecipe
-from harness.quant.steps import StepTable
-from harness.quant.target import AdaLNRows, Site, TableRows, Target, weight_matrix
-from harness.quant.transforms import Transform
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.target import AdaLNRows, Site, TableRows, Target, weight_matrix
+from ditbench.harness.quant.transforms import Transform
 
 
 @dataclass(frozen=True)

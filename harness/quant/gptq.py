@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.quant.quantizers import QuantizedWeight, from_codes, quantize_weight, to_codes
-from harness.quant.spec import QuantSpec
+from ditbench.harness.quant.quantizers import QuantizedWeight, from_codes, quantize_weight, to_codes
+from ditbench.harness.quant.spec import QuantSpec
 
 
 def gptq(

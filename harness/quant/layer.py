@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.backends.base import AUTO, FusedKernel, choose
-from harness.quant.effective import EffectiveLinear
-from harness.quant.recipe import LayerRecipe
-from harness.quant.steps import StepClock, StepTable
-from harness.quant.transforms import Transform
+from ditbench.harness.backends.base import AUTO, FusedKernel, choose
+from ditbench.harness.quant.effective import EffectiveLinear
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.steps import StepClock, StepTable
+from ditbench.harness.quant.transforms import Transform
 
 
 class QuantLinear(nn.Module):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.quant.recipe import LowRank
+from ditbench.harness.quant.recipe import LowRank
 
 FACTOR_DTYPE = torch.bfloat16  # what models are built in: the factors lose nothing there
 

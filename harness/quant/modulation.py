@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.quant.effective import shared_transform
-from harness.quant.recipe import ModelRecipe
-from harness.quant.steps import StepClock, StepTable
-from harness.quant.target import TableRows, Target
-from harness.quant.transforms import Transform
+from ditbench.harness.quant.effective import shared_transform
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.steps import StepClock, StepTable
+from ditbench.harness.quant.target import TableRows, Target
+from ditbench.harness.quant.transforms import Transform
 
 
 @dataclass(frozen=True)

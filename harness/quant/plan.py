@@ -32,10 +32,10 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from harness.errors import UserError
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.serialize import content_sha256
-from harness.quant.target import Site, TableRows, Target
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.serialize import content_sha256
+from ditbench.harness.quant.target import Site, TableRows, Target
 
 TOLERANCE = 1e-6  # up to which HiGHS keeps a constraint; a budget is kept, so that it is asked again for a little less
 ROUNDING = 1e-12  # of sums of costs, in float64

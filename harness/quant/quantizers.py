@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from harness.quant.spec import E4M3, E4M3_MAX, QuantSpec
-from harness.quant.steps import StepTable
+from ditbench.harness.quant.spec import E4M3, E4M3_MAX, QuantSpec
+from ditbench.harness.quant.steps import StepTable
 
 MSE_PERCENTILES = (0.999, 0.9999, 0.99999)
 FLOATS = {  # integers of the same size, the bits of the exponent, how many bits follow the leading one

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
-from harness.quant.steps import step_ranges
-from harness.quant.transforms import Transform
+from ditbench.harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
+from ditbench.harness.quant.steps import step_ranges
+from ditbench.harness.quant.transforms import Transform
 
 
 @dataclass(frozen=True)

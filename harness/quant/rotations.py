@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.quant.transforms import Permutation, Rotation
+from ditbench.harness.quant.transforms import Permutation, Rotation
 
 
 class BlockRotation(Rotation):

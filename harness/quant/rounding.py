@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from harness.errors import UserError
-from harness.memory import trim
-from harness.quant.attention import OPERANDS, QuantAttnProcessor, set_processor
-from harness.quant.build import build, clock_of, quant_layers
-from harness.quant.effective import effective_linear
-from harness.quant.quantizers import (
+from ditbench.harness.errors import UserError
+from ditbench.harness.memory import trim
+from ditbench.harness.quant.attention import OPERANDS, QuantAttnProcessor, set_processor
+from ditbench.harness.quant.build import build, clock_of, quant_layers
+from ditbench.harness.quant.effective import effective_linear
+from ditbench.harness.quant.quantizers import (
     ActQuant,
     LogSqrt2Quant,
     LookupWeight,
@@ -27,14 +27,14 @@ from harness.quant.quantizers import (
     searched_range,
     static_quant,
 )
-from harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRecipe
-from harness.quant.spec import E4M3, Bits, QuantSpec
-from harness.quant.steps import StepTable
-from harness.quant.target import Target
-from harness.quant.transforms import Transform
+from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRecipe
+from ditbench.harness.quant.spec import E4M3, Bits, QuantSpec
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.transforms import Transform
 
 if TYPE_CHECKING:
-    from harness.calibrate import Calibration
+    from ditbench.harness.calibrate import Calibration
 
 SOFTMAX_BITS = 8
 SAMPLES_PER_CALL = 2048  # values kept per layer and model call when ranges are searched
@@ -129,7 +129,7 @@ def static_ranges(
         observe = lambda operand, x, name=name: watch.see(f"{name}.{operand}", x)  # noqa: E731
         set_processor(model, name, QuantAttnProcessor(AttentionRecipe(), clock_of(model), observe))
 
-    from harness.observe import run_calibration
+    from ditbench.harness.observe import run_calibration
 
     run_calibration(model, calibration, watch.set_step, "ranges")
     state = watch.state(bits.act, ranges)

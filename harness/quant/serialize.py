@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError
-from harness.files import canonical_sha256, tensors_sha256
-from harness.quant.modulation import BlockFolds, RowFold
-from harness.quant.packing import pack, unpack
-from harness.quant.quantizers import ActQuant, Levels, LogSqrt2Quant, LookupWeight, QuantizedWeight
-from harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank
-from harness.quant.rotations import BlockRotation
-from harness.quant.spec import E4M3, QuantSpec
-from harness.quant.steps import StepTable
-from harness.quant.tlq import TwinLogLevels
-from harness.quant.transforms import Hadamard, Permutation, Transform
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import canonical_sha256, tensors_sha256
+from ditbench.harness.quant.modulation import BlockFolds, RowFold
+from ditbench.harness.quant.packing import pack, unpack
+from ditbench.harness.quant.quantizers import ActQuant, Levels, LogSqrt2Quant, LookupWeight, QuantizedWeight
+from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank
+from ditbench.harness.quant.rotations import BlockRotation
+from ditbench.harness.quant.spec import E4M3, QuantSpec
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.tlq import TwinLogLevels
+from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform
 
 CLASSES: dict[str, type] = {
     each.__name__: each

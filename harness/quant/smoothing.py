@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from harness.quant.target import Site, Target, weight_matrix
-from harness.quant.transforms import Transform
+from ditbench.harness.quant.target import Site, Target, weight_matrix
+from ditbench.harness.quant.transforms import Transform
 
 
 def weight_absmax(target: Target, site: Site) -> Tensor:

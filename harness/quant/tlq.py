@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.errors import UserError
-from harness.quant.quantizers import Levels, LookupWeight
-from harness.quant.spec import QuantSpec, needs_integers
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.quantizers import Levels, LookupWeight
+from ditbench.harness.quant.spec import QuantSpec, needs_integers
 
 MODES = ("strict", "paper", "code")
 LN2 = math.log(2)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from harness.quant import hadamard as orders
-from harness.quant.steps import StepTable
+from ditbench.harness.quant import hadamard as orders
+from ditbench.harness.quant.steps import StepTable
 
 
 class Rotation(nn.Module):

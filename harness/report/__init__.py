@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.errors import UserError, unknown_name
-from harness.files import atomic_path, disk_errors_explained
-from harness.record import Record, experiment_folder, read_all
-from harness.report import compare, paired, text
-from harness.report.frame import frame
-from harness.report.html import page
-from harness.report.seeds import over_seeds
+from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.files import atomic_path, disk_errors_explained
+from ditbench.harness.record import Record, experiment_folder, read_all
+from ditbench.harness.report import compare, paired, text
+from ditbench.harness.report.frame import frame
+from ditbench.harness.report.html import page
+from ditbench.harness.report.seeds import over_seeds
 
 FORMATS = ("md", "csv", "latex", "html")
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from harness.record import Record
-from harness.report import compare
-from harness.report.compare import FLOAT_METHOD, Group, value
-from harness.report.frame import measured, mib
-from harness.report.table import short_names
+from ditbench.harness.record import Record
+from ditbench.harness.report import compare
+from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
+from ditbench.harness.report.frame import measured, mib
+from ditbench.harness.report.table import short_names
 
 # Okabe and Ito's colour-blind-safe colours without black and yellow: each reads on white and on near-black.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

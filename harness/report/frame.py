@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from harness.record import Record
-from harness.report import compare
-from harness.report.compare import Group, value
+from ditbench.harness.record import Record
+from ditbench.harness.report import compare
+from ditbench.harness.report.compare import Group, value
 
 MIB = 2**20
 SIMULATED = "simulated"

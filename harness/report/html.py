@@ -16,12 +16,12 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 from plotly.offline import get_plotlyjs
 
-from harness.record import Record
-from harness.report import compare, paired
-from harness.report.compare import FLOAT_METHOD, Group, value
-from harness.report.figures import figures
-from harness.report.frame import reason
-from harness.report.table import decimals_for, interval, number, short_names, table
+from ditbench.harness.record import Record
+from ditbench.harness.report import compare, paired
+from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
+from ditbench.harness.report.figures import figures
+from ditbench.harness.report.frame import reason
+from ditbench.harness.report.table import decimals_for, interval, number, short_names, table
 
 HERE = Path(__file__).parent
 IMAGE_MAX_BYTES = 1_500_000  # a larger grid is scaled down, so that a page of many runs still opens

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from eval.base import PerSample
-from eval.paired import Difference, differences, holm
-from eval.passport import scored_alike
-from harness.errors import UserError
-from harness.files import UNREADABLE
-from harness.record import Record
-from harness.report import compare
-from harness.report.compare import FLOAT_METHOD, Group
-from harness.report.table import decimals_for, short_names
-from harness.sample_values import Values, load
+from ditbench.eval.base import PerSample
+from ditbench.eval.paired import Difference, differences, holm
+from ditbench.eval.passport import scored_alike
+from ditbench.harness.errors import UserError
+from ditbench.harness.files import UNREADABLE
+from ditbench.harness.record import Record
+from ditbench.harness.report import compare
+from ditbench.harness.report.compare import FLOAT_METHOD, Group
+from ditbench.harness.report.table import decimals_for, short_names
+from ditbench.harness.sample_values import Values, load
 
 FLOAT = "float model"
 ALPHA = 0.05

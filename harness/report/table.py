@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.record import Record
-from harness.report import compare
-from harness.report.compare import FLOAT_METHOD, Group, value
-from harness.report.frame import SIMULATED, fit_s, measured, median_ms, mib, reason
+from ditbench.harness.record import Record
+from ditbench.harness.report import compare
+from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
+from ditbench.harness.report.frame import SIMULATED, fit_s, measured, median_ms, mib, reason
 
 MISSING = "–"
 BASELINE_NOTE = (

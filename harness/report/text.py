@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.report import paired
-from harness.report.compare import Group
-from harness.report.table import Cell, Column, Table, table
+from ditbench.harness.report import paired
+from ditbench.harness.report.compare import Group
+from ditbench.harness.report.table import Cell, Column, Table, table
 
 WIDTH = 160
 _LATEX = {

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.config import RunConfig
-from harness.errors import UserError
-from harness.listing import table as text_table
-from harness.loaded import model_of
-from harness.papers import EMPTY, Reproduce, Table
-from harness.record import Record
-from harness.report.frame import SIMULATED
-from harness.report.table import interval
-from harness.reproduce.needs import notes, plan, reference
-from harness.reproduce.rows import Line, configurations, parsed, plan_lines, reproducible
-from harness.reproduce.verdicts import Judged, judged_row
-from harness.run import run
+from ditbench.harness.config import RunConfig
+from ditbench.harness.errors import UserError
+from ditbench.harness.listing import table as text_table
+from ditbench.harness.loaded import model_of
+from ditbench.harness.papers import EMPTY, Reproduce, Table
+from ditbench.harness.record import Record
+from ditbench.harness.report.frame import SIMULATED
+from ditbench.harness.report.table import interval
+from ditbench.harness.reproduce.needs import notes, plan, reference
+from ditbench.harness.reproduce.rows import Line, configurations, parsed, plan_lines, reproducible
+from ditbench.harness.reproduce.verdicts import Judged, judged_row
+from ditbench.harness.run import run
 
 __all__ = ["Outcome", "plan", "reproduce"]
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import methods
-from harness.papers import Reproduce, Table, row_title
-from harness.reproduce.rows import NOT_YET, config_method, configurations, plan_lines, reproducible
+from ditbench.harness import methods
+from ditbench.harness.papers import Reproduce, Table, row_title
+from ditbench.harness.reproduce.rows import NOT_YET, config_method, configurations, plan_lines, reproducible
 
 LATENT_SHARE = 0.25  # float32 latents of an 8×, 4-channel VAE, in bytes per pixel; the image itself has 3
 GIB = 2**30

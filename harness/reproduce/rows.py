@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness import methods, papers
-from harness.config import RunConfig, parse
-from harness.errors import UserError
-from harness.papers import Reproduce, Row, Table
-from harness.sweep import composed
+from ditbench.harness import methods, papers
+from ditbench.harness.config import RunConfig, parse
+from ditbench.harness.errors import UserError
+from ditbench.harness.papers import Reproduce, Row, Table
+from ditbench.harness.sweep import composed
 
 # What papers call a method → what it is called here; a name that is not installed is "not in ditbench yet".
 OURS = {

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness import papers
-from harness.config import RunConfig
-from harness.papers import Reproduce, Row
-from harness.record import Record
-from harness.report.compare import value
-from harness.report.frame import reason
-from harness.reproduce.rows import NOT_YET, Line
+from ditbench.harness import papers
+from ditbench.harness.config import RunConfig
+from ditbench.harness.papers import Reproduce, Row
+from ditbench.harness.record import Record
+from ditbench.harness.report.compare import value
+from ditbench.harness.report.frame import reason
+from ditbench.harness.reproduce.rows import NOT_YET, Line
 
 JUDGE = "_judge"  # metrics in the features of a zoo model's judge end so, and stand in for Inception's there
 

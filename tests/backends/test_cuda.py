@@ -17,26 +17,26 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 if not ON_DEVICE:  # tests/conftest.py asks for the interpreter, before anything imports triton
     assert os.environ["TRITON_INTERPRET"] == "1"
 
-from harness.backends import cuda_int8, cuda_lookup, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16, simulate  # noqa: E402
-from harness.backends.base import choose, known_backends  # noqa: E402
-from harness.backends.triton_kernels import launch, layers  # noqa: E402
-from harness.backends.triton_kernels.storage import pack_halves, unpack_halves  # noqa: E402
-from harness.measure import resident_bytes  # noqa: E402
-from harness.paths import CONF  # noqa: E402
-from harness.quant import tlq  # noqa: E402
-from harness.quant.effective import EffectiveLinear  # noqa: E402
-from harness.quant.layer import QuantLinear  # noqa: E402
-from harness.quant.quantizers import (  # noqa: E402
+from ditbench.harness.backends import cuda_int8, cuda_lookup, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16, simulate  # noqa: E402
+from ditbench.harness.backends.base import choose, known_backends  # noqa: E402
+from ditbench.harness.backends.triton_kernels import launch, layers  # noqa: E402
+from ditbench.harness.backends.triton_kernels.storage import pack_halves, unpack_halves  # noqa: E402
+from ditbench.harness.measure import resident_bytes  # noqa: E402
+from ditbench.harness.paths import CONF  # noqa: E402
+from ditbench.harness.quant import tlq  # noqa: E402
+from ditbench.harness.quant.effective import EffectiveLinear  # noqa: E402
+from ditbench.harness.quant.layer import QuantLinear  # noqa: E402
+from ditbench.harness.quant.quantizers import (  # noqa: E402
     ActQuant,
     activation_affine,
     quantize_weight,
     static_quant,
     to_codes,
 )
-from harness.quant.recipe import LayerRecipe, LowRank  # noqa: E402
-from harness.quant.spec import QuantSpec  # noqa: E402
-from harness.quant.steps import StepClock, StepTable  # noqa: E402
-from harness.quant.transforms import Hadamard, Permutation, Transform  # noqa: E402
+from ditbench.harness.quant.recipe import LayerRecipe, LowRank  # noqa: E402
+from ditbench.harness.quant.spec import QuantSpec  # noqa: E402
+from ditbench.harness.quant.steps import StepClock, StepTable  # noqa: E402
+from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform  # noqa: E402
 
 pytestmark = pytest.mark.gpu if ON_DEVICE else []
 ERROR = 5e-6  # of float32 sums, against the largest output; the issue asks for 1e-3
@@ -363,7 +363,7 @@ def test_hopper_is_given_its_own_integer_instruction():
 COMPILE_FOR_HOPPER = """
 import triton
 from triton.backends.compiler import GPUTarget
-from harness.backends.triton_kernels.products import int_product_kernel as kernel
+from ditbench.harness.backends.triton_kernels.products import int_product_kernel as kernel
 
 pointers = dict(codes="i8", weight="u8", y="bf16", scale="fp32", weight_scale="fp32", bias="bf16")
 constants = dict(PACKED=True, GROUPS=1, MIDDLE=7, STEPS=None, EVEN=True, RANK=16, BLOCK_M=128, BLOCK_O=128, BLOCK_K=64)

@@ -20,25 +20,25 @@ pytest.importorskip("triton", reason="the rows are rounded by a Triton kernel")
 if not ON_DEVICE and os.environ.get("TRITON_INTERPRET") != "1":  # tests/conftest.py asks for it where there is no GPU
     pytest.skip("this GPU has no FP8", allow_module_level=True)
 
-from harness.backends import cuda_fp8, cuda_int8, cuda_lookup, cuda_w4a16, simulate, weight_only  # noqa: E402
-from harness.backends.base import choose, known_backends  # noqa: E402
-from harness.backends.triton_kernels import launch  # noqa: E402
-from harness.measure import resident_bytes  # noqa: E402
-from harness.paths import CONF  # noqa: E402
-from harness.quant import tlq  # noqa: E402
-from harness.quant.effective import EffectiveLinear  # noqa: E402
-from harness.quant.layer import QuantLinear  # noqa: E402
-from harness.quant.quantizers import (  # noqa: E402
+from ditbench.harness.backends import cuda_fp8, cuda_int8, cuda_lookup, cuda_w4a16, simulate, weight_only  # noqa: E402
+from ditbench.harness.backends.base import choose, known_backends  # noqa: E402
+from ditbench.harness.backends.triton_kernels import launch  # noqa: E402
+from ditbench.harness.measure import resident_bytes  # noqa: E402
+from ditbench.harness.paths import CONF  # noqa: E402
+from ditbench.harness.quant import tlq  # noqa: E402
+from ditbench.harness.quant.effective import EffectiveLinear  # noqa: E402
+from ditbench.harness.quant.layer import QuantLinear  # noqa: E402
+from ditbench.harness.quant.quantizers import (  # noqa: E402
     ActQuant,
     activation_affine,
     quantize_weight,
     static_quant,
     to_codes,
 )
-from harness.quant.recipe import LayerRecipe, LowRank  # noqa: E402
-from harness.quant.spec import QuantSpec  # noqa: E402
-from harness.quant.steps import StepClock, StepTable  # noqa: E402
-from harness.quant.transforms import Transform  # noqa: E402
+from ditbench.harness.quant.recipe import LayerRecipe, LowRank  # noqa: E402
+from ditbench.harness.quant.spec import QuantSpec  # noqa: E402
+from ditbench.harness.quant.steps import StepClock, StepTable  # noqa: E402
+from ditbench.harness.quant.transforms import Transform  # noqa: E402
 
 pytestmark = pytest.mark.gpu if ON_DEVICE else []
 # A device keeps fewer digits while it sums; on the CPU the product computes what the simulation computes.
@@ -228,7 +228,7 @@ def test_ada_and_hopper_are_given_their_own_conversion():
 COMPILE_ROWS = """
 import triton
 from triton.backends.compiler import GPUTarget
-from harness.backends.triton_kernels.activations import quantize_rows_kernel as kernel
+from ditbench.harness.backends.triton_kernels.activations import quantize_rows_kernel as kernel
 
 pointers = dict(x_ptr="*bf16", codes_ptr="*fp8e4nv", scale_ptr="*fp32", zero_ptr="*i32", norm="fp32", clip="fp32")
 constants = dict(QUANT_MIN=-448.0, QUANT_MAX=448.0, SYMMETRIC=True, STORED_LESS=0.0, FLOAT8=True, BF16=True)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.backends import onednn_int8, simulate, vnni
-from harness.backends.base import choose
-from harness.errors import UserError
-from harness.measure import resident_bytes
-from harness.quant.quantizers import ActQuant, QuantizedWeight, quantize_weight, static_quant
-from harness.quant.recipe import LayerRecipe
-from harness.quant.spec import QuantSpec
-from harness.quant.steps import StepTable
+from ditbench.harness.backends import onednn_int8, simulate, vnni
+from ditbench.harness.backends.base import choose
+from ditbench.harness.errors import UserError
+from ditbench.harness.measure import resident_bytes
+from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, quantize_weight, static_quant
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.steps import StepTable
 
 CPU = torch.device("cpu")
 GROUP = 32

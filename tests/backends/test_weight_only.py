@@ -5,13 +5,13 @@ from itertools import product
 import pytest
 import torch
 
-from harness.backends import simulate, vnni, weight_only
-from harness.backends.base import choose
-from harness.errors import UserError
-from harness.measure import resident_bytes
-from harness.quant.quantizers import ActQuant, quantize_weight
-from harness.quant.recipe import LayerRecipe
-from harness.quant.spec import QuantSpec
+from ditbench.harness.backends import simulate, vnni, weight_only
+from ditbench.harness.backends.base import choose
+from ditbench.harness.errors import UserError
+from ditbench.harness.measure import resident_bytes
+from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.spec import QuantSpec
 
 CPU = torch.device("cpu")
 SPECS = [

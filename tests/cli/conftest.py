@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
+from ditbench.harness.cli import main
 
 TINY = (
     "model=tiny-dit",
@@ -78,6 +78,6 @@ def finished(finished_once, tmp_path) -> Path:
 @pytest.fixture
 def zoo_copy(tmp_path) -> Path:
     """A copy of tiny-dit's weights that may be damaged."""
-    from harness.models.zoo import WEIGHTS
+    from ditbench.harness.models.zoo import WEIGHTS
 
     return Path(shutil.copytree(WEIGHTS / "tiny-dit", tmp_path / "weights"))

@@ -9,13 +9,13 @@ import json
 import pytest
 import torch
 
-from harness.backends import onednn_int8, vnni
-from harness.backends.base import choose
-from harness.bench.timing import interleaved
-from harness.cli import main
-from harness.listing import example_recipe
-from harness.parity import differences
-from harness.parity_check import Row, worst_psnr_db
+from ditbench.harness.backends import onednn_int8, vnni
+from ditbench.harness.backends.base import choose
+from ditbench.harness.bench.timing import interleaved
+from ditbench.harness.cli import main
+from ditbench.harness.listing import example_recipe
+from ditbench.harness.parity import differences
+from ditbench.harness.parity_check import Row, worst_psnr_db
 
 CPU = torch.device("cpu")
 needs_real = pytest.mark.skipif(choose(example_recipe("w8a8"), CPU).KIND != "measured", reason="no int8 kernel here")
@@ -76,7 +76,7 @@ def test_a_view_of_the_time_that_fails_costs_no_latency(ditbench, tmp_path, monk
     def fails(*_):
         raise RuntimeError("the profiler saw no time of the step")
 
-    monkeypatch.setattr("harness.bench.run.shares", fails)
+    monkeypatch.setattr("ditbench.harness.bench.run.shares", fails)
     outcome = ditbench(
         "bench", *SMALL, f"results_dir={tmp_path}", "--formats", "w8a8", "--modes", "eager", "--repeats", "1"
     )
@@ -142,7 +142,7 @@ def test_a_kernel_agrees_within_the_limits_of_its_format(label, relative, psnr_d
 @needs_real
 def test_parity_without_formats_takes_those_of_the_method(ditbench, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("harness.parity_check.rows_of", lambda config: asked.append(config.bits.label) or [])
+    monkeypatch.setattr("ditbench.harness.parity_check.rows_of", lambda config: asked.append(config.bits.label) or [])
     for name, more in (("rtn", {"FP8"}), ("ptq4dit", set())):
         asked.clear()
         outcome = ditbench("parity", *SMALL, f"method={name}", f"results_dir={tmp_path}")

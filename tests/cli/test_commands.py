@@ -10,7 +10,7 @@ import shutil
 import pytest
 import yaml
 
-from harness import listing
+from ditbench.harness import listing
 
 COMMANDS = (
     *("run", "report", "compare", "export", "list", "paper", "reproduce", "parity", "bench", "check-method", "data"),
@@ -42,9 +42,9 @@ def test_every_other_command_has_its_own_help(ditbench, command):
 
 
 def test_the_version_is_printed(ditbench):
-    import harness
+    import ditbench as package
 
-    assert ditbench("--version").out == f"ditbench {harness.__version__}\n"
+    assert ditbench("--version").out == f"ditbench {package.__version__}\n"
 
 
 LISTED = {
@@ -94,7 +94,7 @@ def test_the_doctor_reports_on_every_part(ditbench, tmp_path):
 
 
 def test_the_doctor_says_how_to_get_what_is_missing(ditbench, monkeypatch, tmp_path):
-    from harness import doctor
+    from ditbench.harness import doctor
 
     monkeypatch.setattr(doctor, "WEIGHTS", tmp_path)
     monkeypatch.setattr(doctor, "package_version", lambda name: None)

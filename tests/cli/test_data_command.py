@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eval.data import find_data, known_data
+from ditbench.eval.data import find_data, known_data
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from harness.config import parse
-from harness.export import RECIPE, TENSORS, load_quantized
-from harness.loaded import forget_models, model_of
-from harness.run import stage_generate
+from ditbench.harness.config import parse
+from ditbench.harness.export import RECIPE, TENSORS, load_quantized
+from ditbench.harness.loaded import forget_models, model_of
+from ditbench.harness.run import stage_generate
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from harness import methods, papers, reproduce
-from harness.errors import UserError
-from harness.paths import PAPERS
-from harness.record import Record
-from harness.reproduce import rows, verdicts
+from ditbench.harness import methods, papers, reproduce
+from ditbench.harness.errors import UserError
+from ditbench.harness.paths import PAPERS
+from ditbench.harness.record import Record
+from ditbench.harness.reproduce import rows, verdicts
 
 TINY = (
     "protocol.n=4",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from harness.record import read_all
+from ditbench.harness.record import read_all
 
 LACKING = "metrics.names=[psnr,clip_iqa,torch_fidelity/fid,clipscore_b32]"
 
@@ -16,7 +16,7 @@ def nothing_is_here(monkeypatch, tmp_path):
     monkeypatch.setenv("DITBENCH_OFFLINE", "1")
     monkeypatch.setenv("DITBENCH_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
-    monkeypatch.setattr("eval.clip._weight_file", lambda name: None)
+    monkeypatch.setattr("ditbench.eval.clip._weight_file", lambda name: None)
 
 
 @pytest.mark.parametrize("strict", ["--strict", "strict=true"])
@@ -50,7 +50,7 @@ def test_strict_must_be_true_or_false(run):
 
 
 def test_the_doctor_puts_every_metric_under_ready_or_missing(ditbench, tmp_path):
-    from eval.base import known_metrics
+    from ditbench.eval.base import known_metrics
 
     said = ditbench("doctor", "--results-dir", str(tmp_path)).out
     section = said.split("\nmetrics\n")[1].split("\nW&B\n")[0]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from eval.base import Evidence, FeatureModel, Reference, Samples
-from harness.models.zoo.judge import FEATURE_WIDTH, Judge
+from ditbench.eval.base import Evidence, FeatureModel, Reference, Samples
+from ditbench.harness.models.zoo.judge import FEATURE_WIDTH, Judge
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("DITBENCH_OFFLINE", "1")
     monkeypatch.setenv("DITBENCH_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
-    monkeypatch.setattr("eval.inception.CLEAN_FID_FOLDER", tmp_path / "clean_fid")
+    monkeypatch.setattr("ditbench.eval.inception.CLEAN_FID_FOLDER", tmp_path / "clean_fid")
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval import base
-from eval.base import evaluate_samples, known_metrics, plugin_sources
-from harness.errors import UserError
-from harness.run import evaluator_identity
+from ditbench.eval import base
+from ditbench.eval.base import evaluate_samples, known_metrics, plugin_sources
+from ditbench.harness.errors import UserError
+from ditbench.harness.run import evaluator_identity
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-metric.md"
 pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="not a source checkout")

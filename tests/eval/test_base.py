@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval import base
-from eval.base import Measurement, PerSample, evaluate, evaluate_samples
+from ditbench.eval import base
+from ditbench.eval.base import Measurement, PerSample, evaluate, evaluate_samples
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from sklearn.metrics.pairwise import rbf_kernel
 
-from eval import clip, clip_metrics, spread
-from eval.base import Evidence, Prompt, Reference, Samples, evaluate, known_metrics
-from eval.statistics import resampled_rows
+from ditbench.eval import clip, clip_metrics, spread
+from ditbench.eval.base import Evidence, Prompt, Reference, Samples, evaluate, known_metrics
+from ditbench.eval.statistics import resampled_rows
 
 CLIP_METRICS = ["clip_iqa", "clipscore_b32", "clipscore_l14", "cmmd", "cmmd_float"]
 WORDS = ["a", "red", "blue", "cat", "dog", "on", "the", "roof", "Good", "Bad", "photo", "."]

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval import collapse
-from eval.base import Evidence, Samples, evaluate
-from eval.collapse import alarmed, alarms
+from ditbench.eval import collapse
+from ditbench.eval.base import Evidence, Samples, evaluate
+from ditbench.eval.collapse import alarmed, alarms
 
 N, FRAMES, SIDE = 10, 6, 32
 

@@ -8,20 +8,20 @@ from urllib.error import HTTPError, URLError
 import pytest
 import torch
 
-from eval import data, fetch
-from eval.clip import HUB as CLIP_HUB
-from eval.data import Data, find_data, known_data, verify
-from eval.flow import RAFT_URL
-from eval.geneval_detector import DETECTOR
-from eval.image_reward import HUB as REWARD_HUB
-from eval.inception import clean_fid_upstream, torch_fidelity_upstream
-from eval.lpips import SMALLEST as LPIPS_BACKBONES
-from eval.lpips import backbone_upstream
-from eval.reference import load_reference, write_reference
-from eval.vbench_style import AESTHETIC_FILE
-from eval.video_judges import DINO
-from eval.weights import local_weights
-from harness.errors import UserError
+from ditbench.eval import data, fetch
+from ditbench.eval.clip import HUB as CLIP_HUB
+from ditbench.eval.data import Data, find_data, known_data, verify
+from ditbench.eval.flow import RAFT_URL
+from ditbench.eval.geneval_detector import DETECTOR
+from ditbench.eval.image_reward import HUB as REWARD_HUB
+from ditbench.eval.inception import clean_fid_upstream, torch_fidelity_upstream
+from ditbench.eval.lpips import SMALLEST as LPIPS_BACKBONES
+from ditbench.eval.lpips import backbone_upstream
+from ditbench.eval.reference import load_reference, write_reference
+from ditbench.eval.vbench_style import AESTHETIC_FILE
+from ditbench.eval.video_judges import DINO
+from ditbench.eval.weights import local_weights
+from ditbench.harness.errors import UserError
 
 CONTENT = b"what others publish"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import correlate1d
 
-from eval.base import Evidence, Samples, evaluate, known_metrics
+from ditbench.eval.base import Evidence, Samples, evaluate, known_metrics
 
 
 def value(name: str, evidence: Evidence) -> float:

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from eval import flow
-from eval.base import MetricSkipped
-from eval.flow import find_flow, match_blocks, warp
+from ditbench.eval import flow
+from ditbench.eval.base import MetricSkipped
+from ditbench.eval.flow import find_flow, match_blocks, warp
 
 
 def moving_square(dx: int, dy: int, frames: int = 4, side: int = 32, texture: bool = True) -> torch.Tensor:

@@ -8,12 +8,12 @@ import torch
 from scipy.linalg import sqrtm
 from torch import nn
 
-from eval import fvd
-from eval.base import Evidence, Samples, evaluate, known_metrics
-from eval.data import find_data
-from eval.passport import FLOAT_MODEL
-from eval.spread import frechet_of_pairs
-from eval.statistics import resampled_rows
+from ditbench.eval import fvd
+from ditbench.eval.base import Evidence, Samples, evaluate, known_metrics
+from ditbench.eval.data import find_data
+from ditbench.eval.passport import FLOAT_MODEL
+from ditbench.eval.spread import frechet_of_pairs
+from ditbench.eval.statistics import resampled_rows
 
 N, FRAMES, WIDTH = 9, 12, 5
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from eval import geneval, geneval_detector
-from eval.base import Evidence, Prompt, Samples, evaluate, known_metrics
-from eval.geneval import Found, follows, relations
-from eval.geneval_detector import CLASSES, CLIP_LARGE, COLOURS, DETECTOR, Instance, instances, kept
-from harness.models.zoo.shapes import KINDS
+from ditbench.eval import geneval, geneval_detector
+from ditbench.eval.base import Evidence, Prompt, Samples, evaluate, known_metrics
+from ditbench.eval.geneval import Found, follows, relations
+from ditbench.eval.geneval_detector import CLASSES, CLIP_LARGE, COLOURS, DETECTOR, Instance, instances, kept
+from ditbench.harness.models.zoo.shapes import KINDS
 
 NAMES = ["geneval/overall", *(f"geneval/{kind}" for kind in KINDS)]
 CAT, DOG = {"class": "cat", "count": 1}, {"class": "dog", "count": 1}
@@ -283,7 +283,7 @@ def test_a_colour_is_clips_choice_by_the_mean_of_three_templates(installed):
     mask = np.zeros((48, 64), bool)
     mask[5:30, 10:50] = True
     instance = Instance("cat", 1.0, mask, geneval_detector.box_of(mask))
-    from eval.clip import embed_images, embed_texts
+    from ditbench.eval.clip import embed_images, embed_texts
 
     clip = installed.clip
     expected = []
@@ -361,7 +361,7 @@ def test_prompts_that_cannot_be_judged_are_skipped_with_the_reason():
 
 
 def test_the_shapes_world_goes_by_the_same_rules_with_its_exact_reader():
-    from harness.models.zoo import shapes
+    from ditbench.harness.models.zoo import shapes
 
     captions = list(shapes.prompts(12, seed=3))
     pixels = np.stack([shapes.render(shapes.draw_scene(caption, random.Random(0))) for caption in captions])

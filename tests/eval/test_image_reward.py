@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval import image_reward
-from eval.base import Evidence, MetricSkipped, Prompt, Samples, evaluate
+from ditbench.eval import image_reward
+from ditbench.eval.base import Evidence, MetricSkipped, Prompt, Samples, evaluate
 
 
 @pytest.fixture
@@ -59,7 +59,9 @@ def test_the_value_is_the_mean_with_an_interval_and_the_hash_of_the_weights(samp
     for file in files:
         file.write_bytes(b"weights")
     monkeypatch.setattr(image_reward, "_local_files", lambda: files)
-    monkeypatch.setattr("eval.per_sample.passport", lambda *_, **settings: settings)  # the package has no version here
+    monkeypatch.setattr(
+        "ditbench.eval.per_sample.passport", lambda *_, **settings: settings
+    )  # the package has no version here
     package.load = lambda weights, device, med_config: types.SimpleNamespace(score=lambda text, image: len(text) / 4)
     entry = evaluate(["image_reward"], Evidence(samples, resamples=50))["image_reward"]
     assert entry["value"] == pytest.approx((5 + 5 + 16) / 12) and entry["n"] == 3 and entry["better"] == "higher"

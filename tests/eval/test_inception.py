@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval import inception
-from eval.base import Evidence, evaluate, known_metrics
+from ditbench.eval import inception
+from ditbench.eval.base import Evidence, evaluate, known_metrics
 
 INCEPTION_METRICS = [
     "clean_fid/fid", "clean_fid/kid", "torch_fidelity/fid", "torch_fidelity/is", "torch_fidelity/kid",

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from eval import lpips
-from eval.base import Evidence, Samples, evaluate, known_metrics
-from eval.weights import Upstream
+from ditbench.eval import lpips
+from ditbench.eval.base import Evidence, Samples, evaluate, known_metrics
+from ditbench.eval.weights import Upstream
 
 METRICS = ["lpips_alex", "lpips_vgg"]
 

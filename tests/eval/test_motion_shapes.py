@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.base import Evidence, Prompt, Samples, evaluate
-from eval.motion_shapes import has_the_scene, is_as_fast_as_asked, moves_as_asked, shows_object
-from harness.models.zoo import shapes
-from harness.models.zoo.shapes import (
+from ditbench.eval.base import Evidence, Prompt, Samples, evaluate
+from ditbench.eval.motion_shapes import has_the_scene, is_as_fast_as_asked, moves_as_asked, shows_object
+from ditbench.harness.models.zoo import shapes
+from ditbench.harness.models.zoo.shapes import (
     DIRECTIONS,
     SPEEDS,
     Motion,

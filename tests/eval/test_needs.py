@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eval import needs
-from eval.base import Evidence, Prompt, Samples, evaluate, known_metrics, metric
+from ditbench.eval import needs
+from ditbench.eval.base import Evidence, Prompt, Samples, evaluate, known_metrics, metric
 
 KNOWN_ONLY_FROM_THE_SAMPLES = (
     "a metric of images",

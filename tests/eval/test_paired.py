@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval import paired
-from eval.base import PerSample
+from ditbench.eval import paired
+from ditbench.eval.base import PerSample
 
 
 def numbers(*values):

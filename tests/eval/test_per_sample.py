@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval.base import Evidence, Prompt, Samples, evaluate_samples
-from eval.statistics import WILSON, WILSON_OF_GROUPS
-from harness.models.zoo import shapes
+from ditbench.eval.base import Evidence, Prompt, Samples, evaluate_samples
+from ditbench.eval.statistics import WILSON, WILSON_OF_GROUPS
+from ditbench.harness.models.zoo import shapes
 
 CATEGORIES = ("colors", "colors", "colors", "single_object", "counting", "counting")
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from eval.base import Prompt
-from eval.prompts import load_prompts
-from harness.errors import UserError
+from ditbench.eval.base import Prompt
+from ditbench.eval.prompts import load_prompts
+from ditbench.harness.errors import UserError
 
 
 def written(folder, name, content):

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.judges import load_judge
-from eval.reference import load_reference, write_reference
-from harness.errors import UserError
-from harness.models.zoo import digits
-from harness.models.zoo import judge as zoo_judge
+from ditbench.eval.judges import load_judge
+from ditbench.eval.reference import load_reference, write_reference
+from ditbench.harness.errors import UserError
+from ditbench.harness.models.zoo import digits
+from ditbench.harness.models.zoo import judge as zoo_judge
 
 
 def test_the_digits_reference_is_all_1797_digits_rounded_to_three_equal_uint8_channels():

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval import libraries, sfid
-from eval.base import evaluate
-from eval.inception import torch_fidelity_network, torch_fidelity_upstream
-from eval.weights import find_weights
+from ditbench.eval import libraries, sfid
+from ditbench.eval.base import evaluate
+from ditbench.eval.inception import torch_fidelity_network, torch_fidelity_upstream
+from ditbench.eval.weights import find_weights
 
 
 @pytest.fixture

@@ -7,9 +7,19 @@ import random
 import numpy as np
 import pytest
 
-from eval import shapes as reader
-from harness.models.zoo import shapes
-from harness.models.zoo.shapes import COLOURS, KINDS, RADII, SHAPES, Object, Scene, draw_scene, random_caption, render
+from ditbench.eval import shapes as reader
+from ditbench.harness.models.zoo import shapes
+from ditbench.harness.models.zoo.shapes import (
+    COLOURS,
+    KINDS,
+    RADII,
+    SHAPES,
+    Object,
+    Scene,
+    draw_scene,
+    random_caption,
+    render,
+)
 
 
 def read(image: np.ndarray) -> list[tuple[str, str]]:

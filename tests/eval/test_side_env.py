@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from eval import side_env
-from eval.base import Prompt, Samples
-from eval.statistics import WILSON
-from harness.errors import UserError
-from harness.generate import save_samples
-from harness.record import Record, add_metric, read, write
+from ditbench.eval import side_env
+from ditbench.eval.base import Prompt, Samples
+from ditbench.eval.statistics import WILSON
+from ditbench.harness.errors import UserError
+from ditbench.harness.generate import save_samples
+from ditbench.harness.record import Record, add_metric, read, write
 
 FRAMES, FPS = 6, 12.5
 # As vbench 0.1.5 writes it; imaging_quality's videos are in percent, its total is not.
@@ -204,7 +204,7 @@ def test_a_dimension_that_fails_says_why_and_keeps_the_others(vbench, tmp_path):
 
 
 def test_the_report_holds_scores_that_were_filed_later(tmp_path):
-    from harness.report import report
+    from ditbench.harness.report import report
 
     folder = run_folder(tmp_path)
     add_metric(folder, "vbench/scene", side_env.entry_of("scene", 0.625, [0.5, 0.75], "vbench_standard", 0, 20))

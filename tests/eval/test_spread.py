@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval import libraries, spread
-from eval.statistics import bootstrap_sd
+from ditbench.eval import libraries, spread
+from ditbench.eval.statistics import bootstrap_sd
 
 WIDTH = 6
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
-from eval import statistics
+from ditbench.eval import statistics
 
 
 def test_mean_interval_covers_the_true_mean_about_95_times_in_100():

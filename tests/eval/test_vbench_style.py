@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from eval import vbench_style, video_judges, video_motion, video_text
-from eval.base import Evidence, Prompt, Samples, evaluate, known_metrics
-from eval.flow import Flow
-from eval.video_judges import CLIP, CLIP_LARGE, DINO
+from ditbench.eval import vbench_style, video_judges, video_motion, video_text
+from ditbench.eval.base import Evidence, Prompt, Samples, evaluate, known_metrics
+from ditbench.eval.flow import Flow
+from ditbench.eval.video_judges import CLIP, CLIP_LARGE, DINO
 
 N, FRAMES, SIDE = 4, 8, 32
 VIDEO_METRICS = [name for name in known_metrics() if name.startswith("vbench_style/")] + [
@@ -367,7 +367,7 @@ def test_imaging_quality_is_musiqs_score_over_a_hundred_and_names_the_package_wh
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     assert "pip install pyiqa" in evaluate([name], evidence())[name]["reason"]
     monkeypatch.setattr("importlib.util.find_spec", lambda package: True)
-    monkeypatch.setattr("eval.passport.version", lambda package: "0")
+    monkeypatch.setattr("ditbench.eval.passport.version", lambda package: "0")
     brightness = SimpleNamespace(create_metric=lambda model, device: lambda frames: 100 * frames.mean(dim=(1, 2, 3)))
     monkeypatch.setitem(sys.modules, "pyiqa", brightness)
     assert value(name, evidence()) == pytest.approx(videos().float().mean().item() / 255, abs=1e-5)

@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from eval import weights
-from eval.base import MetricSkipped
+from ditbench.eval import weights
+from ditbench.eval.base import MetricSkipped
 
 FILE = "inception-0123abcd.pth"
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from eval.base import Samples
-from harness import methods
-from harness.calibrate import Calibration
-from harness.export import save_quantized
-from harness.generate import conditions, generate
-from harness.models.base import LoadedModel, Sampler
-from harness.quant.accounting import account, count_macs
-from harness.quant.build import build
-from harness.quant.recipe import ModelRecipe
-from harness.quant.spec import Bits
-from harness.quant.target import Target
+from ditbench.eval.base import Samples
+from ditbench.harness import methods
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.export import save_quantized
+from ditbench.harness.generate import conditions, generate
+from ditbench.harness.models.base import LoadedModel, Sampler
+from ditbench.harness.quant.accounting import account, count_macs
+from ditbench.harness.quant.build import build
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.target import Target
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import pytest
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from harness.conformance import DYNAMIC, SMALL_DIT
-from harness.errors import UserError
-from harness.export import RECIPE, TENSORS, load_quantized
-from harness.files import file_sha256
-from harness.models.base import ModelSpec, load_model
+from ditbench.harness.conformance import DYNAMIC, SMALL_DIT
+from ditbench.harness.errors import UserError
+from ditbench.harness.export import RECIPE, TENSORS, load_quantized
+from ditbench.harness.files import file_sha256
+from ditbench.harness.models.base import ModelSpec, load_model
 
 
 @pytest.fixture

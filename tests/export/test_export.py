@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.conformance import DYNAMIC, SMALL_DIT, STATIC
-from harness.errors import UserError
-from harness.export import TENSORS, load_quantized, save_quantized
-from harness.listing import bits_of
-from harness.models.base import ModelSpec, load_model
-from harness.quant.build import quant_layers
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.transforms import Rotation, Transform
+from ditbench.harness.conformance import DYNAMIC, SMALL_DIT, STATIC
+from ditbench.harness.errors import UserError
+from ditbench.harness.export import TENSORS, load_quantized, save_quantized
+from ditbench.harness.listing import bits_of
+from ditbench.harness.models.base import ModelSpec, load_model
+from ditbench.harness.quant.build import quant_layers
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.transforms import Rotation, Transform
 
 GROUPS = Bits(
     QuantSpec(3, "per_group", symmetric=False, group_size=16), QuantSpec(8, "per_group", dynamic=True, group_size=16)

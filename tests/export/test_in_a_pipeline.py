@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 sys.path.append(str(Path(__file__).parent.parent / "models"))
 from small_pipelines import SIZES, SMALL
 
-from eval.base import Prompt
-from harness.calibrate import calibrate
-from harness.calls import placed
-from harness.conformance import DYNAMIC, STATIC
-from harness.export import TENSORS, load_quantized
-from harness.generate import conditions, generate
-from harness.models.base import ModelSpec, Sampler, load_model
+from ditbench.eval.base import Prompt
+from ditbench.harness.calibrate import calibrate
+from ditbench.harness.calls import placed
+from ditbench.harness.conformance import DYNAMIC, STATIC
+from ditbench.harness.export import TENSORS, load_quantized
+from ditbench.harness.generate import conditions, generate
+from ditbench.harness.models.base import ModelSpec, Sampler, load_model
 
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"))
 STEPS = 3

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from harness.quant.spec import Bits, QuantSpec
-from harness.stream import BlockStream
-from methods import clq
-from methods.clq import Params
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.stream import BlockStream
+from ditbench.methods import clq
+from ditbench.methods.clq import Params
 
 FAST = Params(probe=(0.5, 1.0), grid=5, lowest=0.4, search_samples=2, search_steps=2)
 BLOCK, LAST = "transformer_blocks.0", "transformer_blocks.1"

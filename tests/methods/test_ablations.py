@@ -6,10 +6,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from harness.compose import register
-from harness.config import parse
-from harness.paths import CONF
-from harness.quant.spec import Bits
+from ditbench.harness.compose import register
+from ditbench.harness.config import parse
+from ditbench.harness.paths import CONF
+from ditbench.harness.quant.spec import Bits
 
 ABLATIONS = sorted(path.stem for path in (CONF / "experiment").glob("*_ablation.yaml"))
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from clq_cases import BLOCK, BOTH, BOTH_STATIC, FAST, LAST
 
-from harness import methods
-from harness.conformance import DYNAMIC, relative_error
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.spec import Bits
-from harness.stream import BlockStream
-from harness.trial import float_model
-from methods import clq, rtn
-from methods.clq import Params
+from ditbench.harness import methods
+from ditbench.harness.conformance import DYNAMIC, relative_error
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.stream import BlockStream
+from ditbench.harness.trial import float_model
+from ditbench.methods import clq, rtn
+from ditbench.methods.clq import Params
 
 
 @pytest.mark.parametrize("bits", [BOTH, BOTH_STATIC], ids=["dynamic", "static"])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from clq_cases import BLOCK, BOTH, FAST, FLOAT, block_inputs, entered
 
-from harness.conformance import relative_error
-from harness.quant.build import build, float_copy
-from methods import clq
+from ditbench.harness.conformance import relative_error
+from ditbench.harness.quant.build import build, float_copy
+from ditbench.methods import clq
 
 
 @pytest.mark.parametrize("depth", ["all", "1"])

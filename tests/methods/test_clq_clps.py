@@ -10,14 +10,14 @@ import torch
 from clq_cases import BLOCK, BOTH, BOTH_STATIC, FAST, LAST
 from torch import nn
 
-from harness.calibrate import Calibration
-from harness.conformance import relative_error
-from harness.quant.build import float_copy
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.steps import StepClock
-from harness.quant.target import Site, Target
-from methods import clq
-from methods.clq import Params, Quantizer, loudest, search
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.conformance import relative_error
+from ditbench.harness.quant.build import float_copy
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.steps import StepClock
+from ditbench.harness.quant.target import Site, Target
+from ditbench.methods import clq
+from ditbench.methods.clq import Params, Quantizer, loudest, search
 
 
 def chain(normal, *, blocks: int = 2):

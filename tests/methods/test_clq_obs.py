@@ -8,14 +8,20 @@ import pytest
 import torch
 from clq_cases import BLOCK, FAST, LAST, generator
 
-from harness.conformance import DYNAMIC, STATIC
-from harness.errors import UserError
-from harness.quant.build import float_copy
-from harness.quant.quantizers import ActQuant, activation_affine, fake_quantize_activation, quantize_weight, to_codes
-from harness.quant.spec import QuantSpec
-from harness.quant.transforms import Hadamard, Permutation
-from methods import clq
-from methods.clq import Params, Score, channel_order, hadamard_blocks
+from ditbench.harness.conformance import DYNAMIC, STATIC
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.build import float_copy
+from ditbench.harness.quant.quantizers import (
+    ActQuant,
+    activation_affine,
+    fake_quantize_activation,
+    quantize_weight,
+    to_codes,
+)
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.transforms import Hadamard, Permutation
+from ditbench.methods import clq
+from ditbench.methods.clq import Params, Score, channel_order, hadamard_blocks
 
 
 @pytest.mark.parametrize("permutation", clq.CHOICES["permutation"])
@@ -194,15 +200,15 @@ def test_weight_ratios_shrink_each_row_s_own_ends(symmetric, normal):
     "spec", [QuantSpec(8, "per_token", dynamic=True), QuantSpec(8, "per_token", symmetric=False, dynamic=True)]
 )
 def test_both_backends_clip_alike(spec, small_target, small_calibration, normal):
-    from harness.backends import onednn_int8
-    from harness.quant.recipe import LayerRecipe
+    from ditbench.harness.backends import onednn_int8
+    from ditbench.harness.quant.recipe import LayerRecipe
 
     recipe = LayerRecipe(
         weight=quantize_weight(normal(6, 48), QuantSpec(8, "per_channel")), act=ActQuant(spec, clip=0.5)
     )
     if onednn_int8.unsupported(recipe, torch.device("cpu")):
         pytest.skip("no int8 dot products here")
-    from harness.backends import simulate
+    from ditbench.harness.backends import simulate
 
     x = normal(5, 48).float()
     one, other = (b.make_kernel(recipe, torch.zeros(6, 48))(x.clone(), None) for b in (onednn_int8, simulate))

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness import conformance, methods
-from harness.conformance import Case, Nonconforming, check_methods
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.steps import StepTable
-from harness.quant.transforms import Rotation, Transform
-from methods import rtn
+from ditbench.harness import conformance, methods
+from ditbench.harness.conformance import Case, Nonconforming, check_methods
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.transforms import Rotation, Transform
+from ditbench.methods import rtn
 
 FIRST = "transformer_blocks.0.attn1.to_q"
 
@@ -67,7 +67,7 @@ def unguarded_apply(target, state, bits, params):
 
 
 def unguarded_fit(target, calibration, bits, params):
-    from harness.observe import channel_stats
+    from ditbench.harness.observe import channel_stats
 
     return {"range": channel_stats(target, calibration)[FIRST].absmax_C}
 

@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.conformance import DYNAMIC, STATIC, relative_error
-from harness.observe import channel_stats, token_sample
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
-from harness.quant.rotations import Dual, dual_rotation
-from harness.quant.spec import Bits, QuantSpec
-from harness.seeds import sample_seeds
-from methods import duquant, rtn
-from methods.duquant import Params
+from ditbench.harness.conformance import DYNAMIC, STATIC, relative_error
+from ditbench.harness.observe import channel_stats, token_sample
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
+from ditbench.harness.quant.rotations import Dual, dual_rotation
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.seeds import sample_seeds
+from ditbench.methods import duquant, rtn
+from ditbench.methods.duquant import Params
 
 FAST = {"steps": 16, "tokens": 64}
 LAYER, SITE = "transformer_blocks.1.ff.net.2", "transformer_blocks.1.ff_mid"  # nothing is folded into its producer

@@ -7,18 +7,18 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 import torch
 
-from harness import methods
-from harness.conformance import (
+from ditbench.harness import methods
+from ditbench.harness.conformance import (
     CHECKS,
     fitting_twice_is_the_same,
     model_and_random_state_are_left_alone,
     relative_error,
     transforms_are_exact,
 )
-from harness.errors import UserError
-from harness.listing import bits_of
-from harness.quant.build import build
-from harness.quant.spec import QuantSpec
+from ditbench.harness.errors import UserError
+from ditbench.harness.listing import bits_of
+from ditbench.harness.quant.build import build
+from ditbench.harness.quant.spec import QuantSpec
 
 METHODS = list(methods.known_methods())
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from harness.blockwise import round_blockwise
-from harness.quant.build import build
-from harness.quant.quantizers import quantize_weight
-from harness.quant.recipe import ModelRecipe
-from harness.quant.spec import Bits, QuantSpec
-from harness.stream import BlockStream
-from methods import gptq, rtn
+from ditbench.harness.blockwise import round_blockwise
+from ditbench.harness.quant.build import build
+from ditbench.harness.quant.quantizers import quantize_weight
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.stream import BlockStream
+from ditbench.methods import gptq, rtn
 
 W3A16 = Bits(QuantSpec(3, "per_channel"), None)
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from harness.observe import channel_stats
-from harness.quant.build import build, quant_layers
-from harness.quant.spec import Bits, QuantSpec
-from methods import htg
+from ditbench.harness.observe import channel_stats
+from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.methods import htg
 
 STATIC = Bits(QuantSpec(8, "per_channel", symmetric=False), QuantSpec(8, "per_tensor", symmetric=False))
 PARAMS = htg.Params(groups=2, momentum=0.8)

@@ -6,19 +6,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.conformance import DYNAMIC, STATIC, Case, relative_error, transforms_are_exact
-from harness.errors import UserError
-from harness.observe import channel_stats, inputs_observed, run_calibration, token_sample
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.effective import effective_linear
-from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, fake_quantize_activation, quantize_weight
-from harness.quant.rotations import Dual, dual_rotation
-from harness.quant.smoothing import weight_absmax
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.tlq import Search, twin_log
-from harness.quant.transforms import Hadamard, Permutation, Transform
-from methods import lrq_dit, rtn
-from methods.lrq_dit import Params, takes_dual
+from ditbench.harness.conformance import DYNAMIC, STATIC, Case, relative_error, transforms_are_exact
+from ditbench.harness.errors import UserError
+from ditbench.harness.observe import channel_stats, inputs_observed, run_calibration, token_sample
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.effective import effective_linear
+from ditbench.harness.quant.quantizers import (
+    ActQuant,
+    LookupWeight,
+    QuantizedWeight,
+    fake_quantize_activation,
+    quantize_weight,
+)
+from ditbench.harness.quant.rotations import Dual, dual_rotation
+from ditbench.harness.quant.smoothing import weight_absmax
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.tlq import Search, twin_log
+from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform
+from ditbench.methods import lrq_dit, rtn
+from ditbench.methods.lrq_dit import Params, takes_dual
 
 W3A4 = DYNAMIC.with_widths(3, 4)
 FAST = {"steps": 16, "tokens": 64}

@@ -8,14 +8,14 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from harness.conformance import DYNAMIC, STATIC
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.effective import effective_linear
-from harness.quant.quantizers import quantize_weight
-from harness.quant.smoothing import weight_absmax
-from harness.quant.target import Site, Target
-from methods import ptq4dit, smoothquant
-from methods.ptq4dit import Params, balance, spearman, timestep_weights
+from ditbench.harness.conformance import DYNAMIC, STATIC
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.effective import effective_linear
+from ditbench.harness.quant.quantizers import quantize_weight
+from ditbench.harness.quant.smoothing import weight_absmax
+from ditbench.harness.quant.target import Site, Target
+from ditbench.methods import ptq4dit, smoothquant
+from ditbench.methods.ptq4dit import Params, balance, spearman, timestep_weights
 
 ROUNDED = Params(reconstruct="none")  # where only the balance is looked at
 

@@ -6,11 +6,11 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from harness.calibrate import Calibration
-from harness.conformance import DYNAMIC, STATIC
-from harness.quant.build import build, float_copy
-from methods import ptq4dm
-from methods.ptq4dm import Params, draw_steps, select_calibration
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.conformance import DYNAMIC, STATIC
+from ditbench.harness.quant.build import build, float_copy
+from ditbench.methods import ptq4dm
+from ditbench.methods.ptq4dm import Params, draw_steps, select_calibration
 
 
 def recording(steps: int, rows: int) -> Calibration:

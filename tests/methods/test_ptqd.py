@@ -7,20 +7,20 @@ import torch
 from diffusers import DDPMScheduler
 from small_pipelines import SIZES, SMALL
 
-from eval.base import Prompt
-from harness import methods
-from harness.calibrate import calibrate
-from harness.conformance import DYNAMIC
-from harness.conformance import relative_error as error_of
-from harness.errors import UserError
-from harness.generate import conditions, generate
-from harness.models.base import Correction, LoadedModel, ModelSpec, Sampler, load_model
-from harness.models.dit import CorrectedDDPM
-from harness.quant.build import build, float_copy
-from harness.quant.spec import Bits
-from harness.quant.steps import StepClock
-from methods import ptqd, rtn
-from methods.ptqd import Params, correct_step, correct_variance, error_statistics, noise_estimates
+from ditbench.eval.base import Prompt
+from ditbench.harness import methods
+from ditbench.harness.calibrate import calibrate
+from ditbench.harness.conformance import DYNAMIC
+from ditbench.harness.conformance import relative_error as error_of
+from ditbench.harness.errors import UserError
+from ditbench.harness.generate import conditions, generate
+from ditbench.harness.models.base import Correction, LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.models.dit import CorrectedDDPM
+from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.steps import StepClock
+from ditbench.methods import ptqd, rtn
+from ditbench.methods.ptqd import Params, correct_step, correct_variance, error_statistics, noise_estimates
 
 BITS = DYNAMIC.with_widths(3, 4)
 

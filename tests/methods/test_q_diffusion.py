@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.calibrate import Calibration
-from harness.conformance import DYNAMIC, STATIC
-from harness.quant.build import build, float_copy
-from harness.quant.quantizers import quantize_weight, searched_range
-from harness.quant.spec import QuantSpec
-from methods import q_diffusion
-from methods.q_diffusion import Params, select_calibration
+from ditbench.harness.calibrate import Calibration
+from ditbench.harness.conformance import DYNAMIC, STATIC
+from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.quant.quantizers import quantize_weight, searched_range
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.methods import q_diffusion
+from ditbench.methods.q_diffusion import Params, select_calibration
 
 SHORT = Params(iterations=40, scale_iterations=10)
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from harness.conformance import DYNAMIC, STATIC
-from harness.errors import UserError
-from harness.methods import check_bits
-from harness.quant.build import build, quant_layers
-from harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
-from harness.quant.spec import QuantSpec
-from harness.quant.target import Site, Target
-from methods import q_dit
-from methods.q_dit import OutputError, Params, bits_by_layer, evolve, mean, nearest_divisor, preset
+from ditbench.harness.conformance import DYNAMIC, STATIC
+from ditbench.harness.errors import UserError
+from ditbench.harness.methods import check_bits
+from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.target import Site, Target
+from ditbench.methods import q_dit
+from ditbench.methods.q_dit import OutputError, Params, bits_by_layer, evolve, mean, nearest_divisor, preset
 
 LAYER = "transformer_blocks.1.ff.net.2"
 RTN = Params(group_size=16, weights="rtn")

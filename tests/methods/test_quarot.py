@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.conformance import DYNAMIC, STATIC, relative_error
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.hadamard import hadamard
-from harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
-from harness.quant.spec import Bits, QuantSpec
-from methods import quarot, rtn
-from methods.quarot import Params
+from ditbench.harness.conformance import DYNAMIC, STATIC, relative_error
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.hadamard import hadamard
+from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.methods import quarot, rtn
+from ditbench.methods.quarot import Params
 
 LAYER = "transformer_blocks.1.ff.net.2"
 SITE = "transformer_blocks.1.ff_mid"

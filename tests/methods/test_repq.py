@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from harness.conformance import DYNAMIC, STATIC, relative_error
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.quantizers import ActQuant, LogSqrt2Quant, log_sqrt2, log_sqrt2_delta, quantize_weight
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.target import Site, Target
-from methods import repq, rtn
-from methods.repq import Params, channel_quantizers, reparameterise
+from ditbench.harness.conformance import DYNAMIC, STATIC, relative_error
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.quantizers import ActQuant, LogSqrt2Quant, log_sqrt2, log_sqrt2_delta, quantize_weight
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.target import Site, Target
+from ditbench.methods import repq, rtn
+from ditbench.methods.repq import Params, channel_quantizers, reparameterise
 
 ACT = QuantSpec(6, "per_tensor", symmetric=False)
 SITE = "transformer_blocks.1.ff_in"

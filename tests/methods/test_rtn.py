@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from harness.conformance import DYNAMIC, STATIC
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.target import Site, Target
-from methods import rtn
+from ditbench.harness.conformance import DYNAMIC, STATIC
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.target import Site, Target
+from ditbench.methods import rtn
 
 FIRST = "transformer_blocks.1.attn1.to_k"
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.conformance import DYNAMIC, relative_error
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.smoothing import smoothing_scale
-from methods import smoothquant
-from methods.smoothquant import Params
+from ditbench.harness.conformance import DYNAMIC, relative_error
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.smoothing import smoothing_scale
+from ditbench.methods import smoothquant
+from ditbench.methods.smoothquant import Params
 
 
 def by_hand(target, calibration, site, strength: float, floor: float) -> list[float]:

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness.conformance import DYNAMIC, STATIC, relative_error
-from harness.errors import UserError
-from harness.quant.accounting import account, count_macs
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.gptq import gptq
-from harness.quant.quantizers import activation_affine, quantize_weight
-from harness.quant.spec import Bits, QuantSpec
-from methods import rtn, svdquant
-from methods.svdquant import Params, candidates, site_samples, smoothing_scale
+from ditbench.harness.conformance import DYNAMIC, STATIC, relative_error
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.accounting import account, count_macs
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.gptq import gptq
+from ditbench.harness.quant.quantizers import activation_affine, quantize_weight
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.methods import rtn, svdquant
+from ditbench.methods.svdquant import Params, candidates, site_samples, smoothing_scale
 
 W4A4 = Bits(QuantSpec(4, "per_channel"), QuantSpec(4, "per_token", dynamic=True))
 GELU_LAYER, GELU_SITE = "transformer_blocks.1.ff.net.2", "transformer_blocks.1.ff_mid"

@@ -7,18 +7,18 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from harness import methods
-from harness.compose import register
-from harness.conformance import DYNAMIC, STATIC, relative_error
-from harness.errors import UserError
-from harness.paths import CONF
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.hadamard import hadamard
-from harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.transforms import Hadamard, Transform, random_signs
-from methods import vidit_q
-from methods.vidit_q import Params, bit_plan
+from ditbench.harness import methods
+from ditbench.harness.compose import register
+from ditbench.harness.conformance import DYNAMIC, STATIC, relative_error
+from ditbench.harness.errors import UserError
+from ditbench.harness.paths import CONF
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.hadamard import hadamard
+from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.transforms import Hadamard, Transform, random_signs
+from ditbench.methods import vidit_q
+from ditbench.methods.vidit_q import Params, bit_plan
 
 SITE, LAYER = "transformer_blocks.1.ff_mid", "transformer_blocks.1.ff.net.2"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from harness.models import dit
-from harness.models.base import LoadedModel, ModelSpec
+from ditbench.harness.models import dit
+from ditbench.harness.models.base import LoadedModel, ModelSpec
 
 
 @pytest.fixture(scope="session")

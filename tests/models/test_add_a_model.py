@@ -9,17 +9,16 @@ import torch
 import yaml
 from small_pipelines import SMALL
 
-import harness.models
-from eval.base import Prompt
-from harness.calibrate import calibrate
-from harness.generate import conditions
-from harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
-from harness.paths import CONF
-from harness.quant.build import build, float_copy
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.smoothing import place
-from harness.quant.steps import StepTable
-from harness.quant.transforms import Transform
+from ditbench.eval.base import Prompt
+from ditbench.harness.calibrate import calibrate
+from ditbench.harness.generate import conditions
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.paths import CONF
+from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.smoothing import place
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.transforms import Transform
 
 PAGE = CONF.parent / "docs" / "add-a-model.md"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="not a source checkout")
@@ -42,7 +41,7 @@ def family(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(source)
         return load_model(ModelSpec("small", name, source=str(tmp_path / "checkpoint")))
 
-    monkeypatch.setattr(harness.models, "__path__", [*harness.models.__path__, str(tmp_path)])
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
     return load
 
 

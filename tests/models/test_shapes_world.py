@@ -8,9 +8,19 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from harness.models.zoo import shapes
-from harness.models.zoo.captioned import TEXT_LENGTH, tokenizer
-from harness.models.zoo.shapes import KINDS, Caption, Object, Scene, Wanted, draw_scene, random_caption, related, render
+from ditbench.harness.models.zoo import shapes
+from ditbench.harness.models.zoo.captioned import TEXT_LENGTH, tokenizer
+from ditbench.harness.models.zoo.shapes import (
+    KINDS,
+    Caption,
+    Object,
+    Scene,
+    Wanted,
+    draw_scene,
+    random_caption,
+    related,
+    render,
+)
 
 RED_CIRCLE, BLUE_SQUARE = Wanted("circle", "red"), Wanted("square", "blue", "small")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from small_pipelines import SIZES, SMALL
 
-from eval.base import Prompt
-from harness.calibrate import Calibration, calibrate
-from harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
-from harness.observe import channel_stats
-from harness.quant.build import float_copy
-from harness.quant.target import TableRows, Target
+from ditbench.eval.base import Prompt
+from ditbench.harness.calibrate import Calibration, calibrate
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.observe import channel_stats
+from ditbench.harness.quant.build import float_copy
+from ditbench.harness.quant.target import TableRows, Target
 
 STRESS = {"channels": 3, "log2_factor": 6, "seed": 0}
 

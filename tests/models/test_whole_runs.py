@@ -16,8 +16,8 @@ import torch
 from small_pipelines import SIZES, SMALL
 from torch import nn
 
-from harness.cli import main
-from harness.models.base import LoadedModel, ModelSpec, load_model
+from ditbench.harness.cli import main
+from ditbench.harness.models.base import LoadedModel, ModelSpec, load_model
 
 CONFIGURATIONS = {
     "pixart": "pixart-alpha-xl-2-512", "sd3": "sd3.5-medium", "flux": "flux.1-dev", "sana": "sana-1600m-1024",

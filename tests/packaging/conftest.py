@@ -29,7 +29,7 @@ def wheel(tmp_path_factory) -> Path:
     pytest.importorskip("build")
     pytest.importorskip("hatchling")
     work = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, work / "tree", ignore=NOT_COPIED)
+    shutil.copytree(ROOT, work / "tree", ignore=NOT_COPIED, symlinks=True)
     checked([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work), str(work / "tree")])
     (built,) = work.glob("ditbench-*.whl")
     return built
@@ -82,7 +82,7 @@ def python(installed, tmp_path) -> Callable[..., subprocess.CompletedProcess[str
 
 @pytest.fixture
 def ditbench(python) -> Callable[..., subprocess.CompletedProcess[str]]:
-    return lambda *arguments, **kwargs: python("from harness.cli import entry; entry()", *arguments, **kwargs)
+    return lambda *arguments, **kwargs: python("from ditbench.harness.cli import entry; entry()", *arguments, **kwargs)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ METHOD = '''"""Shrink: round to nearest after clipping every weight range (a met
 
 from dataclasses import dataclass, replace
 
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def names(wheel) -> set[str]:
 )
 def test_every_file_of_the_packages_and_their_data_is_inside(names, folder):
     files = {
-        path.relative_to(ROOT).as_posix()
+        f"ditbench/{path.relative_to(ROOT).as_posix()}"
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     }
@@ -32,21 +32,22 @@ def test_every_file_of_the_packages_and_their_data_is_inside(names, folder):
 
 def test_the_report_templates_are_inside(names):
     for suffix in (".html", ".css", ".js"):
-        assert [name for name in names if name.startswith("harness/report/") and name.endswith(suffix)]
+        assert [name for name in names if name.startswith("ditbench/harness/report/") and name.endswith(suffix)]
 
 
 def test_the_papers_tables_are_inside_where_there_are_any(names):
-    tables = {path.relative_to(ROOT).as_posix() for path in (ROOT / "results" / "papers").glob("*.yaml")}
+    tables = {f"ditbench/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "results" / "papers").glob("*.yaml")}
     if not tables:
         pytest.skip("results/papers holds no table yet")
     assert not tables - names
 
 
 def test_nothing_that_is_not_part_of_the_product_is_inside(names, wheel):
-    packages = {"harness", "methods", "eval", "conf", "results"}
-    stray = {name for name in names if name.split("/")[0] not in packages and ".dist-info/" not in name}
-    assert not stray
-    assert not [name for name in names if name.startswith("results/") and not name.startswith("results/papers/")]
+    ours = [name for name in names if ".dist-info/" not in name]
+    assert {name.split("/")[0] for name in ours} == {"ditbench"}, "another top-level package could shadow a user's own"
+    inside = {"harness", "methods", "eval", "conf", "results", "__init__.py", "__main__.py", "py.typed"}
+    assert {name.split("/")[1] for name in ours} == inside
+    assert not [name for name in ours if "/results/" in name and not name.startswith("ditbench/results/papers/")]
     assert wheel.stat().st_size < 20 * 2**20
 
 
@@ -55,11 +56,13 @@ def test_the_command_is_declared(wheel):
         (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
         parser = configparser.ConfigParser()
         parser.read_string(archive.read(file).decode())
-    assert parser["console_scripts"]["ditbench"] == "harness.cli:entry"
+    assert parser["console_scripts"]["ditbench"] == "ditbench.harness.cli:entry"
 
 
 def test_an_installed_ditbench_lists_its_models_from_another_directory(ditbench, python, installed):
-    where = python("import harness, eval, methods; print(harness.__file__, eval.__file__, methods.__file__)")
+    where = python(
+        "from ditbench import harness, eval, methods; print(harness.__file__, eval.__file__, methods.__file__)"
+    )
     for file in where.stdout.split():
         assert Path(file).is_relative_to(installed), f"the checkout was imported: {file} {where.stderr}"
     listed = ditbench("list", "models")

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from harness.backends import simulate
-from harness.quant.accounting import account, count_macs, stored_bytes
-from harness.quant.build import build
-from harness.quant.quantizers import ActQuant, quantize_weight, static_quant
-from harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
-from harness.quant.rounding import nearest
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.steps import StepTable
-from harness.quant.target import Site, Target
-from harness.quant.transforms import Hadamard, Permutation, Transform, random_signs
+from ditbench.harness.backends import simulate
+from ditbench.harness.quant.accounting import account, count_macs, stored_bytes
+from ditbench.harness.quant.build import build
+from ditbench.harness.quant.quantizers import ActQuant, quantize_weight, static_quant
+from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
+from ditbench.harness.quant.rounding import nearest
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.target import Site, Target
+from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform, random_signs
 
 DYNAMIC = QuantSpec(8, "per_token", dynamic=True)
 BY_STEP = static_quant(

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.errors import UserError
-from harness.quant.adaround import SCALE_FLOOR, AdaRound, LearnedAct, alpha_of, rectified_sigmoid
-from harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight, static_quant
-from harness.quant.rounding import act_quant
-from harness.quant.spec import QuantSpec
-from harness.quant.steps import StepTable
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.adaround import SCALE_FLOOR, AdaRound, LearnedAct, alpha_of, rectified_sigmoid
+from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight, static_quant
+from ditbench.harness.quant.rounding import act_quant
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.steps import StepTable
 
 SPECS = [
     QuantSpec(bits, granularity, symmetric, group_size=12 if granularity == "per_group" else None)

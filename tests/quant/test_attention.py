@@ -5,14 +5,14 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from harness.conformance import STATIC, relative_error
-from harness.quant.attention import OPERANDS, QuantAttnProcessor
-from harness.quant.build import build, float_copy
-from harness.quant.quantizers import ActQuant, fake_quantize_activation
-from harness.quant.recipe import AttentionRecipe, ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.spec import QuantSpec
-from harness.quant.steps import StepClock
+from ditbench.harness.conformance import STATIC, relative_error
+from ditbench.harness.quant.attention import OPERANDS, QuantAttnProcessor
+from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation
+from ditbench.harness.quant.recipe import AttentionRecipe, ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.steps import StepClock
 
 A8 = ActQuant(QuantSpec(8, "per_tensor", symmetric=False, dynamic=True))
 A2 = ActQuant(QuantSpec(2, "per_tensor", symmetric=False, dynamic=True))

@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.conformance import DYNAMIC, relative_error
-from harness.files import tensors_sha256
-from harness.quant.build import build, float_copy, quant_layers
-from harness.quant.effective import EffectiveLinear
-from harness.quant.layer import QuantLinear, QuantPatchEmbed
-from harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight, static_quant
-from harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
-from harness.quant.rounding import nearest
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.steps import StepClock, StepTable
-from harness.quant.transforms import Hadamard, Transform
+from ditbench.harness.conformance import DYNAMIC, relative_error
+from ditbench.harness.files import tensors_sha256
+from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.quant.effective import EffectiveLinear
+from ditbench.harness.quant.layer import QuantLinear, QuantPatchEmbed
+from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight, static_quant
+from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
+from ditbench.harness.quant.rounding import nearest
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.steps import StepClock, StepTable
+from ditbench.harness.quant.transforms import Hadamard, Transform
 
 CPU = torch.device("cpu")
 TOKEN_A8 = ActQuant(QuantSpec(8, "per_token", dynamic=True))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.quant.clustering import adjacent_clusters, group_means
+from ditbench.harness.quant.clustering import adjacent_clusters, group_means
 
 
 def slow_clusters(points, groups):

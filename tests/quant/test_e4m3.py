@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.backends import simulate
-from harness.conformance import relative_error
-from harness.quant.gptq import gptq
-from harness.quant.quantizers import (
+from ditbench.harness.backends import simulate
+from ditbench.harness.conformance import relative_error
+from ditbench.harness.quant.gptq import gptq
+from ditbench.harness.quant.quantizers import (
     ActQuant,
     fake_quantize_activation,
     quantize_weight,
@@ -17,10 +17,10 @@ from harness.quant.quantizers import (
     to_codes,
     to_e4m3,
 )
-from harness.quant.recipe import LayerRecipe
-from harness.quant.rounding import act_quant, nearest
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.steps import StepTable
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.rounding import act_quant, nearest
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.steps import StepTable
 
 # 4 bits of exponent, bias 7; 3 of mantissa; the last pattern is NaN, so that the largest value is 1.75 · 2⁸.
 POSITIVE = [m * 2.0**-9 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1]

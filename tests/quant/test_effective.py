@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.conformance import relative_error
-from harness.quant.build import build, quant_layers
-from harness.quant.effective import effective_linear, touched_layers
-from harness.quant.quantizers import quantize_weight
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.spec import QuantSpec
-from harness.quant.steps import StepTable
-from harness.quant.target import AdaLNRows, Site, Target, ValueRows
-from harness.quant.transforms import Hadamard, Transform, random_signs
+from ditbench.harness.conformance import relative_error
+from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.quant.effective import effective_linear, touched_layers
+from ditbench.harness.quant.quantizers import quantize_weight
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.target import AdaLNRows, Site, Target, ValueRows
+from ditbench.harness.quant.transforms import Hadamard, Transform, random_signs
 
 STEPS = 4
 PARTITIONS = ([0, 0, 1, 1], [0, 1, 1, 2], [0, 1, 2, 3], [0, 0, 0, 0])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from harness.quant.gptq import gptq
-from harness.quant.quantizers import quantize_weight
-from harness.quant.spec import QuantSpec
+from ditbench.harness.quant.gptq import gptq
+from ditbench.harness.quant.quantizers import quantize_weight
+from ditbench.harness.quant.spec import QuantSpec
 
 SPECS = {
     "per_channel": QuantSpec(4, "per_channel"),

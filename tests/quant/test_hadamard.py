@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.quant import hadamard as orders
-from harness.quant.transforms import Hadamard, random_signs
+from ditbench.harness.quant import hadamard as orders
+from ditbench.harness.quant.transforms import Hadamard, random_signs
 
 SMALL = [1, 2, 4, 12, 20, 24, 28, 36, 52, 60, 72, 96, 100, 108, 140]
 LARGE = [576, 1152, 3072, 4608]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.quant.lowrank import (
+from ditbench.harness.quant.lowrank import (
     FACTOR_DTYPE,
     branches,
     capped_rank,
@@ -13,9 +13,9 @@ from harness.quant.lowrank import (
     residual,
     split,
 )
-from harness.quant.quantizers import quantize_weight
-from harness.quant.recipe import LowRank
-from harness.quant.spec import QuantSpec
+from ditbench.harness.quant.quantizers import quantize_weight
+from ditbench.harness.quant.recipe import LowRank
+from ditbench.harness.quant.spec import QuantSpec
 
 INT4 = QuantSpec(4, "per_group", group_size=16)
 

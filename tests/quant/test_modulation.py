@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.quant.modulation import block_folds, hang
-from harness.quant.recipe import ModelRecipe
-from harness.quant.steps import StepClock, StepTable
-from harness.quant.target import Site, TableRows, Target
-from harness.quant.transforms import Transform
+from ditbench.harness.quant.modulation import block_folds, hang
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.steps import StepClock, StepTable
+from ditbench.harness.quant.target import Site, TableRows, Target
+from ditbench.harness.quant.transforms import Transform
 
 C, ROWS = 5, 6
 

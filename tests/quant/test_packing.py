@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.quant.packing import pack, unpack
+from ditbench.harness.quant.packing import pack, unpack
 
 BITS = range(2, 9)
 

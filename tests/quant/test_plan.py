@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from harness import methods
-from harness.conformance import DYNAMIC, STATIC
-from harness.errors import UserError
-from harness.quant.build import build
-from harness.quant.plan import Costs, fixed_units, merged, readers_of_one_site, solve, units_of
+from ditbench.harness import methods
+from ditbench.harness.conformance import DYNAMIC, STATIC
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.build import build
+from ditbench.harness.quant.plan import Costs, fixed_units, merged, readers_of_one_site, solve, units_of
 
 ACTS = (4, 8, 8)  # of w4a4, w4a8, w8a8
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.errors import UserError
-from harness.quant.quantizers import (
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.quantizers import (
     MSE_PERCENTILES,
     ActQuant,
     affine_from_range,
@@ -16,9 +16,9 @@ from harness.quant.quantizers import (
     quantize_weight,
     static_quant,
 )
-from harness.quant.rounding import nearest
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.steps import StepTable
+from ditbench.harness.quant.rounding import nearest
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.steps import StepTable
 
 GROUP = 12  # of 48 channels
 WEIGHTS = [

@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from harness import measure, methods, mixed
-from harness.conformance import DYNAMIC, SMALL_DIT, STATIC
-from harness.export import load_quantized, save_quantized
-from harness.layer_error import error_atlas, layer_table
-from harness.models.base import ModelSpec, load_model
-from harness.parity import layer_parity
-from harness.quant.accounting import account, count_macs, layer_bytes, stored_bytes
-from harness.quant.build import build, clock_of, quant_layers
-from harness.quant.layer import RangedLinear
-from harness.quant.plan import Unit, fixed_units, merged, merged_by_range, units_of
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.spec import Bits
-from harness.quant.steps import StepClock, range_starts, step_ranges
-from harness.quant.target import Target
+from ditbench.harness import measure, methods, mixed
+from ditbench.harness.conformance import DYNAMIC, SMALL_DIT, STATIC
+from ditbench.harness.export import load_quantized, save_quantized
+from ditbench.harness.layer_error import error_atlas, layer_table
+from ditbench.harness.models.base import ModelSpec, load_model
+from ditbench.harness.parity import layer_parity
+from ditbench.harness.quant.accounting import account, count_macs, layer_bytes, stored_bytes
+from ditbench.harness.quant.build import build, clock_of, quant_layers
+from ditbench.harness.quant.layer import RangedLinear
+from ditbench.harness.quant.plan import Unit, fixed_units, merged, merged_by_range, units_of
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.steps import StepClock, range_starts, step_ranges
+from ditbench.harness.quant.target import Target
 
 STEPS, STARTS = 4, (0, 1, 3)  # of small_calibration
 FORMATS = [DYNAMIC.with_widths(4, 4), DYNAMIC.with_widths(4, 8), DYNAMIC.with_widths(8, 8)]

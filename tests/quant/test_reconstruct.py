@@ -7,18 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness import reconstruct as module
-from harness.conformance import DYNAMIC, STATIC
-from harness.quant.attention import QuantAttnProcessor
-from harness.quant.build import build, quant_layers
-from harness.quant.effective import effective_linear
-from harness.quant.recipe import ModelRecipe
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.spec import Bits
-from harness.quant.transforms import Transform
-from harness.reconstruct import Reconstruction, learned_weights, output_error, reconstruct, sharpness
-from harness.stream import BlockStream
-from methods import htg
+from ditbench.harness import reconstruct as module
+from ditbench.harness.conformance import DYNAMIC, STATIC
+from ditbench.harness.quant.attention import QuantAttnProcessor
+from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.quant.effective import effective_linear
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.transforms import Transform
+from ditbench.harness.reconstruct import Reconstruction, learned_weights, output_error, reconstruct, sharpness
+from ditbench.harness.stream import BlockStream
+from ditbench.methods import htg
 
 W4A8_STATIC = STATIC.with_widths(4, 8)
 SHORT = Reconstruction(iterations=60)

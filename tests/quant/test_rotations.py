@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.quant.rotations import (
+from ditbench.harness.quant.rotations import (
     BlockRotation,
     Dual,
     base_rotation,
@@ -12,7 +12,7 @@ from harness.quant.rotations import (
     greedy_rotation,
     snake_order,
 )
-from harness.quant.transforms import Hadamard, Transform
+from ditbench.harness.quant.transforms import Hadamard, Transform
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.conformance import DYNAMIC, STATIC
-from harness.errors import UserError
-from harness.quant import rounding
-from harness.quant.build import float_copy
-from harness.quant.quantizers import quantize_weight
-from harness.quant.rounding import nearest, static_ranges
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.transforms import Hadamard, Transform
+from ditbench.harness.conformance import DYNAMIC, STATIC
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant import rounding
+from ditbench.harness.quant.build import float_copy
+from ditbench.harness.quant.quantizers import quantize_weight
+from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.transforms import Hadamard, Transform
 
 
 def recorded_inputs(target, calibration, name: str) -> torch.Tensor:

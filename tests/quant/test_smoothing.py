@@ -1,7 +1,7 @@
 import torch
 
-from harness.quant.smoothing import place
-from harness.quant.transforms import Hadamard, Transform
+from ditbench.harness.quant.smoothing import place
+from ditbench.harness.quant.transforms import Hadamard, Transform
 
 SITE = "transformer_blocks.0.attn_in"  # its producer is known: adaLN rows
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UserError
-from harness.quant.spec import Bits, Format, QuantSpec, all_labels, needs_integers, parse_label
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.spec import Bits, Format, QuantSpec, all_labels, needs_integers, parse_label
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.quant.steps import StepClock, StepTable
+from ditbench.harness.quant.steps import StepClock, StepTable
 
 STEPS = 6
 PARTITIONS = {

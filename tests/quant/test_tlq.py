@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from harness.backends import onednn_int8, simulate
-from harness.errors import UserError
-from harness.quant.accounting import stored_bytes
-from harness.quant.quantizers import ActQuant, quantize_weight
-from harness.quant.recipe import LayerRecipe
-from harness.quant.spec import QuantSpec
-from harness.quant.tlq import (
+from ditbench.harness.backends import onednn_int8, simulate
+from ditbench.harness.errors import UserError
+from ditbench.harness.quant.accounting import stored_bytes
+from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
+from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.tlq import (
     CODE_QUANTILES,
     CODE_SHIFTS,
     Search,

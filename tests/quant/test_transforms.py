@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.quant.steps import StepTable
-from harness.quant.transforms import Hadamard, Permutation, Transform, random_signs
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform, random_signs
 
 C = 48
 GROUPS = torch.tensor([0, 0, 1, 2])

@@ -7,8 +7,8 @@ import re
 import pytest
 from PIL import Image
 
-from harness.record import read_all
-from harness.report import compare, report
+from ditbench.harness.record import read_all
+from ditbench.harness.report import compare, report
 
 
 def collapse(metric, **shares) -> dict:

@@ -7,10 +7,10 @@ import re
 import pytest
 from PIL import Image
 
-from harness.record import read_all
-from harness.report import compare, report
-from harness.report.figures import NOT_MEASURED, figures
-from harness.report.html import IMAGE_MAX_BYTES, picture
+from ditbench.harness.record import read_all
+from ditbench.harness.report import compare, report
+from ditbench.harness.report.figures import NOT_MEASURED, figures
+from ditbench.harness.report.html import IMAGE_MAX_BYTES, picture
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.base import PerSample
-from harness import sample_values
-from harness.errors import UserError
-from harness.record import experiment_folder, read_all, write
-from harness.report import compare, comparisons, paired, report
-from harness.report.seeds import over_seeds
+from ditbench.eval.base import PerSample
+from ditbench.harness import sample_values
+from ditbench.harness.errors import UserError
+from ditbench.harness.record import experiment_folder, read_all, write
+from ditbench.harness.report import compare, comparisons, paired, report
+from ditbench.harness.report.seeds import over_seeds
 
 N = 64
 NOISE_N = np.random.default_rng(0).normal(0, 1, N)

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from harness.report import report
-from harness.report.seeds import CI_METHOD, over_seeds, t_interval
+from ditbench.harness.report import report
+from ditbench.harness.report.seeds import CI_METHOD, over_seeds, t_interval
 
 
 @pytest.fixture

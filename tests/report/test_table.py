@@ -9,11 +9,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from harness.errors import UserError
-from harness.record import read_all
-from harness.report import compare, comparison_table, report
-from harness.report.frame import frame
-from harness.report.table import interval, table
+from ditbench.harness.errors import UserError
+from ditbench.harness.record import read_all
+from ditbench.harness.report import compare, comparison_table, report
+from ditbench.harness.report.frame import frame
+from ditbench.harness.report.table import interval, table
 
 
 def only_group(results_dir):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from harness import compose, methods
-from harness.cli import main
+from ditbench.harness import compose, methods
+from ditbench.harness.cli import main
 
 TINY = (
     "model=tiny-dit",

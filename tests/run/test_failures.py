@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from eval.base import known_metrics
-from harness import run as running
-from harness.loaded import forget_models
+from ditbench.eval.base import known_metrics
+from ditbench.harness import run as running
+from ditbench.harness.loaded import forget_models
 
 QUICK = ("metrics=fidelity", "generate.noise_floor_seeds=0")
 WORKING = '''"""Flaky: rounds to nearest when it is in the mood."""
 from dataclasses import dataclass
 from pathlib import Path
-from methods import rtn
+from ditbench.methods import rtn
 
 @dataclass(frozen=True)
 class Params:
@@ -101,8 +101,8 @@ def test_a_metric_that_breaks_costs_the_run_its_number_and_nothing_else(
 SLOPPY = '''"""Sloppy: breaks the contract in the way it is told to."""
 from dataclasses import dataclass, replace
 import torch
-from harness.quant.rounding import nearest
-from harness.quant.transforms import Transform
+from ditbench.harness.quant.rounding import nearest
+from ditbench.harness.quant.transforms import Transform
 
 @dataclass(frozen=True)
 class Params:
@@ -237,7 +237,7 @@ def test_a_killed_run_leaves_no_record_and_the_next_start_cleans_up(run, tiny, t
     code = (
         "import sys, time\n"
         "from harness import run\n"
-        "from harness.cli import main\n"
+        "from ditbench.harness.cli import main\n"
         "def hang(*args, **kwargs):\n"
         "    print('hanging', flush=True)\n"
         "    time.sleep(600)\n"
@@ -278,7 +278,7 @@ def test_the_scratch_folder_of_a_live_process_is_left_alone(run, tmp_path, read_
 
 
 def test_two_processes_that_finish_the_same_run_both_keep_theirs(tmp_path):
-    from harness import record
+    from ditbench.harness import record
 
     with record.run_folder(tmp_path, "default", "0" * 12) as mine:
         (mine / "who").write_text("first to start")

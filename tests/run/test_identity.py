@@ -9,13 +9,13 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from harness import compose, methods
-from harness.config import parse
-from harness.files import canonical_sha256
-from harness.loaded import model_of
-from harness.paths import CONF
-from harness.prompts import load_prompts
-from harness.run import identity
+from ditbench.harness import compose, methods
+from ditbench.harness.config import parse
+from ditbench.harness.files import canonical_sha256
+from ditbench.harness.loaded import model_of
+from ditbench.harness.paths import CONF
+from ditbench.harness.prompts import load_prompts
+from ditbench.harness.run import identity
 
 BASE = ("method=smoothquant", "bits=w4a8")
 
@@ -91,7 +91,7 @@ def test_an_edited_method_makes_new_runs(base, monkeypatch):
 
 
 def test_other_weights_under_the_same_name_make_new_runs(base, monkeypatch):
-    monkeypatch.setattr("harness.models.base.tensors_sha256", lambda tensors: "0" * 64)
+    monkeypatch.setattr("ditbench.harness.models.base.tensors_sha256", lambda tensors: "0" * 64)
     assert run_id(fresh=True) != base
 
 

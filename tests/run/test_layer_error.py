@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from harness import methods
-from harness.layer_error import error_atlas, layer_table
-from harness.quant.build import build, quant_layers
-from harness.quant.quantizers import fake_quantize_activation, static_quant
-from harness.quant.recipe import LayerRecipe, ModelRecipe
-from harness.quant.spec import Bits, QuantSpec
-from harness.quant.steps import StepTable
+from ditbench.harness import methods
+from ditbench.harness.layer_error import error_atlas, layer_table
+from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.quant.quantizers import fake_quantize_activation, static_quant
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.steps import StepTable
 
 W8A8 = Bits(QuantSpec(8, "per_channel"), QuantSpec(8, "per_token", dynamic=True))
 W4A4 = W8A8.with_widths(4, 4)

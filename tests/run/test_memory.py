@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
-from harness import memory
-from harness.memory import peak_memory
+from ditbench.harness import memory
+from ditbench.harness.memory import peak_memory
 
 MIB = 2**20
 

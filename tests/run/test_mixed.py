@@ -8,15 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from harness import mixed
-from harness.backends import onednn_int8
-from harness.cli import main
-from harness.config import parse
-from harness.export import RECIPE, TENSORS
-from harness.loaded import model_of
-from harness.quant.accounting import count_macs
-from harness.quant.spec import Bits, QuantSpec
-from methods import rtn
+from ditbench.harness import mixed
+from ditbench.harness.backends import onednn_int8
+from ditbench.harness.cli import main
+from ditbench.harness.config import parse
+from ditbench.harness.export import RECIPE, TENSORS
+from ditbench.harness.loaded import model_of
+from ditbench.harness.quant.accounting import count_macs
+from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.methods import rtn
 
 
 @pytest.fixture(scope="module")

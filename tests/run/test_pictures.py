@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eval.base import Prompt, Samples
-from harness.generate import load_samples, save_animation, save_grid, save_samples
+from ditbench.eval.base import Prompt, Samples
+from ditbench.harness.generate import load_samples, save_animation, save_grid, save_samples
 
 FRAMES, SIDE = 6, 8
 

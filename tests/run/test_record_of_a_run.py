@@ -9,9 +9,9 @@ import shutil
 import numpy as np
 import pytest
 
-import harness
-from harness.backends.base import choose
-from harness.listing import example_recipe
+import ditbench
+from ditbench.harness.backends.base import choose
+from ditbench.harness.listing import example_recipe
 
 FIELDS = {
     "schema": int,
@@ -129,7 +129,7 @@ def test_timings_and_environment_are_there(first):
     assert first["cost"]["fit_s"] == first["timings_s"]["calibrate"] + first["timings_s"]["quantize"]
     assert first["cost"]["peak_memory_bytes"] >= first["cost"]["memory_before_bytes"] > 2**26
     env = first["env"]
-    assert env["ditbench"] == harness.__version__ and env["seeds"] == {"seed": 0}
+    assert env["ditbench"] == ditbench.__version__ and env["seeds"] == {"seed": 0}
     assert env["packages"]["torch"] and env["packages"]["diffusers"] and env["device"] and env["python"]
     assert env["git"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", env["git"])
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.base import Evidence, PerSample, Prompt, Samples, evaluate
-from harness import float_images, run, sample_values
-from harness.models.zoo import shapes
-from harness.record import read_all
+from ditbench.eval.base import Evidence, PerSample, Prompt, Samples, evaluate
+from ditbench.harness import float_images, run, sample_values
+from ditbench.harness.models.zoo import shapes
+from ditbench.harness.record import read_all
 
 SWEEP = ("method=rtn,smoothquant", "bits=w4a4", "metrics.names=[psnr,accuracy,torchmetrics/fid_judge]", "name=two")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from harness.cli import main
-from harness.record import Record
-from harness.tracking import log, mode, values
+from ditbench.harness.cli import main
+from ditbench.harness.record import Record
+from ditbench.harness.tracking import log, mode, values
 
 pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 

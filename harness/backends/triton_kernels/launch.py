@@ -11,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from harness.backends.triton_kernels.activations import quantize_rows_kernel
-from harness.backends.triton_kernels.products import float_product_kernel, int_product_kernel
-from harness.quant import hadamard
+from ditbench.harness.backends.triton_kernels.activations import quantize_rows_kernel
+from ditbench.harness.backends.triton_kernels.products import float_product_kernel, int_product_kernel
+from ditbench.harness.quant import hadamard
 
 FLOAT8 = torch.float8_e4m3fn
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

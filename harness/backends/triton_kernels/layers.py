@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.backends.base import FusedKernel
-from harness.backends.triton_kernels import launch
-from harness.backends.triton_kernels.storage import NIBBLE, pack_halves, stored_codes
-from harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, activation_affine
-from harness.quant.spec import E4M3
-from harness.quant.steps import StepTable
-from harness.quant.transforms import Hadamard, Transform
+from ditbench.harness.backends.base import FusedKernel
+from ditbench.harness.backends.triton_kernels import launch
+from ditbench.harness.backends.triton_kernels.storage import NIBBLE, pack_halves, stored_codes
+from ditbench.harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, activation_affine
+from ditbench.harness.quant.spec import E4M3
+from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.transforms import Hadamard, Transform
 
 LARGEST_SIDE = 128  # of the tiles that hold a rotated row; see `activations`
 NO_TRANSFORM = Transform()

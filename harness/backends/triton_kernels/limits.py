@@ -6,8 +6,8 @@ from importlib.util import find_spec
 
 import torch
 
-from harness.backends.integers import act_lacks
-from harness.quant.quantizers import ActQuant
+from ditbench.harness.backends.integers import act_lacks
+from ditbench.harness.quant.quantizers import ActQuant
 
 
 def device_lacks(name: str, device: torch.device, capability: tuple[int, int] = (8, 0)) -> str | None:

@@ -8,7 +8,7 @@ high half, so that both halves meet contiguous activations and nothing has to be
 import triton
 import triton.language as tl
 
-from harness.backends.triton_kernels.activations import FACTOR
+from ditbench.harness.backends.triton_kernels.activations import FACTOR
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.quant.quantizers import QuantizedWeight
+from ditbench.harness.quant.quantizers import QuantizedWeight
 
 NIBBLE = 4
 

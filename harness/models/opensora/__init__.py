@@ -18,12 +18,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 
-from harness.errors import UserError
-from harness.models.opensora.checkpoint import CONFIG, TEXT_ENCODER, VAE, WEIGHTS, pipeline_of
-from harness.models.opensora.pipeline import OpenSoraPipeline
-from harness.pipeline import PipelineFamily
-from harness.quant.target import Site, ValueRows
-from harness.sites import reads, table
+from ditbench.harness.errors import UserError
+from ditbench.harness.models.opensora.checkpoint import CONFIG, TEXT_ENCODER, VAE, WEIGHTS, pipeline_of
+from ditbench.harness.models.opensora.pipeline import OpenSoraPipeline
+from ditbench.harness.pipeline import PipelineFamily
+from ditbench.harness.quant.target import Site, ValueRows
+from ditbench.harness.sites import reads, table
 
 HEIGHT, WIDTH, FRAMES = 240, 426, 51  # configs/opensora-v1-2/inference/sample.py of its authors
 PARTS = ("transformer", "vae", "text_encoder")

@@ -16,9 +16,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harness.models.opensora.pipeline import OpenSoraPipeline
-from harness.models.opensora.stdit3 import STDiT3, inverse_frequencies
-from harness.models.opensora.vae import OpenSoraVAE
+from ditbench.harness.models.opensora.pipeline import OpenSoraPipeline
+from ditbench.harness.models.opensora.stdit3 import STDiT3, inverse_frequencies
+from ditbench.harness.models.opensora.vae import OpenSoraVAE
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 EXPECTED = {"qk_norm": True, "skip_y_embedder": False}  # what STDiT3 takes for granted

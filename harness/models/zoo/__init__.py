@@ -20,7 +20,7 @@ def trainable() -> dict[str, Train]:
 
     def trainer(name: str) -> Train:
         def train(folder: Path | None, checkpoints: Path) -> tuple[Path, dict[str, Any]]:
-            module = importlib.import_module(f"harness.models.zoo.{name.replace('-', '_')}")
+            module = importlib.import_module(f"ditbench.harness.models.zoo.{name.replace('-', '_')}")
             folder = folder or WEIGHTS / name
             return folder, module.make(folder, checkpoints)
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from harness.models.zoo import shapes
-from harness.models.zoo.training import Schedule, train
+from ditbench.harness.models.zoo import shapes
+from ditbench.harness.models.zoo.training import Schedule, train
 
 TEXT_LENGTH = 16  # tokens, the end included
 TEXT_WIDTH = 64

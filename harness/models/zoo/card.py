@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness.files import file_sha256
-from harness.models.zoo.training import Schedule
+from ditbench.harness.files import file_sha256
+from ditbench.harness.models.zoo.training import Schedule
 
 EVERY = 50  # steps that one row of the loss curve averages
 SEED = 0
@@ -18,12 +18,12 @@ def scores_of(name: str, folder: Path, metrics: list[str], n: int) -> dict[str, 
     """Metrics of n float samples of the model in `folder`, under its own configuration."""
     import torch
 
-    from eval.base import Evidence, evaluate
-    from harness.config import parse
-    from harness.generate import conditions, generate
-    from harness.models.base import load_model
-    from harness.quant.build import float_copy
-    from harness.sweep import composed
+    from ditbench.eval.base import Evidence, evaluate
+    from ditbench.harness.config import parse
+    from ditbench.harness.generate import conditions, generate
+    from ditbench.harness.models.base import load_model
+    from ditbench.harness.quant.build import float_copy
+    from ditbench.harness.sweep import composed
 
     (raw,) = composed([[f"model={name}", f"model.source={folder}", "method=fp"]])
     config = parse(raw)

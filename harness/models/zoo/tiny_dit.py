@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from harness.models.zoo import digits
-from harness.models.zoo import judge as judges
-from harness.models.zoo.training import Schedule, train
+from ditbench.harness.models.zoo import digits
+from ditbench.harness.models.zoo import judge as judges
+from ditbench.harness.models.zoo.training import Schedule, train
 
 NULL_LABEL = digits.NUM_CLASSES
 LABEL_DROP = 0.1

@@ -15,9 +15,9 @@ from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTr
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from harness.models.zoo import card, shapes
-from harness.models.zoo.captioned import TEXT_WIDTH, new_text_encoder, tokenizer, train_captioned, zero
-from harness.models.zoo.training import Schedule, minutes_of
+from ditbench.harness.models.zoo import card, shapes
+from ditbench.harness.models.zoo.captioned import TEXT_WIDTH, new_text_encoder, tokenizer, train_captioned, zero
+from ditbench.harness.models.zoo.training import Schedule, minutes_of
 
 BATCH = 64
 TRANSFORMER = {

@@ -16,9 +16,16 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransf
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
-from harness.models.zoo import card, shapes
-from harness.models.zoo.captioned import TEXT_LENGTH, TEXT_WIDTH, new_text_encoder, tokenizer, train_captioned, zero
-from harness.models.zoo.training import Schedule, minutes_of
+from ditbench.harness.models.zoo import card, shapes
+from ditbench.harness.models.zoo.captioned import (
+    TEXT_LENGTH,
+    TEXT_WIDTH,
+    new_text_encoder,
+    tokenizer,
+    train_captioned,
+    zero,
+)
+from ditbench.harness.models.zoo.training import Schedule, minutes_of
 
 FRAMES, SIDE = 8, 24
 FRAMES_PER_TOKEN = 4  # as CogVideoX 1.5 has two; with one, frames came out in any order for want of training
