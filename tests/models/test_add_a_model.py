@@ -10,6 +10,7 @@ import yaml
 from small_pipelines import SMALL
 
 from ditbench.eval.base import Prompt
+from ditbench.harness import models
 from ditbench.harness.calibrate import calibrate
 from ditbench.harness.generate import conditions
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
