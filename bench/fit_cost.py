@@ -19,15 +19,15 @@ from time import process_time
 
 import torch
 
-from ditbench.harness import methods
-from ditbench.harness.calibrate import calibrate
-from ditbench.harness.config import parse
-from ditbench.harness.environment import environment
-from ditbench.harness.errors import UserError, reason
-from ditbench.harness.loaded import model_of
-from ditbench.harness.memory import peak_memory
+from ditbench.harness.calibration.recording import calibrate
+from ditbench.harness.common.errors import UserError, reason
+from ditbench.harness.common.memory import peak_memory
+from ditbench.harness.fitting import registry
+from ditbench.harness.records.environment import environment
 from ditbench.harness.run import Timer, fit_cost, stage_quantize
-from ditbench.harness.sweep import composed
+from ditbench.harness.stages.config import parse
+from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.sweep.launch import composed
 
 PASSED_ON = ("model", "bits", "samples", "steps")  # to the process of one method
 GIB = 2**30
@@ -35,7 +35,7 @@ GIB = 2**30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    known = [name for name in methods.known_methods() if name != methods.FLOAT]
+    known = [name for name in registry.known_methods() if name != registry.FLOAT]
     parser.add_argument("--methods", nargs="+", default=known, choices=known, metavar="NAME")
     parser.add_argument("--model", default="dit-xl-2-256-random")
     parser.add_argument("--bits", default="w4a4")

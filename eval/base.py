@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ditbench.harness.errors import UserError, reason, unknown_name
-from ditbench.harness.files import is_disk_error
+from ditbench.harness.common.errors import UserError, reason, unknown_name
+from ditbench.harness.common.files import is_disk_error
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ditbench.eval import spread
+from ditbench.eval import resampling
 from ditbench.eval.base import Evidence, Measurement, metric
 from ditbench.eval.clip import HUB, clip_here, count_too_long, embed_images, embed_texts, load_clip, need_prompts
 from ditbench.eval.features import against_float, need_reference
@@ -87,7 +87,7 @@ def clip_mmd(evidence: Evidence, pairs: bool = False) -> Measurement:
         embed_images(clip, images, crop_first=True).double().numpy() for images in (images_NHWC, reference.images_NHWC)
     )
     value = CMMD_SCALE * mmd2(generated_NF, reference_MF)
-    kernel_sd = spread.kernel_sd_of_pairs if pairs else spread.kernel_sd
+    kernel_sd = resampling.kernel_sd_of_pairs if pairs else resampling.kernel_sd
     sd = kernel_sd(generated_NF, reference_MF, evidence.seed, evidence.resamples, kernel=gaussian_kernel)
     low, high = around(value, CMMD_SCALE * sd)
     settings = clip.passport | _CROPPED_FIRST | {"dtype": "float32, kernel float64"}
@@ -109,8 +109,8 @@ def gaussian_kernel(x_NF: np.ndarray, y_MF: np.ndarray) -> np.ndarray:
 
 
 def _mean_kernel(x_NF: np.ndarray, y_MF: np.ndarray) -> float:
-    blocks = range(0, len(x_NF), spread.KERNEL_ROWS)
-    total = sum(gaussian_kernel(x_NF[start : start + spread.KERNEL_ROWS], y_MF).sum() for start in blocks)
+    blocks = range(0, len(x_NF), resampling.KERNEL_ROWS)
+    total = sum(gaussian_kernel(x_NF[start : start + resampling.KERNEL_ROWS], y_MF).sum() for start in blocks)
     return float(total / (len(x_NF) * len(y_MF)))
 
 

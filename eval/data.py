@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from ditbench.eval.weights import data_folder, stored_sha256, weights_folder
-from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.common.errors import UserError, unknown_name
 
 REGISTRY = Path(__file__).with_name("data.yaml")
 PROMPTS, REFERENCE, WEIGHTS = KINDS = ("prompts", "reference", "weights")
@@ -98,7 +98,7 @@ def need_file(name: str) -> Path:
 
 
 def listed() -> str:
-    from ditbench.harness.listing import table
+    from ditbench.harness.cli.main.listing import table
 
     rows = [
         (d.name, d.kind, "here" if d.is_here else "–", _size(d.size_bytes), d.licence, d.what)
@@ -130,7 +130,7 @@ def verify(data: Data) -> Verdict:
 
 def verified(names: Iterable[str]) -> tuple[str, bool]:
     """A line per entry, and whether none is other than published."""
-    from ditbench.harness.listing import table
+    from ditbench.harness.cli.main.listing import table
 
     verdicts = [verify(find_data(name)) for name in names]
     marks = {True: "ok", False: "BAD", None: "–"}

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ditbench.eval import libraries, spread
+from ditbench.eval import libraries, resampling
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, Need, metric
 from ditbench.eval.features import Pair, against_float, judge_pair, need_judge, one_thread, outputs
 from ditbench.eval.passport import need_samples, passport
@@ -49,7 +49,7 @@ def fid(library: str, view: View, evidence: Evidence, pairs: bool = False) -> Me
     pair = view.pair(evidence)
     (n, width), m = pair.generated_NF.shape, len(pair.reference_MF)
     value, settings = libraries.FID[library](pair.generated_NF, pair.reference_MF, evidence.seed)
-    resamples = spread.frechet_resamples(width, evidence.resamples)
+    resamples = resampling.frechet_resamples(width, evidence.resamples)
     sd = pair.once("fid sd", lambda: _frechet_sd(pair, evidence.seed, resamples, pairs))
     if n <= width:
         settings["note"] = f"n = {n} is not above the feature width {width}: compare at equal n only"
@@ -69,7 +69,7 @@ def kid(library: str, view: View, evidence: Evidence) -> Measurement:
     value, settings = libraries.KID[library](pair.generated_NF, pair.reference_MF, evidence.seed)
     sd = pair.once(
         "kid sd",
-        lambda: spread.kernel_sd(
+        lambda: resampling.kernel_sd(
             pair.generated_NF.numpy(), pair.reference_MF.numpy(), evidence.seed, evidence.resamples
         ),
     )
@@ -81,7 +81,7 @@ def inception_score(library: str, view: View, evidence: Evidence) -> Measurement
     need_samples(evidence, 2)
     logits_NK = view.logits(evidence)
     value, settings = libraries.IS[library](logits_NK, evidence.seed)
-    sd = spread.inception_score_sd(logits_NK.numpy(), settings["splits"], evidence.seed, evidence.resamples)
+    sd = resampling.inception_score_sd(logits_NK.numpy(), settings["splits"], evidence.seed, evidence.resamples)
     settings |= {"ci_method": NORMAL_BOOTSTRAP, "resamples": evidence.resamples}
     return _measurement(library, "is", view, evidence, value, around(value, sd), settings)
 
@@ -101,9 +101,9 @@ def recall(library: str, view: View, evidence: Evidence) -> Measurement:
     if n > libraries.PRC_WHOLE_MATRIX:
         settings = settings | {"ci_method": f"none: too slow above {libraries.PRC_WHOLE_MATRIX} images"}
         return _measurement(library, "recall", view, evidence, value, None, settings)
-    recall_of = spread.recall(pair.generated_NF, pair.reference_MF, settings["neighbours"])
-    low, high = around(value, spread.halves_sd(recall_of, n, evidence.seed))
-    settings = settings | {"ci_method": spread.HALVES_METHOD, "resamples": spread.HALVES}
+    recall_of = resampling.recall(pair.generated_NF, pair.reference_MF, settings["neighbours"])
+    low, high = around(value, resampling.halves_sd(recall_of, n, evidence.seed))
+    settings = settings | {"ci_method": resampling.HALVES_METHOD, "resamples": resampling.HALVES}
     return _measurement(library, "recall", view, evidence, value, (max(low, 0.0), min(high, 1.0)), settings)
 
 
@@ -162,7 +162,7 @@ def _measurement(
 
 
 def _frechet_sd(pair: Pair, seed: int, resamples: int, pairs: bool) -> float:
-    statistic = spread.frechet_of_pairs if pairs else spread.frechet
+    statistic = resampling.frechet_of_pairs if pairs else resampling.frechet
     distance = statistic(pair.generated_NF.numpy(), pair.reference_MF.numpy())
     return bootstrap_sd(distance, len(pair.generated_NF), seed, resamples)
 

@@ -10,8 +10,8 @@ from urllib.error import HTTPError, URLError
 
 from ditbench.eval.data import Data, verify
 from ditbench.eval.weights import offline
-from ditbench.harness.errors import UserError
-from ditbench.harness.files import atomic_path, file_sha256, is_disk_error
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import atomic_path, file_sha256, is_disk_error
 
 TIMEOUT_S = 30.0
 OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot"]  # the same weights again

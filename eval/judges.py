@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ditbench.eval.base import FeatureModel
-from ditbench.harness.errors import UserError
-from ditbench.harness.files import file_sha256
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import file_sha256
 from ditbench.harness.models.zoo import judge
 
 

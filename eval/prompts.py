@@ -22,7 +22,7 @@ import yaml
 
 from ditbench.eval.base import Prompt
 from ditbench.eval.data import PROMPTS, names_of, need_file
-from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.common.errors import UserError, unknown_name
 
 TEXT_FIELDS = ("prompt_en", "prompt", "text", "caption")
 

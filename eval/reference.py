@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ditbench.eval.base import Reference
 from ditbench.eval.data import REFERENCE, names_of, need_file
-from ditbench.harness.errors import UserError, unknown_name
-from ditbench.harness.files import atomic_path
+from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.files import atomic_path
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 DIGITS = "digits-1797"

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ditbench.eval.base import MetricSkipped
-from ditbench.harness.files import atomic_path, file_sha256
+from ditbench.harness.common.files import atomic_path, file_sha256
 
 CONNECT_TIMEOUT_S = 5.0
 _NETWORK_ERRORS = (OSError, HTTPException)  # URLError and HTTPError are OSErrors

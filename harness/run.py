@@ -25,27 +25,29 @@ from ditbench.eval.base import (
     plugin_sources,
 )
 from ditbench.eval.needs import lacking, offered
-from ditbench.harness import methods, mixed, record, sample_values, tracking
-from ditbench.harness.calibrate import Calibration, calibrate
-from ditbench.harness.config import RunConfig
-from ditbench.harness.environment import code_identity, environment
-from ditbench.harness.errors import UserError, reason
-from ditbench.harness.files import canonical_sha256, disk_errors_explained, is_disk_error
-from ditbench.harness.float_images import float_images, float_values, noise_floor
-from ditbench.harness.generate import conditions, generate, save_animation, save_grid, save_samples
-from ditbench.harness.layer_error import ErrorAtlas, error_atlas, layer_table
-from ditbench.harness.loaded import judge_in, left_alone, model_of, reference_of
-from ditbench.harness.measure import kind_of, measure
-from ditbench.harness.memory import PeakMemory, peak_memory
+from ditbench.harness.build.build import build, clock_of
+from ditbench.harness.calibration.recording import Calibration, calibrate
+from ditbench.harness.common.code_identity import code_identity
+from ditbench.harness.common.errors import UserError, reason
+from ditbench.harness.common.files import canonical_sha256, disk_errors_explained, is_disk_error
+from ditbench.harness.common.memory import PeakMemory, peak_memory
+from ditbench.harness.fitting import mixed_precision, registry
+from ditbench.harness.generation.float_model import float_images, float_values, noise_floor
+from ditbench.harness.generation.generate import conditions, generate, save_animation, save_grid, save_samples
+from ditbench.harness.measurement.latency import kind_of, measure
+from ditbench.harness.measurement.layer_errors import ErrorAtlas, error_atlas, layer_table
+from ditbench.harness.measurement.parity import layer_parity
 from ditbench.harness.models.base import LoadedModel
-from ditbench.harness.parity import layer_parity
 from ditbench.harness.quant.accounting import account, count_macs
-from ditbench.harness.quant.build import build, clock_of
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.steps import step_ranges
 from ditbench.harness.quant.target import Target
-from ditbench.harness.record import Record
+from ditbench.harness.records import record, sample_values, tracking
+from ditbench.harness.records.environment import environment
+from ditbench.harness.records.record import Record
+from ditbench.harness.stages.config import RunConfig
+from ditbench.harness.stages.loaded import judge_in, left_alone, model_of, reference_of
 
 PARITY_ROWS = 2
 
@@ -78,13 +80,13 @@ def run(config: RunConfig) -> Record:
         except Exception as error:
             if is_disk_error(error):
                 raise  # the record could not be written either
-            values.status, values.error = "failed", reason(error, methods.method(config.method).__file__)
+            values.status, values.error = "failed", reason(error, registry.method(config.method).__file__)
             say(f"{title(config)}: FAILED: {values.error}")
             if config.raw["debug"]:
                 traceback.print_exc()
         values.env = environment(config.device, config.seed) | {
             "weights_sha256": model.fingerprint,
-            "method_sha256": methods.source_sha256(config.method),
+            "method_sha256": registry.source_sha256(config.method),
         }
         record.write(values, folder)
         track(config, values, folder)
@@ -187,7 +189,7 @@ def stage_mixed(
 ) -> tuple[ModelRecipe, dict[str, Tensor], nn.Module, dict[str, Any]]:
     """As stage_quantize, with one of several formats for each layer; and what the record's `bits` says of the plan."""
     fit = partial(fitted, config, target, recording)
-    recipe, state, plan = mixed.quantize(config, config.bits, model, target, recording, fit)
+    recipe, state, plan = mixed_precision.quantize(config, config.bits, model, target, recording, fit)
     return recipe, state, built(config, target, recipe), plan
 
 
@@ -195,15 +197,15 @@ def fitted(
     config: RunConfig, target: Target, recording: Calibration, bits: Bits
 ) -> tuple[ModelRecipe, dict[str, Tensor]]:
     """A method may choose what it calibrates on; its layers are still judged on the whole recording."""
-    method = methods.method(config.method)
+    method = registry.method(config.method)
     select = getattr(method, "select_calibration", None)
     calibration = recording if select is None else select(recording, config.params, config.seed)
     with left_alone(target.transformer, config.method), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         state = method.fit(target, calibration, bits, config.params)
-        methods.check_state(config.method, state)
+        registry.check_state(config.method, state)
         recipe = method.apply(target, state, bits, config.params)
-        methods.check_recipe(config.method, recipe, target)
+        registry.check_recipe(config.method, recipe, target)
     return recipe, state
 
 
@@ -224,7 +226,7 @@ def stage_generate(config: RunConfig, model: LoadedModel, quantized: nn.Module, 
         conditions(model, config.protocol.n, config.seed, config.protocol.labels, config.protocol.prompts),
         config.protocol.sampler,
         batch_size=config.section("generate")["batch_size"],
-        correct=methods.correction(config.method, state, config.params),
+        correct=registry.correction(config.method, state, config.params),
         title=f"generate {title(config)}",
     )
 
@@ -333,7 +335,7 @@ def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
         "evaluator": evaluator_identity(config, model),
         "device": str(config.device),
         "code": code_identity(),
-        "method_source": methods.source_sha256(config.method),
+        "method_source": registry.source_sha256(config.method),
     }
 
 

@@ -49,18 +49,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.errors import UserError
+from ditbench.harness.calibration.block_stream import MAX_BYTES, BlockInput, BlockStream
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.rounding import act_quant, nearest, static_ranges
+from ditbench.harness.fitting.trial_layers import TrialLayer, float_model, trial_layers
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.hadamard import is_admissible, largest_admissible_divisor
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import act_quant, nearest, static_ranges
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.target import Site, Target, weight_matrix
 from ditbench.harness.quant.transforms import Hadamard, Permutation, Rotation, Transform
-from ditbench.harness.stream import MAX_BYTES, BlockInput, BlockStream
-from ditbench.harness.trial import TrialLayer, float_model, trial_layers
 
 PARTS = ("cbc", "obs", "clps")
 CHOICES = {

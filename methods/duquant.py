@@ -19,16 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.observe import channel_stats, token_sample
+from ditbench.harness.calibration.channel_statistics import channel_stats, token_sample
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.rotations import Dual, dual_rotation
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.quant.transforms import Transform
-from ditbench.harness.seeds import sample_seeds
+from ditbench.harness.samples.seeds import sample_seeds
 
 
 @dataclass(frozen=True)

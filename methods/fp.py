@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration
+from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.target import Target

@@ -33,11 +33,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.observe import ChannelStats, channel_stats
+from ditbench.harness.calibration.channel_statistics import ChannelStats, channel_stats
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.clustering import adjacent_clusters, group_means
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.smoothing import place, weight_absmax
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.steps import StepTable

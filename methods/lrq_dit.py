@@ -32,20 +32,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.errors import UserError
-from ditbench.harness.observe import ChannelStats, channel_stats, token_sample
+from ditbench.harness.calibration.channel_statistics import ChannelStats, channel_stats, token_sample
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.rotations import Dual, dual_rotation
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from ditbench.harness.quant.spec import Bits, QuantSpec, needs_integers
 from ditbench.harness.quant.target import Site, Target, weight_matrix
 from ditbench.harness.quant.tlq import MODES, Search, twin_log, weight_from_state, weight_state
 from ditbench.harness.quant.transforms import Hadamard, Rotation, Transform, random_signs
-from ditbench.harness.seeds import sample_seeds
+from ditbench.harness.samples.seeds import sample_seeds
 
 PARTS = ("smooth", "rotate", "tlq")
 CHOICES = ("paper", "measured")

@@ -35,15 +35,15 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.observe import channel_stats
+from ditbench.harness.calibration.channel_statistics import channel_stats
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.reconstruct import Reconstruction, learned_weights, reconstruct
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.smoothing import place, weight_absmax
 from ditbench.harness.quant.spec import Bits, needs_integers
 from ditbench.harness.quant.target import Site, Target
 from ditbench.harness.quant.transforms import Transform
-from ditbench.harness.reconstruct import Reconstruction, learned_weights, reconstruct
 
 PARTS = ("csb+ssc", "csb", "none")
 

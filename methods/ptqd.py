@@ -35,11 +35,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.errors import UserError
-from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.target import Target
 

@@ -29,12 +29,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration, selected
+from ditbench.harness.calibration.recording import Calibration, selected
+from ditbench.harness.fitting.reconstruct import Reconstruction, learned_weights, reconstruct
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.spec import Bits, needs_integers
 from ditbench.harness.quant.target import Target
-from ditbench.harness.reconstruct import Reconstruction, learned_weights, reconstruct
 
 
 @dataclass(frozen=True)

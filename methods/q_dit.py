@@ -34,16 +34,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ditbench.harness.blockwise import round_blockwise, weight_from_state, weight_state
-from ditbench.harness.calibrate import Calibration, spread
-from ditbench.harness.errors import UserError
-from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.calibration.block_stream import MAX_BYTES
+from ditbench.harness.calibration.recording import Calibration, spread
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.blockwise import round_blockwise, weight_from_state, weight_state
+from ditbench.harness.fitting.rounding import nearest
 from ditbench.harness.quant.gptq import gptq
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import nearest
 from ditbench.harness.quant.spec import E4M3, Bits, QuantSpec
 from ditbench.harness.quant.target import Site, Target, weight_matrix
-from ditbench.harness.stream import MAX_BYTES
 
 Candidate = tuple[int, ...]  # a group size per layer input
 TRIES = 10  # times the number wanted, before a search that finds nothing new goes on with fewer

@@ -33,12 +33,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.observe import channel_stats, inputs_observed, run_calibration
-from ditbench.harness.quant.build import float_copy
+from ditbench.harness.build.build import float_copy
+from ditbench.harness.calibration.channel_statistics import channel_stats, inputs_observed, run_calibration
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.quantizers import quantize_weight
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.smoothing import place
 from ditbench.harness.quant.spec import Bits, QuantSpec, needs_integers
 from ditbench.harness.quant.steps import StepTable

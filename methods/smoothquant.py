@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.observe import channel_stats
+from ditbench.harness.calibration.channel_statistics import channel_stats
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.target import Site, Target

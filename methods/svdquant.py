@@ -35,23 +35,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ditbench.harness.blockwise import round_blockwise, weight_from_state, weight_state
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.errors import UserError
-from ditbench.harness.observe import ChannelStats, channel_stats, inputs_observed, run_calibration
-from ditbench.harness.quant.build import float_copy
+from ditbench.harness.build.build import float_copy
+from ditbench.harness.calibration.block_stream import MAX_BYTES
+from ditbench.harness.calibration.channel_statistics import (
+    ChannelStats,
+    channel_stats,
+    inputs_observed,
+    run_calibration,
+)
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.blockwise import round_blockwise, weight_from_state, weight_state
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.gptq import gptq
 from ditbench.harness.quant.lowrank import Split, branches, capped_rank, output_error, refine, residual, split
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, fake_quantize_activation, quantize_weight
 from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.smoothing import place
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Site, Target, weight_matrix
 from ditbench.harness.quant.transforms import Transform
-from ditbench.harness.stream import MAX_BYTES
 
 OWN_FORMAT_BELOW = 8  # bits
 GOLDEN = 0.6180339887498949  # steps through the unit interval without ever repeating

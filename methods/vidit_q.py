@@ -33,11 +33,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.errors import UserError
-from ditbench.harness.observe import ChannelStats, channel_stats
+from ditbench.harness.calibration.channel_statistics import ChannelStats, channel_stats
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from ditbench.harness.quant.spec import FLOAT_BITS, Bits, QuantSpec, parse_label
 from ditbench.harness.quant.target import Target

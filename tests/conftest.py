@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibrate import Calibration, calibrate
-from ditbench.harness.conformance import SMALL_DIT
-from ditbench.harness.files import tensors_sha256
+from ditbench.harness.calibration.recording import Calibration, calibrate
+from ditbench.harness.common.files import tensors_sha256
+from ditbench.harness.fitting.conformance import SMALL_DIT
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
 from ditbench.harness.quant.target import Target
 

@@ -22,10 +22,10 @@ from transformers import (  # fmt: skip
     T5EncoderModel,
 )
 
-from ditbench.harness.models.opensora.pipeline import OpenSoraPipeline
-from ditbench.harness.models.opensora.stdit3 import STDiT3
-from ditbench.harness.models.opensora.vae import OpenSoraVAE
-from ditbench.harness.models.zoo.captioned import tokenizer
+from ditbench.harness.models.families.opensora.pipeline import OpenSoraPipeline
+from ditbench.harness.models.families.opensora.stdit3 import STDiT3
+from ditbench.harness.models.families.opensora.vae import OpenSoraVAE
+from ditbench.harness.zoo.captioned import tokenizer
 
 SMALL_TEXT = 24
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ditbench.harness import methods
+from ditbench.harness.fitting import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source checkout")
@@ -20,4 +20,4 @@ def test_the_numbers_of_the_docs_are_what_was_recorded():
 def test_every_method_has_a_section():
     page = (ROOT / "docs" / "methods.md").read_text()
     headings = {name.strip() for line in page.splitlines() if line.startswith("## ") for name in line[3:].split(",")}
-    assert set(methods.known_methods()) <= headings
+    assert set(registry.known_methods()) <= headings

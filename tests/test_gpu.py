@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ditbench.harness.cli import main
-from ditbench.harness.generate import load_samples
-from ditbench.harness.record import read_all
+from ditbench.harness.generation.generate import load_samples
+from ditbench.harness.records.record import read_all
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ditbench.harness.errors import UserError, unknown_name
+from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.transforms import Transform

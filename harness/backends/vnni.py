@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ditbench.harness.backends.base import FusedKernel, Kernel
 from ditbench.harness.backends.integers import act_lacks, not_integers, weight_lacks
-from ditbench.harness.files import atomic_path, canonical_sha256
+from ditbench.harness.common.files import atomic_path, canonical_sha256
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.steps import StepTable

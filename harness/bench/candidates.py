@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditbench.harness.config import RunConfig
-from ditbench.harness.errors import UserError
-from ditbench.harness.measure import backends_of, kind_of, resident_bytes
+from ditbench.harness.build.build import float_copy
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.measurement.latency import backends_of, kind_of, resident_bytes
 from ditbench.harness.models.base import LoadedModel
-from ditbench.harness.quant.build import float_copy
 from ditbench.harness.quant.target import Target
 from ditbench.harness.run import stage_calibrate, stage_quantize
+from ditbench.harness.stages.config import RunConfig
 
 EAGER, COMPILED = "eager", "compiled"
 BASELINE = "bf16"

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ditbench.harness.bench.candidates import COMPILED, Candidate, compiled, in_modes
-from ditbench.harness.errors import UserError
-from ditbench.harness.quant.build import float_copy, set_submodule
+from ditbench.harness.build.build import float_copy, set_submodule
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.quant.target import Target
 
 

@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ditbench.harness.backends.base import known_backends
 from ditbench.harness.bench.timing import synchronize
+from ditbench.harness.build.build import quant_layers
 from ditbench.harness.models.base import Conditions, LoadedModel, Sampler
-from ditbench.harness.quant.build import quant_layers
 
 LAYERS, STEP = "quantized layers", "step"
 REST, OUTSIDE = "transforms, scales, bias, low rank", "outside the quantized layers"

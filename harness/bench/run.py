@@ -16,18 +16,18 @@ from ditbench.harness.bench.others import OTHERS
 from ditbench.harness.bench.parts import by_component, shares
 from ditbench.harness.bench.roofline import roofline
 from ditbench.harness.bench.timing import interleaved
-from ditbench.harness.calls import placed
-from ditbench.harness.config import RunConfig, parse
-from ditbench.harness.environment import environment
-from ditbench.harness.errors import reason
-from ditbench.harness.files import write_json
-from ditbench.harness.generate import conditions
-from ditbench.harness.loaded import model_of
-from ditbench.harness.measure import peak_memory_bytes, quantiles
+from ditbench.harness.build.build import quant_layers
+from ditbench.harness.common.errors import reason
+from ditbench.harness.common.files import write_json
+from ditbench.harness.generation.generate import conditions
+from ditbench.harness.measurement.latency import peak_memory_bytes, quantiles
 from ditbench.harness.models.base import LoadedModel
-from ditbench.harness.quant.build import quant_layers
+from ditbench.harness.models.calls import placed
+from ditbench.harness.records.environment import environment
 from ditbench.harness.run import say
-from ditbench.harness.sweep import composed
+from ditbench.harness.stages.config import RunConfig, parse
+from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.sweep.launch import composed
 
 SCHEMA = 1
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ditbench.harness.progress import progress
+from ditbench.harness.common.progress import progress
 
 
 @torch.no_grad()

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.eval.base import Prompt
-from ditbench.harness.blocks import BlockCall
-from ditbench.harness.errors import UserError, unknown_name
-from ditbench.harness.files import tensors_sha256
+from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.files import tensors_sha256
+from ditbench.harness.models.blocks import BlockCall
+from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.quant.target import Site, Target, is_linear_map
-from ditbench.harness.stress import inject_outliers
 
 OnCall = Callable[[int, dict[str, Any]], None]  # step, arguments of the transformer's call
 
@@ -202,12 +202,12 @@ class LoadedModel:
 
 
 def family(name: str) -> Adapter:
-    import ditbench.harness.models as package
+    import ditbench.harness.models.families as package
 
-    families = {m.name for m in pkgutil.iter_modules(package.__path__)} - {"base", "zoo"}
+    families = {m.name for m in pkgutil.iter_modules(package.__path__)}
     if name not in families:
         raise unknown_name("model family", name, families)
-    module = importlib.import_module(f"ditbench.harness.models.{name}")
+    module = importlib.import_module(f"ditbench.harness.models.families.{name}")
     return getattr(module, "FAMILY", module)  # type: ignore[return-value]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ditbench.harness.calls import float_dtype, placed, take_apart
+from ditbench.harness.models.calls import float_dtype, placed, take_apart
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe

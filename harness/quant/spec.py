@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 FLOAT_BITS = 16

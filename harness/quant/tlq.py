@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.quant.quantizers import Levels, LookupWeight
 from ditbench.harness.quant.spec import QuantSpec, needs_integers
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditbench.harness.errors import UserError, unknown_name
-from ditbench.harness.files import atomic_path, disk_errors_explained
-from ditbench.harness.record import Record, experiment_folder, read_all
+from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.files import atomic_path, disk_errors_explained
+from ditbench.harness.records.record import Record, experiment_folder, read_all
 from ditbench.harness.report import compare, paired, text
 from ditbench.harness.report.frame import frame
 from ditbench.harness.report.html import page

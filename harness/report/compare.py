@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ditbench.harness.errors import unknown_name
-from ditbench.harness.record import Record
+from ditbench.harness.common.errors import unknown_name
+from ditbench.harness.records.record import Record
 
 FLOAT_METHOD = "fp"
 ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}

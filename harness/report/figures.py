@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ditbench.harness.record import Record
+from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
 from ditbench.harness.report.frame import measured, mib

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ditbench.harness.record import Record
+from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare
 from ditbench.harness.report.compare import Group, value
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 from plotly.offline import get_plotlyjs
 
-from ditbench.harness.record import Record
+from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare, paired
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
 from ditbench.harness.report.figures import figures

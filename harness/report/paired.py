@@ -14,13 +14,13 @@ from pathlib import Path
 from ditbench.eval.base import PerSample
 from ditbench.eval.paired import Difference, differences, holm
 from ditbench.eval.passport import scored_alike
-from ditbench.harness.errors import UserError
-from ditbench.harness.files import UNREADABLE
-from ditbench.harness.record import Record
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import UNREADABLE
+from ditbench.harness.records.record import Record
+from ditbench.harness.records.sample_values import Values, load
 from ditbench.harness.report import compare
 from ditbench.harness.report.compare import FLOAT_METHOD, Group
 from ditbench.harness.report.table import decimals_for, short_names
-from ditbench.harness.sample_values import Values, load
 
 FLOAT = "float model"
 ALPHA = 0.05

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ditbench.harness.record import Record
+from ditbench.harness.records.record import Record
 
 CI_METHOD = "Student's t over the seeds"
 _NO_NUMBER_DEPENDS_ON = ("seed", "name", "tracker", "results_dir", "cache_dir", "force", "strict", "debug")

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ditbench.harness.record import Record
+from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
 from ditbench.harness.report.frame import SIMULATED, fit_s, measured, median_ms, mib, reason

@@ -3,7 +3,7 @@
 In a checkout `harness`, `methods`, `eval` and `conf` are links to the folders at its top; a wheel holds the folders themselves.
 """
 
-from ditbench.harness.torchvision_ops import ensure_torchvision_imports
+from ditbench.harness.common.torchvision_ops import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 

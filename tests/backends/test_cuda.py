@@ -21,11 +21,11 @@ from ditbench.harness.backends import cuda_int8, cuda_lookup, cuda_w4a4_on_int8,
 from ditbench.harness.backends.base import choose, known_backends  # noqa: E402
 from ditbench.harness.backends.triton_kernels import launch, layers  # noqa: E402
 from ditbench.harness.backends.triton_kernels.storage import pack_halves, unpack_halves  # noqa: E402
-from ditbench.harness.measure import resident_bytes  # noqa: E402
-from ditbench.harness.paths import CONF  # noqa: E402
+from ditbench.harness.build.layer import QuantLinear  # noqa: E402
+from ditbench.harness.common.paths import CONF  # noqa: E402
+from ditbench.harness.measurement.latency import resident_bytes  # noqa: E402
 from ditbench.harness.quant import tlq  # noqa: E402
 from ditbench.harness.quant.effective import EffectiveLinear  # noqa: E402
-from ditbench.harness.quant.layer import QuantLinear  # noqa: E402
 from ditbench.harness.quant.quantizers import (  # noqa: E402
     ActQuant,
     activation_affine,

@@ -23,11 +23,11 @@ if not ON_DEVICE and os.environ.get("TRITON_INTERPRET") != "1":  # tests/conftes
 from ditbench.harness.backends import cuda_fp8, cuda_int8, cuda_lookup, cuda_w4a16, simulate, weight_only  # noqa: E402
 from ditbench.harness.backends.base import choose, known_backends  # noqa: E402
 from ditbench.harness.backends.triton_kernels import launch  # noqa: E402
-from ditbench.harness.measure import resident_bytes  # noqa: E402
-from ditbench.harness.paths import CONF  # noqa: E402
+from ditbench.harness.build.layer import QuantLinear  # noqa: E402
+from ditbench.harness.common.paths import CONF  # noqa: E402
+from ditbench.harness.measurement.latency import resident_bytes  # noqa: E402
 from ditbench.harness.quant import tlq  # noqa: E402
 from ditbench.harness.quant.effective import EffectiveLinear  # noqa: E402
-from ditbench.harness.quant.layer import QuantLinear  # noqa: E402
 from ditbench.harness.quant.quantizers import (  # noqa: E402
     ActQuant,
     activation_affine,

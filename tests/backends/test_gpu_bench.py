@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ditbench.harness.paths import CONF
+from ditbench.harness.common.paths import CONF
 
 
 def test_the_gpu_bench_runs_dry_with_every_format_compiled_in_one_graph(tmp_path):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ditbench.harness.backends import onednn_int8, simulate, vnni
 from ditbench.harness.backends.base import choose
-from ditbench.harness.errors import UserError
-from ditbench.harness.measure import resident_bytes
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.measurement.latency import resident_bytes
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight, static_quant
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec
@@ -267,8 +267,8 @@ def test_an_operator_that_returns_wrong_values_is_not_used(monkeypatch):
 
 @needs_int8
 def test_a_whole_transformer_agrees_with_its_simulation():
+    from ditbench.harness.build.build import build, quant_layers
     from ditbench.harness.models.base import ModelSpec, load_model
-    from ditbench.harness.quant.build import build, quant_layers
     from ditbench.methods import rtn
 
     shape = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 1, "out_channels": 2, "num_layers": 2}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ditbench.harness.backends import onednn_int8, simulate, vnni
 from ditbench.harness.backends.base import choose
-from ditbench.harness.errors import UserError
-from ditbench.harness.measure import resident_bytes
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.measurement.latency import resident_bytes
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, quantize_weight, static_quant
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.spec import QuantSpec

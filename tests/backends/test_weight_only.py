@@ -7,8 +7,8 @@ import torch
 
 from ditbench.harness.backends import simulate, vnni, weight_only
 from ditbench.harness.backends.base import choose
-from ditbench.harness.errors import UserError
-from ditbench.harness.measure import resident_bytes
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.measurement.latency import resident_bytes
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.spec import QuantSpec

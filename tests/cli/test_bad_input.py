@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ditbench.harness import record
 from ditbench.harness.cli import main
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.records import record
 
 REFUSED, FAILED = 2, 3
 
@@ -272,7 +272,7 @@ def test_a_disk_that_is_full_before_the_record_is_reached_stops_the_run_and_reco
     def refuse(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("ditbench.harness.calibrate.save_file", refuse)
+    monkeypatch.setattr("ditbench.harness.calibration.recording.save_file", refuse)
     outcome = run()
     assert outcome.code == REFUSED
     assert f"{tmp_path}: no room to write" in outcome.error_lines[-1] and "results_dir=" in outcome.error_lines[-1]
@@ -382,7 +382,7 @@ def assert_short(outcome, *words: str) -> None:
 
 
 def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from ditbench.harness.cli import entry; entry()"
+    code = "from ditbench.harness.cli.main import entry; entry()"
     root = str(Path(__file__).resolve().parents[2])
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],

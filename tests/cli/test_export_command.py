@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from ditbench.harness.config import parse
-from ditbench.harness.export import RECIPE, TENSORS, load_quantized
-from ditbench.harness.loaded import forget_models, model_of
+from ditbench.harness.build.export import RECIPE, TENSORS, load_quantized
 from ditbench.harness.run import stage_generate
+from ditbench.harness.stages.config import parse
+from ditbench.harness.stages.loaded import forget_models, model_of
 
 
 @pytest.fixture

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from ditbench.harness.papers.reported.reproduce import rows, verdicts
 
-from ditbench.harness import methods, papers, reproduce
-from ditbench.harness.errors import UserError
-from ditbench.harness.paths import PAPERS
-from ditbench.harness.record import Record
-from ditbench.harness.reproduce import rows, verdicts
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.paths import PAPERS
+from ditbench.harness.fitting import registry
+from ditbench.harness.papers import reported
+from ditbench.harness.papers.reported import reproduce
+from ditbench.harness.records.record import Record
 
 TINY = (
     "protocol.n=4",
@@ -27,36 +29,36 @@ TINY = (
     "measure.samples=1",
     "measure.layer_errors=false",
 )
-REPRODUCIBLE = [each.name for each in papers.tables().values() if each.reproduce]
+REPRODUCIBLE = [each.name for each in reported.tables().values() if each.reproduce]
 
 
 # The files
 
 
 def test_every_table_has_an_id_and_a_name_of_its_own():
-    tables = [each for paper in papers.papers().values() for each in paper.tables]
+    tables = [each for paper in reported.papers().values() for each in paper.tables]
     names = [name for each in tables for name in (each.id, each.name)]
-    assert len(tables) == len(papers.tables()) == 28
+    assert len(tables) == len(reported.tables()) == 28
     assert len(names) == len(set(names))
 
 
 def test_every_row_has_a_confidence_of_the_closed_set_and_a_source_that_its_file_names():
-    for paper in papers.papers().values():
+    for paper in reported.papers().values():
         for each in paper.tables:
             for row in each.rows:
-                assert row.confidence in papers.CONFIDENCES, (each.id, row)
+                assert row.confidence in reported.CONFIDENCES, (each.id, row)
                 assert paper.sources[row.source], (each.id, row)
                 assert row.keys, (each.id, row)
 
 
 def test_no_two_rows_of_a_table_have_the_same_name():
-    for each in papers.tables().values():
-        titles = [papers.row_title(row) for row in each.rows]
+    for each in reported.tables().values():
+        titles = [reported.row_title(row) for row in each.rows]
         assert len(titles) == len(set(titles)), each.id
 
 
 def test_what_comes_from_memory_says_so_in_its_rows_and_cannot_be_reproduced():
-    recalled = [each for each in papers.tables().values() if each.confidence == "recall"]
+    recalled = [each for each in reported.tables().values() if each.confidence == "recall"]
     assert len(recalled) == 3
     for each in recalled:
         assert {row.source for row in each.rows} == {"recall"}
@@ -64,7 +66,7 @@ def test_what_comes_from_memory_says_so_in_its_rows_and_cannot_be_reproduced():
 
 
 def test_geneval_totals_are_the_mean_of_their_six_columns():
-    rows = [row.values for row in papers.table("clq_table3_geneval").rows if row.values["Total"] is not None]
+    rows = [row.values for row in reported.table("clq_table3_geneval").rows if row.values["Total"] is not None]
     assert len(rows) == 13
     for values in rows:
         parts = [value for column, value in values.items() if column != "Total"]
@@ -73,16 +75,16 @@ def test_geneval_totals_are_the_mean_of_their_six_columns():
 
 
 def test_the_ablation_ends_at_the_row_of_the_main_table():
-    main, ablation = papers.table("ptq4dit-table1"), papers.table("ptq4dit-table3")
+    main, ablation = reported.table("ptq4dit-table1"), reported.table("ptq4dit-table3")
     (row,) = (r for r in main.rows if r.keys == {"steps": 250, "bits": "W4A8", "method": "PTQ4DiT"})
     assert ablation.rows[-1].values == {c: row.values[c] for c in ablation.columns}
 
 
 def test_the_row_that_another_group_could_not_reproduce_carries_the_warning_and_its_source():
-    warned = [row for row in papers.table("ptq4dit-table1").rows if row.warning]
+    warned = [row for row in reported.table("ptq4dit-table1").rows if row.warning]
     assert [row.keys for row in warned] == [{"steps": 50, "bits": "W4A8", "method": "PTQ4DiT"}]
-    reported = papers.table("ptq4dit-issues").rows[0].values["FID"]
-    assert f"FID {reported}" in warned[0].warning and "issue #3" in warned[0].warning
+    warned_fid = reported.table("ptq4dit-issues").rows[0].values["FID"]
+    assert f"FID {warned_fid}" in warned[0].warning and "issue #3" in warned[0].warning
 
 
 # What is refused: (where in ptq4dit.yaml, the wrong value, what the message must name beside file and table)
@@ -114,7 +116,7 @@ def test_a_wrong_field_is_named_with_its_file_and_table(what, tmp_path):
     node[place[-1]] = wrong
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError) as refusal:
-        papers.papers(tmp_path)
+        reported.papers(tmp_path)
     for word in ("broken.yaml", "ptq4dit_table1_imagenet256", *words):
         assert word in str(refusal.value)
 
@@ -124,17 +126,17 @@ def test_a_missing_field_and_a_file_that_is_no_yaml_are_named(tmp_path):
     del values["tables"][0]["columns"]
     (tmp_path / "dit.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match="dit.yaml.*dit_reference_fid50k.*'columns' is missing"):
-        papers.papers(tmp_path)
+        reported.papers(tmp_path)
     (tmp_path / "dit.yaml").write_text("tables: [")
     with pytest.raises(UserError, match="dit.yaml: not readable as YAML"):
-        papers.papers(tmp_path)
+        reported.papers(tmp_path)
 
 
 def test_two_files_with_the_same_table_are_refused(tmp_path):
     for name in ("one", "two"):
         shutil.copy(PAPERS / "dit.yaml", tmp_path / f"{name}.yaml")
     with pytest.raises(UserError, match="two.yaml.*taken, by one.yaml"):
-        papers.papers(tmp_path)
+        reported.papers(tmp_path)
 
 
 # ditbench paper
@@ -143,18 +145,18 @@ def test_two_files_with_the_same_table_are_refused(tmp_path):
 def test_the_list_names_every_table_and_what_could_not_be_had(ditbench):
     outcome = ditbench("paper", "list")
     assert outcome.code == 0 and outcome.err == ""
-    for name in papers.tables():
+    for name in reported.tables():
         assert re.search(rf"^{name} ", outcome.out, re.MULTILINE)
     assert "not here: HTG" in outcome.out
 
 
-@pytest.mark.parametrize("name", papers.tables())
+@pytest.mark.parametrize("name", reported.tables())
 def test_a_table_is_shown_with_every_row_its_protocol_source_and_confidence(ditbench, name):
     outcome = ditbench("paper", "show", name)
     assert outcome.code == 0 and outcome.err == ""
-    shown = papers.table(name)
+    shown = reported.table(name)
     for row in shown.rows:
-        cells = [*row.keys.values(), *(papers.EMPTY if value is None else value for value in row.values.values())]
+        cells = [*row.keys.values(), *(reported.EMPTY if value is None else value for value in row.values.values())]
         line = next(line for line in outcome.out.splitlines() if all(str(cell) in line for cell in cells))
         assert line
         assert f"confidence {row.confidence}: " in outcome.out and f"source {row.source}: " in outcome.out
@@ -189,11 +191,11 @@ def test_show_without_a_name_says_where_the_names_are(ditbench):
 @pytest.mark.parametrize("name", REPRODUCIBLE)
 def test_a_plan_says_what_the_real_table_needs(ditbench, name, monkeypatch):
     monkeypatch.setattr(reproduce, "model_of", lambda _: pytest.fail("a plan loads nothing"))
-    here = {"q_dit": methods.method("rtn")} | methods.known_methods()  # of one table it is the only method
-    monkeypatch.setattr(methods, "known_methods", lambda: here)
+    here = {"q_dit": registry.method("rtn")} | registry.known_methods()  # of one table it is the only method
+    monkeypatch.setattr(registry, "known_methods", lambda: here)
     outcome = ditbench("reproduce", name, "--plan")
     assert outcome.code == 0 and outcome.err == ""
-    section = papers.table(name).reproduce
+    section = reported.table(name).reproduce
     for word in (
         "huggingface.co/facebook/DiT-XL-2-",
         section.reference.address,
@@ -205,8 +207,8 @@ def test_a_plan_says_what_the_real_table_needs(ditbench, name, monkeypatch):
 
 
 def test_a_plan_counts_runs_images_and_transformer_calls(ditbench, monkeypatch):
-    here = {name: methods.method(name) for name in ("fp", "ptq4dit", "rtn")}
-    monkeypatch.setattr(methods, "known_methods", lambda: here)
+    here = {name: registry.method(name) for name in ("fp", "ptq4dit", "rtn")}
+    monkeypatch.setattr(registry, "known_methods", lambda: here)
     said = ditbench("reproduce", "ptq4dit-table1", "--plan", "generate.noise_floor_seeds=0").out
     # 3 methods at bits (FP, W8A8, W4A8) × 250, 100, 50 steps; per number of steps the float model's images and 32 for
     # calibration; batches of 64 (157 of them) and of 32.
@@ -220,8 +222,8 @@ def test_a_plan_counts_runs_images_and_transformer_calls(ditbench, monkeypatch):
 
 
 def test_a_method_is_found_here_as_soon_as_it_is_installed(ditbench, monkeypatch):
-    here = {"fp": methods.method("fp"), "ptq4dit": methods.method("ptq4dit"), "ptqd": methods.method("rtn")}
-    monkeypatch.setattr(methods, "known_methods", lambda: here)
+    here = {"fp": registry.method("fp"), "ptq4dit": registry.method("ptq4dit"), "ptqd": registry.method("rtn")}
+    monkeypatch.setattr(registry, "known_methods", lambda: here)
     said = ditbench("reproduce", "ptq4dit-table1", "--plan").out
     assert "PTQD (ptqd)" in said and "15, for 15 of 33 rows" in said
 
@@ -257,18 +259,18 @@ def test_missing_weights_and_reference_are_one_message_before_anything_runs(ditb
 
 
 def test_a_reproduction_on_tiny_dit_prints_every_row_and_why_it_is_not_comparable(ditbench, tmp_path, monkeypatch):
-    here = {name: methods.method(name) for name in ("fp", "ptq4dit")}
-    monkeypatch.setattr(methods, "known_methods", lambda: here)
+    here = {name: registry.method(name) for name in ("fp", "ptq4dit")}
+    monkeypatch.setattr(registry, "known_methods", lambda: here)
     outcome = ditbench("reproduce", "ptq4dit-table1", "--model", "tiny-dit", *TINY, f"results_dir={tmp_path}")
     assert outcome.code == 0, outcome.err
     lines = [re.split(r"  +", line) for line in outcome.out.splitlines()]
-    for row in papers.table("ptq4dit-table1").rows:
+    for row in reported.table("ptq4dit-table1").rows:
         for column in ("FID", "IS", "Precision"):
             wanted = [*map(str, row.keys.values()), column, str(row.values[column])]
             (line,) = (line for line in lines if line[: len(wanted)] == wanted)
             if row.name in ("FP", "PTQ4DiT"):
                 assert line[-1].startswith("not comparable: model, steps, n, calibration.n, features"), line
-                assert line[5] != papers.EMPTY
+                assert line[5] != reported.EMPTY
             else:
                 assert line[-1] == "not in ditbench yet"
     for reason in (
@@ -288,7 +290,7 @@ def test_a_reproduction_on_tiny_dit_prints_every_row_and_why_it_is_not_comparabl
 
 
 def test_without_overrides_another_model_takes_its_usual_n_and_steps():
-    table = papers.table("ptq4dit-table1")
+    table = reported.table("ptq4dit-table1")
     lines = [line for line in rows.plan_lines(table, table.reproduce, "tiny-dit", ()) if line.job]
     for config in rows.configurations(line.job for line in lines).values():
         assert (config["protocol"]["n"], config["protocol"]["steps"]) == (256, 20)
@@ -296,7 +298,7 @@ def test_without_overrides_another_model_takes_its_usual_n_and_steps():
 
 
 def test_the_ablation_turns_off_what_its_rows_name():
-    table = papers.table("ptq4dit-table3")
+    table = reported.table("ptq4dit-table3")
     lines = rows.plan_lines(table, table.reproduce, None, ())
     assert [line.job is None for line in lines] == [False, True, False], "salience at t = T/2 has no counterpart"
     bare, whole = rows.configurations(line.job for line in lines).values()
@@ -306,7 +308,7 @@ def test_the_ablation_turns_off_what_its_rows_name():
 
 @pytest.mark.parametrize(("printed", "label"), [("W4A8", "w4a8"), ("FP8", "fp8")])
 def test_a_rows_bits_are_those_that_it_runs_with(printed, label):
-    table = papers.table("ptq4dit-table1")
+    table = reported.table("ptq4dit-table1")
     row = next(row for row in table.rows if row.name == "PTQ4DiT")
     row = replace(row, keys=row.keys | {"bits": printed})
     (line, *_) = rows.plan_lines(replace(table, rows=(row,)), table.reproduce, None, ())
@@ -388,14 +390,14 @@ def a_record(value: float | None, status: str = "ok") -> Record:
     return Record("0" * 12, status, config(), "ptq4dit", "dit-xl-2-256", "x", error="broke", metrics=metrics)
 
 
-def judged(row: papers.Row, record: Record | None, refusal: str | None = None) -> verdicts.Judged:
-    section = papers.table("ptq4dit-table1").reproduce
+def judged(row: reported.Row, record: Record | None, refusal: str | None = None) -> verdicts.Judged:
+    section = reported.table("ptq4dit-table1").reproduce
     expected = type("Expected", (), {"raw": config()})()
     return verdicts.judged_row(rows.Line(row, ("a",), ("a",)), section, record, refusal, expected)["FID"]
 
 
-def row(fid: float | None = 7.09, confidence: str = "primary") -> papers.Row:
-    return papers.Row({"method": "PTQ4DiT"}, {"FID": fid, "IS": 1.0, "Precision": 1.0}, confidence, "s")
+def row(fid: float | None = 7.09, confidence: str = "primary") -> reported.Row:
+    return reported.Row({"method": "PTQ4DiT"}, {"FID": fid, "IS": 1.0, "Precision": 1.0}, confidence, "s")
 
 
 def test_a_run_like_the_papers_is_judged_by_its_numbers():
@@ -416,6 +418,6 @@ def test_a_value_from_memory_is_never_confirmed():
 
 
 def test_every_name_of_ours_that_a_reproducible_table_uses_is_mapped_or_known_to_be_unmapped():
-    used = {row.name for name in REPRODUCIBLE for row in papers.table(name).rows}
-    variants = {name for each in REPRODUCIBLE for name in papers.table(each).reproduce.rows}
+    used = {row.name for name in REPRODUCIBLE for row in reported.table(name).rows}
+    variants = {name for each in REPRODUCIBLE for name in reported.table(each).reproduce.rows}
     assert used - set(rows.OURS) - variants == {"TFMQ-DM", "G4W+P4A", "CSB (salience at t=T/2)"}

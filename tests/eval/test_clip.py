@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.metrics.pairwise import rbf_kernel
 
-from ditbench.eval import clip, clip_metrics, spread
+from ditbench.eval import clip, clip_metrics, resampling
 from ditbench.eval.base import Evidence, Prompt, Reference, Samples, evaluate, known_metrics
 from ditbench.eval.statistics import resampled_rows
 
@@ -231,7 +231,7 @@ def test_the_interval_of_cmmd_is_that_of_a_plain_loop_over_resamples():
     for rows in resampled_rows(9, seed=3, resamples=15):
         within = rbf_kernel(x[rows], x[rows], gamma)
         values.append((within.sum() - np.trace(within)) / (9 * 8) - 2 * rbf_kernel(x[rows], y, gamma).mean())
-    sd = spread.kernel_sd(x, y, 3, 15, kernel=clip_metrics.gaussian_kernel)
+    sd = resampling.kernel_sd(x, y, 3, 15, kernel=clip_metrics.gaussian_kernel)
     assert sd == pytest.approx(np.std(values, ddof=1), rel=1e-9) and sd > 1e-3
 
 
@@ -239,8 +239,8 @@ def test_the_interval_of_cmmd_to_the_float_model_draws_both_images_of_a_pair(mon
     x, y = np.random.default_rng(0).normal(size=(2, 9, 5)) * 8
     values = [clip_metrics.mmd2(x[rows], y[rows]) for rows in resampled_rows(9, seed=3, resamples=15)]
     for rows_at_once in (100, 4):
-        monkeypatch.setattr(spread, "KERNEL_ROWS", rows_at_once)
-        sd = spread.kernel_sd_of_pairs(x, y, 3, 15, kernel=clip_metrics.gaussian_kernel)
+        monkeypatch.setattr(resampling, "KERNEL_ROWS", rows_at_once)
+        sd = resampling.kernel_sd_of_pairs(x, y, 3, 15, kernel=clip_metrics.gaussian_kernel)
         assert sd == pytest.approx(np.std(values, ddof=1), rel=1e-9) and sd > 1e-3
 
 
@@ -253,9 +253,9 @@ def test_images_cropped_before_and_after_resizing_are_not_taken_for_each_other(i
 
 def test_kernel_sums_do_not_depend_on_how_many_rows_are_held_at_once(monkeypatch):
     x, y = np.random.default_rng(0).normal(size=(2, 11, 5))
-    whole = clip_metrics.mmd2(x, y), spread.kernel_sd(x, y, 0, 20, kernel=clip_metrics.gaussian_kernel)
-    monkeypatch.setattr(spread, "KERNEL_ROWS", 4)
-    parts = clip_metrics.mmd2(x, y), spread.kernel_sd(x, y, 0, 20, kernel=clip_metrics.gaussian_kernel)
+    whole = clip_metrics.mmd2(x, y), resampling.kernel_sd(x, y, 0, 20, kernel=clip_metrics.gaussian_kernel)
+    monkeypatch.setattr(resampling, "KERNEL_ROWS", 4)
+    parts = clip_metrics.mmd2(x, y), resampling.kernel_sd(x, y, 0, 20, kernel=clip_metrics.gaussian_kernel)
     assert parts == pytest.approx(whole, rel=1e-9)
 
 

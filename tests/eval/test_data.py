@@ -21,7 +21,7 @@ from ditbench.eval.reference import load_reference, write_reference
 from ditbench.eval.vbench_style import AESTHETIC_FILE
 from ditbench.eval.video_judges import DINO
 from ditbench.eval.weights import local_weights
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
 
 CONTENT = b"what others publish"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

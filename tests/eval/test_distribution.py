@@ -10,7 +10,7 @@ from scipy import linalg
 from ditbench.eval import features, libraries
 from ditbench.eval.base import Reference, Samples, evaluate, known_metrics
 from ditbench.eval.features import judge_pair, outputs
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
 
 JUDGE_METRICS = [
     "clean_fid/fid_judge", "clean_fid/kid_judge", "torch_fidelity/fid_judge", "torch_fidelity/is_judge",

@@ -12,7 +12,7 @@ from ditbench.eval import fvd
 from ditbench.eval.base import Evidence, Samples, evaluate, known_metrics
 from ditbench.eval.data import find_data
 from ditbench.eval.passport import FLOAT_MODEL
-from ditbench.eval.spread import frechet_of_pairs
+from ditbench.eval.resampling import frechet_of_pairs
 from ditbench.eval.statistics import resampled_rows
 
 N, FRAMES, WIDTH = 9, 12, 5

@@ -4,7 +4,7 @@ import pytest
 
 from ditbench.eval.base import Prompt
 from ditbench.eval.prompts import load_prompts
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
 
 
 def written(folder, name, content):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ditbench.eval.judges import load_judge
 from ditbench.eval.reference import load_reference, write_reference
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.zoo import digits
 from ditbench.harness.models.zoo import judge as zoo_judge
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from ditbench.eval import side_env
 from ditbench.eval.base import Prompt, Samples
 from ditbench.eval.statistics import WILSON
-from ditbench.harness.errors import UserError
-from ditbench.harness.generate import save_samples
-from ditbench.harness.record import Record, add_metric, read, write
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.generation.generate import save_samples
+from ditbench.harness.records.record import Record, add_metric, read, write
+from ditbench.harness.scoring import official_vbench
 
 FRAMES, FPS = 6, 12.5
 # As vbench 0.1.5 writes it; imaging_quality's videos are in percent, its total is not.
@@ -72,7 +72,7 @@ def run_folder(tmp_path, name="a" * 12, given=None, **fields):
 def test_videos_are_named_by_prompt_and_index_and_hold_every_frame_to_the_byte(tmp_path):
     av = pytest.importorskip("av")
     given = samples()
-    paths = side_env.export_videos(given, tmp_path / "videos")
+    paths = official_vbench.export_videos(given, tmp_path / "videos")
     assert [path.name for path in paths] == ["a cat-0.mp4", "a dog on the sea-0.mp4", "a cat-1.mp4"]
     for path, video_FHWC in zip(paths, given.pixels, strict=True):
         with av.open(path) as container:
@@ -85,17 +85,17 @@ def test_videos_are_named_by_prompt_and_index_and_hold_every_frame_to_the_byte(t
 def test_a_prompt_that_cannot_be_a_file_name_is_said(text, tmp_path):
     pytest.importorskip("av")
     with pytest.raises(UserError, match="cannot be one"):
-        side_env.export_videos(samples((text,)), tmp_path / "videos")
+        official_vbench.export_videos(samples((text,)), tmp_path / "videos")
 
 
 def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"ditbench\[vbench\]"):
-        side_env.export_videos(samples(), tmp_path / "videos")
+        official_vbench.export_videos(samples(), tmp_path / "videos")
 
 
 def test_the_command_is_the_one_that_vbench_evaluate_starts(tmp_path):
-    made = side_env.command(tmp_path / "python", tmp_path / "v", tmp_path / "o", "scene", "vbench_standard")
+    made = official_vbench.command(tmp_path / "python", tmp_path / "v", tmp_path / "o", "scene", "vbench_standard")
     assert made[0] == str(tmp_path / "python") and made[1:3] == ["-m", "torch.distributed.run"]
     assert made[made.index("--nproc_per_node") + 1] == "1"
     rest = made[made.index("vbench.launch.evaluate") + 1 :]
@@ -107,31 +107,31 @@ def test_the_command_is_the_one_that_vbench_evaluate_starts(tmp_path):
 
 def test_vbenchs_own_prompts_choose_the_dimensions_and_the_mode():
     own = samples(dimensions=("scene", "object_class", "dynamic_degree"))
-    assert side_env.usual_dimensions(own) == ["dynamic_degree", "scene"]  # object_class needs detectron2
-    assert side_env.mode_of(own) == "vbench_standard" and side_env.mode_of(samples()) == "custom_input"
-    assert side_env.usual_dimensions(samples()) == list(side_env.OF_ANY_PROMPT)
+    assert official_vbench.usual_dimensions(own) == ["dynamic_degree", "scene"]  # object_class needs detectron2
+    assert official_vbench.mode_of(own) == "vbench_standard" and official_vbench.mode_of(samples()) == "custom_input"
+    assert official_vbench.usual_dimensions(samples()) == list(official_vbench.OF_ANY_PROMPT)
 
 
 def test_results_are_read_from_the_official_format(tmp_path):
     path = tmp_path / "results_2025-01-01-00:00:00_eval_results.json"
     path.write_text(json.dumps(RESULTS, indent=4))
-    assert side_env.parsed(path, "dynamic_degree") == (0.5, [1.0, 0.0])
-    assert side_env.parsed(path, "imaging_quality") == (0.4, [0.3, 0.5])
-    with pytest.raises(side_env.VBenchFailed, match="not vbench's results of scene"):
-        side_env.parsed(path, "scene")
+    assert official_vbench.parsed(path, "dynamic_degree") == (0.5, [1.0, 0.0])
+    assert official_vbench.parsed(path, "imaging_quality") == (0.4, [0.3, 0.5])
+    with pytest.raises(official_vbench.VBenchFailed, match="not vbench's results of scene"):
+        official_vbench.parsed(path, "scene")
     path.write_text('{"scene": [NaN, [{"video_results": 1}]], "color": [0.0, []]}')
     for name in ("scene", "color"):
-        with pytest.raises(side_env.VBenchFailed, match="vbench gave"):
-            side_env.parsed(path, name)
+        with pytest.raises(official_vbench.VBenchFailed, match="vbench gave"):
+            official_vbench.parsed(path, name)
 
 
 def test_an_interval_is_given_where_the_total_is_the_mean_over_videos_only():
-    entry = side_env.entry_of("imaging_quality", 0.4, [0.3, 0.5], "custom_input", 0, 50)
+    entry = official_vbench.entry_of("imaging_quality", 0.4, [0.3, 0.5], "custom_input", 0, 50)
     assert entry["ci95"] == pytest.approx([0.3, 0.5]) and entry["n"] == 2
     assert entry["passport"]["version"] == "vbench 0.1.5" and entry["passport"]["mode"] == "custom_input"
-    by_frames = side_env.entry_of("object_class", 0.25, [1.0, 0.0], "vbench_standard", 0, 50)
+    by_frames = official_vbench.entry_of("object_class", 0.25, [1.0, 0.0], "vbench_standard", 0, 50)
     assert by_frames["ci95"] is None and "not the mean" in by_frames["passport"]["ci_method"]
-    flickering = side_env.entry_of("temporal_flickering", 0.4, [0.4], "vbench_standard", 0, 50)
+    flickering = official_vbench.entry_of("temporal_flickering", 0.4, [0.4], "vbench_standard", 0, 50)
     assert "not applied" in flickering["passport"]["static_filter"]
 
 
@@ -139,8 +139,8 @@ def test_a_share_of_videos_has_wilsons_interval_which_keeps_a_width_at_all_and_n
     path = tmp_path / "results_eval_results.json"
     videos = [{"video_path": f"{index}.mp4", "video_results": True} for index in range(5)]
     path.write_text(json.dumps({"dynamic_degree": [1.0, videos]}))
-    value, per_video = side_env.parsed(path, "dynamic_degree")
-    entry = side_env.entry_of("dynamic_degree", value, per_video, "custom_input", 0, 50)
+    value, per_video = official_vbench.parsed(path, "dynamic_degree")
+    entry = official_vbench.entry_of("dynamic_degree", value, per_video, "custom_input", 0, 50)
     assert entry["passport"]["ci_method"] == WILSON
     assert entry["ci95"] == pytest.approx([0.5655, 1.0], abs=1e-4)  # n / (n + z²)
 
@@ -164,8 +164,8 @@ def vbench(monkeypatch, tmp_path):
         (out / "results_1_eval_results.json").write_text(json.dumps(answer))
         return SimpleNamespace(returncode=0, stderr="")
 
-    monkeypatch.setattr(side_env.subprocess, "run", run)
-    monkeypatch.setattr(side_env, "side_python", lambda: tmp_path / "python")
+    monkeypatch.setattr(official_vbench.subprocess, "run", run)
+    monkeypatch.setattr(official_vbench, "side_python", lambda: tmp_path / "python")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return started
 
@@ -173,7 +173,7 @@ def vbench(monkeypatch, tmp_path):
 def test_scores_stand_beside_the_record_which_stays_as_it_was(vbench, tmp_path, data):
     folder = run_folder(tmp_path)
     before = (folder / "record.json").read_bytes()
-    outcome = side_env.score(str(folder), ["dynamic_degree", "imaging_quality"], tmp_path / "results")
+    outcome = official_vbench.score(str(folder), ["dynamic_degree", "imaging_quality"], tmp_path / "results")
     assert not outcome.failed and "vbench/imaging_quality: 0.4000 (n = 2)" in outcome.text
     assert (folder / "record.json").read_bytes() == before
     metrics = read(folder / "record.json").metrics
@@ -186,8 +186,8 @@ def test_scores_stand_beside_the_record_which_stays_as_it_was(vbench, tmp_path, 
 
 def test_what_is_scored_already_is_not_scored_again(vbench, tmp_path):
     folder = run_folder(tmp_path)
-    side_env.score(str(folder), ["dynamic_degree"], tmp_path / "results")
-    again = side_env.score("videos", ["dynamic_degree"], tmp_path / "results")
+    official_vbench.score(str(folder), ["dynamic_degree"], tmp_path / "results")
+    again = official_vbench.score("videos", ["dynamic_degree"], tmp_path / "results")
     assert "scored already" in again.text and len(vbench) == 1
     with pytest.raises(UserError, match="nothing is overwritten"):
         add_metric(folder, "vbench/dynamic_degree", {})
@@ -197,7 +197,7 @@ def test_what_is_scored_already_is_not_scored_again(vbench, tmp_path):
 
 def test_a_dimension_that_fails_says_why_and_keeps_the_others(vbench, tmp_path):
     folder = run_folder(tmp_path, given=samples(dimensions=("scene", "dynamic_degree", "object_class")))
-    outcome = side_env.score(str(folder), None, tmp_path / "results")
+    outcome = official_vbench.score(str(folder), None, tmp_path / "results")
     assert outcome.failed and "vbench/scene: FAILED: KeyError: 'no weights'" in outcome.text
     assert set(read(folder / "record.json").metrics) == {"psnr", "vbench/dynamic_degree"}
     assert {mode for _, mode, _, _ in vbench} == {"vbench_standard"}
@@ -207,7 +207,7 @@ def test_the_report_holds_scores_that_were_filed_later(tmp_path):
     from ditbench.harness.report import report
 
     folder = run_folder(tmp_path)
-    add_metric(folder, "vbench/scene", side_env.entry_of("scene", 0.625, [0.5, 0.75], "vbench_standard", 0, 20))
+    add_metric(folder, "vbench/scene", official_vbench.entry_of("scene", 0.625, [0.5, 0.75], "vbench_standard", 0, 20))
     text = report(tmp_path / "results", "videos", "csv").text
     assert "vbench/scene" in text.splitlines()[0] and "0.625" in text
 
@@ -232,14 +232,14 @@ def test_what_cannot_be_scored_is_one_plain_line(target, dimensions, said, tmp_p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run_folder(tmp_path)
     with pytest.raises(UserError, match=said) as error:
-        side_env.score(target, dimensions, tmp_path / "results")
+        official_vbench.score(target, dimensions, tmp_path / "results")
     assert "\n" not in str(error.value)
 
 
 def test_a_run_of_images_has_no_videos_to_score(tmp_path):
     run_folder(tmp_path, artifacts={"images": "images.npz"})
     with pytest.raises(UserError, match="no finished run with videos"):
-        side_env.video_runs("videos", tmp_path / "results")
+        official_vbench.video_runs("videos", tmp_path / "results")
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def online(monkeypatch):
     """Downloads are allowed, and this Python is the one that is wanted."""
     monkeypatch.setenv("DITBENCH_OFFLINE", "0")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(side_env, "PYTHON", f"{sys.version_info[0]}.{sys.version_info[1]}")
+    monkeypatch.setattr(official_vbench, "PYTHON", f"{sys.version_info[0]}.{sys.version_info[1]}")
 
 
 def test_without_a_network_the_environment_fails_in_one_plain_line_and_is_not_taken_for_whole(
@@ -259,12 +259,12 @@ ERROR: No matching distribution found for absl-py==2.5.1
 """
     answers = {"venv": ("", 0), "pip": (said, 1)}
     monkeypatch.setattr(
-        side_env.subprocess,
+        official_vbench.subprocess,
         "run",
         lambda step, **_: SimpleNamespace(stderr=answers[step[2]][0], returncode=answers[step[2]][1]),
     )
     with pytest.raises(UserError, match="No matching distribution found for absl-py==2.5.1; it needs PyPI") as error:
-        side_env.side_python()
+        official_vbench.side_python()
     assert "\n" not in str(error.value) and not list(data.rglob("whole"))
 
 
@@ -277,21 +277,21 @@ def test_an_environment_that_is_whole_is_taken_as_it_is(online, monkeypatch):
             Path(step[3]).mkdir(parents=True)
         return subprocess.CompletedProcess(step, 0, "", "")
 
-    monkeypatch.setattr(side_env.subprocess, "run", run)
-    first = side_env.side_python()
+    monkeypatch.setattr(official_vbench.subprocess, "run", run)
+    first = official_vbench.side_python()
     assert [step[1:3] for step in made] == [["-m", "venv"], ["-m", "pip"]]
-    assert made[1][-1] == str(side_env.REQUIREMENTS)
-    pinned = side_env.REQUIREMENTS.read_text().splitlines()
-    assert f"vbench=={side_env.VBENCH}" in pinned and "transformers==4.33.2" in pinned
+    assert made[1][-1] == str(official_vbench.REQUIREMENTS)
+    pinned = official_vbench.REQUIREMENTS.read_text().splitlines()
+    assert f"vbench=={official_vbench.VBENCH}" in pinned and "transformers==4.33.2" in pinned
     assert all("==" in line for line in pinned[1:])
     monkeypatch.setenv("DITBENCH_OFFLINE", "1")
-    assert side_env.side_python() == first and len(made) == 2
+    assert official_vbench.side_python() == first and len(made) == 2
 
 
 def test_offline_and_without_its_python_it_says_so(online, monkeypatch):
     monkeypatch.setenv("DITBENCH_OFFLINE", "1")
     with pytest.raises(UserError, match="switched off"):
-        side_env.side_python()
-    monkeypatch.setattr(side_env, "PYTHON", "3.2")
+        official_vbench.side_python()
+    monkeypatch.setattr(official_vbench, "PYTHON", "3.2")
     with pytest.raises(UserError, match="python3.2 on the PATH"):
-        side_env.side_python()
+        official_vbench.side_python()

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from ditbench.eval.base import Samples
-from ditbench.harness import methods
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.export import save_quantized
-from ditbench.harness.generate import conditions, generate
+from ditbench.harness.build.build import build
+from ditbench.harness.build.export import save_quantized
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting import registry
+from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import LoadedModel, Sampler
 from ditbench.harness.quant.accounting import account, count_macs
-from ditbench.harness.quant.build import build
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.target import Target
@@ -43,7 +43,7 @@ class Written:
 def write_export(
     folder: Path, target: Target, calibration: Calibration, model: LoadedModel, method: str, bits: Bits, **params: Any
 ) -> Written:
-    module, dtype = methods.method(method), getattr(torch, params.pop("dtype", "bfloat16"))
+    module, dtype = registry.method(method), getattr(torch, params.pop("dtype", "bfloat16"))
     state = module.fit(target, calibration, bits, module.Params(**params))
     recipe = module.apply(target, state, bits, module.Params(**params))
     described = save_quantized(folder, target, recipe, dtype=dtype, about={"method": method})

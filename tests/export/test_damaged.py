@@ -9,10 +9,10 @@ import pytest
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from ditbench.harness.conformance import DYNAMIC, SMALL_DIT
-from ditbench.harness.errors import UserError
-from ditbench.harness.export import RECIPE, TENSORS, load_quantized
-from ditbench.harness.files import file_sha256
+from ditbench.harness.build.export import RECIPE, TENSORS, load_quantized
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import file_sha256
+from ditbench.harness.fitting.conformance import DYNAMIC, SMALL_DIT
 from ditbench.harness.models.base import ModelSpec, load_model
 
 

@@ -14,12 +14,12 @@ sys.path.append(str(Path(__file__).parent.parent / "models"))
 from small_pipelines import SIZES, SMALL
 
 from ditbench.eval.base import Prompt
-from ditbench.harness.calibrate import calibrate
-from ditbench.harness.calls import placed
-from ditbench.harness.conformance import DYNAMIC, STATIC
-from ditbench.harness.export import TENSORS, load_quantized
-from ditbench.harness.generate import conditions, generate
+from ditbench.harness.build.export import TENSORS, load_quantized
+from ditbench.harness.calibration.recording import calibrate
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
+from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import ModelSpec, Sampler, load_model
+from ditbench.harness.models.calls import placed
 
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"))
 STEPS = 3

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ditbench.harness.calibration.block_stream import BlockStream
 from ditbench.harness.quant.spec import Bits, QuantSpec
-from ditbench.harness.stream import BlockStream
 from ditbench.methods import clq
 from ditbench.methods.clq import Params
 

@@ -12,16 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from ditbench.harness import conformance
-from ditbench.harness.calibrate import calibrate
-from ditbench.harness.conformance import SMALL_DIT, Case
+from ditbench.harness.calibration.recording import calibrate
+from ditbench.harness.fitting import conformance
+from ditbench.harness.fitting.conformance import SMALL_DIT, Case
 from ditbench.harness.models.base import ModelSpec, Sampler, load_model
 
 # What `apply_saved` is run in: a process that has fitted nothing. Importing diffusers takes seconds, so there is one for
 # all methods, started before it is needed; `ditbench check-method` starts one per method.
 SERVER = """
 import json, sys, traceback
-from ditbench.harness.conformance import apply_saved
+from ditbench.harness.fitting.conformance import apply_saved
 for line in sys.stdin:
     try:
         apply_saved(*json.loads(line))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from clq_cases import BLOCK, BOTH, BOTH_STATIC, FAST, LAST
 
-from ditbench.harness import methods
-from ditbench.harness.conformance import DYNAMIC, relative_error
-from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.calibration.block_stream import BlockStream
+from ditbench.harness.fitting import registry
+from ditbench.harness.fitting.conformance import DYNAMIC, relative_error
+from ditbench.harness.fitting.trial_layers import float_model
 from ditbench.harness.quant.spec import Bits
-from ditbench.harness.stream import BlockStream
-from ditbench.harness.trial import float_model
 from ditbench.methods import clq, rtn
 from ditbench.methods.clq import Params
 
@@ -121,8 +121,8 @@ def test_values_that_cannot_be_used_are_refused(values, words):
 
 def test_what_hydra_gives_is_what_python_gives():
     assert Params(cbc_depth=1, probe=[0.5, 1.0]) == Params(cbc_depth="1", probe=(0.5, 1.0))
-    given = methods.defaults("clq") | {"cbc_depth": 1, "probe": [0.5, 1.0]}  # as the command line gives them
-    assert methods.params_of(given) == Params(cbc_depth="1", probe=(0.5, 1.0))
+    given = registry.defaults("clq") | {"cbc_depth": 1, "probe": [0.5, 1.0]}  # as the command line gives them
+    assert registry.params_of(given) == Params(cbc_depth="1", probe=(0.5, 1.0))
 
 
 @pytest.mark.parametrize(("rows_of_tokens", "rows"), [(100, 6), (4, 4), (1, 2)])

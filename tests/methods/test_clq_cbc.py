@@ -8,8 +8,8 @@ import pytest
 import torch
 from clq_cases import BLOCK, BOTH, FAST, FLOAT, block_inputs, entered
 
-from ditbench.harness.conformance import relative_error
-from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.fitting.conformance import relative_error
 from ditbench.methods import clq
 
 

@@ -10,9 +10,9 @@ import torch
 from clq_cases import BLOCK, BOTH, BOTH_STATIC, FAST, LAST
 from torch import nn
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.conformance import relative_error
-from ditbench.harness.quant.build import float_copy
+from ditbench.harness.build.build import float_copy
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.conformance import relative_error
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.quant.target import Site, Target

@@ -8,9 +8,9 @@ import pytest
 import torch
 from clq_cases import BLOCK, FAST, LAST, generator
 
-from ditbench.harness.conformance import DYNAMIC, STATIC
-from ditbench.harness.errors import UserError
-from ditbench.harness.quant.build import float_copy
+from ditbench.harness.build.build import float_copy
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.harness.quant.quantizers import (
     ActQuant,
     activation_affine,

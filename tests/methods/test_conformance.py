@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ditbench.harness import conformance, methods
-from ditbench.harness.conformance import Case, Nonconforming, check_methods
+from ditbench.harness.fitting import conformance, registry
+from ditbench.harness.fitting.conformance import Case, Nonconforming, check_methods
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.transforms import Rotation, Transform
@@ -67,7 +67,7 @@ def unguarded_apply(target, state, bits, params):
 
 
 def unguarded_fit(target, calibration, bits, params):
-    from ditbench.harness.observe import channel_stats
+    from ditbench.harness.calibration.channel_statistics import channel_stats
 
     return {"range": channel_stats(target, calibration)[FIRST].absmax_C}
 
@@ -144,7 +144,7 @@ BROKEN = {
 @pytest.fixture
 def register(monkeypatch):
     def put(module) -> Case:
-        monkeypatch.setattr(methods, "known_methods", lambda: {"broken": module})
+        monkeypatch.setattr(registry, "known_methods", lambda: {"broken": module})
         return Case("broken")
 
     return put
@@ -187,7 +187,7 @@ def test_a_state_that_leaves_something_out_is_caught(register, monkeypatch):
 
     def run(command, **unused):
         name, folder, seed, scope = command[3:]
-        monkeypatch.setattr(methods, "known_methods", lambda: {"broken": forgetful()})
+        monkeypatch.setattr(registry, "known_methods", lambda: {"broken": forgetful()})
         conformance.apply_saved(name, folder, int(seed), scope)
         return SimpleNamespace(returncode=0, stderr="")
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ditbench.harness.conformance import DYNAMIC, STATIC, relative_error
-from ditbench.harness.observe import channel_stats, token_sample
-from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.calibration.channel_statistics import channel_stats, token_sample
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
 from ditbench.harness.quant.rotations import Dual, dual_rotation
 from ditbench.harness.quant.spec import Bits, QuantSpec
-from ditbench.harness.seeds import sample_seeds
+from ditbench.harness.samples.seeds import sample_seeds
 from ditbench.methods import duquant, rtn
 from ditbench.methods.duquant import Params
 

@@ -6,21 +6,21 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
+from ditbench.harness.cli.main.listing import bits_of
 
-from ditbench.harness import methods
-from ditbench.harness.conformance import (
+from ditbench.harness.build.build import build
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting import registry
+from ditbench.harness.fitting.conformance import (
     CHECKS,
     fitting_twice_is_the_same,
     model_and_random_state_are_left_alone,
     relative_error,
     transforms_are_exact,
 )
-from ditbench.harness.errors import UserError
-from ditbench.harness.listing import bits_of
-from ditbench.harness.quant.build import build
 from ditbench.harness.quant.spec import QuantSpec
 
-METHODS = list(methods.known_methods())
+METHODS = list(registry.known_methods())
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -51,37 +51,37 @@ def test_a_method_runs_in_fp8_or_refuses_it_in_one_line(name, bits, case_of):
     case = case_of(name)
     if name in ABOUT_INTEGERS:
         with pytest.raises(UserError, match=f"^{name} is about integer codes, and bits=fp8 has none"):
-            methods.check_bits(name, bits)
+            registry.check_bits(name, bits)
         return
     if name == "q_dit" and not bits.act.dynamic:
         with pytest.raises(UserError, match="dynamic"):
-            methods.check_bits(name, bits)
+            registry.check_bits(name, bits)
         return
-    methods.check_bits(name, bits)
+    registry.check_bits(name, bits)
     recipe = case.recipe(bits)
     rounded = [layer for layer in recipe.layers.values() if layer.weight is not None]
     assert {side.spec.number for layer in rounded for side in (layer.weight, layer.act)} <= {"e4m3"}
     assert {layer.weight.codes_OC.dtype for layer in rounded} <= {torch.float8_e4m3fn}
     error = relative_error(case.output(build(case.target, recipe, dtype=torch.float32)), case.float_output)
-    assert error < 0.1 and (error > 1e-3 or name == methods.FLOAT)
+    assert error < 0.1 and (error > 1e-3 or name == registry.FLOAT)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_params_are_frozen_and_a_misspelt_one_is_refused(name):
-    params = methods.method(name).Params()
+    params = registry.method(name).Params()
     for field in fields(params):
         with pytest.raises(FrozenInstanceError):
             setattr(params, field.name, None)
-    assert methods.params_of(methods.defaults(name)) == params
+    assert registry.params_of(registry.defaults(name)) == params
     with pytest.raises(UserError, match=f"no parameter of method {name} 'strenght'"):
-        methods.params_of({"name": name, "strenght": 1})
+        registry.params_of({"name": name, "strenght": 1})
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_says_what_it_is_in_one_line(name):
-    assert 20 < len(methods.summary(name)) <= 160
+    assert 20 < len(registry.summary(name)) <= 160
 
 
 def test_an_unknown_method_is_refused_with_a_guess():
     with pytest.raises(UserError, match="no method 'smothquant'; did you mean 'smoothquant'"):
-        methods.method("smothquant")
+        registry.method("smothquant")

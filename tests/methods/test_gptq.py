@@ -2,12 +2,12 @@
 
 import torch
 
-from ditbench.harness.blockwise import round_blockwise
-from ditbench.harness.quant.build import build
+from ditbench.harness.build.build import build
+from ditbench.harness.calibration.block_stream import BlockStream
+from ditbench.harness.fitting.blockwise import round_blockwise
 from ditbench.harness.quant.quantizers import quantize_weight
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec
-from ditbench.harness.stream import BlockStream
 from ditbench.methods import gptq, rtn
 
 W3A16 = Bits(QuantSpec(3, "per_channel"), None)

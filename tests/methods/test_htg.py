@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ditbench.harness.observe import channel_stats
-from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.build.build import build, quant_layers
+from ditbench.harness.calibration.channel_statistics import channel_stats
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.methods import htg
 

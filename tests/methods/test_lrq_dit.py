@@ -6,10 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditbench.harness.conformance import DYNAMIC, STATIC, Case, relative_error, transforms_are_exact
-from ditbench.harness.errors import UserError
-from ditbench.harness.observe import channel_stats, inputs_observed, run_calibration, token_sample
-from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.calibration.channel_statistics import (
+    channel_stats,
+    inputs_observed,
+    run_calibration,
+    token_sample,
+)
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, Case, relative_error, transforms_are_exact
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.quantizers import (
     ActQuant,

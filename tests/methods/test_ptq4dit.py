@@ -8,8 +8,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from ditbench.harness.conformance import DYNAMIC, STATIC
-from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.quantizers import quantize_weight
 from ditbench.harness.quant.smoothing import weight_absmax

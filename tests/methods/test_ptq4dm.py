@@ -6,9 +6,9 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.conformance import DYNAMIC, STATIC
-from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.methods import ptq4dm
 from ditbench.methods.ptq4dm import Params, draw_steps, select_calibration
 

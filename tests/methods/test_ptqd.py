@@ -8,15 +8,15 @@ from diffusers import DDPMScheduler
 from small_pipelines import SIZES, SMALL
 
 from ditbench.eval.base import Prompt
-from ditbench.harness import methods
-from ditbench.harness.calibrate import calibrate
-from ditbench.harness.conformance import DYNAMIC
-from ditbench.harness.conformance import relative_error as error_of
-from ditbench.harness.errors import UserError
-from ditbench.harness.generate import conditions, generate
+from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.calibration.recording import calibrate
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting import registry
+from ditbench.harness.fitting.conformance import DYNAMIC
+from ditbench.harness.fitting.conformance import relative_error as error_of
+from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import Correction, LoadedModel, ModelSpec, Sampler, load_model
-from ditbench.harness.models.dit import CorrectedDDPM
-from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.models.families.dit import CorrectedDDPM
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.steps import StepClock
 from ditbench.methods import ptqd, rtn
@@ -250,7 +250,7 @@ def test_the_sampler_of_a_text_to_image_model_is_corrected(tmp_path, sampler):
         return generate(model, quantized, wanted, steps, batch_size=2, correct=correct).latents
 
     plain = latents(None)
-    parts = [methods.correction("ptqd", state, Params()), methods.correction("ptqd", state, Params(variance=False))]
+    parts = [registry.correction("ptqd", state, Params()), registry.correction("ptqd", state, Params(variance=False))]
     both, noise_only = (latents(correct) for correct in parts)
     assert error_of(noise_only, plain) > 1e-3
     assert (error_of(both, noise_only) > 1e-3) == (sampler == "ddpm")

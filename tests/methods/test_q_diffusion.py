@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditbench.harness.calibrate import Calibration
-from ditbench.harness.conformance import DYNAMIC, STATIC
-from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.harness.quant.quantizers import quantize_weight, searched_range
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.methods import q_diffusion

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from ditbench.harness.conformance import DYNAMIC, STATIC
-from ditbench.harness.errors import UserError
-from ditbench.harness.methods import check_bits
-from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.build.build import build, quant_layers
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
+from ditbench.harness.fitting.registry import check_bits
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.harness.quant.target import Site, Target

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ditbench.harness.conformance import DYNAMIC, STATIC, relative_error
-from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
 from ditbench.harness.quant.hadamard import hadamard
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
 from ditbench.harness.quant.spec import Bits, QuantSpec

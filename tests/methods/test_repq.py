@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ditbench.harness.conformance import DYNAMIC, STATIC, relative_error
-from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
 from ditbench.harness.quant.quantizers import ActQuant, LogSqrt2Quant, log_sqrt2, log_sqrt2_delta, quantize_weight
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.target import Site, Target

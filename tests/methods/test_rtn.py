@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ditbench.harness.conformance import DYNAMIC, STATIC
-from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.target import Site, Target
 from ditbench.methods import rtn

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditbench.harness.conformance import DYNAMIC, relative_error
-from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.fitting.conformance import DYNAMIC, relative_error
 from ditbench.harness.quant.smoothing import smoothing_scale
 from ditbench.methods import smoothquant
 from ditbench.methods.smoothquant import Params

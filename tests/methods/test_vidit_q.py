@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ditbench.harness.sweep.launch.compose import register
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ditbench.harness import methods
-from ditbench.harness.compose import register
-from ditbench.harness.conformance import DYNAMIC, STATIC, relative_error
-from ditbench.harness.errors import UserError
-from ditbench.harness.paths import CONF
-from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.paths import CONF
+from ditbench.harness.fitting import registry
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
 from ditbench.harness.quant.hadamard import hadamard
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
 from ditbench.harness.quant.spec import Bits, QuantSpec
@@ -224,5 +224,5 @@ def test_a_plan_can_be_given_on_the_command_line():
     register()
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose("config", ["method=vidit_q", r"+method.mixed={to_q:w8a8,ff.net.2$:w6a8}"])
-    params = methods.params_of(OmegaConf.to_container(config.method, resolve=True))
+    params = registry.params_of(OmegaConf.to_container(config.method, resolve=True))
     assert params.mixed == {"to_q": "w8a8", "ff.net.2$": "w6a8"}

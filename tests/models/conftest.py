@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from ditbench.harness.models import dit
 from ditbench.harness.models.base import LoadedModel, ModelSpec
+from ditbench.harness.models.families import dit
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ import yaml
 from small_pipelines import SMALL
 
 from ditbench.eval.base import Prompt
-from ditbench.harness import models
-from ditbench.harness.calibrate import calibrate
-from ditbench.harness.generate import conditions
+from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.calibration.recording import calibrate
+from ditbench.harness.common.paths import CONF
+from ditbench.harness.generation.generate import conditions
+from ditbench.harness.models import families
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
-from ditbench.harness.paths import CONF
-from ditbench.harness.quant.build import build, float_copy
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.smoothing import place
 from ditbench.harness.quant.steps import StepTable
@@ -42,7 +42,7 @@ def family(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(source)
         return load_model(ModelSpec("small", name, source=str(tmp_path / "checkpoint")))
 
-    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     return load
 
 

@@ -11,11 +11,11 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from ditbench.harness import compose
-from ditbench.harness.config import RunConfig, parse
+from ditbench.harness.common.paths import CONF
 from ditbench.harness.models.base import PROMPTS, ModelSpec, family
-from ditbench.harness.models.zoo import trainable
-from ditbench.harness.paths import CONF
+from ditbench.harness.stages.config import RunConfig, parse
+from ditbench.harness.sweep.launch import compose
+from ditbench.harness.zoo import trainable
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if not path.stem.startswith("_"))
 
@@ -54,7 +54,9 @@ def test_a_models_file_composes_into_a_run(name):
         assert {"prompts", "calibration_prompts"} <= set(config.section("model")["usual"])
         for class_name in (*adapter.pipelines, adapter.transformer):
             ours = [
-                module for name, module in sys.modules.items() if name.startswith("ditbench.harness.models.opensora")
+                module
+                for name, module in sys.modules.items()
+                if name.startswith("ditbench.harness.models.families.opensora")
             ]
             assert any(hasattr(module, class_name) for module in (diffusers, *ours))
     if (config.model.source or "").startswith("zoo:"):

@@ -8,18 +8,18 @@ from small_pipelines import SIZES, SMALL
 from torch import Tensor
 
 from ditbench.eval.base import Prompt
-from ditbench.harness.blocks import NotInLine
-from ditbench.harness.calibrate import Calibration, calibrate
-from ditbench.harness.errors import UserError
-from ditbench.harness.generate import conditions, generate
+from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.calibration.block_stream import BlockStream
+from ditbench.harness.calibration.recording import Calibration, calibrate
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
-from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.models.blocks import NotInLine
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.smoothing import place
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Target
 from ditbench.harness.quant.transforms import Transform
-from ditbench.harness.stream import BlockStream
 
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"), Prompt("a cross above a white triangle"))
 STEPS = 2
@@ -73,7 +73,7 @@ def test_a_recording_gives_the_call_back(model, sampler, calibration):
 
 
 def conditions_of(model, n, stream="generate"):
-    from ditbench.harness.calibrate import conditions_for_calibration
+    from ditbench.harness.calibration.recording import conditions_for_calibration
 
     return (
         conditions_for_calibration(model, n, 0, PROMPTS)

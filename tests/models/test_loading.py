@@ -10,11 +10,11 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from ditbench.harness.conformance import SMALL_DIT
-from ditbench.harness.errors import UserError
-from ditbench.harness.generate import conditions, generate
+from ditbench.harness.build.build import float_copy
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.conformance import SMALL_DIT
+from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import ModelSpec, Sampler, load_model
-from ditbench.harness.quant.build import float_copy
 
 TRANSFORMER = Path("transformer") / "diffusion_pytorch_model.safetensors"
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from small_pipelines import SIZES, SMALL, SMALL_STDIT3, SMALL_VAE
 from torch import Tensor
 
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.base import ModelSpec, load_model
-from ditbench.harness.models.opensora import checkpoint
-from ditbench.harness.models.opensora.vae import OpenSoraVAE
+from ditbench.harness.models.families.opensora import checkpoint
+from ditbench.harness.models.families.opensora.vae import OpenSoraVAE
 
 
 @pytest.fixture

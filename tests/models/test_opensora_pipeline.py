@@ -10,8 +10,8 @@ from small_pipelines import SIZES, SMALL, SMALL_STDIT3, SMALL_VAE, lively
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditbench.harness.models.opensora.stdit3 import STDiT3
-from ditbench.harness.models.opensora.vae import CausalConv, OpenSoraVAE
+from ditbench.harness.models.families.opensora.stdit3 import STDiT3
+from ditbench.harness.models.families.opensora.vae import CausalConv, OpenSoraVAE
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from small_pipelines import SMALL_STDIT3, SMALL_TEXT, lively
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditbench.harness.models.opensora.stdit3 import Block, STDiT3, place_embedding, rotated
+from ditbench.harness.models.families.opensora.stdit3 import Block, STDiT3, place_embedding, rotated
 
 C, HEADS, FRAMES, PLACES, L = 16, 2, 3, 4, 5
 BLOCK = {

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from ditbench.harness.models.zoo import shapes
-from ditbench.harness.models.zoo.captioned import TEXT_LENGTH, tokenizer
 from ditbench.harness.models.zoo.shapes import (
     KINDS,
     Caption,
@@ -21,6 +20,7 @@ from ditbench.harness.models.zoo.shapes import (
     related,
     render,
 )
+from ditbench.harness.zoo.captioned import TEXT_LENGTH, tokenizer
 
 RED_CIRCLE, BLUE_SQUARE = Wanted("circle", "red"), Wanted("square", "blue", "small")
 

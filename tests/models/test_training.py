@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditbench.harness.models.zoo import captioned, tiny_t2i, tiny_video
+from ditbench.harness.zoo import captioned, tiny_t2i, tiny_video
 
 FAMILIES = {"tiny-t2i": tiny_t2i, "tiny-video": tiny_video}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import yaml
 
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.paths import CONF
 from ditbench.harness.models.base import Conditions, ModelSpec, Sampler, family, load_model
-from ditbench.harness.paths import CONF
-from ditbench.harness.transformer_only import TransformerOnly
+from ditbench.harness.models.transformer_only import TransformerOnly
 
 SIZES = {  # parameters of the transformer alone, in units of 10⁹
     "pixart-xl-2-1024-random": 0.61,

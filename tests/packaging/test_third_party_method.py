@@ -13,7 +13,7 @@ METHOD = '''"""Shrink: round to nearest after clipping every weight range (a met
 from dataclasses import dataclass, replace
 
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 
 
 @dataclass(frozen=True)

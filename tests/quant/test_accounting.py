@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from ditbench.harness.backends import simulate
+from ditbench.harness.build.build import build
+from ditbench.harness.fitting.rounding import nearest
 from ditbench.harness.quant.accounting import account, count_macs, stored_bytes
-from ditbench.harness.quant.build import build
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight, static_quant
 from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
-from ditbench.harness.quant.rounding import nearest
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Site, Target

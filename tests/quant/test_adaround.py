@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.rounding import act_quant
 from ditbench.harness.quant.adaround import SCALE_FLOOR, AdaRound, LearnedAct, alpha_of, rectified_sigmoid
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight, static_quant
-from ditbench.harness.quant.rounding import act_quant
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.harness.quant.steps import StepTable
 

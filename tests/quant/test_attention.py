@@ -5,12 +5,12 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from ditbench.harness.conformance import STATIC, relative_error
-from ditbench.harness.quant.attention import OPERANDS, QuantAttnProcessor
-from ditbench.harness.quant.build import build, float_copy
+from ditbench.harness.build.attention import OPERANDS, QuantAttnProcessor
+from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.fitting.conformance import STATIC, relative_error
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation
 from ditbench.harness.quant.recipe import AttentionRecipe, ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.harness.quant.steps import StepClock
 

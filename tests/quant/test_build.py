@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditbench.harness.conformance import DYNAMIC, relative_error
-from ditbench.harness.files import tensors_sha256
-from ditbench.harness.quant.build import build, float_copy, quant_layers
+from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.build.layer import QuantLinear, QuantPatchEmbed
+from ditbench.harness.common.files import tensors_sha256
+from ditbench.harness.fitting.conformance import DYNAMIC, relative_error
+from ditbench.harness.fitting.rounding import nearest
 from ditbench.harness.quant.effective import EffectiveLinear
-from ditbench.harness.quant.layer import QuantLinear, QuantPatchEmbed
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight, static_quant
 from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
-from ditbench.harness.quant.rounding import nearest
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.steps import StepClock, StepTable
 from ditbench.harness.quant.transforms import Hadamard, Transform

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.backends import simulate
-from ditbench.harness.conformance import relative_error
+from ditbench.harness.fitting.conformance import relative_error
+from ditbench.harness.fitting.rounding import act_quant, nearest
 from ditbench.harness.quant.gptq import gptq
 from ditbench.harness.quant.quantizers import (
     ActQuant,
@@ -18,7 +19,6 @@ from ditbench.harness.quant.quantizers import (
     to_e4m3,
 )
 from ditbench.harness.quant.recipe import LayerRecipe
-from ditbench.harness.quant.rounding import act_quant, nearest
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 

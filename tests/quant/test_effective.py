@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditbench.harness.conformance import relative_error
-from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.build.build import build, quant_layers
+from ditbench.harness.fitting.conformance import relative_error
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.quantizers import quantize_weight
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe

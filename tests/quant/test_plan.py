@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ditbench.harness import methods
-from ditbench.harness.conformance import DYNAMIC, STATIC
-from ditbench.harness.errors import UserError
-from ditbench.harness.quant.build import build
-from ditbench.harness.quant.plan import Costs, fixed_units, merged, readers_of_one_site, solve, units_of
+from ditbench.harness.build.build import build
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting import registry
+from ditbench.harness.fitting.bit_allocation import Costs, fixed_units, merged, readers_of_one_site, solve, units_of
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 
 ACTS = (4, 8, 8)  # of w4a4, w4a8, w8a8
 
@@ -146,7 +146,7 @@ def test_parts_of_one_range_cost_what_they_sum_to():
 
 
 def recipes_of(name, target, calibration, formats):
-    module = methods.method(name)
+    module = registry.method(name)
     made = []
     for bits in formats:
         state = module.fit(target, calibration, bits, module.Params())
@@ -169,7 +169,7 @@ def test_readers_of_a_fold_that_differs_are_chosen_together_with_the_layer_that_
     small_target, small_calibration
 ):
     """A method's scales may depend on the format; here they are made to differ."""
-    module = methods.method("vidit_q")
+    module = registry.method("vidit_q")
     recipes = []
     for alpha in (0.4, 0.6):
         params = module.Params(alpha=alpha)

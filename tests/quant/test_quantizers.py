@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.rounding import nearest
 from ditbench.harness.quant.quantizers import (
     MSE_PERCENTILES,
     ActQuant,
@@ -16,7 +17,6 @@ from ditbench.harness.quant.quantizers import (
     quantize_weight,
     static_quant,
 )
-from ditbench.harness.quant.rounding import nearest
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ditbench.harness import measure, methods, mixed
-from ditbench.harness.conformance import DYNAMIC, SMALL_DIT, STATIC
-from ditbench.harness.export import load_quantized, save_quantized
-from ditbench.harness.layer_error import error_atlas, layer_table
+from ditbench.harness.build.build import build, clock_of, quant_layers
+from ditbench.harness.build.export import load_quantized, save_quantized
+from ditbench.harness.build.layer import RangedLinear
+from ditbench.harness.fitting import mixed_precision, registry
+from ditbench.harness.fitting.bit_allocation import Unit, fixed_units, merged, merged_by_range, units_of
+from ditbench.harness.fitting.conformance import DYNAMIC, SMALL_DIT, STATIC
+from ditbench.harness.measurement import latency
+from ditbench.harness.measurement.layer_errors import error_atlas, layer_table
+from ditbench.harness.measurement.parity import layer_parity
 from ditbench.harness.models.base import ModelSpec, load_model
-from ditbench.harness.parity import layer_parity
 from ditbench.harness.quant.accounting import account, count_macs, layer_bytes, stored_bytes
-from ditbench.harness.quant.build import build, clock_of, quant_layers
-from ditbench.harness.quant.layer import RangedLinear
-from ditbench.harness.quant.plan import Unit, fixed_units, merged, merged_by_range, units_of
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.steps import StepClock, range_starts, step_ranges
@@ -56,7 +57,7 @@ def planned(small_model, small_calibration):
     @cache
     def make(case: str):
         name, scope, formats = CASES[case]
-        module, target = methods.method(name), small_model.target(scope)
+        module, target = registry.method(name), small_model.target(scope)
         params, recipes = module.Params(), []
         for bits in formats:
             state = module.fit(target, small_calibration, bits, params)
@@ -130,14 +131,14 @@ def test_a_plan_costs_what_its_recipe_holds(case, planned, small_model):
     target, recipe, _, recipes, units, chosen_RU = planned(case)
     macs = count_macs(small_model.transformer, small_model.step_inputs(1))
     shares_R = np.diff((*STARTS, STEPS)) / STEPS
-    costs, rest = mixed._bytes(None, small_model, target, recipes, [], units, shares_R)
+    costs, rest = mixed_precision._bytes(None, small_model, target, recipes, [], units, shares_R)
     assert costs.of(chosen_RU) + rest == account(target, recipe, macs, "")[1]["model_bytes"]
-    costs, rest = mixed._average_weight_bits(None, small_model, target, recipes, [], units, shares_R)
-    assert costs.of(chosen_RU) + rest == pytest.approx(mixed.weight_bits(target, recipe))
+    costs, rest = mixed_precision._average_weight_bits(None, small_model, target, recipes, [], units, shares_R)
+    assert costs.of(chosen_RU) + rest == pytest.approx(mixed_precision.weight_bits(target, recipe))
 
 
 def test_one_weight_under_two_activation_formats_is_counted_and_held_once(small_target, small_calibration):
-    rtn = methods.method("rtn")
+    rtn = registry.method("rtn")
     recipes = [rtn.apply(small_target, {}, bits, rtn.Params()) for bits in FORMATS]
     everything = [dict.fromkeys(small_target.layers, k) for k in range(3)]
     plans = {
@@ -147,12 +148,12 @@ def test_one_weight_under_two_activation_formats_is_counted_and_held_once(small_
     w4, w8 = (stored_bytes(recipes[k].layers[LAYER], folded=False) for k in (0, 2))
     assert layer_bytes(small_target, plans["acts"], LAYER)[0] == w4
     assert layer_bytes(small_target, plans["weights"], LAYER)[0] == w4 + w8
-    alone = measure.resident_bytes(build(small_target, recipes[0], backend="simulate"))
-    assert measure.resident_bytes(build(small_target, plans["acts"], backend="simulate")) == alone
+    alone = latency.resident_bytes(build(small_target, recipes[0], backend="simulate"))
+    assert latency.resident_bytes(build(small_target, plans["acts"], backend="simulate")) == alone
 
 
 def test_effective_bits_are_means_over_the_steps_and_stored_bits_are_not(small_model, small_target):
-    rtn = methods.method("rtn")
+    rtn = registry.method("rtn")
     recipes = [rtn.apply(small_target, {}, bits, rtn.Params()) for bits in (FORMATS[0], FORMATS[2])]
     everything = [dict.fromkeys(small_target.layers, k) for k in (0, 1)]
     recipe = merged_by_range(small_target, recipes, everything, (0, 1), STEPS)  # one step, three steps
@@ -263,8 +264,8 @@ def test_parity_compares_the_layers_of_the_clocks_range(planned, small_calibrati
 def test_a_latency_is_the_mean_over_the_steps(planned, monkeypatch):
     target, recipe, *_ = planned("quarot")
     model = build(target, recipe, backend="simulate")
-    monkeypatch.setattr(measure, "_timed_call", lambda m, inputs, device: [1.0, 10.0, 100.0][clock_of(m).range])
-    seconds = measure._mean_call(model, {}, torch.device("cpu"))
+    monkeypatch.setattr(latency, "_timed_call", lambda m, inputs, device: [1.0, 10.0, 100.0][clock_of(m).range])
+    seconds = latency._mean_call(model, {}, torch.device("cpu"))
     assert seconds == pytest.approx((1 * 1 + 2 * 10 + 1 * 100) / STEPS)
 
 

@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditbench.harness import reconstruct as module
-from ditbench.harness.conformance import DYNAMIC, STATIC
-from ditbench.harness.quant.attention import QuantAttnProcessor
-from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.build.attention import QuantAttnProcessor
+from ditbench.harness.build.build import build, quant_layers
+from ditbench.harness.calibration.block_stream import BlockStream
+from ditbench.harness.fitting import reconstruct as module
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
+from ditbench.harness.fitting.reconstruct import Reconstruction, learned_weights, output_error, reconstruct, sharpness
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.transforms import Transform
-from ditbench.harness.reconstruct import Reconstruction, learned_weights, output_error, reconstruct, sharpness
-from ditbench.harness.stream import BlockStream
 from ditbench.methods import htg
 
 W4A8_STATIC = STATIC.with_widths(4, 8)

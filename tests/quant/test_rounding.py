@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ditbench.harness.conformance import DYNAMIC, STATIC
-from ditbench.harness.errors import UserError
-from ditbench.harness.quant import rounding
-from ditbench.harness.quant.build import float_copy
+from ditbench.harness.build.build import float_copy
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting import rounding
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
+from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.quantizers import quantize_weight
-from ditbench.harness.quant.rounding import nearest, static_ranges
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.transforms import Hadamard, Transform
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.quant.spec import Bits, Format, QuantSpec, all_labels, needs_integers, parse_label
 
 

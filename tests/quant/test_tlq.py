@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ditbench.harness.backends import onednn_int8, simulate
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.quant.accounting import stored_bytes
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import LayerRecipe

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditbench.harness.record import Record, run_folder, write
+from ditbench.harness.records.record import Record, run_folder, write
 
 PARTS = ("attn1.to_q", "attn1.to_out.0", "ff.net.2")
 LAYERS = [f"transformer_blocks.{block}.{part}" for block in range(4) for part in PARTS]

@@ -7,7 +7,7 @@ import re
 import pytest
 from PIL import Image
 
-from ditbench.harness.record import read_all
+from ditbench.harness.records.record import read_all
 from ditbench.harness.report import compare, report
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from PIL import Image
 
-from ditbench.harness.record import read_all
+from ditbench.harness.records.record import read_all
 from ditbench.harness.report import compare, report
 from ditbench.harness.report.figures import NOT_MEASURED, figures
 from ditbench.harness.report.html import IMAGE_MAX_BYTES, picture

@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 
 from ditbench.eval.base import PerSample
-from ditbench.harness import sample_values
-from ditbench.harness.errors import UserError
-from ditbench.harness.record import experiment_folder, read_all, write
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.records import sample_values
+from ditbench.harness.records.record import experiment_folder, read_all, write
 from ditbench.harness.report import compare, comparisons, paired, report
 from ditbench.harness.report.seeds import over_seeds
 

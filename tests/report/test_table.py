@@ -9,8 +9,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from ditbench.harness.errors import UserError
-from ditbench.harness.record import read_all
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.records.record import read_all
 from ditbench.harness.report import compare, comparison_table, report
 from ditbench.harness.report.frame import frame
 from ditbench.harness.report.table import interval, table

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ditbench.harness import compose, methods
 from ditbench.harness.cli import main
+from ditbench.harness.fitting import registry
+from ditbench.harness.sweep.launch import compose
 
 TINY = (
     "model=tiny-dit",
@@ -83,9 +84,9 @@ def plugin(tmp_path, monkeypatch) -> Callable[[str, str], Path]:
         (info / "entry_points.txt").write_text(f"[ditbench.methods]\n{name} = {name}\n")
         (folder / f"{name}.py").write_text(source)
         monkeypatch.syspath_prepend(str(folder))
-        methods.known_methods.cache_clear()
+        registry.known_methods.cache_clear()
         compose.register()
         return folder / f"{name}.py"
 
     yield make
-    methods.known_methods.cache_clear()
+    registry.known_methods.cache_clear()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ditbench.harness.calls import float_dtype, placed, take_apart
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.models.calls import float_dtype, placed, take_apart
 
 
 def arguments() -> dict:

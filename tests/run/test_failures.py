@@ -15,7 +15,7 @@ import pytest
 
 from ditbench.eval.base import known_metrics
 from ditbench.harness import run as running
-from ditbench.harness.loaded import forget_models
+from ditbench.harness.stages.loaded import forget_models
 
 QUICK = ("metrics=fidelity", "generate.noise_floor_seeds=0")
 WORKING = '''"""Flaky: rounds to nearest when it is in the mood."""
@@ -101,7 +101,7 @@ def test_a_metric_that_breaks_costs_the_run_its_number_and_nothing_else(
 SLOPPY = '''"""Sloppy: breaks the contract in the way it is told to."""
 from dataclasses import dataclass, replace
 import torch
-from ditbench.harness.quant.rounding import nearest
+from ditbench.harness.fitting.rounding import nearest
 from ditbench.harness.quant.transforms import Transform
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def test_a_killed_run_leaves_no_record_and_the_next_start_cleans_up(run, tiny, t
     code = (
         "import sys, time\n"
         "from harness import run\n"
-        "from ditbench.harness.cli import main\n"
+        "from ditbench.harness.cli.main import main\n"
         "def hang(*args, **kwargs):\n"
         "    print('hanging', flush=True)\n"
         "    time.sleep(600)\n"
@@ -278,7 +278,7 @@ def test_the_scratch_folder_of_a_live_process_is_left_alone(run, tmp_path, read_
 
 
 def test_two_processes_that_finish_the_same_run_both_keep_theirs(tmp_path):
-    from ditbench.harness import record
+    from ditbench.harness.records import record
 
     with record.run_folder(tmp_path, "default", "0" * 12) as mine:
         (mine / "who").write_text("first to start")

@@ -9,13 +9,14 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from ditbench.harness import compose, methods
-from ditbench.harness.config import parse
-from ditbench.harness.files import canonical_sha256
-from ditbench.harness.loaded import model_of
-from ditbench.harness.paths import CONF
-from ditbench.harness.prompts import load_prompts
+from ditbench.harness.common.files import canonical_sha256
+from ditbench.harness.common.paths import CONF
+from ditbench.harness.fitting import registry
 from ditbench.harness.run import identity
+from ditbench.harness.stages.config import parse
+from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.stages.prompt_sets import load_prompts
+from ditbench.harness.sweep.launch import compose
 
 BASE = ("method=smoothquant", "bits=w4a8")
 
@@ -86,7 +87,7 @@ def test_the_float_model_is_one_run_whatever_bits_a_sweep_is_at():
 
 
 def test_an_edited_method_makes_new_runs(base, monkeypatch):
-    monkeypatch.setattr(methods.inspect, "getsource", lambda module: "edited")
+    monkeypatch.setattr(registry.inspect, "getsource", lambda module: "edited")
     assert run_id() != base
 
 

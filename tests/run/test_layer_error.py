@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ditbench.harness import methods
-from ditbench.harness.layer_error import error_atlas, layer_table
-from ditbench.harness.quant.build import build, quant_layers
+from ditbench.harness.build.build import build, quant_layers
+from ditbench.harness.fitting import registry
+from ditbench.harness.measurement.layer_errors import error_atlas, layer_table
 from ditbench.harness.quant.quantizers import fake_quantize_activation, static_quant
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec
@@ -17,7 +17,7 @@ W4A4 = W8A8.with_widths(4, 4)
 
 
 def atlas_of(target, calibration, name, bits):
-    method = methods.method(name)
+    method = registry.method(name)
     recipe = method.apply(target, method.fit(target, calibration, bits, method.Params()), bits, method.Params())
     model = build(target, recipe, dtype=torch.float32, backend="simulate")
     return error_atlas(target, recipe, model, calibration), model, recipe

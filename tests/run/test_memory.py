@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
-from ditbench.harness import memory
-from ditbench.harness.memory import peak_memory
+from ditbench.harness.common import memory
+from ditbench.harness.common.memory import peak_memory
 
 MIB = 2**20
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ditbench.harness import mixed
 from ditbench.harness.backends import onednn_int8
+from ditbench.harness.build.export import RECIPE, TENSORS
 from ditbench.harness.cli import main
-from ditbench.harness.config import parse
-from ditbench.harness.export import RECIPE, TENSORS
-from ditbench.harness.loaded import model_of
+from ditbench.harness.fitting import mixed_precision
 from ditbench.harness.quant.accounting import count_macs
 from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.stages.config import parse
+from ditbench.harness.stages.loaded import model_of
 from ditbench.methods import rtn
 
 
@@ -143,7 +143,7 @@ def test_layers_that_a_recipe_leaves_out_have_sixteen_activation_bits(small_mode
     whole = rtn.apply(small_target, {}, bits, rtn.Params())
     recipes = [replace(whole, layers={n: whole.layers[n] for n in names}) for names in (others, [second, *others])]
     units = [(name,) for name in (second, *others)]
-    costs, rest = mixed.COSTS["average_act_bits"](
+    costs, rest = mixed_precision.COSTS["average_act_bits"](
         None, small_model, small_target, recipes, ["a", "b"], units, np.ones(1)
     )
     macs = count_macs(small_model.transformer, small_model.step_inputs(1))

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ditbench.eval.base import Prompt, Samples
-from ditbench.harness.generate import load_samples, save_animation, save_grid, save_samples
+from ditbench.harness.generation.generate import load_samples, save_animation, save_grid, save_samples
 
 FRAMES, SIDE = 6, 8
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ditbench.harness.errors import UserError
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.zoo.shapes import DIRECTIONS, KINDS
-from ditbench.harness.prompts import SETS, load_prompts
+from ditbench.harness.stages.prompt_sets import SETS, load_prompts
 
 
 @pytest.mark.parametrize("name", SETS)

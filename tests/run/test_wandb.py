@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ditbench.harness.cli import main
-from ditbench.harness.record import Record
-from ditbench.harness.tracking import log, mode, values
+from ditbench.harness.records.record import Record
+from ditbench.harness.records.tracking import log, mode, values
 
 pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 

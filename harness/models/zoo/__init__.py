@@ -6,25 +6,6 @@ scores it (`judge/`), the loss curve and the model card. `ditbench zoo train <na
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 WEIGHTS = Path(__file__).parent / "weights"
-Train = Callable[[Path | None, Path], tuple[Path, dict[str, Any]]]
-
-
-def trainable() -> dict[str, Train]:
-    """{name: train(folder or None, checkpoints) -> (folder, the card's numbers)} of every zoo model."""
-
-    def trainer(name: str) -> Train:
-        def train(folder: Path | None, checkpoints: Path) -> tuple[Path, dict[str, Any]]:
-            module = importlib.import_module(f"ditbench.harness.models.zoo.{name.replace('-', '_')}")
-            folder = folder or WEIGHTS / name
-            return folder, module.make(folder, checkpoints)
-
-        return train
-
-    files = [path.stem for path in Path(__file__).parent.glob("tiny_*.py")]
-    return {name: trainer(name) for name in sorted(file.replace("_", "-") for file in files)}

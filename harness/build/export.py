@@ -1,0 +1,318 @@
+"""A quantized transformer as a folder, and back: `quantized.safetensors` and `recipe.json`, nothing pickled.
+
+The folder holds the whole transformer: packed codes with all that belongs to them (scales, zero points, online transforms,
+low-rank branches, tables over the denoising steps, look-up levels), the rewritten producers of folded transforms, and
+everything that stays in float, in the dtype it ran in. Nothing in it is a backend's own layout, so any backend can run it.
+The float weights and the calibration are not needed again: the model that it is loaded into lends its code and its
+configuration only.
+
+    tensors "layers/<layer>/…" or, where it changes with the range of denoising steps, "layers/<layer>/<range>/…", "folds/<block>/…", "attention/<module>/…": see `quant.serialize`
+    tensors "float/<parameter>": the transformer's parameters and buffers that no recipe touches
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import ditbench
+from ditbench.harness.backends.base import AUTO
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import atomic_path, file_sha256
+from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
+from ditbench.harness.build.build import cast, clock_of, copy_without, dtype_of, set_submodule
+from ditbench.harness.quant.effective import effective_linear, touched_layers
+from ditbench.harness.build.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed, RangedLinear
+from ditbench.harness.build.modulation import block_folds, hang
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.serialize import content_sha256, decode, encode
+from ditbench.harness.quant.steps import StepClock
+from ditbench.harness.quant.target import Target
+
+FORMAT, VERSION = "ditbench quantized transformer", 1
+RECIPE, TENSORS = "recipe.json", "quantized.safetensors"
+
+
+def save_quantized(
+    folder: Path, target: Target, recipe: ModelRecipe, *, dtype: torch.dtype, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the folder, which appears whole or not at all → what is in its recipe.json.
+
+    dtype: of what is not quantized. about: what recipe.json says beside (method, params, bits, model, …).
+
+    Raises:
+        UserError: the folder exists, or the recipe has a part that files cannot make.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists; an export overwrites nothing, choose another --out")
+    tensors: dict[str, Tensor] = {}
+    transforms = {name: layer.transform for name, layer in recipe.layers.items()}
+    touched = touched_layers(target, recipe)
+    described = {
+        "format": FORMAT,
+        "version": VERSION,
+        "ditbench": ditbench.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "transformer": architecture(target.transformer),
+        "num_steps": recipe.num_steps,
+        "starts": list(recipe.starts),
+        **about,
+        "folded": sorted(recipe.folded),
+        "layers": {name: _encode_layer(target, recipe, name, dtype, tensors) for name in touched},
+        "folds": {
+            name: encode(folds, f"folds/{name}", tensors)
+            for name, folds in block_folds(target, recipe, transforms, dtype).items()
+        },
+        "attention": {name: encode(each, f"attention/{name}", tensors) for name, each in recipe.attention.items()},
+    }
+    for key, tensor in target.transformer.state_dict().items():
+        if key.rpartition(".")[0] not in touched:
+            kept = tensor.to(dtype_of(target.transformer, key, dtype)) if tensor.is_floating_point() else tensor
+            tensors[f"float/{key}"] = kept.cpu().clone(memory_format=torch.contiguous_format)
+    with atomic_path(folder) as part:
+        part.mkdir()
+        save_file(tensors, part / TENSORS)
+        described["tensors"] = {
+            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "file_bytes": (part / TENSORS).stat().st_size,
+            "sha256": file_sha256(part / TENSORS),
+        }
+        (part / RECIPE).write_text(json.dumps(described, indent=1, allow_nan=False) + "\n")
+    return described
+
+
+def load_quantized(folder: str | Path, pipeline: Any, *, backend: str = AUTO) -> nn.Module:
+    """The quantized transformer of an export, on the device of the one that it stands for.
+
+    pipeline: a diffusers pipeline, which gets it as its transformer and publishes the denoising step to it; or the
+        transformer alone, which is left as it is: then whoever samples a recipe with step tables calls
+        `model.clock.set(step, num_steps)` before each step. Put it on its device before, not after.
+
+    Raises:
+        UserError: no export, damaged, of another version, or of another model.
+    """
+    folder = Path(folder)
+    described = read_recipe(folder)
+    transformer = pipeline if isinstance(pipeline, nn.Module) else pipeline.transformer
+    _check_architecture(folder, described, transformer)
+    tensors = _read_tensors(folder, described)
+    try:
+        model = _assembled(transformer, described, tensors, backend)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{folder}: {RECIPE} does not fit its tensors ({_first_line(error)}); export again") from error
+    if not isinstance(pipeline, nn.Module):
+        pipeline.transformer = model
+        if described["num_steps"] is not None:
+            StepCounter(pipeline, clock_of(model)).attach(model)
+    return model
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """What recipe.json says.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is of another version.
+    """
+    path = folder / RECIPE
+    try:
+        described = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{folder} is no export: {RECIPE} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not readable JSON ({_first_line(error)}); export again") from error
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        raise UserError(f"{path}: not a ditbench export")
+    if described.get("version") != VERSION:
+        raise UserError(
+            f"{path}: format version {described.get('version')}, this ditbench reads {VERSION}; "
+            "export again, or use the ditbench that wrote it"
+        )
+    missing = {"dtype", "transformer", "num_steps", "layers", "folds", "attention", "tensors"} - set(described)
+    if missing:
+        raise UserError(f"{path}: {', '.join(sorted(missing))} missing; export again")
+    return described
+
+
+def architecture(transformer: nn.Module) -> dict[str, Any]:
+    """Class and configuration of a diffusers model, as JSON has them; private keys (where it came from) left out."""
+    config = {key: value for key, value in getattr(transformer, "config", {}).items() if not key.startswith("_")}
+    return {"class": type(transformer).__name__, "config": json.loads(json.dumps(config, default=str, sort_keys=True))}
+
+
+class StepCounter:
+    """Tells a transformer's clock the denoising step inside a plain diffusers pipeline, by counting its scheduler's."""
+
+    def __init__(self, pipeline: Any, clock: StepClock) -> None:
+        self.pipeline, self.clock = pipeline, clock
+        self.scheduler: Any = None
+        self.step = 0
+
+    def attach(self, model: nn.Module) -> None:
+        self.watch()
+        model.register_forward_pre_hook(self.enter)
+
+    def watch(self) -> None:
+        """Count the pipeline's scheduler's steps from here on."""
+        self.scheduler, self.step = self.pipeline.scheduler, 0
+        set_timesteps, step = self.scheduler.set_timesteps, self.scheduler.step
+
+        @functools.wraps(set_timesteps)  # pipelines look at its signature
+        def restart(*args: Any, **kwargs: Any) -> Any:
+            self.step = 0
+            return set_timesteps(*args, **kwargs)
+
+        @functools.wraps(step)
+        def count(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self.step += 1
+            return result
+
+        self.scheduler.set_timesteps, self.scheduler.step = restart, count
+
+    def enter(self, model: nn.Module, args: tuple) -> None:
+        if self.pipeline.scheduler is not self.scheduler:  # put in after the export was loaded
+            self.watch()
+        self.clock.set(self.step, len(self.scheduler.timesteps))
+
+
+def _encode_layer(
+    target: Target, recipe: ModelRecipe, name: str, dtype: torch.dtype, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """One rebuilt layer. If it changes with the range of steps: {"variants": […], "of_range": [the variant of each range]};
+    parts that are equal in several variants are one tensor.
+    """
+    if name not in recipe.variants:
+        return _encode_variant(
+            target, recipe, name, dtype, f"layers/{name}", lambda v, where: encode(v, where, tensors)
+        )
+    known: dict[str, Any] = {}
+
+    def once(value: Any, where: str) -> Any:
+        content = content_sha256(value)
+        if content not in known:
+            known[content] = encode(value, where, tensors)
+        return known[content]
+
+    first_ranges, of_range = recipe.distinct(name)
+    variants = [
+        _encode_variant(target, recipe.of_range(index), name, dtype, f"layers/{name}/{index}", once)
+        for index in first_ranges
+    ]
+    return {"variants": variants, "of_range": of_range}
+
+
+def _encode_variant(
+    target: Target,
+    recipe: ModelRecipe,
+    name: str,
+    dtype: torch.dtype,
+    where: str,
+    encoded: Callable[[Any, str], Any],
+) -> dict[str, Any]:
+    """In the precision that `QuantLinear` keeps its parts in."""
+    layer = recipe.layers.get(name, LayerRecipe())
+    transforms = {n: each.transform for n, each in recipe.layers.items()}
+    effective = effective_linear(target, name, transforms, recipe.folded)
+    folded = any(name in site.consumers for site in target.sites if site.name in recipe.folded)
+    online = copy.deepcopy(layer.transform.rotations_only() if folded else layer.transform)
+    low_rank = layer.low_rank and type(layer.low_rank)(layer.low_rank.down_rC.to(dtype), layer.low_rank.up_Or.to(dtype))
+    stored = LayerRecipe(online.to(torch.promote_types(dtype, torch.float32)), layer.weight, layer.act, low_rank)
+    weight_OC = None if layer.weight is not None else effective.weight_OC.to(dtype)
+    bias = effective.bias and effective.bias.map(lambda rows_GO: rows_GO.to(dtype))
+    return {
+        "shape": list(effective.weight_OC.shape),
+        "weight_OC": encoded(weight_OC, f"{where}/weight_OC"),
+        "bias": encoded(bias, f"{where}/bias"),
+        "recipe": {"type": LayerRecipe.__name__}
+        | {part: encoded(value, f"{where}/recipe/{part}") for part, value in vars(stored).items()},
+    }
+
+
+def _assembled(
+    transformer: nn.Module, described: dict[str, Any], tensors: dict[str, Tensor], backend: str
+) -> nn.Module:
+    device, dtype = next(transformer.parameters()).device, getattr(torch, described["dtype"])
+    clock = StepClock(described["num_steps"], tuple(described.get("starts", (0,)))).to(device)
+    model = copy_without(transformer, list(described["layers"]))
+    cast(model, dtype, device)
+    model.load_state_dict({key.removeprefix("float/"): t for key, t in tensors.items() if key.startswith("float/")})
+    for name, parts in described["layers"].items():
+        variants = [
+            _decode_variant(each, tensors, clock=clock, dtype=dtype, device=device, backend=backend)
+            for each in parts.get("variants", [parts])
+        ]
+        linear = RangedLinear(variants, parts["of_range"]) if "variants" in parts else variants[0]
+        original = transformer.get_submodule(name)
+        set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
+    hang(model, {name: decode(folds, tensors) for name, folds in described["folds"].items()}, clock, device)
+    for name, each in described["attention"].items():
+        set_processor(model, name, QuantAttnProcessor(decode(each, tensors), clock))
+    model.clock = clock  # type: ignore[assignment]
+    return model.eval().requires_grad_(False)
+
+
+def _decode_variant(
+    parts: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    clock: StepClock,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+) -> QuantLinear:
+    stored = {part: decode(value, tensors) for part, value in parts.items()}
+    recipe = stored["recipe"]
+    return QuantLinear(
+        recipe,
+        # Of a quantized weight there is nothing but its codes; a kernel that asked for more would fail here.
+        EffectiveLinear(
+            torch.empty(stored["shape"], device="meta") if recipe.weight else stored["weight_OC"], stored["bias"]
+        ),
+        folded=False,  # what is folded is in the producers' rows; the stored transform is what is left
+        clock=clock,
+        dtype=dtype,
+        device=device,
+        backend=backend if recipe.weight else AUTO,
+    ).to(device)
+
+
+def _check_architecture(folder: Path, described: dict[str, Any], transformer: nn.Module) -> None:
+    wanted, found = described["transformer"], architecture(transformer)
+    if wanted["class"] != found["class"]:
+        raise UserError(f"{folder} is an export of a {wanted['class']}, this pipeline has a {found['class']}")
+    if hasattr(transformer, "clock"):
+        raise UserError(f"{folder}: this pipeline's transformer is quantized already; load the float pipeline again")
+    for key, ours in wanted["config"].items():  # a newer diffusers may have more
+        theirs = found["config"].get(key)
+        if ours != theirs:
+            raise UserError(
+                f"{folder} is an export of another {wanted['class']}: {key} is {ours!r} there and {theirs!r} here"
+            )
+
+
+def _read_tensors(folder: Path, described: dict[str, Any]) -> dict[str, Tensor]:
+    path, expected = folder / TENSORS, described["tensors"]
+    try:
+        size = path.stat().st_size
+        if size != expected["file_bytes"]:
+            raise UserError(f"{path}: {size} bytes, expected {expected['file_bytes']}; truncated? copy it again")
+        if file_sha256(path) != expected["sha256"]:
+            raise UserError(f"{path}: corrupt, its SHA-256 is not the one in {RECIPE}; copy it again")
+        return load_file(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({_first_line(error)}); export again") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]

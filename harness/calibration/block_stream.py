@@ -1,0 +1,219 @@
+"""Block by block: the hidden states at the entrance of one transformer block at a time, within a byte budget.
+
+Methods that calibrate a block on what the blocks before it really produce (GPTQ, CLQ, AdaRound) walk through a model with
+a `BlockStream`. Only one block's inputs are held; how many rows of the calibration are used follows from `max_bytes`,
+not from the number of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditbench.harness.calibration.recording import Calibration, spread
+from ditbench.harness.common.progress import progress
+from ditbench.harness.models.blocks import by_name
+from ditbench.harness.quant.target import Target
+
+MAX_BYTES = 2**30
+
+
+@dataclass
+class BlockInput:
+    """One call of a block: hidden_BTC, the state that goes from block to block, and the arguments that all blocks share."""
+
+    step: int
+    hidden_BTC: Tensor
+    kwargs: dict[str, Any]
+
+    def rows(self, kept: Tensor) -> BlockInput:
+        """Some rows of the batch; tensors among the arguments that are as long as the batch go with them."""
+        return self._map(lambda value: value[kept] if self._by_row(value) else value)
+
+    @staticmethod
+    def side_by_side(calls: list[BlockInput]) -> list[BlockInput]:
+        """All calls as one batch, at the step of the first: for models without step tables.
+
+        As they were, if an argument that does not go by row differs between them.
+        """
+        columns = list(zip(*(call._values() for call in calls), strict=True))
+        if not all(
+            calls[0]._by_row(column[0]) or all(_same(column[0], other) for other in column) for column in columns
+        ):
+            return calls
+        joined = iter([torch.cat(column) if calls[0]._by_row(column[0]) else column[0] for column in columns])
+        return [calls[0]._map(lambda _: next(joined))]
+
+    def _values(self) -> list[Any]:
+        return [self.hidden_BTC, *self.kwargs.values()]
+
+    def _map(self, function: Callable[[Any], Any]) -> BlockInput:
+        hidden_BTC, *others = [function(value) for value in self._values()]
+        return BlockInput(self.step, hidden_BTC, dict(zip(self.kwargs, others, strict=True)))
+
+    def _by_row(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self.hidden_BTC)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or one == other
+
+
+class _Seen(Exception):
+    """Raised when the last of the wanted layers has answered: the rest of the blocks need not run."""
+
+
+class _Entered(Exception):
+    """Raised at the entrance of the first block: the rest of the model need not run."""
+
+
+class BlockStream:
+    """Walks through the blocks of a built model (`build`, with its clock).
+
+    for name, block in stream:      # in the order of execution
+        for call in stream.calls(): … block inputs …
+        # when the loop goes on, the block's outputs (with whatever was changed in it) become the next block's inputs
+    """
+
+    def __init__(
+        self, model: nn.Module, target: Target, calibration: Calibration, *, max_bytes: int = MAX_BYTES
+    ) -> None:
+        self.model, self.blocks, self.calibration = model, target.blocks, calibration
+        self.block_call = target.block_call
+        self.inputs = self._entrance(max_bytes)
+
+    def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
+        for name in progress(self.blocks, desc="blocks"):
+            block = self.model.get_submodule(name)
+            yield name, block
+            self.advance(block)
+
+    def advance(self, block: nn.Module) -> None:
+        """The block's outputs become the inputs."""
+        for call, output in zip(self.inputs, self.outputs(block), strict=True):
+            call.hidden_BTC = output
+
+    def calls(self) -> Iterator[BlockInput]:
+        """The current block's inputs, with the clock on the step of each."""
+        for call in self.inputs:
+            self.model.clock.set(call.step, self.calibration.num_steps)
+            yield call
+
+    @torch.no_grad()
+    def outputs(self, block: nn.Module) -> Iterator[Tensor]:
+        """The block on each of its inputs."""
+        for call in self.calls():
+            yield self.run(block, call.hidden_BTC, call.kwargs)
+
+    def run(self, block: nn.Module, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """One call of the block: the state before → the state behind."""
+        return self.block_call.run(block, hidden_BTC, kwargs)
+
+    def watch(self, block: nn.Module, hooks: dict[nn.Module, Callable[[Tensor], None]]) -> None:
+        """Run the block once on all inputs; each hook sees every input of its module."""
+        with watched(hooks):
+            for _ in self.outputs(block):
+                pass
+
+    def sample(self, steps: int, rows: int, tokens: int) -> list[BlockInput]:
+        """At most `steps` of the current block's inputs, spread over the trajectory, with at most `rows` rows of each,
+        and at most `tokens` tokens in all (but one row of each).
+
+        Side by side in one batch, which is faster.
+        """
+        calls = [self.inputs[index] for index in spread(len(self.inputs), steps).tolist()]
+        rows = min(rows, max(1, tokens // (len(calls) * calls[0].hidden_BTC[0, ..., 0].numel())))
+        return BlockInput.side_by_side([call.rows(spread(len(call.hidden_BTC), rows)) for call in calls])
+
+    def restart_at(self, other: BlockStream) -> None:
+        """Take over the inputs that another stream holds for the same block."""
+        self.inputs = [replace(call) for call in other.inputs]
+
+    @torch.no_grad()
+    def layer_outputs(self, block: str, reach: int, calls: list[BlockInput], layers: list[str]) -> dict[str, Tensor]:
+        """Inputs of `block` go through it and up to `reach` blocks behind it → {layer: its outputs, calls side by side}."""
+        start = self.blocks.index(block)
+        blocks = [self.model.get_submodule(name) for name in self.blocks[start : start + reach + 1]]
+        found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+
+        def catch(layer: str, output: Tensor) -> None:
+            found[layer].append(output)
+            if all(len(outputs) == len(found[layer]) for outputs in found.values()):
+                raise _Seen
+
+        handles = [
+            self.model.get_submodule(layer).register_forward_hook(
+                lambda _, i, output, layer=layer: catch(layer, output)
+            )
+            for layer in layers
+        ]
+        try:
+            for call in calls:
+                self.model.clock.set(call.step, self.calibration.num_steps)
+                hidden_BTC = call.hidden_BTC
+                try:
+                    for module in blocks:
+                        hidden_BTC = self.run(module, hidden_BTC, call.kwargs)
+                except _Seen:
+                    pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        unseen = [layer for layer, outputs in found.items() if len(outputs) != len(calls)]
+        if unseen:
+            raise RuntimeError(f"{unseen[0]} did not run once in block {block} and the {reach} behind it")
+        return {layer: torch.cat([output.flatten(0, -2) for output in outputs]) for layer, outputs in found.items()}
+
+    def _entrance(self, max_bytes: int) -> list[BlockInput]:
+        """The first block's inputs, on as many rows of each recorded call as fit the budget."""
+        batches = list(self.calibration.batches())
+        first_step, first = batches[0]
+        one_row = self._enter(first_step, {name: tensor[:1] for name, tensor in first.items()})
+        rows = max(1, max_bytes // (one_row.hidden_BTC.nbytes * len(batches)))
+        found = []
+        for step, inputs in batches:
+            kept = spread(len(next(iter(inputs.values()))), rows)
+            found.append(self._enter(step, {name: tensor[kept] for name, tensor in inputs.items()}))
+        return found
+
+    @torch.no_grad()
+    def _enter(self, step: int, inputs: dict[str, Tensor]) -> BlockInput:
+        """Run the model up to its first block."""
+        found: list[BlockInput] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden_BTC, rest = self.block_call.enter(module, by_name(module, args, kwargs))
+            found.append(BlockInput(step, hidden_BTC.detach(), rest))
+            raise _Entered
+
+        first = self.model.get_submodule(self.blocks[0])
+        handle = first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)  # before any fold at the door
+        try:
+            self.calibration.call(self.model, step, inputs)
+        except _Entered:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+
+@contextmanager
+def watched(hooks: dict[nn.Module, Callable[[Tensor], None]]):
+    """Each function sees every input of its module while the block runs."""
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, see=see: see(inputs[0])) for module, see in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

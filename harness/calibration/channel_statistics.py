@@ -1,0 +1,173 @@
+"""Observers: what each layer's input looks like, per denoising step and per channel, in one pass over the calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from time import perf_counter
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ditbench.harness.build.build import float_copy
+from ditbench.harness.calibration.recording import SECONDS, Calibration, saved_seconds
+from ditbench.harness.common.files import atomic_path, cached, canonical_sha256
+from ditbench.harness.common.progress import progress
+from ditbench.harness.models.calls import float_dtype
+from ditbench.harness.quant.target import Site, Target
+
+STATS_VERSION = 1  # of what is cached: raise it when ChannelStats changes
+
+
+@dataclass(frozen=True)
+class ChannelStats:
+    """Of one layer's input, per step s and channel c, over samples and tokens; float32.
+
+    mean_min_SC, mean_max_SC: extremes over the tokens of one sample, averaged over samples. count_S: tokens seen.
+    """
+
+    min_SC: Tensor
+    max_SC: Tensor
+    mean_min_SC: Tensor
+    mean_max_SC: Tensor
+    sumsq_SC: Tensor
+    count_S: Tensor
+
+    @property
+    def absmax_SC(self) -> Tensor:
+        return torch.maximum(self.min_SC.abs(), self.max_SC.abs())
+
+    @property
+    def centre_SC(self) -> Tensor:
+        """The middle of each channel's range, from the extremes averaged over samples."""
+        return (self.mean_min_SC + self.mean_max_SC) / 2
+
+    @property
+    def absmax_C(self) -> Tensor:
+        """Largest |x| over all steps."""
+        return self.absmax_SC.amax(0)
+
+
+def channel_stats(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
+    """Statistics of the input of every linear site → {layer name: stats}; consumers of a site share one object.
+
+    Cached beside the calibration, so that a sweep over methods pays for it once.
+
+    Raises:
+        RuntimeError: a layer saw no calibration batch.
+    """
+    sites = target.linear_sites()
+    path = None
+    if calibration.cache is not None:
+        path = (
+            calibration.cache
+            / f"stats-v{STATS_VERSION}-{canonical_sha256([site.name for site in sites])[:16]}.safetensors"
+        )
+    by_site = None if path is None else cached(path, _read)
+    if path is not None and by_site is not None:
+        calibration.saved_s["statistics"] = saved_seconds(path)
+    else:
+        start_time = perf_counter()
+        by_site = _observe_sites(target, calibration)
+        if path is not None:
+            flat = {f"{s}/{f.name}": getattr(stats, f.name) for s, stats in by_site.items() for f in fields(stats)}
+            with atomic_path(path) as part:
+                save_file(flat, part, metadata={SECONDS: f"{perf_counter() - start_time:.6f}"})
+    return {consumer: by_site[site.name] for site in sites for consumer in site.consumers}
+
+
+def _observe_sites(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
+    steps = calibration.num_steps
+    model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device)
+    running: dict[str, dict[str, Tensor]] = {}
+    samples: dict[str, Tensor] = {}
+
+    def observe(site: str, step: int, x: Tensor) -> None:
+        x_BTC = x.detach().float().reshape(len(x), -1, x.shape[-1])
+        width = x_BTC.shape[-1]
+        if site not in running:
+            zeros = {field.name: torch.zeros(steps, width) for field in fields(ChannelStats)}
+            running[site] = zeros | {
+                "min_SC": torch.full((steps, width), torch.inf),
+                "max_SC": torch.full((steps, width), -torch.inf),
+                "count_S": torch.zeros(steps),
+            }
+            samples[site] = torch.zeros(steps)
+        stats, low_BC, high_BC = running[site], x_BTC.amin(1).cpu(), x_BTC.amax(1).cpu()
+        torch.minimum(stats["min_SC"][step], low_BC.amin(0), out=stats["min_SC"][step])
+        torch.maximum(stats["max_SC"][step], high_BC.amax(0), out=stats["max_SC"][step])
+        stats["mean_min_SC"][step] += low_BC.sum(0)  # a sum until the end
+        stats["mean_max_SC"][step] += high_BC.sum(0)
+        stats["sumsq_SC"][step] += x_BTC.square().sum((0, 1)).cpu()
+        stats["count_S"][step] += x_BTC.shape[0] * x_BTC.shape[1]
+        samples[site][step] += len(x_BTC)
+
+    sites = target.linear_sites()
+    with inputs_observed(model, {site.consumers[0]: site.name for site in sites}, observe) as set_step:
+        run_calibration(model, calibration, set_step, "observe")
+    missing = [site.name for site in sites if site.name not in running]
+    if missing:
+        raise RuntimeError(f"{missing[0]} saw no calibration batch; is it skipped at every step you calibrate?")
+    for name, stats in running.items():
+        for mean in ("mean_min_SC", "mean_max_SC"):
+            stats[mean] /= samples[name][:, None].clamp(min=1)
+    return {site.name: ChannelStats(**running[site.name]) for site in sites}
+
+
+def token_sample(target: Target, calibration: Calibration, sites: list[Site], tokens: int) -> dict[str, Tensor]:
+    """About `tokens` tokens of each site's input, the same number from every model call → {site name: x_NC, float32}.
+
+    Raises:
+        RuntimeError: a site saw no calibration batch.
+    """
+    per_call = -(-tokens // calibration.num_batches())
+    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+
+    def observe(site: str, step: int, x: Tensor) -> None:
+        x_NC = x.detach().float().flatten(0, -2)
+        # evenly spread over rows and tokens, so that conditional and null rows are both seen
+        kept = torch.linspace(0, len(x_NC) - 1, min(per_call, len(x_NC))).round().long()
+        found[site].append(x_NC[kept.to(x_NC.device)].cpu())
+
+    if sites:
+        model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device)
+        with inputs_observed(model, {site.consumers[0]: site.name for site in sites}, observe) as set_step:
+            run_calibration(model, calibration, set_step, "sample")
+    missing = [name for name, parts in found.items() if not parts]
+    if missing:
+        raise RuntimeError(f"{missing[0]} saw no calibration batch; is it skipped at every step you calibrate?")
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@contextmanager
+def inputs_observed(model: nn.Module, names: dict[str, str], observe: Callable[[str, int, Tensor], None]):
+    """Hooks that call observe(label, step, input) for modules {name: label}; yields the setter of the step."""
+    current = {"step": 0}
+
+    def hook(label: str) -> Callable:
+        return lambda module, inputs: observe(label, current["step"], inputs[0])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(label)) for name, label in names.items()]
+    try:
+        yield lambda step: current.update(step=step)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def run_calibration(model: nn.Module, calibration: Calibration, set_step: Callable[[int], None], title: str) -> None:
+    """Feed every recorded call to model, with its clock and set_step on the step of the call."""
+    for step, inputs in progress(calibration.batches(), total=calibration.num_batches(), desc=title):
+        set_step(step)
+        calibration.call(model, step, inputs)
+
+
+def _read(path) -> dict[str, ChannelStats]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        site, name = key.rsplit("/", 1)
+        parts.setdefault(site, {})[name] = tensor
+    return {site: ChannelStats(**values) for site, values in parts.items()}

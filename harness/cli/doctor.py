@@ -1,0 +1,110 @@
+"""`ditbench doctor`: what this machine can do, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import yaml
+from ditbench.harness.cli.main.listing import format_matrix, table
+
+from ditbench.harness.common.code_identity import PACKAGES, package_version
+from ditbench.harness.common.paths import options
+from ditbench.harness.measurement.latency import device_name
+from ditbench.harness.models.zoo import WEIGHTS
+from ditbench.harness.records import tracking
+
+
+def examine(results_dir: Path) -> str:
+    parts = [
+        ("device", _device()),
+        ("packages", "  ".join(f"{name} {package_version(name) or 'MISSING'}" for name in PACKAGES)),
+        ("kernels", format_matrix()),
+        ("models", table(("model", "weights"), [(path.stem, _weights(path)) for path in options("model")])),
+        ("metrics", _metrics()),
+        ("W&B", _wandb()),
+        ("results", _results(results_dir)),
+    ]
+    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in text.splitlines()) for title, text in parts)
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return f"cuda: {device_name(torch.device('cuda'))}, {memory / 2**30:.0f} GiB; device=auto takes it"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"cpu: {device_name(torch.device('cpu'))}, {capability}; no CUDA device"
+
+
+def _weights(path: Path) -> str:
+    spec = yaml.safe_load(path.read_text())
+    if "source" not in spec:
+        return "as its base model"
+    if spec.get("random") is not None:
+        return "random, nothing to fetch"
+    source = spec["source"]
+    if source.startswith("zoo:"):
+        folder = WEIGHTS / source.removeprefix("zoo:")
+        return "shipped" if (folder / "model_index.json").exists() else f"missing: ditbench zoo train {folder.name}"
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(source, "model_index.json", revision=spec.get("revision")), str):
+        return f"{source} in the hub cache"
+    return f"not here: `hf download {source} --local-dir DIR`, then model.source=DIR"
+
+
+def _metrics() -> str:
+    """Every registered metric, those together that need the same; then others' data."""
+    from ditbench.eval.base import known_metrics
+    from ditbench.eval.data import known_data
+    from ditbench.eval.needs import lacking
+
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for metric in known_metrics().values():
+        alike.setdefault((tuple(lacking(metric)), metric.asks), []).append(metric.name)
+    rows = [
+        (
+            "missing" if problems else "ready",
+            _folded(names) + (f" (of a run: {', '.join(asks)})" if asks else ""),
+            *problems,
+        )
+        for (problems, asks), names in sorted(alike.items(), key=lambda group: bool(group[0][0]))
+    ]
+    lines = []
+    for state, names, *problems in rows:
+        lines.append(f"{state.ljust(8)} {names}")
+        lines += [f"{' ' * 9}{problem}" for problem in problems]
+    here = [name for name, data in known_data().items() if data.is_here]
+    lines.append(f"of others' data: {', '.join(here) or 'nothing'} here; `ditbench data list` names what there is")
+    lines.append("reference sets: digits-1797 ready; others by metrics.reference=FILE.npz (ADM's format) or a folder")
+    return "\n".join(lines)
+
+
+def _folded(names: Iterable[str]) -> str:
+    """a/{x, y}, b, c: names of one library together."""
+    by_library: dict[str, list[str]] = {}
+    for name in names:
+        library, _, last = name.rpartition("/")
+        by_library.setdefault(library, []).append(last)
+    plain = by_library.pop("", [])
+    folded = [
+        f"{library}/{{{', '.join(last)}}}" if last[1:] else f"{library}/{last[0]}"
+        for library, last in by_library.items()
+    ]
+    return ", ".join(plain + folded)
+
+
+def _wandb() -> str:
+    if tracking.has_key():
+        return "a key is set: runs go online (tracker.mode=offline keeps them here)"
+    return "no key: runs are logged offline beside their records; `wandb login` sets one"
+
+
+def _results(results_dir: Path) -> str:
+    existing = next(parent for parent in [results_dir.resolve(), *results_dir.resolve().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    writable = "writable" if os.access(existing, os.W_OK) else "NOT WRITABLE: set results_dir=…"
+    return f"{results_dir.resolve()}: {writable}, {free:.1f} GiB free"

@@ -1,0 +1,170 @@
+"""`ditbench export`: recorded runs, or a configuration, as folders that plain diffusers can load."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ditbench.harness.build.export import save_quantized
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting import mixed_precision, registry
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.spec import Bits, MixedBits
+from ditbench.harness.quant.target import Target
+from ditbench.harness.records import record
+from ditbench.harness.records.record import Record
+from ditbench.harness.run import fitted, stage_account, stage_calibrate, stage_mixed
+from ditbench.harness.stages.config import RunConfig, parse
+from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.sweep.launch import composed
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One folder that was written. bytes: of its tensors; notes: what it does not hold."""
+
+    folder: Path
+    title: str
+    bytes: int
+    compression: float
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {self.title}, {self.bytes:,} bytes, {self.compression:.2f}× smaller than in 16 bits"]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def export(wanted: list[str], out: Path, results_dir: Path) -> list[Exported]:
+    """What is asked for, written.
+
+    wanted: names of runs (a run id, or a run's folder) and experiments; or overrides such as method=rtn bits=w4a8. One run
+    or configuration becomes `out` itself; experiments and several runs become its subfolders.
+
+    Raises:
+        UserError: nothing of that name, a run that did not end well, or one that the weights and methods here do not fit.
+    """
+    overrides = [each for each in wanted if "=" in each]
+    if overrides and len(overrides) < len(wanted):
+        raise UserError(f"export: either runs or overrides, got both: {' '.join(wanted)}")
+    if overrides:
+        return [export_config(parse(composed([overrides])[0]), out)]
+    found = [_named(name, results_dir) for name in wanted]
+    if len(found) == 1 and isinstance(found[0], Record):
+        return [export_run(found[0], out)]
+    runs = [run for each in found for run in ([each] if isinstance(each, Record) else each)]
+    return [export_run(run, out / f"{run.model}-{run.method}-{_label(run)}-{run.run_id}") for run in runs]
+
+
+def export_config(config: RunConfig, out: Path) -> Exported:
+    """Calibrate, quantize, write; nothing is drawn or recorded."""
+    model, target = _model_and_target(config)
+    recording = stage_calibrate(config, model)
+    if isinstance(config.bits, MixedBits):
+        recipe, _, _, plan = stage_mixed(config, model, target, recording)
+    else:
+        recipe, _ = fitted(config, target, recording, config.bits)
+        plan = {}
+    return _written(config, model, target, recipe, out, run_id=None, plan=plan)
+
+
+def export_run(run: Record, out: Path) -> Exported:
+    """Write what a recorded run had quantized, from the state that it saved."""
+    config = parse(run.config | {"device": "cpu"})  # nothing is run, wherever the run was
+    model, target = _model_and_target(config)
+    where = f"run {run.run_id} ({run.method}, {run.model})"
+    if run.env.get("weights_sha256") != model.fingerprint:
+        raise UserError(f"{where}: its model's weights are not those of model={config.model.name} here; run it again")
+    if run.env.get("method_sha256") != registry.source_sha256(config.method):
+        raise UserError(f"{where}: method {config.method} was edited since; run it again")
+    assert run.folder is not None
+    state = load_file(run.folder / run.artifacts["state"]) if "state" in run.artifacts else {}
+    recipe = recipe_of(config, target, state, run.bits.get("mixed"))
+    plan = {key: run.bits[key] for key in ("label", "mixed") if "mixed" in run.bits}
+    return _written(config, model, target, recipe, out, run_id=run.run_id, plan=plan)
+
+
+def recipe_of(config: RunConfig, target: Target, state: dict[str, Tensor], plan: dict[str, Any] | None) -> ModelRecipe:
+    """What the method makes of a state that was saved, by the plan of mixed precision if there is one."""
+
+    def apply(bits: Bits, own: dict[str, Tensor]) -> ModelRecipe:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return registry.method(config.method).apply(target, own, bits, config.params)
+
+    if not isinstance(config.bits, MixedBits):
+        return apply(config.bits, state)
+    assert plan is not None, "a record of bits=mixed holds its plan"
+    candidates = {bits.label.lower(): bits for bits in config.bits.candidates}
+    return mixed_precision.of_state(target, plan, state, lambda label, own: apply(candidates[label], own))
+
+
+def _written(
+    config: RunConfig,
+    model: LoadedModel,
+    target: Target,
+    recipe: ModelRecipe,
+    out: Path,
+    *,
+    run_id: str | None,
+    plan: dict[str, Any],
+) -> Exported:
+    bits, size = stage_account(config, model, target, recipe)
+    bits |= plan
+    notes = []
+    if registry.correction(config.method, {}, config.params) is not None:
+        notes.append(f"{config.method} also corrects the sampler's steps; that part is not in an export")
+    about: dict[str, Any] = {
+        "run_id": run_id,
+        "method": config.method,
+        "params": asdict(config.params),
+        "bits": bits,
+        "size": size,
+        "model": asdict(config.model),
+        "weights_sha256": model.fingerprint,
+        "notes": notes,
+    }
+    dtype = getattr(torch, config.section("generate")["dtype"])
+    described = save_quantized(out, target, recipe, dtype=dtype, about=about)
+    stored = described["tensors"]["bytes"]
+    title = f"{config.model.name} {config.method} {bits['label']}"
+    return Exported(out, title, stored, size["baseline_model_bytes"] / stored, tuple(notes))
+
+
+def _model_and_target(config: RunConfig) -> tuple[LoadedModel, Target]:
+    if config.method == registry.FLOAT:
+        raise UserError("export: method fp quantizes nothing; save the pipeline itself (pipe.save_pretrained)")
+    model = model_of(config.model)
+    return model, model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+
+
+def _named(name: str, results_dir: Path) -> Record | list[Record]:
+    """A run, by its folder or its id, or the runs of an experiment that ended well."""
+    if (Path(name) / "record.json").exists():
+        return _ok(record.read(Path(name) / "record.json"))
+    runs = sorted((results_dir / "runs").glob(f"*/{name}/record.json"))
+    if runs:
+        return _ok(record.read(runs[0]))
+    if record.experiment_folder(results_dir, name).is_dir():
+        kept = [r for r in record.read_all(results_dir, name) if r.status == "ok" and r.method != registry.FLOAT]
+        if kept:
+            return kept
+        raise UserError(f"experiment {name!r} has no run that ended well and quantized something")
+    raise UserError(
+        f"export: no run and no experiment {name!r} under {results_dir / 'runs'}; `ditbench report` lists them"
+    )
+
+
+def _ok(run: Record) -> Record:
+    if run.status != "ok":
+        raise UserError(f"run {run.run_id} is {run.status}: {run.error}; there is nothing to export")
+    return run
+
+
+def _label(run: Record) -> str:
+    return str(run.bits["label"]).lower()

@@ -1,0 +1,98 @@
+"""`ditbench parity`: every real backend that runs here, at every format it takes, held against simulated execution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from ditbench.harness.cli.main.listing import example_recipe, formats_of, table
+from torch import Tensor
+
+from ditbench.harness.backends.base import known_backends
+from ditbench.harness.build.build import build
+from ditbench.harness.calibration.recording import float_dtype
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.measurement.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
+from ditbench.harness.quant.spec import FP8
+from ditbench.harness.run import stage_calibrate, stage_generate, stage_quantize
+from ditbench.harness.stages.config import RunConfig, parse
+from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.sweep.launch import composed
+
+IMAGES = 4
+ROWS = 2  # of the recorded calls of the middle step
+
+
+@dataclass(frozen=True)
+class Row:
+    """psnr_db: the least of the images; inf where they are the same."""
+
+    format: str
+    backend: str
+    layers: int
+    relative: float
+    largest: float
+    psnr_db: float
+
+    @property
+    def keeps_limits(self) -> bool:
+        images_db = E4M3_IMAGE_LIMIT_DB if self.format == FP8.upper() else IMAGE_LIMIT_DB
+        return self.relative <= LAYER_LIMIT and self.psnr_db >= images_db
+
+
+def check(formats: Iterable[str], overrides: Sequence[str]) -> tuple[str, bool]:
+    """→ (table, whether every row keeps the limits).
+
+    Raises:
+        UserError: a value that cannot be used, or no real backend on this machine runs any of the formats.
+    """
+    usual = [f"protocol.n={IMAGES}", *overrides, "backend=simulate"]
+    wanted = [label.lower() for label in formats or formats_of(composed([usual])[0]["method"]["name"])]
+    rows = [row for raw in composed([*usual, f"bits={label}"] for label in wanted) for row in rows_of(parse(raw))]
+    if not rows:
+        raise UserError(f"no real backend here runs {', '.join(wanted)} (ditbench list backends)")
+    shown = table(
+        ("format", "backend", "layers", "worst ‖Δ‖/‖y‖", "worst max|Δ|/max|y|", "images, worst PSNR", "verdict"),
+        [
+            (
+                *(row.format, row.backend, str(row.layers), f"{row.relative:.1e}", f"{row.largest:.1e}"),
+                "identical" if row.psnr_db == float("inf") else f"{row.psnr_db:.1f} dB",
+                "agrees" if row.keeps_limits else "DIFFERS",
+            )
+            for row in rows
+        ],
+    )
+    images = f"{IMAGE_LIMIT_DB:g} dB ({E4M3_IMAGE_LIMIT_DB:g} in FP8)"
+    limits = f"real kernels against simulated execution; limits: {LAYER_LIMIT:g} per layer, {images}"
+    return f"{shown}\n{limits}", all(row.keeps_limits for row in rows)
+
+
+def rows_of(config: RunConfig) -> list[Row]:
+    """One row for each real backend that runs this format here."""
+    able = [
+        backend
+        for backend in known_backends().values()
+        if backend.KIND == "measured" and backend.unsupported(example_recipe(config.bits.label), config.device) is None
+    ]
+    if not able:
+        return []
+    model = model_of(config.model)
+    target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+    recording = stage_calibrate(config, model)
+    recipe, state, simulated = stage_quantize(config, target, recording)
+    expected = stage_generate(config, model, simulated, state).pixels
+    step, rows = recording.num_steps // 2, []
+    for backend in able:
+        integer = build(target, recipe, dtype=float_dtype(simulated), device=config.device, backend=backend.NAME)
+        layers = layer_parity(target, recipe, integer, lambda m: recording.call(m, step, recording.rows(step, ROWS)))
+        relative, largest = (max(getattr(each, name) for each in layers.values()) for name in ("relative", "largest"))
+        worst_db = worst_psnr_db(stage_generate(config, model, integer, state).pixels, expected)
+        rows.append(Row(config.bits.label, backend.NAME, len(layers), relative, largest, worst_db))
+    return rows
+
+
+def worst_psnr_db(pixels: Tensor, expected: Tensor) -> float:
+    """The least PSNR of uint8 samples (N, …) against others; infinite where all are the same."""
+    error_N = (pixels.double() - expected.double()).square().flatten(1).mean(1)
+    return float(-10 * torch.log10(error_N.max() / 255**2))

@@ -1,0 +1,127 @@
+"""Files that are either wholly there or not there at all, and hashes of what is in them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from zipfile import BadZipFile
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ditbench.harness.common.errors import UserError
+
+T = TypeVar("T")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNREADABLE = (ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error, SafetensorError)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of path that takes its name only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def cached(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What a cache file holds; None if it has to be made: it is not there, or what is there cannot be read (that is said)."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except UNREADABLE as error:
+        print(f"{path}: damaged ({type(error).__name__}); made again", file=sys.stderr, flush=True)
+        return None
+
+
+def canonical_sha256(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tensor_sums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Per tensor the sum of its bits as whole numbers: notices a change in far less time than a hash takes."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: int(tensor.view(whole[tensor.element_size()]).sum(dtype=torch.int64)) for name, tensor in tensors.items()
+    }
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Turns a full disk or a folder that may not be written into a UserError that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        if _errno(error) in NO_ROOM:
+            raise UserError(
+                f"{folder}: no room to write ({why}); free some, or set results_dir=… and cache_dir=… to "
+                "another disk. Records already written are kept."
+            ) from error
+        if _errno(error) in NOT_WRITABLE:
+            raise UserError(f"{folder}: cannot be written ({why}); set results_dir=…") from error
+        raise
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether nothing can be written any more (as against a file that somebody's code misses)."""
+    return _errno(error) in (*NO_ROOM, *NOT_WRITABLE)
+
+
+def _errno(error: BaseException) -> int | None:
+    """Of an OSError, or of one that safetensors reports in words: "… I/O error: No space left on device (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno
+    said = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(said[1]) if said else None
+
+
+def pipeline_without(folder: str, part: str) -> dict[str, None]:
+    """{part: None} if the diffusers pipeline in a local folder says that it has none; for `from_pretrained`."""
+    index = Path(folder) / "model_index.json"
+    return {part: None} if index.exists() and json.loads(index.read_text()).get(part) == [None, None] else {}

@@ -1,0 +1,112 @@
+"""Weights rounded block by block with the second moments of what each layer really reads (GPTQ and what builds on it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ditbench.harness.build.build import build, quant_layers
+from ditbench.harness.build.layer import QuantLinear
+from ditbench.harness.calibration.block_stream import MAX_BYTES, BlockStream, watched
+from ditbench.harness.calibration.channel_statistics import run_calibration
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.quant.lowrank import residual
+from ditbench.harness.quant.quantizers import QuantizedWeight
+from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
+from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.transforms import Transform
+
+Round = Callable[[str, Tensor, Tensor], QuantizedWeight]  # (layer, weight_OC, hessian_CC) → codes
+
+
+def round_blockwise(
+    target: Target,
+    calibration: Calibration,
+    round_weight: Round,
+    transforms: dict[str, Transform] | None = None,
+    folded: frozenset[str] = frozenset(),
+    *,
+    low_rank: dict[str, LowRank] | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> dict[str, QuantizedWeight]:
+    """{layer: codes} for every target layer, each fitted with the blocks before its own already rounded.
+
+    round_weight gets the layer's effective weight (transforms and folds applied) and the sum of x xᵀ over its inputs
+    (transformed), float32, divided by the number of rows. Within a block all layers are observed in one pass with the
+    block in float, as GPTQ's reference does. Layers outside the blocks are observed on the float model.
+    low_rank: branches by layer name. They stay in place, and round_weight gets what they leave of the weight.
+    """
+    transforms, low_rank = transforms or {}, low_rank or {}
+    layers = {
+        name: LayerRecipe(transforms.get(name, Transform()), low_rank=low_rank.get(name))
+        for name in dict.fromkeys([*target.layers, *transforms])
+    }
+    model = build(target, ModelRecipe(layers, folded), dtype=torch.float32)
+    found: dict[str, QuantizedWeight] = {}
+    all_layers = {name: layer for name, layer in quant_layers(model).items() if name in target.layers}
+    for name, branch in low_rank.items():
+        kernel: nn.Module = all_layers[name].kernel
+        kernel.weight_OC = residual(kernel.weight_OC, branch).float()  # type: ignore[arg-type]
+    outside = {n: q for n, q in all_layers.items() if not any(n.startswith(f"{b}.") for b in target.blocks)}
+    if outside:
+        moments = {name: SecondMoment() for name in outside}
+        with watched({layer.kernel: moments[name].see for name, layer in outside.items()}):
+            run_calibration(model, calibration, lambda step: None, "second moments")
+        _round(outside, moments, round_weight, found)
+
+    stream = BlockStream(model, target, calibration, max_bytes=max_bytes)
+    for block_name, block in stream:
+        inside = {name: layer for name, layer in all_layers.items() if name.startswith(f"{block_name}.")}
+        moments = {name: SecondMoment() for name in inside}
+        stream.watch(block, {layer.kernel: moments[name].see for name, layer in inside.items()})
+        _round(inside, moments, round_weight, found)
+    return {name: found[name] for name in target.layers}
+
+
+class SecondMoment:
+    """Mean of x xᵀ over all rows seen, float32 (C, C)."""
+
+    def __init__(self) -> None:
+        self.sum_CC: Tensor | None = None
+        self.rows = 0
+
+    def see(self, x: Tensor) -> None:
+        x_TC = x.detach().float().flatten(0, -2)
+        product = x_TC.T @ x_TC
+        self.sum_CC = product if self.sum_CC is None else self.sum_CC.add_(product)
+        self.rows += len(x_TC)
+
+    def mean_CC(self, name: str) -> Tensor:
+        if self.sum_CC is None:
+            raise RuntimeError(f"{name} saw no calibration batch; is it skipped at every step you calibrate?")
+        return self.sum_CC / self.rows
+
+
+def weight_state(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """A rounded weight as state tensors of its layer."""
+    state = {f"{name}/codes": weight.codes_OC, f"{name}/weight_scale": weight.scale_OG}
+    if weight.zero_point_OG is not None:
+        state[f"{name}/weight_zero_point"] = weight.zero_point_OG
+    return state
+
+
+def weight_from_state(name: str, state: dict[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
+    """The inverse of `weight_state`."""
+    zero_point = state.get(f"{name}/weight_zero_point")
+    return QuantizedWeight(state[f"{name}/codes"], state[f"{name}/weight_scale"], zero_point, spec)
+
+
+def _round(
+    layers: dict[str, QuantLinear],
+    moments: dict[str, SecondMoment],
+    round_weight: Round,
+    found: dict[str, QuantizedWeight],
+) -> None:
+    """Round each layer and put the rounded values in its place, for the blocks behind it."""
+    for name, layer in layers.items():
+        kernel: nn.Module = layer.kernel
+        found[name] = round_weight(name, kernel.weight_OC, moments[name].mean_CC(name))  # type: ignore[arg-type]
+        kernel.weight_OC = found[name].dequantize()

@@ -1,0 +1,143 @@
+"""Finding methods and checking their shape.
+
+A method is a module with: a docstring whose first line names it and its paper; `Params`, a frozen dataclass;
+`fit(target, calibration, bits, params) -> {str: Tensor}`; `apply(target, state, bits, params) -> ModelRecipe`.
+Optional: `check_bits(bits)` raises UserError for formats it does not define;
+`select_calibration(calibration, params, seed) -> Calibration` chooses what it is calibrated on (PTQ4DM, Q-Diffusion);
+`correct_step(state, params, step, noise) -> noise` corrects the sampler's guided noise estimate, and
+`correct_variance(state, params, step, variance, weight) -> variance` what an ancestral sampler adds (PTQD).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import pkgutil
+from dataclasses import asdict, fields
+from functools import cache, partial
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.type_checks import check_types
+from ditbench.harness.models.base import Correction
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.target import Target
+
+ENTRY_POINTS = "ditbench.methods"
+FLOAT = "fp"  # the 16-bit reference: it ignores bits
+
+
+@cache
+def known_methods() -> dict[str, ModuleType]:
+    """{name: module}, from methods/ and from installed packages.
+
+    Raises:
+        UserError: a plugin cannot be imported or lacks a part, or two have the same name.
+    """
+    import ditbench.methods as package
+
+    found: dict[str, ModuleType] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        found[module.name] = importlib.import_module(f"ditbench.methods.{module.name}")
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name in found:
+            raise UserError(f"method {point.name!r} of {point.value} has the name of another method; rename it")
+        try:
+            found[point.name] = point.load()
+        except Exception as error:
+            raise UserError(f"method {point.name!r}: {point.value} cannot be imported: {error}") from error
+    for name, module in found.items():
+        _check_shape(name, module)
+    return dict(sorted(found.items()))
+
+
+def correction(name: str, state: dict[str, Tensor], params: Any) -> Correction | None:
+    """What the method changes in the sampler's step; None for most."""
+    step, variance = (getattr(method(name), hook, None) for hook in ("correct_step", "correct_variance"))
+    if step is None and variance is None:
+        return None
+    return Correction(
+        noise=None if step is None else partial(step, state, params),
+        variance=None if variance is None else partial(variance, state, params),
+    )
+
+
+def method(name: str) -> ModuleType:
+    known = known_methods()
+    if name not in known:
+        raise unknown_name("method", name, known)
+    return known[name]
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """What Hydra is given as the method's configuration node: its name and the defaults of its Params."""
+    return {"name": name, **asdict(method(name).Params())}
+
+
+def params_of(config: dict[str, Any]) -> Any:
+    """The frozen Params of a method's configuration node.
+
+    Raises:
+        UserError: an unknown field, a value of another type than the field's, or one that Params refuses.
+    """
+    values = dict(config)
+    name = values.pop("name")
+    params_class = method(name).Params
+    unknown = set(values) - {field.name for field in fields(params_class)}
+    if unknown:
+        raise unknown_name(f"parameter of method {name}", sorted(unknown)[0], [f.name for f in fields(params_class)])
+    check_types(params_class, values, f"method {name}: method")
+    try:
+        return params_class(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_bits(name: str, bits: Bits) -> None:
+    check = getattr(method(name), "check_bits", None)
+    if check is not None:
+        check(bits)
+
+
+def check_state(name: str, state: Any) -> None:
+    """Raise UserError unless it is what `fit` returns: tensors by name."""
+    if not isinstance(state, dict):
+        kind = type(state).__name__
+        raise UserError(f"method {name}: fit returned a {kind}, expected tensors by name ({{}} if it learns nothing)")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"method {name}: state[{key!r}] of fit is a {type(value).__name__}, expected a tensor")
+
+
+def check_recipe(name: str, recipe: Any, target: Target) -> None:
+    """Raise UserError unless it is what `apply` returns: a recipe of layers that the model has."""
+    if not isinstance(recipe, ModelRecipe):
+        raise UserError(f"method {name}: apply returned a {type(recipe).__name__}, expected a ModelRecipe")
+    known = dict(target.transformer.named_modules())
+    for layer in recipe.layers:
+        if layer not in known:
+            raise unknown_name(f"layer (recipe of method {name})", layer, target.layers)
+
+
+def source_sha256(name: str) -> str:
+    """Hash of the method's source: editing a method makes new runs of it."""
+    return hashlib.sha256(inspect.getsource(method(name)).encode()).hexdigest()
+
+
+def summary(name: str) -> str:
+    return (method(name).__doc__ or "").strip().split("\n")[0]
+
+
+def _check_shape(name: str, module: ModuleType) -> None:
+    for part in ("Params", "fit", "apply"):
+        if not hasattr(module, part):
+            raise UserError(f"method {name!r} ({module.__name__}) has no {part}; see docs/add-a-method.md")
+    dataclass_params = getattr(module.Params, "__dataclass_params__", None)
+    if dataclass_params is None or not dataclass_params.frozen:
+        raise UserError(f"method {name!r}: Params must be a frozen dataclass")

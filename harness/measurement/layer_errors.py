@@ -1,0 +1,137 @@
+"""The error atlas: how far each quantized layer, and each block, is from float, at each denoising step.
+
+A layer is judged alone, on what it would read if everything before it were float (the recipe without rounding, so that
+folded transforms are in place on both sides). A block is judged with all the rounding before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ditbench.harness.build.build import build, clock_of, quant_layers
+from ditbench.harness.build.layer import QuantLinear
+from ditbench.harness.calibration.recording import Calibration, spread
+from ditbench.harness.common.files import atomic_path
+from ditbench.harness.models.blocks import tokens_of
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.target import Target
+
+MAX_STEPS = 20  # spread over the trajectory
+ROWS = 16  # of each step's recorded calls, spread as well
+
+
+@dataclass(frozen=True)
+class ErrorAtlas:
+    """signal_LS, noise_LS: sums of y² and (y − ŷ)² of each output at each step looked at, float64; L counts `names`."""
+
+    names: tuple[str, ...]  # quantized layers, then blocks
+    steps: tuple[int, ...]
+    signal_LS: np.ndarray
+    noise_LS: np.ndarray
+
+    @property
+    def sqnr_db_LS(self) -> np.ndarray:
+        """10 log10(Σ y² / Σ (y − ŷ)²); NaN where there is no error or no signal."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where((self.noise_LS > 0) & (self.signal_LS > 0), self.signal_LS / self.noise_LS, np.nan)
+            return 10 * np.log10(ratio)
+
+    def pooled_db(self, name: str) -> float | None:
+        """The SQNR of one output over all steps."""
+        row = self.names.index(name)
+        signal, noise = self.signal_LS[row].sum(), self.noise_LS[row].sum()
+        return float(10 * np.log10(signal / noise)) if signal > 0 and noise > 0 else None
+
+    def save(self, path: Path) -> None:
+        with atomic_path(path) as part, part.open("wb") as file:
+            np.savez_compressed(
+                file,
+                names=np.array(self.names),
+                steps=np.array(self.steps),
+                sqnr_db=self.sqnr_db_LS.astype(np.float32),
+            )
+
+
+@torch.no_grad()
+def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibration: Calibration) -> ErrorAtlas | None:
+    """Compare the built model with its recipe without rounding on the calibration's inputs; None if nothing is rounded."""
+    layers = [name for name, shares in _shares(model).items() if any(layer.rounds for layer, _ in shares)]
+    if not layers:
+        return None
+    exact = build(target, recipe.without_rounding(), dtype=torch.float32)
+    exact_layers = quant_layers(exact)
+    names = (*layers, *target.blocks)
+    steps = tuple(spread(calibration.num_steps, MAX_STEPS).tolist())
+    signal, noise = np.zeros((len(names), len(steps))), np.zeros((len(names), len(steps)))
+    device = clock_of(model).step.device
+    place = {name: row for row, name in enumerate(names)}
+    block_outputs: dict[str, Tensor] = {}
+    current: dict[str, Any] = {}
+
+    def add(name: str, exact_output: Tensor, output: Tensor) -> None:
+        cell = place[name], current["column"]
+        signal[cell] += exact_output.double().square().sum().item()
+        noise[cell] += (output.double().cpu() - exact_output.double()).square().sum().item()
+
+    def layer_hook(name: str):
+        return lambda _, inputs, output: add(name, output, current["layers"][name](inputs[0].to(device)))
+
+    handles = [exact_layers[name].register_forward_hook(layer_hook(name)) for name in layers]
+    for name in target.blocks:
+        keep = lambda _, inputs, output, name=name: block_outputs.update({name: tokens_of(output)})  # noqa: E731
+        compare = lambda _, inputs, output, name=name: add(name, block_outputs[name], tokens_of(output))  # noqa: E731
+        handles.append(exact.get_submodule(name).register_forward_hook(keep))
+        handles.append(model.get_submodule(name).register_forward_hook(compare))
+    for column, step in enumerate(steps):
+        clock_of(model).set(step, calibration.num_steps)  # its layers are called while `exact` runs
+        current |= {"column": column, "layers": quant_layers(model)}
+        for each in (exact, model):
+            calibration.call(each, step, calibration.rows(step, ROWS))
+    for handle in handles:
+        handle.remove()
+    return ErrorAtlas(names, steps, signal, noise)
+
+
+def layer_table(model: nn.Module, atlas: ErrorAtlas | None) -> dict[str, dict[str, Any]]:
+    """The record's `layers`: {layer: {sqnr_db, backend, weight_bits, act_bits}} for every quantized layer; widths that change
+    with the range of steps as their mean over the steps.
+    """
+    if atlas is None:
+        return {}
+    return {
+        name: {
+            "sqnr_db": atlas.pooled_db(name),
+            "backend": "+".join(sorted({layer.backend for layer, _ in shares})),
+            "weight_bits": _mean((layer.weight_spec.bits if layer.weight_spec else 16, part) for layer, part in shares),
+            "act_bits": _mean((layer.act_spec.bits if layer.act_spec else 16, part) for layer, part in shares),
+        }
+        for name, shares in _shares(model).items()
+        if any(layer.rounds for layer, _ in shares)
+    }
+
+
+def rounded_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Those of the range of steps that the clock is in."""
+    return {name: layer for name, layer in quant_layers(model).items() if layer.rounds}
+
+
+def _shares(model: nn.Module) -> dict[str, list[tuple[QuantLinear, float]]]:
+    """Of every layer what runs in each range of steps, with the range's share of the steps."""
+    ranges = clock_of(model).ranges
+    total = ranges[-1].stop
+    by_range = [(quant_layers(model, index), len(steps) / total) for index, steps in enumerate(ranges)]
+    return {name: [(layers[name], part) for layers, part in by_range] for name in by_range[0][0]}
+
+
+def _mean(values: Iterable[tuple[int, float]]) -> float:
+    """Of (value, its share); a value that does not change stays whole."""
+    kept = list(values)
+    first = kept[0][0]
+    return first if all(value == first for value, _ in kept) else sum(value * part for value, part in kept)

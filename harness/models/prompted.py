@@ -1,0 +1,271 @@
+"""Text-to-image and text-to-video families: sampling is the diffusers pipeline's own `__call__`, watched from outside.
+
+A family says which classes it is made of, where its blocks and modulation rows are, and what its pipeline is called with.
+The pipeline runs with the given transformer in place of its own; hooks publish the denoising step, show the transformer's
+arguments to whoever records them, and let a method correct what the scheduler gets.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from ditbench.harness.build.build import clock_of
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.models.base import PROMPTS, Conditions, Correction, Drawn, OnCall, Sampler
+from ditbench.harness.models.blocks import BlockCall, OneStream, by_name
+from ditbench.harness.models.calls import float_dtype, placed
+from ditbench.harness.models.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
+from ditbench.harness.models.transformer_only import TransformerOnly, random_transformer
+from ditbench.harness.quant.target import Site
+
+
+def no_sites(transformer: nn.Module) -> list[Site]:
+    """Nothing can be folded: every transform runs online."""
+    return []
+
+
+@dataclass(frozen=True)
+class PipelineFamily:
+    """One family, told by prompts.
+
+    pipelines, transformer: names of diffusers classes. lists: attributes of the transformer that list its blocks, in the
+    order of execution (in_turn: one of each list at a time). stream: how a block is called. sites: the inputs whose
+    producers are known. call: what the pipeline's `__call__` gets beside prompt, steps, guidance and generators. guidance: the name of its guidance argument. samplers: schedulers it can run.
+    pixels: latents of a pipeline without a VAE → pixels (B, 3, H, W) or (B, F, 3, H, W). size: height, width and
+    num_frames, where a model says other ones than `call`. INDEX: the file by which a local folder is known.
+    """
+
+    pipelines: tuple[str, ...]
+    transformer: str
+    lists: tuple[str, ...] = ("transformer_blocks",)
+    FLOAT_IN_BLOCKS: str = r"norm"
+    SAMPLERS: tuple[str, ...] = (PIPELINE,)
+    SHARED: tuple[str, ...] = ()
+    stream: Callable[[nn.Module], BlockCall] = lambda transformer: OneStream()
+    in_turn: bool = False
+    CONDITION: str = PROMPTS
+    sites: Callable[[nn.Module], list[Site]] = no_sites
+    attention_modules: tuple[str, ...] = ()
+    call: Callable[[Any], dict[str, Any]] = lambda pipe: {}
+    guidance: str = "guidance_scale"
+    pixels: Callable[[Tensor], Tensor] = lambda latents: latents
+    size: dict[str, int] = field(default_factory=dict)
+    INDEX: str = "model_index.json"
+
+    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
+        from ditbench.harness.common.files import pipeline_without
+
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            folder, revision=revision, dtype=dtype, **pipeline_without(folder, "vae")
+        )
+        self._check(pipe)
+        return pipe
+
+    def _check(self, pipe: Any) -> None:
+        found = type(pipe.transformer).__name__ if hasattr(pipe, "transformer") else "missing"
+        if type(pipe).__name__ not in self.pipelines or found != self.transformer:
+            raise TypeError(
+                f"a {type(pipe).__name__} whose transformer is a {found}; expected {' or '.join(self.pipelines)} with a "
+                f"{self.transformer}"
+            )
+
+    def random_pipeline(self, arguments: dict[str, Any], dtype: torch.dtype) -> TransformerOnly:
+        return random_transformer(self.transformer, arguments, dtype)
+
+    def blocks(self, transformer: nn.Module) -> list[str]:
+        lists = [[f"{name}.{index}" for index in range(len(getattr(transformer, name)))] for name in self.lists]
+        return list(chain(*zip(*lists, strict=True))) if self.in_turn else list(chain(*lists))
+
+    def block_call(self, transformer: nn.Module) -> BlockCall:
+        return self.stream(transformer)
+
+    def attention(self, transformer: nn.Module) -> list[str]:
+        return [f"{block}.{name}" for block in self.blocks(transformer) for name in self.attention_modules]
+
+    def num_classes(self, transformer: nn.Module) -> int:
+        raise UserError(f"a {self.transformer} is told by prompts, not by class labels")
+
+    def sample(
+        self,
+        pipe: Any,
+        transformer: nn.Module,
+        conditions: Conditions,
+        sampler: Sampler,
+        *,
+        on_call: OnCall | None = None,
+        correct: Correction | None = None,
+        decode: bool = True,
+    ) -> Drawn:
+        """The pipeline's own loop, latents and scheduler in float32, one generator per sample.
+
+        Raises:
+            UserError: a transformer alone (random weights) reads no prompts; a sampler that does not make `steps` steps.
+        """
+        if isinstance(pipe, TransformerOnly):
+            raise UserError("random weights alone draw nothing; this model is for `ditbench bench` with method=rtn")
+        scheduler = self._scheduler(pipe, sampler)
+        running = with_parts(pipe, transformer=transformer, scheduler=scheduler)
+        running.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in conditions.seeds]
+        pixel_space = getattr(pipe, "vae", None) is None
+        with watched(transformer, scheduler, sampler, on_call, correct) as seen, decoding_in_its_dtype(pipe):
+            frames = running(
+                prompt=[prompt.text for prompt in conditions.prompts],
+                num_inference_steps=sampler.steps,
+                generator=generators,
+                output_type="pt" if decode and not pixel_space else "latent",
+                return_dict=False,
+                **{self.guidance: sampler.guidance},
+                **self.call(pipe) | self.size,
+            )[0]
+        if seen.step != sampler.steps:
+            raise UserError(
+                f"protocol.steps={sampler.steps}, but the scheduler made {seen.step} steps; use a first-order sampler"
+            )
+        assert seen.latents is not None, "a sampler makes at least one step"
+        latents = seen.latents.float().cpu()
+        if not decode:
+            return Drawn(latents, None)
+        if pixel_space:
+            return Drawn(latents, self.pixels(latents).clamp(-1, 1))
+        return Drawn(latents, frames.float().cpu() * 2 - 1)
+
+    def step_inputs(self, pipe: Any, batch: int) -> dict[str, Any]:
+        """What the pipeline calls its transformer with, for `batch` samples of one prompt, without guidance."""
+        if isinstance(pipe, TransformerOnly):
+            return pipe.step_inputs(batch)
+        found: dict[str, Any] = {}
+
+        def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            found.update(call_arguments(module, args, kwargs))
+            raise _Taken
+
+        conditions = Conditions(tuple(range(batch)), prompts=self._any_prompts(batch))
+        running = with_parts(pipe, scheduler=self._scheduler(pipe, Sampler(self.SAMPLERS[0], 2, 1.0)))
+        running.set_progress_bar_config(disable=True)
+        handle = pipe.transformer.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
+        try:
+            running(
+                prompt=[prompt.text for prompt in conditions.prompts],
+                num_inference_steps=2,
+                generator=[torch.Generator().manual_seed(seed) for seed in conditions.seeds],
+                output_type="latent",
+                **{self.guidance: 1.0},
+                **self.call(pipe) | self.size,
+            )
+        except _Taken:
+            pass
+        finally:
+            handle.remove()
+        return found
+
+    @staticmethod
+    def _any_prompts(count: int):
+        from ditbench.eval.base import Prompt
+
+        return (Prompt("a red circle"),) * count
+
+    def _scheduler(self, pipe: Any, sampler: Sampler) -> Any:
+        kind = type(pipe.scheduler) if sampler.kind == PIPELINE else SCHEDULERS[sampler.kind]
+        scheduler = kind.from_config(pipe.scheduler.config)
+        most = scheduler.config.num_train_timesteps
+        if sampler.steps > most:
+            raise UserError(f"protocol.steps must be at most {most}, the model's training steps; got {sampler.steps}")
+        return scheduler
+
+
+class _Taken(Exception):
+    """Raised when the arguments of the first call are known: the model need not run."""
+
+
+@dataclass
+class Seen:
+    """What the scheduler has done so far."""
+
+    step: int = 0
+    latents: Tensor | None = None
+
+
+@contextmanager
+def watched(
+    transformer: nn.Module, scheduler: Any, sampler: Sampler, on_call: OnCall | None, correct: Correction | None
+) -> Iterator[Seen]:
+    """Count steps by the scheduler's, set the model's clock, show its arguments, correct its estimates.
+
+    The transformer computes in its own dtype and gives float32 back: the latents stay in float32 whatever runs.
+    """
+    seen, clock, dtype = Seen(), clock_of(transformer), float_dtype(transformer)
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        clock.set(min(seen.step, sampler.steps - 1), sampler.steps)
+        arguments = call_arguments(module, args, kwargs)
+        if on_call is not None:
+            on_call(seen.step, arguments)
+        return (), placed(arguments, dtype, clock.step.device) | {"return_dict": kwargs.get("return_dict", True)}
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(part.float() if isinstance(part, Tensor) else part for part in output)
+        return type(output)(sample=output.sample.float())
+
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def stepped(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if correct is not None and correct.noise is not None:
+            model_output = correct.noise(seen.step, model_output)
+        if correct is not None and correct.variance is not None and isinstance(scheduler, CorrectedDDPM):
+            scheduler.correct = functools.partial(correct.variance, seen.step)
+        result = step(model_output, *args, **kwargs)
+        seen.latents = (result[0] if isinstance(result, tuple) else result.prev_sample).detach()
+        seen.step += 1
+        return result
+
+    handles = [
+        transformer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+        transformer.register_forward_hook(leave),
+    ]
+    scheduler.step = stepped
+    try:
+        yield seen
+    finally:
+        scheduler.step = step
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def decoding_in_its_dtype(pipe: Any) -> Iterator[None]:
+    """The VAE gets the latents in its own dtype; most pipelines hand them over as they are."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        yield
+        return
+    decode, dtype = vae.decode, float_dtype(vae)
+    vae.decode = lambda latents, *args, **kwargs: decode(latents.to(dtype), *args, **kwargs)
+    try:
+        yield
+    finally:
+        del vae.decode  # the class has its own
+
+
+def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The transformer's arguments by name, but for how it should wrap its answer."""
+    return {name: value for name, value in by_name(module, args, kwargs).items() if name != "return_dict"}
+
+
+def with_parts(pipe: Any, **parts: Any) -> Any:
+    """The same pipeline around other parts; nothing is copied."""
+    wanted = inspect.signature(type(pipe).__init__).parameters
+    settings = {name: pipe.config[name] for name in wanted if name in pipe.config and name not in pipe.components}
+    return type(pipe)(**{**pipe.components, **settings, **parts})

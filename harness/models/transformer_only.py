@@ -1,0 +1,63 @@
+"""A transformer of true size with random weights and the shapes it is called with: speed and memory without a download.
+
+`random` of such a model (conf/model/*-random.yaml) has the transformer's arguments and, under `inputs`, one entry per
+argument of its call: a list is a row's shape, drawn from a normal distribution; `{shape, value}` is constant; with
+`shared: true` it has no row per sample; null is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from ditbench.harness.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class TransformerOnly:
+    """Stands where a pipeline would: it has a transformer and nothing to draw with."""
+
+    transformer: nn.Module
+    inputs: Mapping[str, Any]
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer}
+
+    def step_inputs(self, batch: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        return {name: _argument(wanted, batch, generator) for name, wanted in self.inputs.items()}
+
+
+def random_transformer(name: str, arguments: Mapping[str, Any], dtype: torch.dtype) -> TransformerOnly:
+    """name: of a diffusers class.
+
+    Raises:
+        UserError: the shapes of its call are missing.
+    """
+    arguments = dict(arguments)
+    inputs = arguments.pop("inputs", None)
+    if not inputs:
+        raise UserError(
+            f"model.random of a {name} needs `inputs`, the shapes it is called with (conf/model/*-random.yaml)"
+        )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return TransformerOnly(getattr(diffusers, name)(**arguments), inputs)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _argument(wanted: Any, batch: int, generator: torch.Generator) -> Tensor | None:
+    if wanted is None:
+        return None
+    if isinstance(wanted, Mapping):
+        rows = [] if wanted.get("shared") else [batch]
+        return torch.full([*rows, *wanted["shape"]], wanted["value"], dtype=torch.float32)
+    return torch.randn(batch, *wanted, generator=generator)

@@ -1,0 +1,60 @@
+"""per_sample.npz beside a record: what every metric found sample by sample, of the run and of the float model it is held against.
+
+run:<metric>      float32 (N,), NaN for a sample that does not count
+float:<metric>    the same of the float model's samples (same noise), for metrics that are not distances to it already
+strata:<metric>   int (N,): the category of each sample, where the metric is the mean of categories
+yes_no            names of the metrics whose values are 0 or 1
+drawn             a hash of seed, labels and prompts: runs with the same one pair row by row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ditbench.eval.base import PerSample, Samples
+from ditbench.harness.common.files import atomic_path, canonical_sha256
+
+FILE = "per_sample.npz"
+
+
+@dataclass(frozen=True)
+class Values:
+    """run, float_model: {metric: its values}."""
+
+    run: Mapping[str, PerSample]
+    float_model: Mapping[str, PerSample]
+    drawn: str
+
+
+def drawn(samples: Samples, seed: int) -> str:
+    labels = None if samples.labels_N is None else samples.labels_N.tolist()
+    return canonical_sha256([seed, len(samples), labels, [asdict(prompt) for prompt in samples.prompts]])
+
+
+def save(values: Values, path: Path) -> None:
+    arrays: dict[str, np.ndarray] = {"drawn": np.array(values.drawn)}
+    for side, found in (("run", values.run), ("float", values.float_model)):
+        for name, one in found.items():
+            arrays[f"{side}:{name}"] = one.values_N.astype(np.float32)
+            if one.strata_N is not None:
+                arrays[f"strata:{name}"] = one.strata_N.astype(np.int32)
+    both = {**values.float_model, **values.run}
+    arrays["yes_no"] = np.array([name for name, one in both.items() if one.yes_no], dtype=np.str_)
+    with atomic_path(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def load(path: Path) -> Values:
+    with np.load(path) as arrays:
+        yes_no = set(arrays["yes_no"].tolist())
+        found: dict[str, dict[str, PerSample]] = {"run": {}, "float": {}}
+        for key in arrays.files:
+            side, _, name = key.partition(":")
+            if side in found:
+                strata_N = arrays[f"strata:{name}"] if f"strata:{name}" in arrays.files else None
+                found[side][name] = PerSample(arrays[key].astype(np.float64), name in yes_no, strata_N)
+        return Values(found["run"], found["float"], str(arrays["drawn"]))

@@ -1,0 +1,277 @@
+"""From a composed configuration to frozen values. Only this file and `run.py` know what a configuration looks like."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditbench.eval.base import Prompt, known_metrics
+from ditbench.harness.backends.base import AUTO, known_backends
+from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.type_checks import check_types
+from ditbench.harness.fitting import registry
+from ditbench.harness.models.base import ModelSpec, Sampler, family
+from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
+from ditbench.harness.stages.prompt_sets import load_prompts
+
+# What can change a number; everything else (where results go, who is told) cannot.
+IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
+
+# What can be refused before anything is loaded is refused here, not hours into a run. Whole numbers and their minimum:
+COUNTS = {
+    "protocol.n": 1,
+    "protocol.steps": 1,
+    "calibration.n": 1,
+    "calibration.batch_size": 1,
+    "generate.batch_size": 1,
+    "generate.noise_floor_seeds": 0,
+    "measure.samples": 1,
+    "measure.repeats": 1,
+    "measure.warmup": 0,
+    "metrics.resamples": 2,  # a spread has to come from two at least
+    "seed": 0,
+}
+FLAGS = (
+    "protocol.attention",
+    "bits.weight.symmetric",
+    "bits.act.symmetric",
+    "bits.act.dynamic",
+    "measure.layer_errors",
+    "strict",
+)
+TEXTS = ("name", "device", "results_dir", "cache_dir")
+TEXTS_OR_NULL = ("metrics.reference", "protocol.prompts", "calibration.prompts")
+DTYPES = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "protocol.scope": ("blocks", "all"),
+    "protocol.labels": ("balanced", "random"),
+    "generate.dtype": DTYPES,
+    "generate.reference_dtype": DTYPES,
+    "model.dtype": DTYPES,
+    "tracker.kind": ("wandb", "none"),
+    "tracker.mode": ("auto", "online", "offline", "disabled"),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """conf/protocol/: what must be equal between methods."""
+
+    name: str
+    scope: str
+    skip: tuple[str, ...]
+    attention: bool
+    sampler: Sampler
+    n: int
+    labels: str
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, all defaults resolved. `raw` is what the record keeps."""
+
+    raw: dict[str, Any]
+    name: str
+    model: ModelSpec
+    method: str
+    params: Any
+    bits: Bits | MixedBits
+    protocol: Protocol
+    calibration_prompts: tuple[Prompt, ...]
+    seed: int
+    device: torch.device
+    backend: str
+    force: bool
+    strict: bool
+    results_dir: Path
+    cache_dir: Path
+
+    def section(self, name: str) -> dict[str, Any]:
+        return self.raw[name]
+
+    def identity(self) -> dict[str, Any]:
+        return {name: self.raw[name] for name in IDENTITY}
+
+
+def parse(raw: dict[str, Any]) -> RunConfig:
+    """Check a resolved configuration and turn it into values.
+
+    Raises:
+        UserError: a value that no part of ditbench can use; says which and what to do.
+    """
+    raw = dict(raw)
+    _check_values(raw)
+    if raw["method"]["name"] == registry.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
+        raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
+        for side in ("weight", "act"):
+            raw["bits"][side] = raw["bits"][side] | {"bits": FLOAT_BITS, "number": INT}
+    bits = _mixed(raw["bits"], raw["protocol"]["steps"]) if raw["bits"]["label"] == MIXED else _bits(raw["bits"])
+    raw["bits"] = raw["bits"] | {"label": bits.label.lower()}  # of the widths, wherever they were set
+    for each in bits.candidates if isinstance(bits, MixedBits) else (bits,):
+        registry.check_bits(raw["method"]["name"], each)
+    params = registry.params_of(raw["method"])
+    protocol, calibration_prompts = raw["protocol"], raw["calibration"]["prompts"]
+    model = {key: value for key, value in raw["model"].items() if key != "usual"}
+    check_types(ModelSpec, model, "model")
+    if model["source"] is None and model["random"] is None:
+        raise UserError("model.source is null; name a folder or a hub id, or set model.random for random weights")
+    return RunConfig(
+        raw=raw,
+        name=_folder_name(raw["name"]),
+        model=ModelSpec(**model),
+        method=raw["method"]["name"],
+        params=params,
+        bits=bits,
+        protocol=Protocol(
+            name=protocol["name"],
+            scope=protocol["scope"],
+            skip=tuple(protocol["skip"]),
+            attention=protocol["attention"],
+            sampler=Sampler(protocol["sampler"], protocol["steps"], protocol["guidance"]),
+            n=protocol["n"],
+            labels=protocol["labels"],
+            prompts=load_prompts(protocol["prompts"]) if protocol["prompts"] else (),
+        ),
+        calibration_prompts=load_prompts(calibration_prompts) if calibration_prompts else (),
+        seed=raw["seed"],
+        device=pick_device(raw["device"]),
+        backend=raw["backend"],
+        force=raw["force"],
+        strict=raw["strict"],
+        results_dir=Path(raw["results_dir"]).expanduser(),
+        cache_dir=Path(raw["cache_dir"]).expanduser(),
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """auto → cuda where there is one, else cpu.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cuda", "cpu"):
+        raise UserError(f"device={name!r}; expected auto, cuda or cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no CUDA device here; use device=auto or device=cpu")
+    return torch.device(name)
+
+
+def _check_values(raw: dict[str, Any]) -> None:
+    for name, smallest in COUNTS.items():
+        value = _value(raw, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            raise UserError(f"{name} must be a whole number, at least {smallest}; got {value!r}")
+    for name in FLAGS:
+        if not isinstance(_value(raw, name), bool):
+            raise UserError(f"{name} must be true or false, got {_value(raw, name)!r}")
+    for name in (*TEXTS, *TEXTS_OR_NULL):
+        value = _value(raw, name)
+        if not isinstance(value, str) and not (value is None and name in TEXTS_OR_NULL):
+            raise UserError(f"{name} must be text, got {value!r}; in quotes a number is text: \"{name}='{value}'\"")
+    _check_finite(raw)
+    choices: dict[str, tuple[str, ...]] = CHOICES | {
+        "backend": (AUTO, *known_backends()),
+        "protocol.sampler": family(raw["model"]["family"]).SAMPLERS,
+    }
+    for name, known in choices.items():
+        if _value(raw, name) not in known:
+            raise unknown_name(name, str(_value(raw, name)), known)
+    guidance, metrics, skip = (_value(raw, name) for name in ("protocol.guidance", "metrics.names", "protocol.skip"))
+    if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
+        raise UserError(f"protocol.guidance must be a number such as 1.5, got {guidance!r}")
+    if guidance < 1:
+        raise UserError(f"protocol.guidance must be at least 1 (1 is no guidance), got {guidance}")
+    for name, value in (("metrics.names", metrics), ("protocol.skip", skip)):
+        if not isinstance(value, list):
+            example = "" if value is None else value
+            raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{example}]")
+    for metric in metrics:
+        if metric not in known_metrics():
+            raise unknown_name("metric", str(metric), known_metrics())
+    for pattern in skip:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(
+                f"protocol.skip: {pattern!r} is not a regular expression of layer names ({error})"
+            ) from error
+    if not raw["results_dir"]:
+        raise UserError("results_dir is empty; name a folder, such as results_dir=./results")
+
+
+def _check_finite(node: Any, name: str = "") -> None:
+    """Neither a run's identity nor its record can hold nan or inf."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _check_finite(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(node, list):
+        for value in node:
+            _check_finite(value, name)
+    elif isinstance(node, float) and not isfinite(node):
+        raise UserError(f"{name} must be finite, got {node}")
+
+
+def _value(raw: dict[str, Any], name: str) -> Any:
+    value: Any = raw
+    for key in name.split("."):
+        value = value[key]
+    return value
+
+
+GRANULARITIES = {
+    "weight": ("per_tensor", "per_channel", "per_group"),
+    "act": ("per_tensor", "per_token", "per_group"),
+}
+
+
+def _bits(node: dict[str, Any]) -> Bits:
+    parse_label(node["label"])
+    for side, known in GRANULARITIES.items():
+        if node[side]["granularity"] not in known:
+            raise unknown_name(f"granularity of bits.{side}", str(node[side]["granularity"]), known)
+    sides: dict[str, QuantSpec | None] = {}
+    for side in ("weight", "act"):
+        values = dict(node[side])
+        check_types(QuantSpec, values, f"bits.{side}")
+        if values["group_size"] is not None and values["group_size"] < 1:
+            raise UserError(f"bits.{side}.group_size must be at least 1, got {values['group_size']}")
+        sides[side] = None if values["bits"] >= FLOAT_BITS else QuantSpec(**values)
+    bits = Bits(sides["weight"], sides["act"])
+    bits.check_sides()
+    return bits
+
+
+def _mixed(node: dict[str, Any], steps: int) -> MixedBits:
+    labels = node["candidates"]
+    if not isinstance(labels, list) or not labels or len(set(labels)) < len(labels):
+        raise UserError(f"bits.candidates must be a list of different formats such as [w4a8,w8a8], got {labels!r}")
+    candidates = []
+    for label in labels:
+        sides = parse_label(str(label)).sides()
+        candidates.append(_bits({"label": label} | {side: node[side] | values for side, values in sides.items()}))
+    given = {name: limit for name, limit in node["budget"].items() if limit is not None}
+    if len(given) != 1:
+        raise UserError(
+            f"bits=mixed takes one budget ({', '.join(f'bits.budget.{name}' for name in BUDGETS)}), got {len(given)}"
+        )
+    name, limit = next(iter(given.items()))
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or limit <= 0:
+        raise UserError(f"bits.budget.{name} must be a number above 0, got {limit!r}")
+    ranges = node.get("ranges", 1)  # records from before there were ranges have none
+    if not isinstance(ranges, int) or isinstance(ranges, bool) or not 1 <= ranges <= steps:
+        raise UserError(f"bits.ranges must be a whole number from 1 to protocol.steps={steps}, got {ranges!r}")
+    return MixedBits(tuple(candidates), name, limit, ranges)
+
+
+def _folder_name(name: str) -> str:
+    if not name or "/" in name or name.startswith("."):
+        raise UserError(f"name={name!r} is used as a folder: it must not be empty, start with a dot or hold a slash")
+    return name
