@@ -27,7 +27,7 @@ from ditbench.harness.records.environment import environment
 from ditbench.harness.run import Timer, fit_cost, stage_quantize
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.loaded import model_of
-from ditbench.harness.sweep.launch import composed
+from ditbench.harness.sweep.compose import composed
 
 PASSED_ON = ("model", "bits", "samples", "steps")  # to the process of one method
 GIB = 2**30

@@ -24,7 +24,6 @@ if "--dry" in sys.argv:
 
 import torch
 import torch.nn.functional as F
-from ditbench.harness.cli.main.listing import bits_of
 from torch import Tensor, nn
 
 from ditbench.harness.backends import cuda_fp8, cuda_int8, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16
@@ -33,6 +32,7 @@ from ditbench.harness.measurement.latency import device_name, resident_bytes
 from ditbench.harness.quant.effective import EffectiveLinear
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import LayerRecipe
+from ditbench.harness.quant.spec import bits_of
 from ditbench.harness.quant.steps import StepClock, StepTable
 from ditbench.harness.quant.transforms import Hadamard, Transform
 

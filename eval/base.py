@@ -24,50 +24,7 @@ from torch import Tensor, nn
 
 from ditbench.harness.common.errors import UserError, reason, unknown_name
 from ditbench.harness.common.files import is_disk_error
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One line of a prompt file: the text, and what else the file says of it (GenEval's tag and include, VBench's dimension)."""
-
-    text: str
-    about: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What was generated, as it is saved.
-
-    pixels: uint8 0–255, images (N, H, W, 3) or videos (N, F, H, W, 3). labels_N: int64. latents: float32 (N, …).
-    prompts: one per sample, or none. fps: frames per second of videos.
-    """
-
-    pixels: Tensor
-    labels_N: Tensor | None = None
-    latents: Tensor | None = None
-    prompts: tuple[Prompt, ...] = ()
-    fps: float = 8.0
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    @property
-    def is_video(self) -> bool:
-        return self.pixels.ndim == 5
-
-    @property
-    def images_NHWC(self) -> Tensor:
-        """Raises MetricSkipped: these are videos."""
-        if self.is_video:
-            raise MetricSkipped("a metric of images; these are videos")
-        return self.pixels
-
-    @property
-    def videos_NFHWC(self) -> Tensor:
-        """Raises MetricSkipped: these are images, or videos of one frame."""
-        if not self.is_video or self.pixels.shape[1] < 2:
-            raise MetricSkipped("a metric of videos; these are images" if not self.is_video else "videos of one frame")
-        return self.pixels
+from ditbench.harness.samples.samples import OtherKind, Samples
 
 
 @dataclass(frozen=True)
@@ -243,7 +200,7 @@ def _evaluated(metric: Metric, evidence: Evidence) -> tuple[dict[str, Any], PerS
         entry = _entry(metric, result)
         json.dumps(entry, allow_nan=False)  # as the record is written
         return entry, result.per_sample
-    except MetricSkipped as skipped:
+    except (MetricSkipped, OtherKind) as skipped:
         return _without_value(metric, "skipped", str(skipped)), None
     except Exception as error:
         if is_disk_error(error):

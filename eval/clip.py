@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ditbench.eval.base import MetricSkipped, Need, Samples
+from ditbench.eval.base import MetricSkipped, Need
 from ditbench.eval.features import best_device, channels_first, full_precision, remembered
 from ditbench.eval.video_judges import judge_folder
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.samples.samples import Samples
 
 HUB = {
     "b32": "openai/clip-vit-base-patch32",

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from ditbench.eval.base import Evidence, Measurement, Samples, metric
+from ditbench.eval.base import Evidence, Measurement, metric
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.per_sample import mean_or_share
 from ditbench.eval.statistics import share_with_ci
+from ditbench.harness.samples.samples import Samples
 
 # Each threshold, and what the float model's own sample has to be clear of.
 BLANK_STD, BLANK_STD_FLOAT = 2.0, 4.0  # grey levels; rounding a flat field gives up to 0.5, photographs 90

@@ -98,7 +98,7 @@ def need_file(name: str) -> Path:
 
 
 def listed() -> str:
-    from ditbench.harness.cli.main.listing import table
+    from ditbench.harness.common.text_table import table
 
     rows = [
         (d.name, d.kind, "here" if d.is_here else "–", _size(d.size_bytes), d.licence, d.what)
@@ -130,7 +130,7 @@ def verify(data: Data) -> Verdict:
 
 def verified(names: Iterable[str]) -> tuple[str, bool]:
     """A line per entry, and whether none is other than published."""
-    from ditbench.harness.cli.main.listing import table
+    from ditbench.harness.common.text_table import table
 
     verdicts = [verify(find_data(name)) for name in names]
     marks = {True: "ok", False: "BAD", None: "–"}

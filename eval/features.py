@@ -18,9 +18,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditbench.eval.base import Evidence, FeatureModel, MetricSkipped, Reference, Samples
+from ditbench.eval.base import Evidence, FeatureModel, MetricSkipped, Reference
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.reference import images_sha256
+from ditbench.harness.samples.samples import Samples
 
 BATCH = 512
 

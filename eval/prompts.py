@@ -20,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from ditbench.eval.base import Prompt
 from ditbench.eval.data import PROMPTS, names_of, need_file
 from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.samples.samples import Prompt
 
 TEXT_FIELDS = ("prompt_en", "prompt", "text", "caption")
 

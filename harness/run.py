@@ -16,14 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ditbench.eval.base import (
-    Evidence,
-    PerSample,
-    Samples,
-    evaluate_samples,
-    known_metrics,
-    plugin_sources,
-)
+from ditbench.eval.base import Evidence, PerSample, evaluate_samples, known_metrics, plugin_sources
 from ditbench.eval.needs import lacking, offered
 from ditbench.harness.build.build import build, clock_of
 from ditbench.harness.calibration.recording import Calibration, calibrate
@@ -38,7 +31,8 @@ from ditbench.harness.measurement.latency import kind_of, measure
 from ditbench.harness.measurement.layer_errors import ErrorAtlas, error_atlas, layer_table
 from ditbench.harness.measurement.parity import layer_parity
 from ditbench.harness.models.base import LoadedModel
-from ditbench.harness.quant.accounting import account, count_macs
+from ditbench.harness.models.macs import count_macs
+from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.steps import step_ranges
@@ -46,6 +40,7 @@ from ditbench.harness.quant.target import Target
 from ditbench.harness.records import record, sample_values, tracking
 from ditbench.harness.records.environment import environment
 from ditbench.harness.records.record import Record
+from ditbench.harness.samples.samples import Samples
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.loaded import judge_in, left_alone, model_of, reference_of
 

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ditbench.harness.backends.base import known_backends
 from ditbench.harness.bench.timing import synchronize
 from ditbench.harness.build.build import quant_layers
-from ditbench.harness.models.base import Conditions, LoadedModel, Sampler
+from ditbench.harness.models.base import LoadedModel, Sampler
+from ditbench.harness.samples.conditions import Conditions
 
 LAYERS, STEP = "quantized layers", "step"
 REST, OUTSIDE = "transforms, scales, bias, low rank", "outside the quantized layers"

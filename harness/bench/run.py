@@ -27,7 +27,7 @@ from ditbench.harness.records.environment import environment
 from ditbench.harness.run import say
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
-from ditbench.harness.sweep.launch import composed
+from ditbench.harness.sweep.compose import composed
 
 SCHEMA = 1
 

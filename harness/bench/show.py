@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ditbench.harness.cli.main.listing import table
+from ditbench.harness.common.text_table import table
 
 COLORS = {"eager": "#0072B2", "compiled": "#D55E00"}  # Okabe and Ito's, as in the report
 

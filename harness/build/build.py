@@ -13,7 +13,8 @@ from ditbench.harness.common.memory import trim
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.build.layer import QuantLinear, QuantPatchEmbed, RangedLinear
-from ditbench.harness.build.modulation import block_folds, hang
+from ditbench.harness.build.modulation import hang
+from ditbench.harness.quant.folds import block_folds
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.steps import StepClock, StepTable
 from ditbench.harness.quant.target import Target

@@ -32,7 +32,8 @@ from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.build import cast, clock_of, copy_without, dtype_of, set_submodule
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.build.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed, RangedLinear
-from ditbench.harness.build.modulation import block_folds, hang
+from ditbench.harness.build.modulation import hang
+from ditbench.harness.quant.folds import block_folds
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.serialize import content_sha256, decode, encode
 from ditbench.harness.quant.steps import StepClock

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ditbench.harness.calibration.recording import Calibration, spread
 from ditbench.harness.common.progress import progress
-from ditbench.harness.models.blocks import by_name
+from ditbench.harness.quant.blocks import by_name
 from ditbench.harness.quant.target import Target
 
 MAX_BYTES = 2**30

@@ -14,14 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ditbench.eval.base import Prompt
 from ditbench.harness.build.build import clock_of, float_copy
 from ditbench.harness.common.code_identity import code_identity
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path, cached, canonical_sha256
 from ditbench.harness.common.progress import progress as progress_bar
-from ditbench.harness.models.base import PROMPTS, Conditions, LoadedModel, Sampler
+from ditbench.harness.models.base import LoadedModel, Sampler
 from ditbench.harness.models.calls import Shape, float_dtype, placed, take_apart
+from ditbench.harness.samples.conditions import PROMPTS, Conditions
+from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.samples.seeds import sample_seeds
 
 SECONDS = "seconds"  # metadata of cached files

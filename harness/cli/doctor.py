@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 from collections.abc import Iterable
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from ditbench.harness.cli.main.listing import format_matrix, table
 
+from ditbench.harness.backends.matrix import format_matrix
 from ditbench.harness.common.code_identity import PACKAGES, package_version
 from ditbench.harness.common.paths import options
+from ditbench.harness.common.text_table import table
 from ditbench.harness.measurement.latency import device_name
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.records import tracking
@@ -108,3 +110,12 @@ def _results(results_dir: Path) -> str:
     free = shutil.disk_usage(existing).free / 2**30
     writable = "writable" if os.access(existing, os.W_OK) else "NOT WRITABLE: set results_dir=…"
     return f"{results_dir.resolve()}: {writable}, {free:.1f} GiB free"
+
+
+def command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ditbench doctor", description="What this machine can do.")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"))
+    parser.add_argument("--debug", action="store_true")
+
+    print(examine(parser.parse_args(arguments).results_dir))
+    return 0

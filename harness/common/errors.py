@@ -7,6 +7,9 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+EXIT_USER = 2
+EXIT_FAILED_RUNS = 3
+
 
 class UserError(Exception):
     """Says where, what was expected, what came and what to do. The command line exits with code 2."""

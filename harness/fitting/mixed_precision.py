@@ -36,7 +36,8 @@ from ditbench.harness.fitting.bit_allocation import (
 )
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
-from ditbench.harness.quant.accounting import account, count_macs, held_parts, layer_bytes
+from ditbench.harness.models.macs import count_macs
+from ditbench.harness.quant.accounting import account, held_parts, layer_bytes
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import FLOAT_BITS, Bits, MixedBits
 from ditbench.harness.quant.steps import range_starts, step_ranges

@@ -26,7 +26,7 @@ from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.type_checks import check_types
 from ditbench.harness.models.base import Correction
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.spec import FORMATS, Bits, bits_of
 from ditbench.harness.quant.target import Target
 
 ENTRY_POINTS = "ditbench.methods"
@@ -103,6 +103,18 @@ def check_bits(name: str, bits: Bits) -> None:
     check = getattr(method(name), "check_bits", None)
     if check is not None:
         check(bits)
+
+
+def formats_of(name: str) -> list[str]:
+    """Of FORMATS, those that the method defines."""
+    defined = []
+    for label in FORMATS:
+        try:
+            check_bits(name, bits_of(label))
+            defined.append(label)
+        except UserError:
+            continue
+    return defined
 
 
 def check_state(name: str, state: Any) -> None:

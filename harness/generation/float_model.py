@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ditbench.eval.base import PerSample, Samples
+from ditbench.eval.base import PerSample
 from ditbench.eval.passport import SCORED_BY
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.common.code_identity import code_identity
@@ -19,6 +19,7 @@ from ditbench.harness.common.files import cached, canonical_sha256, read_json, w
 from ditbench.harness.generation.generate import conditions, generate, load_samples, save_samples
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.records import sample_values
+from ditbench.harness.samples.samples import Samples
 from ditbench.harness.stages.config import RunConfig
 
 SEED_STRIDE = 1_000_003  # extra seeds lie far from the seeds that users give

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ditbench.eval.base import Prompt, Samples
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path
 from ditbench.harness.common.progress import progress as progress_bar
-from ditbench.harness.models.base import PROMPTS, Conditions, Correction, LoadedModel, Sampler
+from ditbench.harness.models.base import Correction, LoadedModel, Sampler
+from ditbench.harness.samples.conditions import PROMPTS, Conditions
+from ditbench.harness.samples.samples import Prompt, Samples
 from ditbench.harness.samples.seeds import sample_seeds
 
 

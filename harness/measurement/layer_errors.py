@@ -19,7 +19,7 @@ from ditbench.harness.build.build import build, clock_of, quant_layers
 from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.calibration.recording import Calibration, spread
 from ditbench.harness.common.files import atomic_path
-from ditbench.harness.models.blocks import tokens_of
+from ditbench.harness.quant.blocks import tokens_of
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.target import Target
 

@@ -18,13 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ditbench.eval.base import Prompt
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import tensors_sha256
-from ditbench.harness.models.blocks import BlockCall
 from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.models.zoo import WEIGHTS
+from ditbench.harness.quant.blocks import BlockCall
 from ditbench.harness.quant.target import Site, Target, is_linear_map
+from ditbench.harness.samples.conditions import Conditions
 
 OnCall = Callable[[int, dict[str, Any]], None]  # step, arguments of the transformer's call
 
@@ -74,25 +74,6 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"protocol.steps must be at least 1, got {self.steps}")
-
-
-LABELS, PROMPTS = "labels", "prompts"  # what a family is told to draw
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What is to be drawn, one row per sample: class labels or prompts. seeds: noise does not depend on the batch size."""
-
-    seeds: tuple[int, ...]
-    labels_N: Tensor | None = None
-    prompts: tuple[Prompt, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def rows(self, start: int, stop: int) -> Conditions:
-        labels_N = None if self.labels_N is None else self.labels_N[start:stop]
-        return Conditions(self.seeds[start:stop], labels_N, self.prompts[start:stop])
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.models.base import PROMPTS, Conditions, Correction, Drawn, OnCall, Sampler
-from ditbench.harness.models.blocks import BlockCall, OneStream, by_name
+from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
 from ditbench.harness.models.calls import float_dtype, placed
 from ditbench.harness.models.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
 from ditbench.harness.models.transformer_only import TransformerOnly, random_transformer
+from ditbench.harness.quant.blocks import BlockCall, OneStream, by_name
 from ditbench.harness.quant.target import Site
+from ditbench.harness.samples.conditions import PROMPTS, Conditions
 
 
 def no_sites(transformer: nn.Module) -> list[Site]:
@@ -171,7 +172,7 @@ class PipelineFamily:
 
     @staticmethod
     def _any_prompts(count: int):
-        from ditbench.eval.base import Prompt
+        from ditbench.harness.samples.samples import Prompt
 
         return (Prompt("a red circle"),) * count
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ditbench.harness.cli.main.listing import table as text_table
 
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.paths import PAPERS
+from ditbench.harness.common.text_table import table as text_table
 
 CONFIDENCES = {
     "primary": "text of the paper or the README of the method itself",

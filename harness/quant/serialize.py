@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditbench.harness.build.modulation import BlockFolds, RowFold
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import canonical_sha256, tensors_sha256
+from ditbench.harness.quant.folds import BlockFolds, RowFold
 from ditbench.harness.quant.packing import pack, unpack
 from ditbench.harness.quant.quantizers import ActQuant, Levels, LogSqrt2Quant, LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank

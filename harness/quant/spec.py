@@ -16,6 +16,7 @@ INT, E4M3 = "int", "e4m3"
 NUMBERS = (INT, E4M3)
 E4M3_MAX = 448
 FP8 = "fp8"  # the label of e4m3 on both sides
+FORMATS = ("W8A8", "FP8", "W6A6", "W4A8", "W4A4", "W3A4", "W8A16", "W4A16")  # what tables of formats show
 GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
 _LABEL = re.compile(r"^w(\d+)a(\d+)$")
 
@@ -178,3 +179,12 @@ def needs_integers(who: str, *specs: QuantSpec | None) -> None:
         raise UserError(
             f"{who} is about integer codes, and bits=fp8 has none; take integers such as w8a8, or another method"
         )
+
+
+def bits_of(label: str) -> Bits:
+    """A format in the default granularity: per channel, per token dynamic, symmetric."""
+    weight, act, number = parse_label(label)
+    return Bits(
+        QuantSpec(weight, "per_channel", number=number) if weight < FLOAT_BITS else None,
+        QuantSpec(act, "per_token", dynamic=True, number=number) if act < FLOAT_BITS else None,
+    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ditbench.harness.models.blocks import BlockCall, OneStream
+from ditbench.harness.quant.blocks import BlockCall, OneStream
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ditbench.eval.base import PerSample, Samples
+from ditbench.eval.base import PerSample
 from ditbench.harness.common.files import atomic_path, canonical_sha256
+from ditbench.harness.samples.samples import Samples
 
 FILE = "per_sample.npz"
 

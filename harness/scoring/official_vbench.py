@@ -28,13 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from ditbench.eval.base import Samples
 from ditbench.eval.passport import passport
 from ditbench.eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Interval, mean_with_ci, share_with_ci
 from ditbench.eval.weights import data_folder, offline, weights_folder
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import file_sha256
 from ditbench.harness.records.record import Record, add_metric, experiment_folder, read, read_all
+from ditbench.harness.samples.samples import Samples
 
 VBENCH = "0.1.5"
 REQUIREMENTS = Path(__file__).with_name("vbench_requirements.txt")

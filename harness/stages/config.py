@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from ditbench.eval.base import Prompt, known_metrics
+from ditbench.eval.base import known_metrics
 from ditbench.harness.backends.base import AUTO, known_backends
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.type_checks import check_types
 from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import ModelSpec, Sampler, family
 from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
+from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.stages.prompt_sets import load_prompts
 
 # What can change a number; everything else (where results go, who is told) cannot.

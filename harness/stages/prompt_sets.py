@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from ditbench.eval.base import Prompt
 from ditbench.harness.models.zoo import shapes
+from ditbench.harness.samples.samples import Prompt
 
 CALIBRATION_SEED = 1  # drawn anew; of the kinds that have a dozen captions in all, some are those that are scored
 MANY = 240

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.paths import CONF, options
@@ -69,3 +74,43 @@ def _choices(override: Override) -> list[str]:
     if isinstance(value, ChoiceSweep):
         return [str(item) for item in value.list]
     return [str(value)] if isinstance(value, (str, int)) else []
+
+
+def composed(jobs: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
+    """The resolved configuration that each job's overrides make; nothing is run.
+
+    Raises:
+        UserError: a choice, override or value that cannot be used.
+    """
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"), hydra_errors_explained():
+        made = []
+        for overrides in map(list, jobs):
+            check_overrides(overrides)
+            config = hydra.compose("config", overrides)
+            made.append(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        return made  # type: ignore[return-value]
+
+
+@contextmanager
+def hydra_errors_explained() -> Iterator[None]:
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explained(error) from error
+
+
+def _explained(error: Exception) -> UserError:
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for cause in chain:
+        node, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
+        if node is not None and key is not None and "not in struct" in str(cause):
+            section = getattr(cause, "full_key", key).rpartition(".")[0]
+            return unknown_name(f"setting of {section}" if section else "setting", str(key), map(str, node))
+        if isinstance(cause, OverrideParseException):
+            return not_an_override(cause)
+        if str(cause).startswith("Ambiguous value for argument"):
+            return UserError(f"{str(cause).splitlines()[0]}: add -m to sweep over it, or write name=[a,b] for a list")
+    return UserError(str(chain[-1]).strip().split("\n")[0] or str(error).split("\n")[0])

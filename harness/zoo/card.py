@@ -23,7 +23,7 @@ def scores_of(name: str, folder: Path, metrics: list[str], n: int) -> dict[str, 
     from ditbench.harness.generation.generate import conditions, generate
     from ditbench.harness.models.base import load_model
     from ditbench.harness.stages.config import parse
-    from ditbench.harness.sweep.launch import composed
+    from ditbench.harness.sweep.compose import composed
 
     (raw,) = composed([[f"model={name}", f"model.source={folder}", "method=fp"]])
     config = parse(raw)

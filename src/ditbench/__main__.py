@@ -1,6 +1,6 @@
 """`python -m ditbench`, the same as the command `ditbench`."""
 
-from ditbench.harness.cli.main import entry
+from ditbench.harness.cli import entry
 
 if __name__ == "__main__":
     entry()

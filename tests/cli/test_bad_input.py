@@ -382,7 +382,7 @@ def assert_short(outcome, *words: str) -> None:
 
 
 def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from ditbench.harness.cli.main import entry; entry()"
+    code = "from ditbench.harness.cli import entry; entry()"
     root = str(Path(__file__).resolve().parents[2])
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],

@@ -8,13 +8,13 @@ import json
 
 import pytest
 import torch
-from ditbench.harness.cli.main.listing import example_recipe
-from ditbench.harness.cli.main.parity_check import Row, worst_psnr_db
 
 from ditbench.harness.backends import onednn_int8, vnni
 from ditbench.harness.backends.base import choose
+from ditbench.harness.backends.matrix import example_recipe
 from ditbench.harness.bench.timing import interleaved
 from ditbench.harness.cli import main
+from ditbench.harness.cli.parity import Row, worst_psnr_db
 from ditbench.harness.measurement.parity import differences
 
 CPU = torch.device("cpu")
@@ -142,9 +142,7 @@ def test_a_kernel_agrees_within_the_limits_of_its_format(label, relative, psnr_d
 @needs_real
 def test_parity_without_formats_takes_those_of_the_method(ditbench, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        "ditbench.harness.cli.main.parity_check.rows_of", lambda config: asked.append(config.bits.label) or []
-    )
+    monkeypatch.setattr("ditbench.harness.cli.parity.rows_of", lambda config: asked.append(config.bits.label) or [])
     for name, more in (("rtn", {"FP8"}), ("ptq4dit", set())):
         asked.clear()
         outcome = ditbench("parity", *SMALL, f"method={name}", f"results_dir={tmp_path}")

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import yaml
 
-from ditbench.harness.cli.main import listing
+from ditbench.harness.cli import list as listing
 
 COMMANDS = (
     *("run", "report", "compare", "export", "list", "paper", "reproduce", "parity", "bench", "check-method", "data"),
@@ -94,7 +94,7 @@ def test_the_doctor_reports_on_every_part(ditbench, tmp_path):
 
 
 def test_the_doctor_says_how_to_get_what_is_missing(ditbench, monkeypatch, tmp_path):
-    from ditbench.harness.cli.main import doctor
+    from ditbench.harness.cli import doctor
 
     monkeypatch.setattr(doctor, "WEIGHTS", tmp_path)
     monkeypatch.setattr(doctor, "package_version", lambda name: None)

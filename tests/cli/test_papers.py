@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from ditbench.harness.papers.reported.reproduce import rows, verdicts
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import PAPERS
 from ditbench.harness.fitting import registry
 from ditbench.harness.papers import reported
 from ditbench.harness.papers.reported import reproduce
+from ditbench.harness.papers.reproduce import rows, verdicts
 from ditbench.harness.records.record import Record
 
 TINY = (

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from ditbench.eval.base import Evidence, FeatureModel, Reference, Samples
+from ditbench.eval.base import Evidence, FeatureModel, Reference
 from ditbench.harness.models.zoo.judge import FEATURE_WIDTH, Judge
+from ditbench.harness.samples.samples import Samples
 
 
 @pytest.fixture(autouse=True)

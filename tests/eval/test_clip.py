@@ -10,8 +10,9 @@ from PIL import Image
 from sklearn.metrics.pairwise import rbf_kernel
 
 from ditbench.eval import clip, clip_metrics, resampling
-from ditbench.eval.base import Evidence, Prompt, Reference, Samples, evaluate, known_metrics
+from ditbench.eval.base import Evidence, Reference, evaluate, known_metrics
 from ditbench.eval.statistics import resampled_rows
+from ditbench.harness.samples.samples import Prompt, Samples
 
 CLIP_METRICS = ["clip_iqa", "clipscore_b32", "clipscore_l14", "cmmd", "cmmd_float"]
 WORDS = ["a", "red", "blue", "cat", "dog", "on", "the", "roof", "Good", "Bad", "photo", "."]

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ditbench.eval import collapse
-from ditbench.eval.base import Evidence, Samples, evaluate
+from ditbench.eval.base import Evidence, evaluate
 from ditbench.eval.collapse import alarmed, alarms
+from ditbench.harness.samples.samples import Samples
 
 N, FRAMES, SIDE = 10, 6, 32
 

@@ -8,9 +8,10 @@ import torch
 from scipy import linalg
 
 from ditbench.eval import features, libraries
-from ditbench.eval.base import Reference, Samples, evaluate, known_metrics
+from ditbench.eval.base import Reference, evaluate, known_metrics
 from ditbench.eval.features import judge_pair, outputs
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.samples.samples import Samples
 
 JUDGE_METRICS = [
     "clean_fid/fid_judge", "clean_fid/kid_judge", "torch_fidelity/fid_judge", "torch_fidelity/is_judge",

@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy.ndimage import correlate1d
 
-from ditbench.eval.base import Evidence, Samples, evaluate, known_metrics
+from ditbench.eval.base import Evidence, evaluate, known_metrics
+from ditbench.harness.samples.samples import Samples
 
 
 def value(name: str, evidence: Evidence) -> float:

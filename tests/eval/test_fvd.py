@@ -9,11 +9,12 @@ from scipy.linalg import sqrtm
 from torch import nn
 
 from ditbench.eval import fvd
-from ditbench.eval.base import Evidence, Samples, evaluate, known_metrics
+from ditbench.eval.base import Evidence, evaluate, known_metrics
 from ditbench.eval.data import find_data
 from ditbench.eval.passport import FLOAT_MODEL
 from ditbench.eval.resampling import frechet_of_pairs
 from ditbench.eval.statistics import resampled_rows
+from ditbench.harness.samples.samples import Samples
 
 N, FRAMES, WIDTH = 9, 12, 5
 

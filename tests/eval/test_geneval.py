@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from ditbench.eval import geneval, geneval_detector
-from ditbench.eval.base import Evidence, Prompt, Samples, evaluate, known_metrics
+from ditbench.eval.base import Evidence, evaluate, known_metrics
 from ditbench.eval.geneval import Found, follows, relations
 from ditbench.eval.geneval_detector import CLASSES, CLIP_LARGE, COLOURS, DETECTOR, Instance, instances, kept
 from ditbench.harness.models.zoo.shapes import KINDS
+from ditbench.harness.samples.samples import Prompt, Samples
 
 NAMES = ["geneval/overall", *(f"geneval/{kind}" for kind in KINDS)]
 CAT, DOG = {"class": "cat", "count": 1}, {"class": "dog", "count": 1}

@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
-from ditbench.eval.base import Evidence, Prompt, Samples, evaluate
+from ditbench.eval.base import Evidence, evaluate
 from ditbench.eval.geneval import Found, follows, read_shapes, relations
 from ditbench.harness.models.zoo.shapes import KINDS, Object, Scene, draw_scene, random_caption, render
+from ditbench.harness.samples.samples import Prompt, Samples
 
 PLACES = {"nw": (4, 4), "ne": (28, 4), "sw": (4, 28), "se": (28, 28)}
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ditbench.eval import image_reward
-from ditbench.eval.base import Evidence, MetricSkipped, Prompt, Samples, evaluate
+from ditbench.eval.base import Evidence, MetricSkipped, evaluate
+from ditbench.harness.samples.samples import Prompt, Samples
 
 
 @pytest.fixture

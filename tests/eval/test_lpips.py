@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from ditbench.eval import lpips
-from ditbench.eval.base import Evidence, Samples, evaluate, known_metrics
+from ditbench.eval.base import Evidence, evaluate, known_metrics
 from ditbench.eval.weights import Upstream
+from ditbench.harness.samples.samples import Samples
 
 METRICS = ["lpips_alex", "lpips_vgg"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ditbench.eval.base import Evidence, Prompt, Samples, evaluate
+from ditbench.eval.base import Evidence, evaluate
 from ditbench.eval.motion_shapes import has_the_scene, is_as_fast_as_asked, moves_as_asked, shows_object
 from ditbench.harness.models.zoo import shapes
 from ditbench.harness.models.zoo.shapes import (
@@ -22,6 +22,7 @@ from ditbench.harness.models.zoo.shapes import (
     random_motion,
     render,
 )
+from ditbench.harness.samples.samples import Prompt, Samples
 
 FRAMES, SIDE = 8, 24
 ASKED = Motion(Wanted("circle", "red"), "right", "slowly", "dark").about

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ditbench.eval import needs
-from ditbench.eval.base import Evidence, Prompt, Samples, evaluate, known_metrics, metric
+from ditbench.eval.base import Evidence, evaluate, known_metrics, metric
+from ditbench.harness.samples.samples import Prompt, Samples
 
 KNOWN_ONLY_FROM_THE_SAMPLES = (
     "a metric of images",

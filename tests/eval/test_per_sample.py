@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ditbench.eval.base import Evidence, Prompt, Samples, evaluate_samples
+from ditbench.eval.base import Evidence, evaluate_samples
 from ditbench.eval.statistics import WILSON, WILSON_OF_GROUPS
 from ditbench.harness.models.zoo import shapes
+from ditbench.harness.samples.samples import Prompt, Samples
 
 CATEGORIES = ("colors", "colors", "colors", "single_object", "counting", "counting")
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from ditbench.eval.base import Prompt
 from ditbench.eval.prompts import load_prompts
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.samples.samples import Prompt
 
 
 def written(folder, name, content):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from ditbench.eval.base import Prompt, Samples
 from ditbench.eval.statistics import WILSON
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import save_samples
 from ditbench.harness.records.record import Record, add_metric, read, write
+from ditbench.harness.samples.samples import Prompt, Samples
 from ditbench.harness.scoring import official_vbench
 
 FRAMES, FPS = 6, 12.5

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ditbench.eval import vbench_style, video_judges, video_motion, video_text
-from ditbench.eval.base import Evidence, Prompt, Samples, evaluate, known_metrics
+from ditbench.eval.base import Evidence, evaluate, known_metrics
 from ditbench.eval.flow import Flow
 from ditbench.eval.video_judges import CLIP, CLIP_LARGE, DINO
+from ditbench.harness.samples.samples import Prompt, Samples
 
 N, FRAMES, SIDE = 4, 8, 32
 VIDEO_METRICS = [name for name in known_metrics() if name.startswith("vbench_style/")] + [

@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from ditbench.eval.base import Samples
 from ditbench.harness.build.build import build
 from ditbench.harness.build.export import save_quantized
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting import registry
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import LoadedModel, Sampler
-from ditbench.harness.quant.accounting import account, count_macs
+from ditbench.harness.models.macs import count_macs
+from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.target import Target
+from ditbench.harness.samples.samples import Samples
 
 
 @dataclass(frozen=True)

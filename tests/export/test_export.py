@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ditbench.harness.cli.main.listing import bits_of
 from safetensors.torch import load_file
 
 from ditbench.harness.build.build import quant_layers
@@ -13,7 +12,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import DYNAMIC, SMALL_DIT, STATIC
 from ditbench.harness.models.base import ModelSpec, load_model
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
-from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.spec import Bits, QuantSpec, bits_of
 from ditbench.harness.quant.transforms import Rotation, Transform
 
 GROUPS = Bits(

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 sys.path.append(str(Path(__file__).parent.parent / "models"))
 from small_pipelines import SIZES, SMALL
 
-from ditbench.eval.base import Prompt
 from ditbench.harness.build.export import TENSORS, load_quantized
 from ditbench.harness.calibration.recording import calibrate
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import ModelSpec, Sampler, load_model
 from ditbench.harness.models.calls import placed
+from ditbench.harness.samples.samples import Prompt
 
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"))
 STEPS = 3

@@ -3,13 +3,13 @@
 from itertools import product
 
 import pytest
-from ditbench.harness.sweep.launch.compose import register
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.stages.config import parse
+from ditbench.harness.sweep.compose import register
 
 ABLATIONS = sorted(path.stem for path in (CONF / "experiment").glob("*_ablation.yaml"))
 

@@ -6,7 +6,6 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
-from ditbench.harness.cli.main.listing import bits_of
 
 from ditbench.harness.build.build import build
 from ditbench.harness.common.errors import UserError
@@ -18,7 +17,7 @@ from ditbench.harness.fitting.conformance import (
     relative_error,
     transforms_are_exact,
 )
-from ditbench.harness.quant.spec import QuantSpec
+from ditbench.harness.quant.spec import QuantSpec, bits_of
 
 METHODS = list(registry.known_methods())
 

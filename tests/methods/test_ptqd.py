@@ -7,7 +7,6 @@ import torch
 from diffusers import DDPMScheduler
 from small_pipelines import SIZES, SMALL
 
-from ditbench.eval.base import Prompt
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.calibration.recording import calibrate
 from ditbench.harness.common.errors import UserError
@@ -19,6 +18,7 @@ from ditbench.harness.models.base import Correction, LoadedModel, ModelSpec, Sam
 from ditbench.harness.models.families.dit import CorrectedDDPM
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.steps import StepClock
+from ditbench.harness.samples.samples import Prompt
 from ditbench.methods import ptqd, rtn
 from ditbench.methods.ptqd import Params, correct_step, correct_variance, error_statistics, noise_estimates
 

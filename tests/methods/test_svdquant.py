@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from ditbench.harness.build.build import build, float_copy, quant_layers
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
-from ditbench.harness.quant.accounting import account, count_macs
+from ditbench.harness.models.macs import count_macs
+from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.gptq import gptq
 from ditbench.harness.quant.quantizers import activation_affine, quantize_weight
 from ditbench.harness.quant.spec import Bits, QuantSpec

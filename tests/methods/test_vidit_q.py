@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ditbench.harness.sweep.launch.compose import register
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -17,6 +16,7 @@ from ditbench.harness.quant.hadamard import hadamard
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.transforms import Hadamard, Transform, random_signs
+from ditbench.harness.sweep.compose import register
 from ditbench.methods import vidit_q
 from ditbench.methods.vidit_q import Params, bit_plan
 

@@ -9,7 +9,6 @@ import torch
 import yaml
 from small_pipelines import SMALL
 
-from ditbench.eval.base import Prompt
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.calibration.recording import calibrate
 from ditbench.harness.common.paths import CONF
@@ -20,6 +19,7 @@ from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.smoothing import place
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.transforms import Transform
+from ditbench.harness.samples.samples import Prompt
 
 PAGE = CONF.parent / "docs" / "add-a-model.md"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="not a source checkout")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.models.blocks import NotInLine, OneStream, TwoStreams, by_name, tokens_of
+from ditbench.harness.quant.blocks import NotInLine, OneStream, TwoStreams, by_name, tokens_of
 
 TEXT, IMAGE = torch.ones(2, 3, 4), torch.zeros(2, 5, 4)
 

@@ -12,9 +12,10 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from ditbench.harness.common.paths import CONF
-from ditbench.harness.models.base import PROMPTS, ModelSpec, family
+from ditbench.harness.models.base import ModelSpec, family
+from ditbench.harness.samples.conditions import PROMPTS
 from ditbench.harness.stages.config import RunConfig, parse
-from ditbench.harness.sweep.launch import compose
+from ditbench.harness.sweep import compose
 from ditbench.harness.zoo import trainable
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if not path.stem.startswith("_"))

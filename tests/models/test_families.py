@@ -7,19 +7,19 @@ import torch
 from small_pipelines import SIZES, SMALL
 from torch import Tensor
 
-from ditbench.eval.base import Prompt
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.calibration.block_stream import BlockStream
 from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
-from ditbench.harness.models.blocks import NotInLine
+from ditbench.harness.quant.blocks import NotInLine
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.smoothing import place
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Target
 from ditbench.harness.quant.transforms import Transform
+from ditbench.harness.samples.samples import Prompt
 
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"), Prompt("a cross above a white triangle"))
 STEPS = 2

@@ -8,12 +8,12 @@ import pytest
 import torch
 from small_pipelines import SIZES, SMALL
 
-from ditbench.eval.base import Prompt
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.calibration.channel_statistics import channel_stats
 from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
 from ditbench.harness.quant.target import TableRows, Target
+from ditbench.harness.samples.samples import Prompt
 
 STRESS = {"channels": 3, "log2_factor": 6, "seed": 0}
 

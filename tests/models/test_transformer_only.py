@@ -8,8 +8,9 @@ import yaml
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import CONF
-from ditbench.harness.models.base import Conditions, ModelSpec, Sampler, family, load_model
+from ditbench.harness.models.base import ModelSpec, Sampler, family, load_model
 from ditbench.harness.models.transformer_only import TransformerOnly
+from ditbench.harness.samples.conditions import Conditions
 
 SIZES = {  # parameters of the transformer alone, in units of 10⁹
     "pixart-xl-2-1024-random": 0.61,

@@ -82,9 +82,7 @@ def python(installed, tmp_path) -> Callable[..., subprocess.CompletedProcess[str
 
 @pytest.fixture
 def ditbench(python) -> Callable[..., subprocess.CompletedProcess[str]]:
-    return lambda *arguments, **kwargs: python(
-        "from ditbench.harness.cli.main import entry; entry()", *arguments, **kwargs
-    )
+    return lambda *arguments, **kwargs: python("from ditbench.harness.cli import entry; entry()", *arguments, **kwargs)
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def test_the_command_is_declared(wheel):
         (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
         parser = configparser.ConfigParser()
         parser.read_string(archive.read(file).decode())
-    assert parser["console_scripts"]["ditbench"] == "ditbench.harness.cli.main:entry"
+    assert parser["console_scripts"]["ditbench"] == "ditbench.harness.cli:entry"
 
 
 def test_an_installed_ditbench_lists_its_models_from_another_directory(ditbench, python, installed):

@@ -7,7 +7,8 @@ from torch import nn
 from ditbench.harness.backends import simulate
 from ditbench.harness.build.build import build
 from ditbench.harness.fitting.rounding import nearest
-from ditbench.harness.quant.accounting import account, count_macs, stored_bytes
+from ditbench.harness.models.macs import count_macs
+from ditbench.harness.quant.accounting import account, stored_bytes
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight, static_quant
 from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec

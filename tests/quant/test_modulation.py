@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ditbench.harness.build.modulation import block_folds, hang
+from ditbench.harness.build.modulation import hang
+from ditbench.harness.quant.folds import block_folds
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.steps import StepClock, StepTable
 from ditbench.harness.quant.target import Site, TableRows, Target

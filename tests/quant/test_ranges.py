@@ -20,7 +20,8 @@ from ditbench.harness.measurement import latency
 from ditbench.harness.measurement.layer_errors import error_atlas, layer_table
 from ditbench.harness.measurement.parity import layer_parity
 from ditbench.harness.models.base import ModelSpec, load_model
-from ditbench.harness.quant.accounting import account, count_macs, layer_bytes, stored_bytes
+from ditbench.harness.models.macs import count_macs
+from ditbench.harness.quant.accounting import account, layer_bytes, stored_bytes
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.steps import StepClock, range_starts, step_ranges

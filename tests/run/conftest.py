@@ -11,7 +11,7 @@ import pytest
 
 from ditbench.harness.cli import main
 from ditbench.harness.fitting import registry
-from ditbench.harness.sweep.launch import compose
+from ditbench.harness.sweep import compose
 
 TINY = (
     "model=tiny-dit",

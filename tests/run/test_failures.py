@@ -237,7 +237,7 @@ def test_a_killed_run_leaves_no_record_and_the_next_start_cleans_up(run, tiny, t
     code = (
         "import sys, time\n"
         "from harness import run\n"
-        "from ditbench.harness.cli.main import main\n"
+        "from ditbench.harness.cli import main\n"
         "def hang(*args, **kwargs):\n"
         "    print('hanging', flush=True)\n"
         "    time.sleep(600)\n"

@@ -16,7 +16,7 @@ from ditbench.harness.run import identity
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.prompt_sets import load_prompts
-from ditbench.harness.sweep.launch import compose
+from ditbench.harness.sweep import compose
 
 BASE = ("method=smoothquant", "bits=w4a8")
 

@@ -12,7 +12,7 @@ from ditbench.harness.backends import onednn_int8
 from ditbench.harness.build.export import RECIPE, TENSORS
 from ditbench.harness.cli import main
 from ditbench.harness.fitting import mixed_precision
-from ditbench.harness.quant.accounting import count_macs
+from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.loaded import model_of

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ditbench.eval.base import Prompt, Samples
 from ditbench.harness.generation.generate import load_samples, save_animation, save_grid, save_samples
+from ditbench.harness.samples.samples import Prompt, Samples
 
 FRAMES, SIDE = 6, 8
 

@@ -8,10 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
-from ditbench.harness.cli.main.listing import example_recipe
 
 import ditbench
 from ditbench.harness.backends.base import choose
+from ditbench.harness.backends.matrix import example_recipe
 
 FIELDS = {
     "schema": int,

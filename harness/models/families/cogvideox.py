@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from ditbench.harness.models.blocks import TwoStreams
 from ditbench.harness.models.prompted import PipelineFamily
 from ditbench.harness.models.samplers import PIPELINE
 from ditbench.harness.models.sites import QKV, chunk, reads, values
+from ditbench.harness.quant.blocks import TwoStreams
 from ditbench.harness.quant.target import Site
 
 VIDEO, TEXT = (0, 1), (3, 4)  # chunks of (shift, scale)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import pipeline_without
-from ditbench.harness.models.base import LABELS, Conditions, Correction, Drawn, OnCall, Sampler
-from ditbench.harness.models.blocks import OneStream
+from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
 from ditbench.harness.models.samplers import CorrectedDDPM
+from ditbench.harness.quant.blocks import OneStream
 from ditbench.harness.quant.target import AdaLNRows, Site, ValueRows
+from ditbench.harness.samples.conditions import LABELS, Conditions
 
 BLOCKS = "transformer_blocks"
 FLOAT_IN_BLOCKS = r"norm1\."  # the adaLN linear and the embedders that diffusers keeps per block

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from ditbench.harness.models.blocks import TwoStreams
 from ditbench.harness.models.prompted import PipelineFamily
 from ditbench.harness.models.sites import chunk, reads, values
+from ditbench.harness.quant.blocks import TwoStreams
 from ditbench.harness.quant.target import Site
 
 ATTENTION, FEED_FORWARD = (0, 1), (3, 4)  # chunks of (shift, scale)

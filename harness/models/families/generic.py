@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ditbench.harness.models.blocks import NotInLine
 from ditbench.harness.models.prompted import PipelineFamily
+from ditbench.harness.quant.blocks import NotInLine
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditbench.harness.models.blocks import NotInLine
 from ditbench.harness.models.prompted import PipelineFamily
 from ditbench.harness.models.sites import QKV, reads
+from ditbench.harness.quant.blocks import NotInLine
 from ditbench.harness.quant.target import Site
 
 

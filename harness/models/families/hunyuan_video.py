@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ditbench.harness.models.blocks import TwoStreams
 from ditbench.harness.models.families.flux import sites as flux_sites
 from ditbench.harness.models.prompted import PipelineFamily
+from ditbench.harness.quant.blocks import TwoStreams
 from ditbench.harness.quant.target import Site
 
 HEIGHT, WIDTH, FRAMES = 720, 1280, 129  # the pipeline's defaults

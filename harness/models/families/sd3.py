@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ditbench.harness.models.blocks import TwoStreams
 from ditbench.harness.models.prompted import PipelineFamily
 from ditbench.harness.models.sites import chunk, reads, values
+from ditbench.harness.quant.blocks import TwoStreams
 from ditbench.harness.quant.target import Site
 
 ATTENTION, FEED_FORWARD, SECOND = (0, 1), (3, 4), (6, 7)  # chunks of (shift, scale)

@@ -9,16 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ditbench.harness.papers.reported.reproduce.rows import (
+from ditbench.harness.fitting import registry
+from ditbench.harness.papers.reported import Reproduce, Table, row_title
+from ditbench.harness.papers.reproduce.rows import (
     NOT_YET,
     config_method,
     configurations,
     plan_lines,
     reproducible,
 )
-
-from ditbench.harness.fitting import registry
-from ditbench.harness.papers.reported import Reproduce, Table, row_title
 
 LATENT_SHARE = 0.25  # float32 latents of an 8×, 4-channel VAE, in bytes per pixel; the image itself has 3
 GIB = 2**30

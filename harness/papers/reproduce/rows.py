@@ -12,7 +12,7 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.papers import reported
 from ditbench.harness.papers.reported import Reproduce, Row, Table
 from ditbench.harness.stages.config import RunConfig, parse
-from ditbench.harness.sweep.launch import composed
+from ditbench.harness.sweep.compose import composed
 
 # What papers call a method → what it is called here; a name that is not installed is "not in ditbench yet".
 OURS = {

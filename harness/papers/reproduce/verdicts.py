@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ditbench.harness.papers.reported.reproduce.rows import NOT_YET, Line
-
 from ditbench.harness.papers import reported
 from ditbench.harness.papers.reported import Reproduce, Row
+from ditbench.harness.papers.reproduce.rows import NOT_YET, Line
 from ditbench.harness.records.record import Record
 from ditbench.harness.report.compare import value
 from ditbench.harness.report.frame import reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ditbench.harness.records.record import Record
 from ditbench.harness.run import fitted, stage_account, stage_calibrate, stage_mixed
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
-from ditbench.harness.sweep.launch import composed
+from ditbench.harness.sweep.compose import composed
 
 
 @dataclass(frozen=True)
@@ -168,3 +169,24 @@ def _ok(run: Record) -> Record:
 
 def _label(run: Record) -> str:
     return str(run.bits["label"]).lower()
+
+
+def command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ditbench export",
+        description="A quantized transformer as safetensors, for plain diffusers (see docs/export.md).",
+    )
+    parser.add_argument(
+        "wanted",
+        nargs="+",
+        metavar="RUN|EXPERIMENT|key=value",
+        help="runs by id or folder, experiments by name; or a configuration, which is calibrated and quantized now",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; several runs become its subfolders")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
+    parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
+    options = parser.parse_intermixed_args(arguments)
+
+    for exported in export(options.wanted, options.out, options.results_dir):
+        print(exported)
+    return 0

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from ditbench.harness.cli.main.listing import example_recipe, formats_of, table
 from torch import Tensor
 
 from ditbench.harness.backends.base import known_backends
+from ditbench.harness.backends.matrix import example_recipe
 from ditbench.harness.build.build import build
 from ditbench.harness.calibration.recording import float_dtype
-from ditbench.harness.common.errors import UserError
+from ditbench.harness.cli.flags import flags_to_overrides
+from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError
+from ditbench.harness.common.text_table import table
+from ditbench.harness.fitting.registry import formats_of
 from ditbench.harness.measurement.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
 from ditbench.harness.quant.spec import FP8
 from ditbench.harness.run import stage_calibrate, stage_generate, stage_quantize
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
-from ditbench.harness.sweep.launch import composed
+from ditbench.harness.sweep.compose import composed
 
 IMAGES = 4
 ROWS = 2  # of the recorded calls of the middle step
@@ -96,3 +100,17 @@ def worst_psnr_db(pixels: Tensor, expected: Tensor) -> float:
     """The least PSNR of uint8 samples (N, …) against others; infinite where all are the same."""
     error_N = (pixels.double() - expected.double()).square().flatten(1).mean(1)
     return float(-10 * torch.log10(error_N.max() / 255**2))
+
+
+def command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ditbench parity",
+        description="Every real backend here against simulated execution, layer by layer and in images.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, as in ditbench run")
+    parser.add_argument("--formats", nargs="+", default=[], metavar="BITS", help="w8a8 w4a8 …; default: all")
+    options = parser.parse_intermixed_args(flags_to_overrides(arguments))
+
+    text, good = check(options.formats, options.overrides)
+    print(text)
+    return 0 if good else EXIT_FAILED_RUNS

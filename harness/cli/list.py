@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 
-import torch
 import yaml
 
-from ditbench.harness.common.errors import UserError
+from ditbench.harness.backends.matrix import format_matrix
 from ditbench.harness.common.paths import CONF, options
+from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting import registry
-from ditbench.harness.quant.quantizers import ActQuant
-from ditbench.harness.quant.recipe import LayerRecipe
-from ditbench.harness.quant.spec import FLOAT_BITS, FP8, Bits, QuantSpec, all_labels, parse_label
-
-FORMATS = ("W8A8", "FP8", "W6A6", "W4A8", "W4A4", "W3A4", "W8A16", "W4A16")
+from ditbench.harness.quant.spec import FORMATS, FP8, all_labels
 
 
 def list_methods() -> str:
@@ -60,21 +57,6 @@ def list_backends() -> str:
     return table(("backend", "arithmetic", "what"), rows) + "\n\n" + format_matrix()
 
 
-def format_matrix() -> str:
-    from ditbench.harness.backends.base import known_backends
-
-    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    rows: list[Sequence[str]] = []
-    for label in FORMATS:
-        recipe = example_recipe(label)
-        for device in devices:
-            real = [(b, b.unsupported(recipe, device)) for b in known_backends().values() if b.KIND == "measured"]
-            able = [b.NAME for b, why in real if why is None]
-            why = "; ".join(reason for _, reason in real if reason)  # each begins with the backend's name
-            rows.append((label, device.type, ", ".join(able) or "simulated", "" if able else why))
-    return table(("format", "device", "runs on", "why not"), rows)
-
-
 def list_protocols() -> str:
     rows = []
     for path in options("protocol"):
@@ -116,48 +98,19 @@ KINDS: dict[str, Callable[[], str]] = {
 }
 
 
-def bits_of(label: str) -> Bits:
-    """A format in the default granularity: per channel, per token dynamic, symmetric."""
-    weight, act, number = parse_label(label)
-    return Bits(
-        QuantSpec(weight, "per_channel", number=number) if weight < FLOAT_BITS else None,
-        QuantSpec(act, "per_token", dynamic=True, number=number) if act < FLOAT_BITS else None,
-    )
-
-
-def example_recipe(label: str) -> LayerRecipe:
-    from ditbench.harness.quant.quantizers import quantize_weight
-
-    bits = bits_of(label)
-    weight = None if bits.weight is None else quantize_weight(torch.eye(16), bits.weight)
-    return LayerRecipe(weight=weight, act=None if bits.act is None else ActQuant(bits.act))
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(str(line[i])) for line in lines) for i in range(len(header) - 1)]
-    return "\n".join(
-        "  ".join([*(str(cell).ljust(w) for cell, w in zip(line, widths, strict=False)), str(line[-1])]).rstrip()
-        for line in lines
-    )
-
-
-def formats_of(name: str) -> list[str]:
-    """Of FORMATS, those that the method defines."""
-    defined = []
-    for label in FORMATS:
-        try:
-            registry.check_bits(name, bits_of(label))
-            defined.append(label)
-        except UserError:
-            continue
-    return defined
-
-
 def _formats(name: str) -> str:
     if name == registry.FLOAT:
         return "16-bit"
-    defined = formats_of(name)
+    defined = registry.formats_of(name)
     if len(defined) == len(FORMATS):
         return "any"
     return "any integers" if defined == [label for label in FORMATS if label != FP8.upper()] else " ".join(defined)
+
+
+def command(arguments: list[str]) -> int:
+
+    parser = argparse.ArgumentParser(prog="ditbench list", description="What there is to choose from.")
+    parser.add_argument("kind", choices=sorted(KINDS))
+    parser.add_argument("--debug", action="store_true")
+    print(KINDS[parser.parse_args(arguments).kind]())
+    return 0

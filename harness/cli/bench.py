@@ -1,0 +1,33 @@
+"""`ditbench bench`: latency and memory of a denoising step."""
+
+from __future__ import annotations
+
+import argparse
+
+from ditbench.harness.cli.flags import flags_to_overrides
+
+
+def command(arguments: list[str]) -> int:
+    from ditbench.harness.bench import Options, bench, plot, shown
+    from ditbench.harness.bench.others import OTHERS
+
+    usual = Options()
+    parser = argparse.ArgumentParser(
+        prog="ditbench bench", description="Latency and memory of a denoising step against bf16, in one process."
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration: model=… method=…")
+    parser.add_argument("--formats", nargs="+", default=usual.formats, metavar="BITS", help="w8a8 w4a8 …")
+    parser.add_argument("--modes", nargs="+", default=usual.modes, choices=usual.modes)
+    parser.add_argument("--batches", nargs="+", type=int, default=usual.batches, help="rows of one call")
+    parser.add_argument(
+        "--others", nargs="+", default=[], choices=list(OTHERS), help="other libraries' int8 beside ours"
+    )
+    parser.add_argument("--repeats", type=int, default=usual.repeats)
+    options = parser.parse_intermixed_args(flags_to_overrides(arguments))
+    chosen = Options(
+        *(tuple(getattr(options, name)) for name in ("formats", "modes", "batches", "others")), repeats=options.repeats
+    )
+    record, path = bench(chosen, options.overrides)
+    plot(record, path.with_suffix(".html"))
+    print(f"{shown(record)}\n{path}")
+    return 0

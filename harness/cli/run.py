@@ -1,0 +1,17 @@
+"""`ditbench run`: one run or a sweep."""
+
+from __future__ import annotations
+
+from ditbench.harness.cli.flags import flags_to_overrides
+
+
+def command(arguments: list[str]) -> int:
+    """`ditbench run`: compose with Hydra, run every job, print the comparison."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        from ditbench.harness.cli import HELP
+
+        print(HELP)
+        return 0
+    from ditbench.harness.sweep import launch
+
+    return launch(flags_to_overrides(arguments))

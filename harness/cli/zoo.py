@@ -1,0 +1,25 @@
+"""`ditbench zoo`: the embedded models."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def command(arguments: list[str]) -> int:
+    from ditbench.harness.zoo import trainable
+
+    parser = argparse.ArgumentParser(prog="ditbench zoo", description="The embedded models.")
+    parser.add_argument("action", choices=["train"])
+    parser.add_argument("name", choices=sorted(trainable()))
+    parser.add_argument("--out", type=Path, help="folder to write; default: where the shipped weights are")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path(".zoo-checkpoints"), help="an interrupted training resumes"
+    )
+    parser.add_argument("--debug", action="store_true")
+    options = parser.parse_args(arguments)
+    folder, numbers = trainable()[options.name](options.out, options.checkpoints / options.name)
+    for name, value in numbers.items():
+        print(f"{name}: {value}")
+    print(folder)
+    return 0

@@ -1,0 +1,56 @@
+"""What is drawn and scored: prompts, and the images or videos that came of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+class OtherKind(Exception):
+    """Images were asked for where there are videos, or the other way round; a metric of them is skipped with this reason."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file: the text, and what else the file says of it (GenEval's tag and include, VBench's dimension)."""
+
+    text: str
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was generated, as it is saved.
+
+    pixels: uint8 0–255, images (N, H, W, 3) or videos (N, F, H, W, 3). labels_N: int64. latents: float32 (N, …).
+    prompts: one per sample, or none. fps: frames per second of videos.
+    """
+
+    pixels: Tensor
+    labels_N: Tensor | None = None
+    latents: Tensor | None = None
+    prompts: tuple[Prompt, ...] = ()
+    fps: float = 8.0
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def is_video(self) -> bool:
+        return self.pixels.ndim == 5
+
+    @property
+    def images_NHWC(self) -> Tensor:
+        """Raises OtherKind: these are videos."""
+        if self.is_video:
+            raise OtherKind("a metric of images; these are videos")
+        return self.pixels
+
+    @property
+    def videos_NFHWC(self) -> Tensor:
+        """Raises OtherKind: these are images, or videos of one frame."""
+        if not self.is_video or self.pixels.shape[1] < 2:
+            raise OtherKind("a metric of videos; these are images" if not self.is_video else "videos of one frame")
+        return self.pixels
