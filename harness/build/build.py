@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.backends.base import AUTO
-from ditbench.harness.common.memory import trim
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
-from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.build.layer import QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
+from ditbench.harness.common.memory import trim
+from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.folds import block_folds
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.steps import StepClock, StepTable

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 import ditbench
 from ditbench.harness.backends.base import AUTO
-from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import atomic_path, file_sha256
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.build import cast, clock_of, copy_without, dtype_of, set_submodule
-from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.build.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import atomic_path, file_sha256
+from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.folds import block_folds
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.serialize import content_sha256, decode, encode

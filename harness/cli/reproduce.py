@@ -19,7 +19,7 @@ def command(arguments: list[str]) -> int:
     )
     parser.add_argument("--plan", action="store_true", help="only say what it needs; nothing is loaded or run")
     options = parser.parse_intermixed_args(flags_to_overrides(arguments))
-    from ditbench.harness.papers.reported import reproduce
+    from ditbench.harness.papers import reproduce
 
     if options.plan:
         print(reproduce.plan(options.name, options.model, options.overrides))

@@ -8,10 +8,10 @@ from ditbench.harness.cli.flags import flags_to_overrides
 def command(arguments: list[str]) -> int:
     """`ditbench run`: compose with Hydra, run every job, print the comparison."""
     if any(argument in ("-h", "--help") for argument in arguments):
-        from ditbench.harness.cli import HELP
+        from ditbench.harness.cli.command_line import HELP
 
         print(HELP)
         return 0
-    from ditbench.harness.sweep import launch
+    from ditbench.harness.sweep.launch import launch
 
     return launch(flags_to_overrides(arguments))

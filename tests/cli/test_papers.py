@@ -12,8 +12,7 @@ import yaml
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import PAPERS
 from ditbench.harness.fitting import registry
-from ditbench.harness.papers import reported
-from ditbench.harness.papers.reported import reproduce
+from ditbench.harness.papers import reported, reproduce
 from ditbench.harness.papers.reproduce import rows, verdicts
 from ditbench.harness.records.record import Record
 

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", "__pycache__", ".*_cache", "runs", "cache", "build", "dist", "node_modules", ".zoo-checkpoints"
+    ".git", ".venv", "__pycache__", ".*_cache", "runs", "cache", "dist", "node_modules", ".zoo-checkpoints"
 )
 
 

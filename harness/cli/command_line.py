@@ -1,0 +1,84 @@
+"""The command line: `ditbench COMMAND`; each command is a file of this folder with `command(arguments) -> exit code`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+
+from ditbench.harness import cli
+from ditbench.harness.common.errors import EXIT_USER, UserError, of_the_system, unknown_name
+
+HELP = """\
+ditbench: one protocol for post-training quantization of diffusion transformers.
+
+  ditbench run method=smoothquant bits=w4a8 model=tiny-dit       one run
+  ditbench run -m method=rtn,smoothquant,quarot bits=w8a8,w4a4   a sweep (every combination)
+  ditbench run experiment=demo                                   a sweep from conf/experiment/
+  ditbench report --format html                                  tables and plots of what was recorded
+  ditbench compare EXPERIMENT --metric psnr                      paired tests between methods, prompt by prompt
+  ditbench export RUN|EXPERIMENT --out FOLDER                    a quantized transformer that plain diffusers can load
+  ditbench list methods|models|metrics|prompts|…                 what there is
+  ditbench paper list|show NAME                                  numbers as papers report them, with their sources
+  ditbench reproduce NAME --plan|--model tiny-dit                a paper's table, run here and held against it
+  ditbench parity model=tiny-dit                                 integer kernels held against simulated execution
+  ditbench bench model=dit-xl-2-256-random                       latency and memory against bf16, in one process
+  ditbench check-method NAME                                     does a method keep the contract?
+  ditbench data list|fetch NAME|verify [NAME]                    prompt sets, reference batches and judges of others
+  ditbench vbench RUN_FOLDER|EXPERIMENT                          official VBench on recorded videos, beside the record
+  ditbench doctor                                                what this machine can do, and what is missing
+  ditbench zoo train tiny-dit                                    train an embedded model again
+
+Any value of the configuration can be overridden as name=value, in Hydra's syntax: protocol.n=1000 device=cuda
+method.strength=0.6 generate.batch_size=128. `ditbench run --cfg job` prints the whole configuration.
+Results go to ./results (results_dir=...). A run that is already recorded is skipped; --force runs it again.
+--strict refuses a run, before anything is computed, if one of its metrics would be skipped.
+"""
+OURS = ("command_line", "flags")  # files of this folder that are no commands
+COMMANDS = tuple(m.name.replace("_", "-") for m in pkgutil.iter_modules(cli.__path__) if m.name not in OURS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    debug = "--debug" in rest or "debug=true" in rest
+    try:
+        if command == "--version":
+            import ditbench
+
+            print(f"ditbench {ditbench.__version__}")
+            return 0
+        if command not in COMMANDS:
+            raise unknown_name("command", command, COMMANDS)
+        return importlib.import_module(f"{cli.__name__}.{command.replace('-', '_')}").command(rest)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"ditbench: {error}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print(
+            "ditbench: interrupted; finished runs are recorded, start the same command again to go on", file=sys.stderr
+        )
+        return 130
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        if debug:
+            raise
+        print(f"ditbench: {of_the_system(error)}", file=sys.stderr)
+        return EXIT_USER
+
+
+def entry() -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes two lines per run to stderr
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()
