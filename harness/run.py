@@ -25,7 +25,7 @@ from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.files import canonical_sha256, disk_errors_explained, is_disk_error
 from ditbench.harness.common.memory import PeakMemory, peak_memory
 from ditbench.harness.fitting import mixed_precision, registry
-from ditbench.harness.generation.float_model import float_images, float_values, noise_floor
+from ditbench.harness.stages.float_model import float_images, float_values, noise_floor
 from ditbench.harness.generation.generate import conditions, generate, save_animation, save_grid, save_samples
 from ditbench.harness.measurement.latency import kind_of, measure
 from ditbench.harness.measurement.layer_errors import ErrorAtlas, error_atlas, layer_table
