@@ -22,11 +22,12 @@ import torch
 from ditbench.harness.calibration.recording import calibrate
 from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.memory import peak_memory
+from ditbench.harness.common.timer import Timer
 from ditbench.harness.fitting import registry
 from ditbench.harness.records.environment import environment
-from ditbench.harness.run import Timer, fit_cost, stage_quantize
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.stages.quantize import fit_cost, quantize, target_of
 from ditbench.harness.sweep.compose import composed
 
 PASSED_ON = ("model", "bits", "samples", "steps")  # to the process of one method
@@ -102,7 +103,7 @@ def fit(name: str, options: argparse.Namespace) -> dict:
     (raw,) = composed([overrides])
     config = parse(raw)
     model = model_of(config.model)
-    target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+    target = target_of(config, model)
     found = asked(name, options) | {"blocks": len(target.blocks), "status": "ok", "error": None}
     timer, cpu_start_s = Timer(), process_time()
     with peak_memory(config.device) as memory:
@@ -110,7 +111,7 @@ def fit(name: str, options: argparse.Namespace) -> dict:
             with timer("calibrate"):
                 recording = calibrate(model, config.protocol.sampler, options.samples, config.seed, cache=options.cache)
             with timer("quantize"):
-                stage_quantize(config, target, recording)
+                quantize(config, model, target, recording)
         except Exception as error:
             return found | {"status": "refused" if isinstance(error, UserError) else "error", "error": reason(error)}
     return found | fit_cost(timer.seconds, recording, memory) | {"cpu_s": process_time() - cpu_start_s}

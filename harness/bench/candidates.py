@@ -16,8 +16,8 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.measurement.latency import backends_of, kind_of, resident_bytes
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.target import Target
-from ditbench.harness.run import stage_calibrate, stage_quantize
 from ditbench.harness.stages.config import RunConfig
+from ditbench.harness.stages.quantize import calibrate, quantize
 
 EAGER, COMPILED = "eager", "compiled"
 BASELINE = "bf16"
@@ -61,11 +61,11 @@ def quantized(config: RunConfig, model: LoadedModel, target: Target, modes: tupl
     Raises:
         UserError: some layer has none here: what is simulated has no speed.
     """
-    recording = LazyCalibration(lambda: stage_calibrate(config, model))
-    recipe, _, built = stage_quantize(config, target, recording)  # type: ignore[arg-type]
-    if kind_of(built, bool(recipe.attention)) != "measured":
+    recording = LazyCalibration(lambda: calibrate(config, model))
+    made = quantize(config, model, target, recording)  # type: ignore[arg-type]
+    if kind_of(made.model, bool(made.recipe.attention)) != "measured":
         raise UserError(f"bench: {config.bits.label} is simulated on {config.device} (ditbench list backends)")
-    yield from in_modes(config.bits.label, built, target, modes)
+    yield from in_modes(config.bits.label, made.model, target, modes)
 
 
 def in_modes(label: str, model: nn.Module, target: Target, modes: tuple[str, ...]) -> Iterator[Candidate]:

@@ -19,14 +19,15 @@ from ditbench.harness.bench.timing import interleaved
 from ditbench.harness.build.build import quant_layers
 from ditbench.harness.common.errors import reason
 from ditbench.harness.common.files import write_json
+from ditbench.harness.common.timer import say
 from ditbench.harness.generation.generate import conditions
 from ditbench.harness.measurement.latency import peak_memory_bytes, quantiles
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
 from ditbench.harness.records.environment import environment
-from ditbench.harness.run import say
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.stages.quantize import target_of
 from ditbench.harness.sweep.compose import composed
 
 SCHEMA = 1
@@ -53,7 +54,7 @@ def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], P
     configs = [parse(raw) for raw in composed([[*overrides, f"bits={label}"] for label in options.formats])]
     config = configs[0]
     model = model_of(config.model)
-    target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+    target = target_of(config, model)
     candidates = list(baseline(target, config.device, options.modes))
     for each in configs:
         candidates += quantized(each, model, target, options.modes)

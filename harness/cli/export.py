@@ -20,9 +20,9 @@ from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.records import record
 from ditbench.harness.records.record import Record
-from ditbench.harness.run import fitted, stage_account, stage_calibrate, stage_mixed
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.stages.quantize import account, calibrate, planned, target_of
 from ditbench.harness.sweep.compose import composed
 
 
@@ -65,12 +65,7 @@ def export(wanted: list[str], out: Path, results_dir: Path) -> list[Exported]:
 def export_config(config: RunConfig, out: Path) -> Exported:
     """Calibrate, quantize, write; nothing is drawn or recorded."""
     model, target = _model_and_target(config)
-    recording = stage_calibrate(config, model)
-    if isinstance(config.bits, MixedBits):
-        recipe, _, _, plan = stage_mixed(config, model, target, recording)
-    else:
-        recipe, _ = fitted(config, target, recording, config.bits)
-        plan = {}
+    recipe, _, plan = planned(config, model, target, calibrate(config, model))
     return _written(config, model, target, recipe, out, run_id=None, plan=plan)
 
 
@@ -115,7 +110,7 @@ def _written(
     run_id: str | None,
     plan: dict[str, Any],
 ) -> Exported:
-    bits, size = stage_account(config, model, target, recipe)
+    bits, size = account(config, model, target, recipe)
     bits |= plan
     notes = []
     if registry.correction(config.method, {}, config.params) is not None:
@@ -141,7 +136,7 @@ def _model_and_target(config: RunConfig) -> tuple[LoadedModel, Target]:
     if config.method == registry.FLOAT:
         raise UserError("export: method fp quantizes nothing; save the pipeline itself (pipe.save_pretrained)")
     model = model_of(config.model)
-    return model, model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+    return model, target_of(config, model)
 
 
 def _named(name: str, results_dir: Path) -> Record | list[Record]:

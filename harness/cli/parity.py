@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting.registry import formats_of
 from ditbench.harness.measurement.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
 from ditbench.harness.quant.spec import FP8
-from ditbench.harness.run import stage_calibrate, stage_generate, stage_quantize
 from ditbench.harness.stages.config import RunConfig, parse
+from ditbench.harness.stages.generate import generate
 from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.stages.quantize import calibrate, quantize, target_of
 from ditbench.harness.sweep.compose import composed
 
 IMAGES = 4
@@ -82,16 +83,20 @@ def rows_of(config: RunConfig) -> list[Row]:
     if not able:
         return []
     model = model_of(config.model)
-    target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
-    recording = stage_calibrate(config, model)
-    recipe, state, simulated = stage_quantize(config, target, recording)
-    expected = stage_generate(config, model, simulated, state).pixels
+    target = target_of(config, model)
+    recording = calibrate(config, model)
+    simulated = quantize(config, model, target, recording)
+    expected = generate(config, model, simulated).pixels
     step, rows = recording.num_steps // 2, []
     for backend in able:
-        integer = build(target, recipe, dtype=float_dtype(simulated), device=config.device, backend=backend.NAME)
-        layers = layer_parity(target, recipe, integer, lambda m: recording.call(m, step, recording.rows(step, ROWS)))
+        integer = build(
+            target, simulated.recipe, dtype=float_dtype(simulated.model), device=config.device, backend=backend.NAME
+        )
+        layers = layer_parity(
+            target, simulated.recipe, integer, lambda m: recording.call(m, step, recording.rows(step, ROWS))
+        )
         relative, largest = (max(getattr(each, name) for each in layers.values()) for name in ("relative", "largest"))
-        worst_db = worst_psnr_db(stage_generate(config, model, integer, state).pixels, expected)
+        worst_db = worst_psnr_db(generate(config, model, replace(simulated, model=integer)).pixels, expected)
         rows.append(Row(config.bits.label, backend.NAME, len(layers), relative, largest, worst_db))
     return rows
 

@@ -7,8 +7,8 @@ With bits.ranges it is measured in each range of steps and weighted with the ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +23,6 @@ from ditbench.harness.common.code_identity import code_identity
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import cached, canonical_sha256, read_json, write_json
 from ditbench.harness.common.progress import progress
-from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.bit_allocation import (
     Costs,
     Unit,
@@ -42,24 +41,41 @@ from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import FLOAT_BITS, Bits, MixedBits
 from ditbench.harness.quant.steps import range_starts, step_ranges
 from ditbench.harness.quant.target import Target, weight_matrix
-from ditbench.harness.stages.config import RunConfig
 
 MAX_STEPS, ROWS = 4, 4  # of the calibration's inputs, spread over the steps and over each step's rows
 LEAST_STEPS = 2  # of each range of steps, even if there are many
 Fit = Callable[[Bits], tuple[ModelRecipe, dict[str, Tensor]]]
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How a budget of latency is measured: on `rows` rows of a call, what is not quantized in dtype."""
+
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    rows: int
+    warmup: int
+    repeats: int
+
+
 def quantize(
-    config: RunConfig, bits: MixedBits, model: LoadedModel, target: Target, recording: Calibration, fit: Fit
+    bits: MixedBits,
+    model: LoadedModel,
+    target: Target,
+    recording: Calibration,
+    fit: Fit,
+    *,
+    made_by: Mapping[str, Any],
+    timing: Timing,
 ) -> tuple[ModelRecipe, dict[str, Tensor], dict[str, Any]]:
     """The recipe of the plan, the states of all candidates ("<label>/<name>"), and what the record's `bits` says of it.
 
+    made_by: what makes the method's recipes beside recording and widths (method, source, seed), for the cache.
+
     Raises:
-        UserError: no plan keeps the budget; a budget of latency where a layer is only simulated; a method that corrects
-            the sampler for the error of one uniform model.
+        UserError: no plan keeps the budget; a budget of latency where a layer is only simulated.
     """
-    if registry.correction(config.method, {}, config.params) is not None:
-        raise UserError(f"method {config.method} corrects the sampler for one format's errors; bits=mixed has several")
     labels = [each.label.lower() for each in bits.candidates]
     fitted = [fit(each) for each in bits.candidates]
     recipes = [recipe for recipe, _ in fitted]
@@ -69,11 +85,11 @@ def quantize(
     ranges = step_ranges(starts, recording.num_steps)
     shares_R = np.array([len(steps) / recording.num_steps for steps in ranges])
     measured_KUR = [
-        _cached(config, label, recipe, units, looked_at(ranges), target, recording)
+        _cached(made_by, label, recipe, units, looked_at(ranges), target, recording)
         for label, recipe in zip(labels, recipes, strict=True)
     ]
     errors_RUK = np.array(measured_KUR).T * shares_R[:, None, None]
-    costs, rest = COSTS[bits.budget](config, model, target, recipes, labels, units, shares_R)
+    costs, rest = COSTS[bits.budget](timing, model, target, recipes, labels, units, shares_R)
     pairs, acts = readers_of_one_site(target, units), [each.act for each in bits.candidates]
 
     def planned(fixed: Sequence[int]) -> np.ndarray:
@@ -198,7 +214,7 @@ def _output(model: nn.Module, calibration: Calibration, step: int) -> Tensor:
 
 
 def _cached(
-    config: RunConfig,
+    made_by: Mapping[str, Any],
     label: str,
     recipe: ModelRecipe,
     units: list[Unit],
@@ -207,8 +223,8 @@ def _cached(
     recording: Calibration,
 ) -> list[list[float]]:
     made_by = {
-        "method": [config.method, registry.source_sha256(config.method), asdict(config.params), config.seed],
-        "bits": [label, config.raw["bits"]["weight"], config.raw["bits"]["act"]],
+        **made_by,
+        "label": label,
         "of": [list(target.layers), list(target.attention), [list(unit) for unit in units]],
         "steps": steps_R,
         "code": code_identity(),
@@ -224,7 +240,7 @@ def _cached(
     return errors
 
 
-def _bytes(config, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
+def _bytes(timing, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
     """Of the stored transformer: of each unit, and of the rest."""
     parts_UK = [[_parts(target, recipe, unit) for recipe in recipes] for unit in units]
     macs = count_macs(model.transformer, model.step_inputs(1))
@@ -234,7 +250,7 @@ def _bytes(config, model, target, recipes, labels, units, shares_R) -> tuple[Cos
     return Costs.of_parts(parts_UK, len(shares_R)), float(rest)
 
 
-def _average_weight_bits(config, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
+def _average_weight_bits(timing, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
     """8 · bytes of weights / number of weights, over the protocol's layers."""
     count = sum(weight_matrix(target.module(name)).numel() for name in target.layers)
     own = [tuple(name for name in unit if name in target.layers) for unit in units]
@@ -242,7 +258,7 @@ def _average_weight_bits(config, model, target, recipes, labels, units, shares_R
     return Costs.of_parts(parts_UK, len(shares_R), count / 8), 0.0
 
 
-def _average_act_bits(config, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
+def _average_act_bits(timing, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
     """Mean over the steps and the multiplications of the protocol's layers."""
     macs = count_macs(model.transformer, model.step_inputs(1))
     total = sum(macs[name] for name in target.layers)
@@ -267,25 +283,24 @@ def _parts(target: Target, recipe: ModelRecipe, unit: Unit, without: str = "") -
     }
 
 
-def _latency_ms(config, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
+def _latency_ms(timing, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
     """Of each unit's layers inside a call, per candidate; the rest of the call is the slowest candidate's. By ranges, of the
     mean step.
 
     Raises:
         UserError: a layer of a candidate has no kernel here that computes in its format.
     """
-    section, dtype = config.section("measure"), getattr(torch, config.section("generate")["dtype"])
-    inputs = placed(model.step_inputs(2 * section["samples"]), dtype, config.device)
+    inputs = placed(model.step_inputs(timing.rows), timing.dtype, timing.device)
     columns, rests = [], []
     for label, recipe in zip(labels, recipes, strict=True):
-        built = build(target, recipe, dtype=dtype, device=config.device, backend=config.backend)
+        built = build(target, recipe, dtype=timing.dtype, device=timing.device, backend=timing.backend)
         for name, layer in quant_layers(built).items():
             if layer.rounds and layer.kind != "measured" or recipe.attention:
                 raise UserError(
                     f"bits.budget.latency_ms: {name} as {label} is simulated on this device (backend {layer.backend}), "
                     "so its latency is not known; take formats that run here (ditbench list backends), or another budget"
                 )
-        times_ms, call_ms = layer_times(built, units, inputs, section["warmup"], section["repeats"], config.device)
+        times_ms, call_ms = layer_times(built, units, inputs, timing.warmup, timing.repeats, timing.device)
         columns.append(times_ms)
         rests.append(call_ms - sum(times_ms))
     return Costs(shares_R[:, None, None] * np.array(columns).T), max(rests)

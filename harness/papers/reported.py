@@ -3,7 +3,7 @@
 A file has `paper`, `sources` {alias: what was read}, `tables`, and `missing`: tables that could not be had, and why. A
 table's `keys` say which fields of a row name it, `columns` which are reported values; every other field of the table is
 its protocol, as the paper states it. `source` and `confidence` of a table hold for its rows unless a row has its own.
-A table that can be reproduced has a section `reproduce`, read here and used by `harness/reproduce`.
+A table that can be reproduced has a section `reproduce`, read here and used by `harness/papers/reproduce`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Paired tests within a group of comparable runs: every two methods of the same bits, and each against the float model.
 
-What is compared are values per sample (harness/sample_values.py), so runs recorded without them, collapsed runs and metrics that
+What is compared are values per sample (harness/records/sample_values.py), so runs recorded without them, collapsed runs and metrics that
 have no value per sample (FID) take no part. p is Holm's over all comparisons of one metric in one group.
 """
 

@@ -12,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, of_the_system
 from ditbench.harness.common.paths import CONF
+from ditbench.harness.common.timer import say
 from ditbench.harness.records.record import Record
 from ditbench.harness.report import comparison_table
-from ditbench.harness.run import run, say
+from ditbench.harness.run import run
 from ditbench.harness.stages.config import parse
 from ditbench.harness.sweep import compose
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from ditbench.harness.build.export import RECIPE, TENSORS, load_quantized
-from ditbench.harness.run import stage_generate
+from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.stages.config import parse
+from ditbench.harness.stages.generate import generate
 from ditbench.harness.stages.loaded import forget_models, model_of
+from ditbench.harness.stages.quantize import Quantized
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def drawn_again(folder, run_folder):
     config = parse(json.loads((run_folder / "record.json").read_text())["config"])
     forget_models()
     model = model_of(config.model)
-    return stage_generate(config, model, load_quantized(folder, model.transformer), {})
+    return generate(config, model, Quantized(ModelRecipe({}), {}, load_quantized(folder, model.transformer)))
 
 
 def test_the_export_of_a_run_draws_the_images_that_the_run_saved(ditbench, smoothed, tmp_path):

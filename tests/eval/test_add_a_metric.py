@@ -13,7 +13,7 @@ import pytest
 from ditbench.eval import base
 from ditbench.eval.base import evaluate_samples, known_metrics, plugin_sources
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.run import evaluator_identity
+from ditbench.harness.stages.identity import evaluator_identity
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-metric.md"
 pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="not a source checkout")

@@ -220,7 +220,7 @@ def test_an_interruption_leaves_no_record_and_the_next_start_works(
 
 
 def test_an_interruption_keeps_the_runs_that_were_finished(run, tmp_path, read_records, monkeypatch):
-    original, calls = running.stage_measure, []
+    original, calls = running.measure, []
 
     def second_time(*args, **kwargs):
         calls.append(1)
@@ -228,7 +228,7 @@ def test_an_interruption_keeps_the_runs_that_were_finished(run, tmp_path, read_r
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(running, "stage_measure", second_time)
+    monkeypatch.setattr(running, "measure", second_time)
     assert run("-m", "bits=w8a8,w4a4", *QUICK) == 130
     assert [values["bits"]["label"] for values in read_records(tmp_path).values()] == ["W8A8"]
 
@@ -236,7 +236,7 @@ def test_an_interruption_keeps_the_runs_that_were_finished(run, tmp_path, read_r
 def test_a_killed_run_leaves_no_record_and_the_next_start_cleans_up(run, tiny, tmp_path, read_records):
     code = (
         "import sys, time\n"
-        "from harness import run\n"
+        "from ditbench.harness import run\n"
         "from ditbench.harness.cli import main\n"
         "def hang(*args, **kwargs):\n"
         "    print('hanging', flush=True)\n"

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from ditbench.harness.common.files import canonical_sha256
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.fitting import registry
-from ditbench.harness.run import identity
 from ditbench.harness.stages.config import parse
+from ditbench.harness.stages.identity import identity
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.prompt_sets import load_prompts
 from ditbench.harness.sweep import compose

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from ditbench.eval.base import Evidence, PerSample, evaluate
-from ditbench.harness import run
 from ditbench.harness.generation import float_model as float_images
 from ditbench.harness.models.zoo import shapes
 from ditbench.harness.records import sample_values
 from ditbench.harness.records.record import read_all
 from ditbench.harness.samples.samples import Prompt, Samples
+from ditbench.harness.stages import evaluate as stage
 
 SWEEP = ("method=rtn,smoothquant", "bits=w4a4", "metrics.names=[psnr,accuracy,torchmetrics/fid_judge]", "name=two")
 
@@ -23,14 +23,14 @@ SWEEP = ("method=rtn,smoothquant", "bits=w4a4", "metrics.names=[psnr,accuracy,to
 @pytest.fixture
 def scored_floats(monkeypatch):
     """Counts how often samples of the float model were scored for their values."""
-    calls, real = [], run.stage_evaluate
+    calls, real = [], stage.scored
 
     def counting(config, model, images, float_model, names=None):
         if names is not None:
             calls.append(names)
         return real(config, model, images, float_model, names)
 
-    monkeypatch.setattr(run, "stage_evaluate", counting)
+    monkeypatch.setattr(stage, "scored", counting)
     return calls
 
 

@@ -1,0 +1,46 @@
+"""What makes a run the run it is: everything that can change one of its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ditbench.eval.base import plugin_sources
+from ditbench.harness.common.code_identity import code_identity
+from ditbench.harness.common.files import canonical_sha256
+from ditbench.harness.fitting import registry
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.stages.config import RunConfig
+from ditbench.harness.stages.loaded import judge_in, reference_of
+
+
+def run_id(config: RunConfig, model: LoadedModel) -> str:
+    return canonical_sha256(identity(config, model))[:12]
+
+
+def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
+    """Everything that can change a number of this run. Of the device its kind, not its place among its equals."""
+    return config.identity() | {
+        "weights": model.fingerprint,
+        "prompts": [asdict(p) for p in (*config.protocol.prompts, *config.calibration_prompts)],
+        "evaluator": evaluator_identity(config, model),
+        "device": str(config.device),
+        "code": code_identity(),
+        "method_source": registry.source_sha256(config.method),
+    }
+
+
+def evaluator_identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
+    """Everything that makes the evaluation what it is: metrics and plugins, judge, reference."""
+    judge = judge_in(model.extras.get("judge"))
+    reference = reference_of(config.section("metrics")["reference"])
+    return {
+        "metrics": config.section("metrics"),
+        "judge": judge and judge.sha256,
+        "reference": reference and reference.sha256,
+        "metric_plugins": plugin_sources(config.section("metrics")["names"]),
+    }
+
+
+def title(config: RunConfig) -> str:
+    return f"{config.model.name} {config.method} {config.bits.label}"

@@ -1,0 +1,136 @@
+"""Calibrate and quantize: what a method sees, what it returns, and the model that is built from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditbench.harness.build.build import build
+from ditbench.harness.calibration import recording as recordings
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.memory import PeakMemory
+from ditbench.harness.fitting import mixed_precision, registry
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.models.macs import count_macs
+from ditbench.harness.quant.accounting import account as account_of
+from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.spec import Bits, MixedBits
+from ditbench.harness.quant.target import Target
+from ditbench.harness.stages.config import RunConfig
+from ditbench.harness.stages.loaded import left_alone
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """state: what the method learned, tensors by name. plan: of mixed precision, what the record's `bits` says of it."""
+
+    recipe: ModelRecipe
+    state: dict[str, Tensor]
+    model: nn.Module
+    plan: dict[str, Any] = field(default_factory=dict)
+
+
+def target_of(config: RunConfig, model: LoadedModel) -> Target:
+    return model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+
+
+def calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
+    section = config.section("calibration")
+    return recordings.calibrate(
+        model,
+        config.protocol.sampler,
+        section["n"],
+        config.seed,
+        batch_size=section["batch_size"],
+        cache=config.cache_dir,
+        device=config.device,
+        prompts=config.calibration_prompts,
+    )
+
+
+def quantize(config: RunConfig, model: LoadedModel, target: Target, recording: Calibration) -> Quantized:
+    """The method's recipe at the run's bits, and the model built from it.
+
+    Raises:
+        UserError: see `planned`.
+    """
+    recipe, state, plan = planned(config, model, target, recording)
+    return Quantized(recipe, state, built(config, target, recipe), plan)
+
+
+def planned(
+    config: RunConfig, model: LoadedModel, target: Target, recording: Calibration
+) -> tuple[ModelRecipe, dict[str, Tensor], dict[str, Any]]:
+    """Recipe, state and plan (see `Quantized`), with one format for all layers or one per layer (bits=mixed).
+
+    Raises:
+        UserError: the method refuses; bits=mixed of a method that corrects the sampler for one uniform model's error.
+    """
+    if not isinstance(config.bits, MixedBits):
+        return *fitted(config, target, recording, config.bits), {}
+    if registry.correction(config.method, {}, config.params) is not None:
+        raise UserError(f"method {config.method} corrects the sampler for one format's errors; bits=mixed has several")
+    fit = partial(fitted, config, target, recording)
+    return mixed_precision.quantize(
+        config.bits, model, target, recording, fit, made_by=_made_by(config), timing=_timing(config)
+    )
+
+
+def fitted(
+    config: RunConfig, target: Target, recording: Calibration, bits: Bits
+) -> tuple[ModelRecipe, dict[str, Tensor]]:
+    """A method may choose what it calibrates on; its layers are still judged on the whole recording."""
+    method = registry.method(config.method)
+    select = getattr(method, "select_calibration", None)
+    calibration = recording if select is None else select(recording, config.params, config.seed)
+    with left_alone(target.transformer, config.method), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        state = method.fit(target, calibration, bits, config.params)
+        registry.check_state(config.method, state)
+        recipe = method.apply(target, state, bits, config.params)
+        registry.check_recipe(config.method, recipe, target)
+    return recipe, state
+
+
+def built(config: RunConfig, target: Target, recipe: ModelRecipe) -> nn.Module:
+    return build(target, recipe, dtype=_dtype(config), device=config.device, backend=config.backend)
+
+
+def account(
+    config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The record's `bits`, and the byte counts of its `efficiency`."""
+    macs = count_macs(model.transformer, model.step_inputs(1))
+    return account_of(target, recipe, macs, config.bits.label)
+
+
+def fit_cost(timings_s: dict[str, float], recording: Calibration, memory: PeakMemory) -> dict[str, float | None]:
+    """Seconds of calibration and quantization as if nothing had been cached (what the cache saved is added), and the
+    most memory that was held meanwhile.
+    """
+    saved = sum(recording.saved_s.values())
+    seconds = {"fit_s": timings_s["calibrate"] + timings_s["quantize"] + saved, "of_which_cached_s": saved}
+    return seconds | {"peak_memory_bytes": memory.peak_bytes, "memory_before_bytes": memory.before_bytes}
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return getattr(torch, config.section("generate")["dtype"])
+
+
+def _made_by(config: RunConfig) -> dict[str, Any]:
+    """What makes a method's recipes, beside the recording and the width of each candidate."""
+    sides = {side: config.raw["bits"][side] for side in ("weight", "act")}
+    source = registry.source_sha256(config.method)
+    return {"method": config.raw["method"], "source": source, "seed": config.seed, "bits": sides}
+
+
+def _timing(config: RunConfig) -> mixed_precision.Timing:
+    section = config.section("measure")
+    return mixed_precision.Timing(
+        _dtype(config), config.device, config.backend, 2 * section["samples"], section["warmup"], section["repeats"]
+    )
