@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from ditbench.harness.backends import cuda_fp8, cuda_int8, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16
 from ditbench.harness.build.layer import QuantLinear
-from ditbench.harness.measurement.latency import device_name, resident_bytes
+from ditbench.harness.common.devices import device_name
+from ditbench.harness.measurement.latency import resident_bytes
 from ditbench.harness.quant.effective import EffectiveLinear
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import LayerRecipe

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from ditbench.harness.common.devices import synchronize
 from ditbench.harness.common.progress import progress
 
 
@@ -25,8 +26,3 @@ def interleaved(
             if turn >= warmup:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return times
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -102,7 +102,7 @@ def calibrate(
             "seed": seed,
             "prompts": [prompt.text for prompt in wanted.prompts],
             "batch_size": batch_size,
-            "device": str(device),
+            "device": torch.device(device).type,
             "code": code_identity(),
         }
     )

@@ -13,9 +13,9 @@ import yaml
 
 from ditbench.harness.backends.matrix import format_matrix
 from ditbench.harness.common.code_identity import PACKAGES, package_version
+from ditbench.harness.common.devices import device_name
 from ditbench.harness.common.paths import options
 from ditbench.harness.common.text_table import table
-from ditbench.harness.measurement.latency import device_name
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.records import tracking
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ditbench.harness.common.devices import memory_of
+
 PROCESS = Path("/proc/self")  # Linux only; elsewhere nothing is measured
 
 
@@ -25,11 +27,12 @@ class PeakMemory:
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     """Measure the body. The model and all that was there before are counted; `before_bytes` tells how much that was."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        found = PeakMemory(torch.cuda.memory_allocated(device))
+    functions = memory_of(device)
+    if functions is not None:
+        functions.reset_peak_memory_stats(device)
+        found = PeakMemory(functions.memory_allocated(device))
         yield found
-        found.peak_bytes = torch.cuda.max_memory_allocated(device)
+        found.peak_bytes = functions.max_memory_allocated(device)
         return
     try:
         (PROCESS / "clear_refs").write_text("5")  # the high-water mark falls back to what is held now

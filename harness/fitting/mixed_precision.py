@@ -20,6 +20,7 @@ from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.build import build, clock_of, quant_layers, set_submodule
 from ditbench.harness.calibration.recording import Calibration, spread
 from ditbench.harness.common.code_identity import code_identity
+from ditbench.harness.common.devices import synchronize
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import cached, canonical_sha256, read_json, write_json
 from ditbench.harness.common.progress import progress
@@ -315,8 +316,7 @@ def layer_times(
     spent, started = np.zeros(len(units)), {"at": 0.0}
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return perf_counter()
 
     def leave(index: int):

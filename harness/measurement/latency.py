@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of, float_copy
 from ditbench.harness.build.layer import QuantLinear
+from ditbench.harness.common.devices import device_name, memory_of, synchronize
 from ditbench.harness.common.progress import progress
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
@@ -95,11 +95,12 @@ def peak_memory_bytes(model: nn.Module, inputs: dict[str, Tensor], device: torch
     """Peak of torch's allocator over one call: the most that is live at a time above what was live before, plus the
     model's own tensors (parameters, buffers and prepacked weights).
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    functions = memory_of(device)
+    if functions is not None:
+        functions.reset_peak_memory_stats(device)
+        before = functions.memory_allocated(device)
         _timed_call(model, inputs, device)
-        return torch.cuda.max_memory_allocated(device) - before + resident_bytes(model)
+        return functions.max_memory_allocated(device) - before + resident_bytes(model)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         model(**inputs)
@@ -117,17 +118,6 @@ def resident_bytes(model: nn.Module) -> int:
     for module in model.modules():
         tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({torch.get_num_threads()} threads)"
 
 
 @contextmanager
@@ -158,10 +148,8 @@ def _each_range(model: nn.Module) -> Iterator[float]:
 
 
 def _timed_call(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     model(**inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start

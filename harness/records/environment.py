@@ -12,8 +12,8 @@ import torch
 
 import ditbench
 from ditbench.harness.common.code_identity import PACKAGES, package_version
+from ditbench.harness.common.devices import device_name
 from ditbench.harness.common.paths import HARNESS
-from ditbench.harness.measurement.latency import device_name
 
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:

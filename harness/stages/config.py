@@ -12,6 +12,7 @@ import torch
 
 from ditbench.eval.base import known_metrics
 from ditbench.harness.backends.base import AUTO, known_backends
+from ditbench.harness.common.devices import pick_device
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.type_checks import check_types
 from ditbench.harness.fitting import registry
@@ -148,21 +149,6 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         results_dir=Path(raw["results_dir"]).expanduser(),
         cache_dir=Path(raw["cache_dir"]).expanduser(),
     )
-
-
-def pick_device(name: str) -> torch.device:
-    """auto → cuda where there is one, else cpu.
-
-    Raises:
-        UserError: a device that this machine does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cuda", "cpu"):
-        raise UserError(f"device={name!r}; expected auto, cuda or cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch sees no CUDA device here; use device=auto or device=cpu")
-    return torch.device(name)
 
 
 def _check_values(raw: dict[str, Any]) -> None:

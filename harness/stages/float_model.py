@@ -117,7 +117,7 @@ def _key(config: RunConfig, model: LoadedModel, seed: int, dtype: str) -> str:
             "batch_size": config.section("generate")["batch_size"],
             "seed": seed,
             "dtype": dtype,
-            "device": str(config.device),
+            "device": config.device.type,
             "code": code_identity(),
         }
     )

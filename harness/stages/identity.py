@@ -24,7 +24,7 @@ def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
         "weights": model.fingerprint,
         "prompts": [asdict(p) for p in (*config.protocol.prompts, *config.calibration_prompts)],
         "evaluator": evaluator_identity(config, model),
-        "device": str(config.device),
+        "device": config.device.type,
         "code": code_identity(),
         "method_source": registry.source_sha256(config.method),
     }

@@ -1,0 +1,78 @@
+"""Torch devices by name, and what every accelerator answers in the same words: synchronize, memory, its name."""
+
+from __future__ import annotations
+
+import platform
+from types import ModuleType
+
+import torch
+
+from ditbench.harness.common.errors import UserError
+
+AUTO = "auto"
+
+
+def pick_device(name: str) -> torch.device:
+    """auto → cuda where there is one, else cpu; any other device that torch has here, by its name (cuda:1, mps, xpu, …).
+
+    Raises:
+        UserError: no device of that name, or one that this machine does not have.
+    """
+    if name == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).cpu()  # meta has no numbers to give back
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError, ModuleNotFoundError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"device={name!r} cannot be used here ({said}); known here: {', '.join(known_here())}"
+        ) from error
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def known_here() -> list[str]:
+    """Names that `device=` takes on this machine."""
+    found = [AUTO, "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    found += ["mps"] if torch.backends.mps.is_available() else []
+    found += [f"xpu:{index}" for index in range(torch.xpu.device_count())] if torch.xpu.is_available() else []
+    return found
+
+
+def functions_of(device: torch.device) -> ModuleType | None:
+    """torch.cuda, torch.xpu, … of the device; None for the CPU and for a device that registered none."""
+    if device.type == "cpu":
+        return None
+    try:
+        return torch.get_device_module(device)
+    except RuntimeError:
+        return None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until what was launched on the device is done."""
+    functions = functions_of(device)
+    if functions is not None and hasattr(functions, "synchronize"):
+        functions.synchronize() if device.type == "mps" else functions.synchronize(device)
+
+
+def memory_of(device: torch.device) -> ModuleType | None:
+    """The device's functions, if its allocator tells what is held and the most that was."""
+    functions = functions_of(device)
+    told = ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats")
+    return functions if all(hasattr(functions, each) for each in told) else None
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware: "NVIDIA H100 80GB HBM3", or the CPU's model and the number of threads."""
+    functions = functions_of(device)
+    if functions is not None and hasattr(functions, "get_device_name"):
+        return functions.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.get_num_threads()} threads)"
