@@ -4,8 +4,8 @@
 without a GPU can prove that, and `operations.counted` says what share of the arithmetic is done there.
 
     with second_device.in_use() as device:      # the fixture `second` is this
-        layer.to(device)                        # "second:0": ordinary tensors, ordinary Parameters
-        layer(torch.randn(2, 4))                # RuntimeError: ... at least two devices, second:0 and cpu!
+        layer.to(device)                        # "second_device:0": ordinary tensors, ordinary Parameters
+        layer(torch.randn(2, 4))                # RuntimeError: ... at least two devices, second_device:0 and cpu!
         layer(torch.randn(2, 4).to(device))     # bit for bit what the CPU computes
 
 How: a tensor on it owns CPU memory under another device's name, torch's PrivateUse1. DLPack hands memory over without a copy, and
@@ -15,7 +15,7 @@ What it cannot show: kernels, speed, memory. What differs from CUDA: it has no g
 our seeds need anyway) and no pinned memory; autocast changes nothing; `Module.to` makes new Parameters, so tied ones come apart, and
 `cpu_parameter.data = tensor_on_it` is refused (both as on any out-of-tree device); safetensors cannot load straight to it.
 
-The name is none that libraries know: diffusers takes an "npu" for a device without float64.
+The name is one that no library and no layer has (torch gives `Module` a method of it): diffusers takes an "npu" for a device without float64.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-NAME = "second"
+NAME = "second_device"
 CPU = torch.device("cpu")
 WHY_NOT = ""  # why this torch cannot have a second device; empty where it can
 try:
@@ -52,7 +52,7 @@ _TAKES_CPU_NUMBER = {*_TAKES_CPU_INDICES, "aten::fill_", "aten::masked_fill_", "
 
 
 def device() -> torch.device:
-    """`second:0`. Only after `register`."""
+    """`second_device:0`. Only after `register`."""
     return torch.device(NAME, 0)
 
 
@@ -185,7 +185,7 @@ def _storage(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> Any:
 
 
 class Module(ModuleType):
-    """`torch.second`, what `torch.cuda` is for CUDA. Available only inside `in_use`, so that others never find it."""
+    """`torch.second_device`, what `torch.cuda` is for CUDA. Available only inside `in_use`, so that others never find it."""
 
     in_use = False
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness.models.base import ModelSpec, load_model
 
-MIXED = "Expected all tensors to be on the same device, but found at least two devices, second:0 and cpu!"
+MIXED = "Expected all tensors to be on the same device, but found at least two devices, second_device:0 and cpu!"
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -103,16 +103,20 @@ def test_tensors_of_two_devices_do_not_meet(second, mix):
 
 
 def test_a_generator_of_the_cpu_draws_on_the_cpu_only(second):
-    with pytest.raises(RuntimeError, match="Expected a 'second' device type for generator but found 'cpu'"):
+    with pytest.raises(RuntimeError, match="Expected a 'second_device' device type for generator but found 'cpu'"):
         torch.randn(3, device=second, generator=torch.Generator())
 
 
 def test_numpy_is_refused_and_plain_values_are_not(second):
-    far = MATRIX.to("second")
-    with pytest.raises(TypeError, match="can't convert second:0 device type tensor to numpy"):
+    far = MATRIX.to("second_device")
+    with pytest.raises(TypeError, match="can't convert second_device:0 device type tensor to numpy"):
         far.numpy()
     assert far[0, 0].item() == MATRIX[0, 0].item() and far.tolist() == MATRIX.tolist() and bool((far == far).all())
-    assert "device='second:0'" in repr(far) and far.device == torch.device("second", 0) and far.to("second:0") is far
+    assert (
+        "device='second_device:0'" in repr(far)
+        and far.device == torch.device("second_device", 0)
+        and far.to("second_device:0") is far
+    )
 
 
 def test_copies_files_and_pickles_keep_numbers_and_device(second, tmp_path):
@@ -174,7 +178,7 @@ def test_a_whole_pipeline_on_it_draws_the_cpus_pixels(second, name, tmp_path):
 
 
 def test_outside_of_a_test_that_asks_for_it_nobody_finds_the_device(second):
-    assert torch.accelerator.is_available() and torch.second.device_count() == 1
+    assert torch.accelerator.is_available() and torch.second_device.device_count() == 1
     import second_device
 
     second_device._module.in_use = False
@@ -225,9 +229,9 @@ def test_the_share_is_by_device_and_nothing_counts_twice(second):
     with counted() as ops, ops.stage("both"):
         MATRIX.to(second) @ MATRIX.T.to(second)
         MATRIX + MATRIX
-    assert ops.by_stage["both", "second"] == 2 * 3 * 3 * 4 and ops.by_stage["both", "cpu"] == 12
+    assert ops.by_stage["both", "second_device"] == 2 * 3 * 3 * 4 and ops.by_stage["both", "cpu"] == 12
     assert ops.share_on_second_device() == ops.share_on_second_device("both") == 72 / 84
-    assert "both: 85.7143% on second" in ops.report() and "add" in ops.report()
+    assert "both: 85.7143% on second_device" in ops.report() and "add" in ops.report()
 
 
 def test_the_report_says_which_line_of_ours_asked_the_cpu():
