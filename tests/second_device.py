@@ -107,6 +107,9 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         return given[id(value)]
 
     near_args, near_kwargs = tree_map_only((Tensor, torch.device), near, (args, kwargs))
+    declared = zip(args, op._schema.arguments, strict=False)
+    if any(isinstance(each, int | float | complex) and str(argument.type) == "Tensor" for each, argument in declared):
+        op = op.overloadpacket  # torch shows Python a number where it holds a number as a tensor: let it choose again
     return tree_map_only(Tensor, far, op(*near_args, **near_kwargs))
 
 
