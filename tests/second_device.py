@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "second_device"
-CPU = torch.device("cpu")
 WHY_NOT = ""  # why this torch cannot have a second device; empty where it can
 try:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as _setup
@@ -51,16 +50,8 @@ _TAKES_CPU_INDICES = {"aten::index", "aten::index_put", "aten::index_put_", "ate
 _TAKES_CPU_NUMBER = {*_TAKES_CPU_INDICES, "aten::fill_", "aten::masked_fill_", "aten::index_fill_"}
 
 
-def device() -> torch.device:
-    """`second_device:0`. Only after `register`."""
-    return torch.device(NAME, 0)
-
-
 def on_second(tensor: Tensor) -> bool:
     return tensor.device.type == NAME
-
-
-# --- names ----------------------------------------------------------------------------------------------------------
 
 
 def _renamed(tensor: Tensor, dlpack_device: int) -> Tensor:
@@ -81,9 +72,6 @@ def _near(tensor: Tensor) -> Tensor:
     return near._neg_view() if tensor.is_neg() else near
 
 
-# --- kernels --------------------------------------------------------------------------------------------------------
-
-
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operator that has a tensor of the second device among its arguments, or is told to make one there."""
     if op.is_view or op._schema.name == "aten::set_":  # shape and strides only: the CPU's kernel takes any device
@@ -93,9 +81,9 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
 
     def near(value: Any) -> Any:
         if isinstance(value, torch.device):
-            return CPU
+            return torch.device("cpu")
         # Something empty may be an `out` that the kernel makes larger, which borrowed memory cannot become.
-        seen = torch.empty_like(value, device=CPU) if value.numel() == 0 else _near(value)
+        seen = torch.empty_like(value, device="cpu") if value.numel() == 0 else _near(value)
         given[id(seen)] = value
         return seen
 
@@ -184,9 +172,6 @@ def _storage(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> Any:
     return _new_storage(cls, *args, **kwargs) if device is None else _new_storage(cls, *args, device=device, **kwargs)
 
 
-# --- the device -----------------------------------------------------------------------------------------------------
-
-
 class Module(ModuleType):
     """`torch.second_device`, what `torch.cuda` is for CUDA. Available only inside `in_use`, so that others never find it."""
 
@@ -201,9 +186,6 @@ class Module(ModuleType):
     def device_count(self) -> int:
         return int(self.in_use)
 
-    def current_device(self) -> int:
-        return 0
-
     def get_device_name(self, device: Any = None) -> str:
         return "a second device made of the CPU"
 
@@ -213,10 +195,10 @@ class Module(ModuleType):
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         return 8 * 2**30, 16 * 2**30
 
-    def memory_allocated(self, device: Any = None) -> int:
+    def zero(self, device: Any = None) -> int:
         return 0
 
-    max_memory_allocated = memory_reserved = max_memory_reserved = memory_allocated
+    current_device = memory_allocated = max_memory_allocated = memory_reserved = max_memory_reserved = zero
 
     def device(self, index: Any) -> Any:
         return nullcontext()
@@ -228,10 +210,7 @@ class Module(ModuleType):
         """No streams, no cache, no generator: what would tend them does nothing."""
 
     synchronize = empty_cache = ipc_collect = set_device = reset_peak_memory_stats = nothing
-    manual_seed = manual_seed_all = set_rng_state = nothing
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
+    manual_seed = manual_seed_all = set_rng_state = _is_in_bad_fork = nothing
 
 
 _module = Module(f"torch.{NAME}")
@@ -261,10 +240,10 @@ def register() -> None:
 
 @contextmanager
 def in_use() -> Iterator[torch.device]:
-    """The device is there, as `torch.second.is_available()` and `torch.accelerator` say."""
+    """The device is there, as `torch.second_device.is_available()` and `torch.accelerator` say."""
     register()
     _module.in_use = True
     try:
-        yield device()
+        yield torch.device(NAME, 0)
     finally:
         _module.in_use = False
