@@ -58,10 +58,7 @@ def _renamed(tensor: Tensor, dlpack_device: int) -> Tensor:
     """The same memory, shape, dtype and strides under another device's name."""
     capsule = torch._C._to_dlpack(tensor)  # type: ignore[attr-defined]
     ctypes.c_int32.from_address(_capsule_pointer(capsule, b"dltensor") + 8).value = dlpack_device
-    renamed = torch._C._from_dlpack(capsule)  # type: ignore[attr-defined]
-    if renamed.stride() != tensor.stride():  # DLPack tidies the strides of dimensions of 1, kernels look at them
-        renamed = aten.as_strided.default.redispatch(_CPU_KERNEL, renamed, tensor.shape, tensor.stride())
-    return renamed
+    return torch._C._from_dlpack(capsule)  # type: ignore[attr-defined]
 
 
 def _near(tensor: Tensor) -> Tensor:

@@ -44,9 +44,12 @@ ON_A_MATRIX: dict[str, Callable[[Tensor], Tensor]] = {
     "linspace": lambda x: torch.linspace(0, 1, 5, device=x.device), "full": lambda x: torch.full((2,), 3.0, device=x.device),
     "tensor": lambda x: torch.tensor([1.0, 2.0], device=x.device), "eye": lambda x: torch.eye(3, device=x.device),
     "like": lambda x: torch.ones_like(x) + x.new_zeros(4), "triu": lambda x: torch.triu_indices(3, 3, device=x.device),
-    "odd strides": lambda x: torch.empty_strided((1, 4), (9, 1), device=x.device).fill_(1.0), "bits": lambda x: ((10 * x).to(torch.uint8) & 3) | ((10 * x).long() << 2).bitwise_xor_(1), "integer": lambda x: x.long() * 0.1,
+    "odd strides": lambda x: torch.empty_strided((1, 4), (9, 1), device=x.device).fill_(1.0),
+    "bits": lambda x: ((10 * x).to(torch.uint8) & 3) | ((10 * x).long() << 2).bitwise_xor_(1),
+    "integer": lambda x: x.long() * 0.1,
     "float mod": lambda x: x.double().remainder(0.1), "number": lambda x: 0.1 - x.double() ** 2 / 3, "floor": lambda x: x // 0.3,
-    "compared": lambda x: (x > 0.1) & (x.long() != 1), "nothing": lambda x: torch.tensor([], device=x.device), "view as": lambda x: x.view(torch.int32),
+    "compared": lambda x: (x > 0.1) & (x.long() != 1),
+    "nothing": lambda x: torch.tensor([], device=x.device), "view as": lambda x: x.view(torch.int32),
 }  # fmt: skip
 ON_AN_IMAGE: dict[str, Callable[[Tensor], Tensor]] = {
     "conv2d": lambda x: F.conv2d(x, WEIGHT.to(x.device), padding=1),
