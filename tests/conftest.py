@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+import second_device
 import torch
 from torch import Tensor
 
@@ -59,3 +60,12 @@ def normal() -> Callable[..., Tensor]:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     return draw
+
+
+@pytest.fixture
+def second() -> Iterator[torch.device]:
+    """A second device made of the CPU, for this test: see `second_device.py`."""
+    if second_device.WHY_NOT:
+        pytest.skip(second_device.WHY_NOT)
+    with second_device.in_use() as device:
+        yield device
