@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
-from ditbench.harness.calibration.recording import SECONDS, Calibration, saved_seconds
+from ditbench.harness.calibration.recorder import SECONDS, saved_seconds
+from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.files import atomic_path, cached, canonical_sha256
 from ditbench.harness.common.progress import progress
 from ditbench.harness.models.calls import float_dtype

@@ -37,21 +37,21 @@ def same(one, other) -> bool:
 
 
 def test_what_was_taken_apart_is_put_together_again_also_after_json():
-    rows, shape = take_apart(arguments(), rows=4, shared_names=("image_rotary_emb",))
+    rows, shape = take_apart(arguments(), rows=4, dims={"image_rotary_emb": None})
     assert same(shape.arguments(rows), arguments())
     stored = replace(shape, tree=json.loads(json.dumps(shape.tree)))
     assert same(stored.arguments(rows), arguments())
 
 
 def test_rows_are_what_is_as_long_as_the_batch_and_not_said_to_be_shared():
-    rows, shape = take_apart(arguments(), rows=4, shared_names=("image_rotary_emb",))
+    rows, shape = take_apart(arguments(), rows=4, dims={"image_rotary_emb": None})
     assert set(rows) == {"hidden_states", "timestep", "mask", "added/sizes/0"}
     assert set(shape.shared) == {"image_rotary_emb/0", "image_rotary_emb/1", "scale"}
     assert "image_rotary_emb/0" in take_apart(arguments(), rows=4)[0], "as long as the batch by chance"
 
 
 def test_some_rows_are_put_among_the_same_rest():
-    rows, shape = take_apart(arguments(), rows=4, shared_names=("image_rotary_emb",))
+    rows, shape = take_apart(arguments(), rows=4, dims={"image_rotary_emb": None})
     some = shape.arguments({name: tensor[1:3] for name, tensor in rows.items()})
     assert some["hidden_states"].tolist() == [[2, 3], [4, 5]] and some["added"]["sizes"][0].tolist() == [1, 2]
     assert some["image_rotary_emb"][1].shape == (5, 3)
