@@ -86,9 +86,9 @@ def z_image() -> Any:
 def hidream() -> Any:
     """Four experts of which each token reads two; T5's and Llama's widths are those of their encoders."""
     transformer = diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        patch_size=16, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
         num_attention_heads=4, caption_channels=[SMALL_TEXT, 16], text_emb_dim=32, num_routed_experts=4,
-        num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(32, 32), llama_layers=(0, 1),
+        num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(128, 128), llama_layers=(0, 1),
     )  # fmt: skip
     words = tokenizer()
     llama = LlamaConfig(
@@ -96,7 +96,7 @@ def hidream() -> Any:
         num_key_value_heads=2, max_position_embeddings=128,
     )  # fmt: skip
     return diffusers.HiDreamImagePipeline(
-        transformer=lively(transformer), scheduler=flow(), vae=image_vae(4, shift_factor=0.1159, scaling_factor=0.3611),
+        transformer=lively(transformer), scheduler=flow(), vae=image_vae(4, shift_factor=0.1159, mid_block_add_attention=False),
         text_encoder=clip(True, 128), tokenizer=words, text_encoder_2=clip(True, 128), tokenizer_2=tokenizer(),
         text_encoder_3=t5()["text_encoder"], tokenizer_3=tokenizer(), text_encoder_4=LlamaForCausalLM(llama),
         tokenizer_4=tokenizer(),
@@ -104,14 +104,15 @@ def hidream() -> Any:
 
 
 def allegro() -> Any:
+    """Its VAE decodes whole tiles only, of 24 frames and at least 121 pixels."""
     transformer = diffusers.AllegroTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=2, sample_width=8,
         cross_attention_dim=24, sample_height=8, sample_frames=8, caption_channels=SMALL_TEXT,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLAllegro(
         down_block_types=("AllegroDownBlock3D",) * 4, up_block_types=("AllegroUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
-        temporal_compression_ratio=4,
+        block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        temporal_compression_ratio=4, sample_size=128,
     )  # fmt: skip
     scheduler = diffusers.DDIMScheduler()
     return diffusers.AllegroPipeline(transformer=lively(transformer), vae=vae, scheduler=scheduler, **t5())
@@ -199,6 +200,6 @@ GENERIC: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 GENERIC_SIZES: dict[str, dict[str, int]] = {name: {"height": 16, "width": 16} for name in GENERIC} | {
     "qwen_image": {"height": 32, "width": 32},
-    "allegro": {"height": 32, "width": 32, "num_frames": 8},
+    "allegro": {"height": 128, "width": 128, "num_frames": 24},
     "mochi": {"height": 32, "width": 32, "num_frames": 7},
 }

@@ -163,7 +163,7 @@ def take_apart(arguments: Mapping[str, Any], rows: int, dims: RowDims | None = N
             found[path] = [each.detach() for each in value]
             return {"list of rows": path}
         before = len(found) + len(shared)
-        trees = [visit(each, path) for each in value]
+        trees = [visit(each, f"{path}/each") for each in value]
         if len(found) + len(shared) > before or any(tree != trees[0] for tree in trees):
             raise UserError(
                 f"calibration: cannot record the argument {path} of the transformer: a list with an entry per sample whose "

@@ -22,7 +22,7 @@ from ditbench.harness.quant.target import is_linear_map
 
 GUIDANCE = ("guidance_scale", "true_cfg_scale")
 NO_CONCEPT = " "  # the negative prompt of true guidance, as Qwen-Image's authors use it
-ONLY_TILED = ("AutoencoderKLAllegro",)  # VAEs that cannot decode a whole video at once
+ONLY_TILED = ("AutoencoderKLAllegro",)  # VAEs that decode tiles and no whole video
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,42 @@ class GenericFamily(PipelineFamily):
     def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
         pipe = super().load(folder, revision, dtype)
         if type(getattr(pipe, "vae", None)).__name__ in ONLY_TILED:
-            pipe.vae.enable_tiling()
+            self._tile(pipe.vae)
         return pipe
+
+    def _tile(self, vae: nn.Module) -> None:
+        """Raise UserError for videos smaller than a tile, which would come out grey."""
+        vae.enable_tiling()
+        vae.enable_slicing()  # its tiles are of one video
+        least = dict(zip(("num_frames", "height", "width"), vae.kernel, strict=True))
+        small = [f"{name}={self.size[name]}" for name in least if self.size.get(name, least[name]) < least[name]]
+        if small:
+            raise UserError(
+                f"a {type(vae).__name__} decodes in tiles of {least['num_frames']} frames of {least['height']}×{least['width']}; "
+                f"model.size has {' and '.join(small)}, of which it would decode nothing"
+            )
 
     def _check(self, pipe: Any) -> None:
         if not isinstance(getattr(pipe, "transformer", None), nn.Module):
             raise TypeError(f"a {type(pipe).__name__} without a transformer")
+        self._check_experts(pipe.transformer)
+
+    def _check_experts(self, transformer: nn.Module) -> None:
+        """Raise UserError if most weights of the blocks are no layer's: experts kept as one 3-D parameter (Nucleus)."""
+        blocks = [transformer.get_submodule(name) for name in self.blocks(transformer)]
+        owned = [
+            (owner, weight) for block in blocks for owner in block.modules() for weight in owner._parameters.values()
+        ]
+        weights = [(owner, weight) for owner, weight in owned if weight is not None and weight.ndim > 1]
+        total = sum(weight.numel() for _, weight in weights)
+        stray = sum(
+            weight.numel() for owner, weight in weights if weight.ndim == 3 and not isinstance(owner, nn.Conv1d)
+        )
+        if stray > total / 2:
+            raise UserError(
+                f"a {type(transformer).__name__} keeps {100 * stray / total:.0f} % of its blocks' weights in 3-D parameters "
+                "(experts) that belong to no linear layer; they would stay in float, so it is refused"
+            )
 
     def blocks(self, transformer: nn.Module) -> list[str]:
         lists = [(name, child) for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)]
@@ -52,7 +82,8 @@ class GenericFamily(PipelineFamily):
         guided = {} if name is None else {name: guidance}
         if name == "true_cfg_scale" and guidance > 1:
             guided["negative_prompt"] = [NO_CONCEPT] * samples
-        return guided | self.call(pipe) | self.size
+        plain = {"clean_caption": False} if "clean_caption" in known else {}  # it cleans if certain libraries are there
+        return guided | plain | self.call(pipe) | self.size
 
 
 def is_block(module: nn.Module) -> bool:
