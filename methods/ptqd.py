@@ -59,18 +59,22 @@ class Params:
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
-    latents = calibration.per_step[0]["hidden_states"]
-    if latents.ndim != 4:
+    exact = float_copy(target, dtype=torch.float32)
+    with torch.no_grad():
+        estimate = calibration.call(exact, 0, calibration.rows(0, 1)).sample
+    if estimate.ndim != 4:
         raise UserError(
-            f"ptqd is defined for image latents (B, c, h, w); this model's are {latents.ndim}-dimensional (videos, or "
+            f"ptqd is defined for image latents (B, c, h, w); this model's are {estimate.ndim}-dimensional (videos, or "
             "packed tokens): use another method with it"
         )
     state = static_ranges(target, bits, calibration)
     quantized = build(target, apply(target, state, bits, params), dtype=torch.float32)
-    exact = float_copy(target, dtype=torch.float32)
+    channels = target.transformer.config.in_channels
     slopes, biases, residuals = [], [], []
     for step in tqdm(range(calibration.num_steps), desc="noise errors", leave=False):
-        expected_Bchw, noise_Bchw = (noise_estimates(model, calibration, step) for model in (exact, quantized))
+        expected_Bchw, noise_Bchw = (
+            noise_estimates(model, calibration, step, channels) for model in (exact, quantized)
+        )
         slope, bias_c, residual_std = error_statistics(expected_Bchw, noise_Bchw, params)
         slopes.append(slope)
         biases.append(bias_c)
@@ -99,15 +103,12 @@ def correct_variance(state: dict[str, Tensor], params: Params, step: int, varian
 
 
 @torch.no_grad()
-def noise_estimates(model: nn.Module, calibration: Calibration, step: int, batch_size: int = 64) -> Tensor:
+def noise_estimates(
+    model: nn.Module, calibration: Calibration, step: int, channels: int, batch_size: int = 64
+) -> Tensor:
     """The model's estimates (B, c, h, w) on all recorded rows of one step, without a learned variance; float64."""
-    inputs, rows = calibration.per_step[step], calibration.num_rows(step)
-    channels = inputs["hidden_states"].shape[1]
-    parts = []
-    for start in range(0, rows, batch_size):
-        part = {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}
-        parts.append(calibration.call(model, step, part).sample[:, :channels].double())
-    return torch.cat(parts)
+    batches = calibration.batches(batch_size, steps=[step])
+    return torch.cat([calibration.call(model, step, rows).sample[:, :channels].double() for _, rows in batches])
 
 
 def error_statistics(expected_Bchw: Tensor, noise_Bchw: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.calibration.recording import Calibration, spread
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.progress import progress
+from ditbench.harness.models.calls import FEW, MORE, Call, row_dims, side_by_side, take_apart
 from ditbench.harness.quant.blocks import by_name
 from ditbench.harness.quant.target import Target
 
@@ -29,43 +31,27 @@ class BlockInput:
 
     step: int
     hidden_BTC: Tensor
-    kwargs: dict[str, Any]
+    others: Call
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return self.others.arguments()
 
     def rows(self, kept: Tensor) -> BlockInput:
-        """Some rows of the batch; tensors among the arguments that are as long as the batch go with them."""
-        return self._map(lambda value: value[kept] if self._by_row(value) else value)
+        """Some rows of the batch."""
+        return BlockInput(self.step, self.hidden_BTC[kept], self.others.pick(kept))
+
+    def is_like(self, other: BlockInput) -> bool:
+        """Whether the two can be one call on the rows of both."""
+        return self.hidden_BTC.shape[1:] == other.hidden_BTC.shape[1:] and self.others.is_like(other.others)
 
     @staticmethod
     def side_by_side(calls: list[BlockInput]) -> list[BlockInput]:
-        """All calls as one batch, at the step of the first: for models without step tables.
-
-        As they were, if an argument that does not go by row differs between them.
-        """
-        columns = list(zip(*(call._values() for call in calls), strict=True))
-        if not all(
-            calls[0]._by_row(column[0]) or all(_same(column[0], other) for other in column) for column in columns
-        ):
+        """All calls as one batch, at the step of the first: for models without step tables. As they were, if they are not alike."""
+        if not all(calls[0].is_like(call) for call in calls):
             return calls
-        joined = iter([torch.cat(column) if calls[0]._by_row(column[0]) else column[0] for column in columns])
-        return [calls[0]._map(lambda _: next(joined))]
-
-    def _values(self) -> list[Any]:
-        return [self.hidden_BTC, *self.kwargs.values()]
-
-    def _map(self, function: Callable[[Any], Any]) -> BlockInput:
-        hidden_BTC, *others = [function(value) for value in self._values()]
-        return BlockInput(self.step, hidden_BTC, dict(zip(self.kwargs, others, strict=True)))
-
-    def _by_row(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self.hidden_BTC)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one is other or one == other
+        hidden_BTC = torch.cat([call.hidden_BTC for call in calls])
+        return [BlockInput(calls[0].step, hidden_BTC, side_by_side([call.others for call in calls]))]
 
 
 class _Seen(Exception):
@@ -177,22 +163,31 @@ class BlockStream:
         """The first block's inputs, on as many rows of each recorded call as fit the budget."""
         batches = list(self.calibration.batches())
         first_step, first = batches[0]
-        one_row = self._enter(first_step, {name: tensor[:1] for name, tensor in first.items()})
-        rows = max(1, max_bytes // (one_row.hidden_BTC.nbytes * len(batches)))
+        (_, few), (state_BTC, more) = (
+            self._enter(first_step, first.pick(torch.zeros(rows, dtype=torch.int64))) for rows in (FEW, MORE)
+        )
+        dims = row_dims(few, more, {})
+        rows = max(1, max_bytes // (state_BTC[:1].nbytes * len(batches)))
         found = []
         for step, inputs in batches:
-            kept = spread(len(next(iter(inputs.values()))), rows)
-            found.append(self._enter(step, {name: tensor[kept] for name, tensor in inputs.items()}))
+            hidden_BTC, rest = self._enter(step, inputs.pick(spread(inputs.num_rows, rows)))
+            others = Call(*take_apart(rest, len(hidden_BTC), dims))
+            if any(len(values) != len(hidden_BTC) for values in others.values()):
+                raise UserError(
+                    f"{self.blocks[0]} has several rows per sample in one of its arguments; a method that works block by "
+                    "block cannot be used with this model"
+                )
+            found.append(BlockInput(step, hidden_BTC, others))
         return found
 
     @torch.no_grad()
-    def _enter(self, step: int, inputs: dict[str, Tensor]) -> BlockInput:
-        """Run the model up to its first block."""
-        found: list[BlockInput] = []
+    def _enter(self, step: int, inputs: Call) -> tuple[Tensor, dict[str, Any]]:
+        """Run the model up to its first block: what that is called with."""
+        found: list[tuple[Tensor, dict[str, Any]]] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden_BTC, rest = self.block_call.enter(module, by_name(module, args, kwargs))
-            found.append(BlockInput(step, hidden_BTC.detach(), rest))
+            found.append((hidden_BTC.detach(), rest))
             raise _Entered
 
         first = self.model.get_submodule(self.blocks[0])

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
-from ditbench.harness.calibration.recording import SECONDS, Calibration, saved_seconds
+from ditbench.harness.calibration.recorder import SECONDS, saved_seconds
+from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path, cached, canonical_sha256
 from ditbench.harness.common.progress import progress
 from ditbench.harness.models.calls import float_dtype
@@ -57,6 +59,7 @@ def channel_stats(target: Target, calibration: Calibration) -> dict[str, Channel
 
     Raises:
         RuntimeError: a layer saw no calibration batch.
+        UserError: it saw none at one of the steps.
     """
     sites = target.linear_sites()
     path = None
@@ -111,6 +114,11 @@ def _observe_sites(target: Target, calibration: Calibration) -> dict[str, Channe
     if missing:
         raise RuntimeError(f"{missing[0]} saw no calibration batch; is it skipped at every step you calibrate?")
     for name, stats in running.items():
+        if not bool(stats["count_S"].all()):
+            raise UserError(
+                f"{name} saw no token at step {int(stats['count_S'].argmin())} (an expert that none was sent to?); raise "
+                "calibration.n"
+            )
         for mean in ("mean_min_SC", "mean_max_SC"):
             stats[mean] /= samples[name][:, None].clamp(min=1)
     return {site.name: ChannelStats(**running[site.name]) for site in sites}

@@ -2,76 +2,90 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of, float_copy
+from ditbench.harness.calibration.recorder import Recorder, read, saved_seconds, write
 from ditbench.harness.common.code_identity import code_identity
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import atomic_path, cached, canonical_sha256
+from ditbench.harness.common.files import cached, canonical_sha256
 from ditbench.harness.common.progress import progress as progress_bar
 from ditbench.harness.models.base import LoadedModel, Sampler
-from ditbench.harness.models.calls import Shape, float_dtype, placed, take_apart
+from ditbench.harness.models.calls import FEW, MORE, Call, float_dtype, placed, row_dims, side_by_side
 from ditbench.harness.samples.conditions import PROMPTS, Conditions
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.samples.seeds import sample_seeds
 
-SECONDS = "seconds"  # metadata of cached files
-
 
 @dataclass(frozen=True)
 class Calibration:
-    """The transformer's inputs at every denoising step.
+    """The transformer's calls at every denoising step.
 
-    per_step[s]: {argument name: tensor with one row per model-call row}, the steps in sampling order (high noise first);
-    shapes[s]: what else the transformer is called with at that step. With guidance, each recorded call has conditional
-    and unconditional rows, in the family's order. `key` is the content address; `cache` the folder where statistics
-    derived from it are kept (None: nowhere).
+    steps[s]: the calls of step s as they were made, each with its own shapes, the steps in sampling order (high noise
+    first). With guidance there are conditional and unconditional rows, in one call or in two, in the family's order. A row
+    of a step counts through its calls; calls that are alike are put side by side when they are read. `key` is the content
+    address; `cache` the folder where statistics derived from it are kept (None: nowhere).
     """
 
-    per_step: tuple[dict[str, Tensor], ...]
+    steps: tuple[tuple[Call, ...], ...]
     key: str
-    shapes: tuple[Shape, ...] = ()  # none: the rows are all there is
     cache: Path | None = None
     device: torch.device = torch.device("cpu")  # where models that are observed on it run
     saved_s: dict[str, float] = field(default_factory=dict, compare=False)  # seconds that the cache saved, by what
 
     @property
     def num_steps(self) -> int:
-        return len(self.per_step)
+        return len(self.steps)
+
+    @property
+    def per_step(self) -> tuple[Call, ...]:
+        """All rows of each step as one call: of models whose calls are alike.
+
+        Raises:
+            UserError: those of a step are not.
+        """
+        found = [alike(calls) for calls in self.steps]
+        if any(len(groups) != 1 for groups in found):
+            raise UserError(
+                "this model's calls of one step differ in their shapes; read the recording by rows or batches"
+            )
+        return tuple(side_by_side(groups[0]) for groups in found)
 
     def num_rows(self, step: int) -> int:
-        return len(next(iter(self.per_step[step].values())))
+        return sum(call.num_rows for call in self.steps[step])
 
-    def rows(self, step: int, wanted: int) -> dict[str, Tensor]:
-        """The inputs of at most `wanted` rows of a step, evenly spread, so that conditional and null rows are both seen."""
+    def rows(self, step: int, wanted: int) -> list[Call]:
+        """At most `wanted` rows of a step, evenly spread, so that conditional and null rows are both seen."""
         kept = spread(self.num_rows(step), wanted)
-        return {name: tensor[kept] for name, tensor in self.per_step[step].items()}
+        return [call for call in picked(self.steps[step], kept) if call.num_rows]
 
-    def call(self, model: nn.Module, step: int, inputs: dict[str, Tensor]) -> Any:
-        """What a built model (`build`, with its clock) gives for some rows of a step, in its own dtype, on its own device."""
-        clock = clock_of(model)
+    def call(self, model: nn.Module, step: int, inputs: Call | Sequence[Call]) -> Any:
+        """What a built model (`build`, with its clock) gives for some rows of a step, in its own dtype, on its own device:
+        its output, whose `sample` has one row for each. Calls of several shapes are made one after the other.
+        """
+        clock, dtype = clock_of(model), float_dtype(model)
         clock.set(step, self.num_steps)
-        arguments = self.shapes[step].arguments(inputs) if self.shapes else inputs
-        return model(**placed(arguments, float_dtype(model), clock.step.device))
+        calls = [inputs] if isinstance(inputs, Call) else inputs
+        return joined([model(**placed(call.arguments(), dtype, clock.step.device)) for call in calls])
 
     def num_batches(self, batch_size: int = 64) -> int:
-        return sum(-(-self.num_rows(step) // batch_size) for step in range(self.num_steps))
+        sizes = [sum(call.num_rows for call in group) for calls in self.steps for group in alike(calls)]
+        return sum(-(-size // batch_size) for size in sizes)
 
-    def batches(self, batch_size: int = 64) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """(step, inputs) in step order, at most batch_size rows at a time."""
-        for step, inputs in enumerate(self.per_step):
-            for start in range(0, self.num_rows(step), batch_size):
-                yield step, {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}
+    def batches(self, batch_size: int = 64, steps: Iterable[int] | None = None) -> Iterator[tuple[int, Call]]:
+        """(step, inputs) in step order, at most batch_size rows of one shape at a time; steps: all of them, or some."""
+        for step in range(self.num_steps) if steps is None else steps:
+            for group in alike(self.steps[step]):
+                for start in range(0, sum(call.num_rows for call in group), batch_size):
+                    yield step, between(group, start, start + batch_size)
 
 
 def calibrate(
@@ -108,35 +122,30 @@ def calibrate(
     )
     device = torch.device(device)
     path = None if cache is None else cache / "calibration" / key / "inputs.safetensors"
-    if path is not None and (kept := cached(path, _read)) is not None:
-        per_step, shapes = kept
-        return Calibration(per_step, key, shapes, path.parent, device, {"calibration": saved_seconds(path)})
+    if path is not None and (kept := cached(path, read)) is not None:
+        return Calibration(kept, key, path.parent, device, {"calibration": saved_seconds(path)})
 
     start_time = perf_counter()
-    steps: list[list[tuple[dict[str, Tensor], Shape]]] = [[] for _ in range(sampler.steps)]
+    recorder = Recorder(sampler.steps, row_dims(model.step_inputs(FEW), model.step_inputs(MORE), model.adapter.ROWS))
     transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device)
-    with torch.no_grad(), progress_bar(total=sampler.steps * -(-n // batch_size), desc="calibrate") as progress:
+    starts = range(0, n, batch_size)
+    with torch.no_grad(), progress_bar(total=sampler.steps * len(starts), desc="calibrate") as progress:
+        for batch, start in enumerate(starts):
 
-        def record(step: int, arguments: dict[str, Any]) -> None:
-            rows, shape = take_apart(arguments, len(arguments["hidden_states"]), model.adapter.SHARED)
-            cpu = {name: tensor.cpu() for name, tensor in shape.shared.items()}
-            steps[step].append(
-                ({name: tensor.cpu().clone() for name, tensor in rows.items()}, replace(shape, shared=cpu))
-            )
-            progress.update()
+            def record(step: int, arguments: Mapping[str, Any], before: int = batch * sampler.steps) -> None:
+                recorder(step, arguments)
+                progress.update(before + step + 1 - progress.n)
 
-        for start in range(0, n, batch_size):
             part = wanted.rows(start, min(start + batch_size, n))
             model.adapter.sample(model.pipe, transformer, part, sampler, on_call=record, decode=False)
-    per_step = tuple({name: torch.cat([rows[name] for rows, _ in calls]) for name in calls[0][0]} for calls in steps)
-    shapes = tuple(calls[0][1] for calls in steps)
-    if not all(tensor.isfinite().all() for tensor in per_step[-1].values()):
+    steps = recorder.finished()
+    if not all(tensor.isfinite().all() for call in steps[-1] for tensor in call.tensors()):
         raise UserError(
             f"model {model.spec.name}: NaN in the float model's own samples; check the checkpoint and sampler"
         )
     if path is not None:
-        _write(path, per_step, shapes, perf_counter() - start_time)
-    return Calibration(per_step, key, shapes, None if path is None else path.parent, device)
+        write(path, steps, recorder.tensors, perf_counter() - start_time)
+    return Calibration(steps, key, None if path is None else path.parent, device)
 
 
 def conditions_for_calibration(model: LoadedModel, n: int, seed: int, prompts: Sequence[Prompt] = ()) -> Conditions:
@@ -155,12 +164,9 @@ def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) 
 
     What is derived from it is not cached: the cache's folder belongs to the whole recording.
     """
-    per_step = tuple(
-        {name: tensor[rows] for name, tensor in inputs.items()}
-        for inputs, rows in zip(calibration.per_step, rows_of_step, strict=True)
-    )
+    steps = tuple(tuple(picked(calls, rows)) for calls, rows in zip(calibration.steps, rows_of_step, strict=True))
     key = canonical_sha256({"of": calibration.key, "chosen": chosen})
-    return Calibration(per_step, key, calibration.shapes, None, calibration.device, calibration.saved_s)
+    return Calibration(steps, key, None, calibration.device, calibration.saved_s)
 
 
 def spread(length: int, wanted: int) -> Tensor:
@@ -168,31 +174,52 @@ def spread(length: int, wanted: int) -> Tensor:
     return torch.linspace(0, length - 1, min(wanted, length)).round().long().unique()
 
 
-def saved_seconds(path: Path) -> float:
-    """What it took to make a cached file, so that a run that finds it does not look cheaper than it is."""
-    with safe_open(path, framework="pt") as file:
-        return float((file.metadata() or {}).get(SECONDS, 0.0))
+def alike(calls: Sequence[Call]) -> list[list[Call]]:
+    """Calls that can be put side by side, in the order of the first of each."""
+    return [[calls[place] for place in group] for group in _alike(calls)]
 
 
-SHARED, SHAPES = "shared:", "shapes"  # in the file: prefix of tensors without rows; metadata
+def _alike(calls: Sequence[Call]) -> list[list[int]]:
+    groups: list[list[int]] = []
+    for place, call in enumerate(calls):
+        group = next((group for group in groups if calls[group[0]].is_like(call)), None)
+        if group is None:
+            groups.append([place])
+        else:
+            group.append(place)
+    return groups
 
 
-def _write(path: Path, per_step: tuple[dict[str, Tensor], ...], shapes: tuple[Shape, ...], seconds: float) -> None:
-    flat = {f"{s:04d}/{n}": t.contiguous() for s, inputs in enumerate(per_step) for n, t in inputs.items()}
-    for step, shape in enumerate(shapes):
-        flat |= {f"{step:04d}/{SHARED}{n}": t.contiguous().clone() for n, t in shape.shared.items()}
-    metadata = {SECONDS: f"{seconds:.6f}", SHAPES: json.dumps([shape.tree for shape in shapes])}
-    with atomic_path(path) as part:
-        save_file(flat, part, metadata=metadata)
+def picked(calls: Sequence[Call], kept: Tensor) -> list[Call]:
+    """Rows of a step, counted through its calls: in the order asked for, one call for all that are alike, some perhaps empty."""
+    ends = torch.tensor([call.num_rows for call in calls]).cumsum(0)
+    owner = torch.searchsorted(ends, kept, right=True)
+    found = []
+    for group in _alike(calls):
+        parts, order = [], []
+        for place in group:
+            mine = (owner == place).nonzero().flatten()
+            start = ends[place] - calls[place].num_rows
+            parts.append(calls[place].pick(kept[mine] - start))
+            order.append(mine)
+        found.append(side_by_side(parts).pick(torch.cat(order).argsort()))
+    return found
 
 
-def _read(path: Path) -> tuple[tuple[dict[str, Tensor], ...], tuple[Shape, ...]]:
-    with safe_open(path, framework="pt") as file:
-        trees = json.loads(file.metadata()[SHAPES])
-    rows: list[dict[str, Tensor]] = [{} for _ in trees]
-    shapes = [Shape(tree) for tree in trees]
-    for key, tensor in load_file(path).items():
-        step, name = key.split("/", 1)
-        shared = name.startswith(SHARED)
-        (shapes[int(step)].shared if shared else rows[int(step)])[name.removeprefix(SHARED)] = tensor
-    return tuple(rows), tuple(shapes)
+def between(calls: Sequence[Call], start: int, stop: int) -> Call:
+    """Rows start … stop − 1 of calls that are alike, counted through; of one call nothing is copied."""
+    parts, first = [], 0
+    for call in calls:
+        end = first + call.num_rows
+        if first < stop and start < end:
+            parts.append(call.pick(slice(max(start - first, 0), stop - first)))
+        first = end
+    return side_by_side(parts)
+
+
+def joined(outputs: list[Any]) -> Any:
+    """What calls on a step's rows gave in turn, as one output; a list of one tensor per row becomes a tensor."""
+    if len(outputs) == 1 and not isinstance(getattr(outputs[0], "sample", None), list):
+        return outputs[0]
+    samples = [torch.stack(each.sample) if isinstance(each.sample, list) else each.sample for each in outputs]
+    return Transformer2DModelOutput(sample=torch.cat(samples))

@@ -12,12 +12,12 @@ from torch import Tensor
 from ditbench.harness.backends.base import known_backends
 from ditbench.harness.backends.matrix import example_recipe
 from ditbench.harness.build.build import build
-from ditbench.harness.calibration.recording import float_dtype
 from ditbench.harness.cli.flags import flags_to_overrides
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError
 from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting.registry import formats_of
 from ditbench.harness.measurement.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
+from ditbench.harness.models.calls import float_dtype
 from ditbench.harness.quant.spec import FP8
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.generate import generate

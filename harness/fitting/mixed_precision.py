@@ -211,7 +211,7 @@ def sensitivities(
 
 
 def _output(model: nn.Module, calibration: Calibration, step: int) -> Tensor:
-    return calibration.call(model, step, calibration.rows(step, ROWS))[0].double()
+    return calibration.call(model, step, calibration.rows(step, ROWS)).sample.double()
 
 
 def _cached(

@@ -278,11 +278,12 @@ class _Samples:
         tokens = stream.inputs[0].hidden_BTC[0, ..., 0].numel()
         self.batch_size = min(settings.batch_size, max(1, settings.batch_tokens // tokens))
         self.by_step = clock_of(stream.model).num_steps is not None
+        self.all_alike = all(stream.inputs[0].is_like(call) for call in stream.inputs)
 
     def draw(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """hidden_BTC, target_BTC, and the block's other arguments."""
         pool_N = torch.arange(len(self.call_N))
-        if self.by_step:
+        if self.by_step or not self.all_alike:
             chosen = self.call_N[torch.randint(len(self.call_N), (), generator=self.generator)]
             pool_N = pool_N[self.call_N == chosen]
         picked_B = pool_N[torch.randint(len(pool_N), (self.batch_size,), generator=self.generator)]
@@ -290,23 +291,14 @@ class _Samples:
         parts = [
             (int(call), self.row_N[picked_B[self.call_N[picked_B] == call]]) for call in self.call_N[picked_B].unique()
         ]
-        calls = [self.stream.inputs[call] for call, _ in parts]
-        self.stream.model.clock.set(calls[0].step, self.stream.calibration.num_steps)
-        hidden_BTC = torch.cat([self.stream.inputs[call].hidden_BTC[rows] for call, rows in parts])
+        (inputs,) = BlockInput.side_by_side([self.stream.inputs[call].rows(rows) for call, rows in parts])
+        self.stream.model.clock.set(inputs.step, self.stream.calibration.num_steps)
+        hidden_BTC = inputs.hidden_BTC
         if self.settings.input_prob < 1:
             float_BTC = torch.cat([self.float_inputs[call][rows] for call, rows in parts])
             hidden_BTC = _mix(hidden_BTC, float_BTC, self.settings.input_prob, self.generator)
         target_BTC = torch.cat([self.targets[call][rows] for call, rows in parts])
-        rows = [rows for _, rows in parts]
-        kwargs = {name: _join(calls, rows, [call.kwargs[name] for call in calls]) for name in calls[0].kwargs}
-        return hidden_BTC, target_BTC, kwargs
-
-
-def _join(calls: list[BlockInput], rows: list[Tensor], values: list[Any]) -> Any:
-    """One argument of several calls: row by row if it has one per sample, otherwise as it is (the same for all)."""
-    if isinstance(values[0], Tensor) and values[0].ndim and len(values[0]) == len(calls[0].hidden_BTC):
-        return torch.cat([value[picked] for value, picked in zip(values, rows, strict=True)])
-    return values[0]
+        return hidden_BTC, target_BTC, inputs.kwargs
 
 
 def _mix(quantized: Tensor, exact: Tensor, prob: float, generator: torch.Generator) -> Tensor:

@@ -92,8 +92,9 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
     for column, step in enumerate(steps):
         clock_of(model).set(step, calibration.num_steps)  # its layers are called while `exact` runs
         current |= {"column": column, "layers": quant_layers(model)}
-        for each in (exact, model):
-            calibration.call(each, step, calibration.rows(step, ROWS))
+        for inputs in calibration.rows(step, ROWS):  # one call at a time: a block's two outputs meet
+            for each in (exact, model):
+                calibration.call(each, step, inputs)
     for handle in handles:
         handle.remove()
     return ErrorAtlas(names, steps, signal, noise)

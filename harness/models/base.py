@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import tensors_sha256
+from ditbench.harness.models.calls import RowDims
 from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.quant.blocks import BlockCall
@@ -90,7 +91,7 @@ class Adapter(Protocol):
     FLOAT_IN_BLOCKS: str  # regex: linears inside the blocks that the default protocol leaves in float
     SAMPLERS: tuple[str, ...]
     CONDITION: str  # LABELS | PROMPTS
-    SHARED: tuple[str, ...]  # arguments of the transformer that have no row per sample
+    ROWS: RowDims  # where an argument of the transformer has its rows, if that cannot be inferred (`row_dims`)
 
     def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any: ...
 
@@ -214,6 +215,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         pipe = _load_pipeline(adapter, spec, folder, dtype)
         if (Path(folder) / "judge").is_dir():
             extras["judge"] = Path(folder) / "judge"
+    _only_one_denoises(spec, pipe)
     pipe.transformer.eval().requires_grad_(False)
     for part in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
         for name, tensor in part.state_dict().items():
@@ -225,6 +227,19 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     if spec.stress:
         model.inject_outliers(**spec.stress)
     return model
+
+
+def _only_one_denoises(spec: ModelSpec, pipe: Any) -> None:
+    """Raise UserError if the pipeline denoises with more networks than the one that would be quantized (Wan 2.2, Ideogram 4)."""
+    parts = pipe.components.items()
+    others = [
+        name for name, part in parts if "transformer" in name and isinstance(part, nn.Module) and name != "transformer"
+    ]
+    if others:
+        raise UserError(
+            f"model {spec.name}: a {type(pipe).__name__} with two denoising networks, transformer and {' and '.join(others)}; "
+            "only transformer would be quantized and the samples would be half the float model's, so it is refused"
+        )
 
 
 def quiet_libraries() -> None:

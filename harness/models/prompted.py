@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ditbench.harness.build.build import clock_of
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
-from ditbench.harness.models.calls import float_dtype, placed
+from ditbench.harness.models.calls import RowDims, float_dtype, placed
 from ditbench.harness.models.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
 from ditbench.harness.models.transformer_only import TransformerOnly, random_transformer
 from ditbench.harness.quant.blocks import BlockCall, OneStream, by_name
@@ -41,7 +41,9 @@ class PipelineFamily:
 
     pipelines, transformer: names of diffusers classes. lists: attributes of the transformer that list its blocks, in the
     order of execution (in_turn: one of each list at a time). stream: how a block is called. sites: the inputs whose
-    producers are known. call: what the pipeline's `__call__` gets beside prompt, steps, guidance and generators. guidance: the name of its guidance argument. samplers: schedulers it can run.
+    producers are known. call: what the pipeline's `__call__` gets beside prompt, steps, guidance and generators. guidance: the
+    name of its guidance argument; unguided: the scale that switches guidance off. ROWS: where an argument of the transformer
+    has its rows, if that cannot be seen from calls on two and on three samples. SAMPLERS: schedulers it can run.
     pixels: latents of a pipeline without a VAE → pixels (B, 3, H, W) or (B, F, 3, H, W). size: height, width and
     num_frames, where a model says other ones than `call`. INDEX: the file by which a local folder is known.
     """
@@ -51,7 +53,7 @@ class PipelineFamily:
     lists: tuple[str, ...] = ("transformer_blocks",)
     FLOAT_IN_BLOCKS: str = r"norm"
     SAMPLERS: tuple[str, ...] = (PIPELINE,)
-    SHARED: tuple[str, ...] = ()
+    ROWS: RowDims = field(default_factory=dict)
     stream: Callable[[nn.Module], BlockCall] = lambda transformer: OneStream()
     in_turn: bool = False
     CONDITION: str = PROMPTS
@@ -59,6 +61,7 @@ class PipelineFamily:
     attention_modules: tuple[str, ...] = ()
     call: Callable[[Any], dict[str, Any]] = lambda pipe: {}
     guidance: str = "guidance_scale"
+    unguided: float = 1.0
     pixels: Callable[[Tensor], Tensor] = lambda latents: latents
     size: dict[str, int] = field(default_factory=dict)
     INDEX: str = "model_index.json"
@@ -126,8 +129,7 @@ class PipelineFamily:
                 generator=generators,
                 output_type="pt" if decode and not pixel_space else "latent",
                 return_dict=False,
-                **{self.guidance: sampler.guidance},
-                **self.call(pipe) | self.size,
+                **self.settings(pipe, sampler.guidance, len(conditions)),
             )[0]
         if seen.step != sampler.steps:
             raise UserError(
@@ -161,14 +163,17 @@ class PipelineFamily:
                 num_inference_steps=2,
                 generator=[torch.Generator().manual_seed(seed) for seed in conditions.seeds],
                 output_type="latent",
-                **{self.guidance: 1.0},
-                **self.call(pipe) | self.size,
+                **self.settings(pipe, self.unguided, batch),
             )
         except _Taken:
             pass
         finally:
             handle.remove()
         return found
+
+    def settings(self, pipe: Any, guidance: float, samples: int) -> dict[str, Any]:
+        """What the pipeline's `__call__` gets beside prompts, steps and generators."""
+        return {self.guidance: guidance} | self.call(pipe) | self.size
 
     @staticmethod
     def _any_prompts(count: int):
@@ -216,8 +221,8 @@ def watched(
 
     def leave(module: nn.Module, args: tuple, output: Any) -> Any:
         if isinstance(output, tuple):
-            return tuple(part.float() if isinstance(part, Tensor) else part for part in output)
-        return type(output)(sample=output.sample.float())
+            return tuple(in_float32(part) for part in output)
+        return type(output)(sample=in_float32(output.sample))
 
     step = scheduler.step
 
@@ -243,6 +248,13 @@ def watched(
         scheduler.step = step
         for handle in handles:
             handle.remove()
+
+
+def in_float32(part: Any) -> Any:
+    """A tensor, or a list of one per sample."""
+    if isinstance(part, list):
+        return [in_float32(each) for each in part]
+    return part.float() if isinstance(part, Tensor) else part
 
 
 @contextmanager

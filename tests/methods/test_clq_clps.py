@@ -13,6 +13,7 @@ from torch import nn
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.conformance import relative_error
+from ditbench.harness.models.calls import Call
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.quant.target import Site, Target
@@ -51,7 +52,7 @@ def chain(normal, *, blocks: int = 2):
         Chain(), names, tuple(Site(f"{n}.in", (n,)) for n in names), blocks=tuple(f"blocks.{b}" for b in range(blocks))
     )
     steps = [normal(3, 5, 4, seed=70 + s).float() for s in range(2)]
-    calibration = Calibration(tuple({"x": x} for x in steps), key="chain")
+    calibration = Calibration(tuple((Call({"x": x}),) for x in steps), key="chain")
     return target, calibration, torch.cat(steps).double()
 
 

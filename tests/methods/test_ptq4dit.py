@@ -123,7 +123,7 @@ def test_a_larger_weight_divides_the_scale_by_the_root_of_its_factor(factor, nor
 
 
 def test_with_one_timestep_it_is_smoothquant_at_one_half(small_target, small_calibration):
-    one_step = replace(small_calibration, per_step=small_calibration.per_step[:1])
+    one_step = replace(small_calibration, steps=small_calibration.steps[:1])
     balanced = ptq4dit.fit(small_target, one_step, DYNAMIC, ROUNDED)
     smoothed = smoothquant.fit(small_target, one_step, DYNAMIC, smoothquant.Params(strength=0.5))
     assert len(smoothed) == 4

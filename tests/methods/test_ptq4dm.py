@@ -9,13 +9,14 @@ import torch
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
+from ditbench.harness.models.calls import Call
 from ditbench.methods import ptq4dm
 from ditbench.methods.ptq4dm import Params, draw_steps, select_calibration
 
 
 def recording(steps: int, rows: int) -> Calibration:
     return Calibration(
-        tuple({"timestep": torch.full((rows,), s), "row": torch.arange(rows)} for s in range(steps)), "key"
+        tuple((Call({"timestep": torch.full((rows,), s), "row": torch.arange(rows)}),) for s in range(steps)), "key"
     )
 
 

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from small_pipelines import SIZES, SMALL
 
 from ditbench.harness.build.build import build, float_copy
-from ditbench.harness.calibration.recording import calibrate
+from ditbench.harness.calibration.recording import calibrate, selected
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.conformance import DYNAMIC
@@ -118,7 +116,7 @@ def test_a_learned_variance_is_left_out_and_rows_are_taken_in_any_batches(small_
     model = Doubled()
     model.clock = StepClock(None)
     for batch_size in (64, 4, 1):
-        noise = noise_estimates(model, small_calibration, 2, batch_size)
+        noise = noise_estimates(model, small_calibration, 2, 1, batch_size)
         assert torch.equal(noise, small_calibration.per_step[2]["hidden_states"].double())
     assert int(model.clock.step) == 2
 
@@ -129,7 +127,7 @@ def test_the_correction_brings_estimates_closer_to_the_float_models(small_target
     exact_model = float_copy(small_target, dtype=torch.float32)
     quantized = build(small_target, ptqd.apply(small_target, state, BITS, Params()), dtype=torch.float32)
     for step in range(4):
-        exact, noisy = (noise_estimates(m, small_calibration, step) for m in (exact_model, quantized))
+        exact, noisy = (noise_estimates(m, small_calibration, step, 1) for m in (exact_model, quantized))
         assert error_of(correct_step(state, Params(), step, noisy), exact) < error_of(noisy, exact)
 
 
@@ -157,10 +155,8 @@ def test_a_float_model_has_nothing_to_correct(small_target, small_calibration):
 
 
 def test_the_order_of_calibration_rows_does_not_matter(small_target, small_calibration):
-    turned = replace(
-        small_calibration,
-        per_step=tuple({n: t.flip(0) for n, t in inputs.items()} for inputs in small_calibration.per_step),
-    )
+    backwards = torch.arange(small_calibration.num_rows(0)).flip(0)
+    turned = selected(small_calibration, [backwards] * small_calibration.num_steps, "turned")
     one, other = (ptqd.fit(small_target, c, BITS, Params()) for c in (small_calibration, turned))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)

@@ -8,6 +8,7 @@ import torch
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
+from ditbench.harness.models.calls import Call
 from ditbench.harness.quant.quantizers import quantize_weight, searched_range
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.methods import q_diffusion
@@ -17,7 +18,7 @@ SHORT = Params(iterations=40, scale_iterations=10)
 
 
 def recording(steps: int, rows: int = 4) -> Calibration:
-    return Calibration(tuple({"timestep": torch.full((rows,), s)} for s in range(steps)), "key")
+    return Calibration(tuple((Call({"timestep": torch.full((rows,), s)}),) for s in range(steps)), "key")
 
 
 def error_of(values: list[float], low: float, high: float, spec: QuantSpec) -> float:

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.calibration.recording import selected
 from ditbench.harness.fitting.conformance import DYNAMIC, relative_error
 from ditbench.harness.quant.smoothing import smoothing_scale
 from ditbench.methods import smoothquant
@@ -90,10 +89,8 @@ def test_a_layer_that_stays_in_float_follows_the_fold(skip, small_model, small_c
 
 
 def test_the_order_of_calibration_rows_does_not_matter(small_target, small_calibration):
-    turned = replace(
-        small_calibration,
-        per_step=tuple({n: t.flip(0) for n, t in inputs.items()} for inputs in small_calibration.per_step),
-    )
+    backwards = torch.arange(small_calibration.num_rows(0)).flip(0)
+    turned = selected(small_calibration, [backwards] * small_calibration.num_steps, "turned")
     one, other = (smoothquant.fit(small_target, c, DYNAMIC, Params()) for c in (small_calibration, turned))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=0)

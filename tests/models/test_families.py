@@ -158,6 +158,21 @@ def test_blocks_walked_one_by_one_are_the_model(model, calibration):
     )
 
 
+def test_some_rows_of_a_blocks_input_give_what_they_gave_among_all(model, calibration):
+    """Its other arguments go with them, nested ones too (LTX's tables of positions have a row per sample)."""
+    target = model.target()
+    if isinstance(target.block_call, NotInLine):
+        return
+    transformer = float_copy(target, dtype=torch.float32)
+    stream = BlockStream(transformer, target, calibration)
+    block, kept = transformer.get_submodule(target.blocks[0]), torch.tensor([1, 0])
+    (call, *_), (whole, *_) = list(stream.calls()), list(stream.outputs(block))
+    some = call.rows(kept)
+    transformer.clock.set(call.step, STEPS)
+    with torch.no_grad():
+        torch.testing.assert_close(stream.run(block, some.hidden_BTC, some.kwargs), whole[kept], rtol=1e-4, atol=1e-5)
+
+
 def test_half_precision_leaves_in_float32_what_the_class_says(tmp_path):
     SMALL["wan"]().save_pretrained(tmp_path / "wan")
     model = load_model(ModelSpec("wan", "wan", source=str(tmp_path / "wan"), size=SIZES.get("wan")))

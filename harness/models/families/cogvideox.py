@@ -50,7 +50,6 @@ FAMILY = PipelineFamily(
     pipelines=("CogVideoXPipeline",),
     transformer="CogVideoXTransformer3DModel",
     SAMPLERS=(PIPELINE, "ddim"),
-    SHARED=("image_rotary_emb",),
     stream=lambda transformer: TwoStreams(outputs=("hidden_states", "encoder_hidden_states")),
     sites=sites,
     call=call,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import pipeline_without
 from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
+from ditbench.harness.models.calls import RowDims
 from ditbench.harness.models.samplers import CorrectedDDPM
 from ditbench.harness.quant.blocks import OneStream
 from ditbench.harness.quant.target import AdaLNRows, Site, ValueRows
@@ -26,7 +27,7 @@ BLOCKS = "transformer_blocks"
 FLOAT_IN_BLOCKS = r"norm1\."  # the adaLN linear and the embedders that diffusers keeps per block
 SAMPLERS = ("ddim", "ddpm")
 CONDITION = LABELS
-SHARED = ()
+ROWS: RowDims = {}  # inferred
 
 
 def load(folder: str, revision: str | None, dtype: torch.dtype) -> DiTPipeline:

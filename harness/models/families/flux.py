@@ -57,7 +57,6 @@ FAMILY = PipelineFamily(
     pipelines=("FluxPipeline",),
     transformer="FluxTransformer2DModel",
     lists=("transformer_blocks", "single_transformer_blocks"),
-    SHARED=("img_ids", "txt_ids"),
     stream=lambda transformer: TwoStreams(outputs=("encoder_hidden_states", "hidden_states")),
     sites=sites,
     call=call,

@@ -51,7 +51,6 @@ FAMILY = HunyuanDiT(
     pipelines=("HunyuanDiTPipeline",),
     transformer="HunyuanDiT2DModel",
     lists=("blocks",),
-    SHARED=("image_rotary_emb",),
     stream=lambda transformer: NotInLine("its later blocks read the outputs of its first ones (long skips)"),
     sites=sites,
     call=call,

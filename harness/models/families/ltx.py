@@ -28,7 +28,6 @@ def call(pipe: Any) -> dict[str, Any]:
 FAMILY = PipelineFamily(
     pipelines=("LTXPipeline",),
     transformer="LTXVideoTransformer3DModel",
-    SHARED=("rope_interpolation_scale", "video_coords"),
     sites=sites,
     call=call,
 )

@@ -37,7 +37,6 @@ FAMILY = PipelineFamily(
     pipelines=("Lumina2Pipeline",),
     transformer="Lumina2Transformer2DModel",
     lists=("layers",),
-    SHARED=("image_rotary_emb",),
     sites=sites,
     call=call,
 )

@@ -30,7 +30,6 @@ FAMILY = PipelineFamily(
     pipelines=("WanPipeline",),
     transformer="WanTransformer3DModel",
     lists=("blocks",),
-    SHARED=("rotary_emb",),
     sites=sites,
     call=call,
 )
