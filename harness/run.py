@@ -31,7 +31,6 @@ from ditbench.harness.measurement.latency import kind_of, measure
 from ditbench.harness.measurement.layer_errors import ErrorAtlas, error_atlas, layer_table
 from ditbench.harness.measurement.parity import layer_parity
 from ditbench.harness.models.base import LoadedModel
-from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, MixedBits
@@ -210,8 +209,7 @@ def built(config: RunConfig, target: Target, recipe: ModelRecipe) -> nn.Module:
 
 
 def stage_account(config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe):
-    macs = count_macs(model.transformer, model.step_inputs(1))
-    return account(target, recipe, macs, config.bits.label)
+    return account(target, recipe, model.macs, config.bits.label)
 
 
 def stage_generate(config: RunConfig, model: LoadedModel, quantized: nn.Module, state: dict[str, Tensor]) -> Samples:
