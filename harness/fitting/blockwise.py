@@ -1,8 +1,8 @@
-"""Weights rounded block by block with the second moments of what each layer really reads (GPTQ and what builds on it)."""
+"""Weights rounded block by block with the Hessians of what each layer really reads (GPTQ and what builds on it)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,10 @@ def round_blockwise(
 ) -> dict[str, QuantizedWeight]:
     """{layer: codes} for every target layer, each fitted with the blocks before its own already rounded.
 
-    round_weight gets the layer's effective weight (transforms and folds applied) and the sum of x xᵀ over its inputs
-    (transformed), float32, divided by the number of rows. Within a block all layers are observed in one pass with the
-    block in float, as GPTQ's reference does. Layers outside the blocks are observed on the float model.
+    round_weight gets the layer's effective weight (transforms and folds applied) and its Hessian: the mean of x xᵀ over its
+    inputs (transformed), float32, of which layers that read the same input share one. Within a block all layers are
+    observed in one pass with the block in float, as GPTQ's reference does. Layers outside the blocks are observed on the
+    float model.
     low_rank: branches by layer name. They stay in place, and round_weight gets what they leave of the weight.
     """
     transforms, low_rank = transforms or {}, low_rank or {}
@@ -52,28 +53,31 @@ def round_blockwise(
         kernel.weight_OC = residual(kernel.weight_OC, branch).float()  # type: ignore[arg-type]
     outside = {n: q for n, q in all_layers.items() if not any(n.startswith(f"{b}.") for b in target.blocks)}
     if outside:
-        moments = {name: SecondMoment() for name in outside}
-        with watched({layer.kernel: moments[name].see for name, layer in outside.items()}):
-            run_calibration(model, calibration, lambda step: None, "second moments")
-        _round(outside, moments, round_weight, found)
+        hessians = _hessians(target, outside, transforms)
+        with watched(_observers(outside, hessians)):
+            run_calibration(model, calibration, lambda step: None, "Hessians")
+        _round(outside, hessians, round_weight, found)
 
     stream = BlockStream(model, target, calibration, max_bytes=max_bytes)
     for block_name, block in stream:
         inside = {name: layer for name, layer in all_layers.items() if name.startswith(f"{block_name}.")}
-        moments = {name: SecondMoment() for name in inside}
-        stream.watch(block, {layer.kernel: moments[name].see for name, layer in inside.items()})
-        _round(inside, moments, round_weight, found)
+        hessians = _hessians(target, inside, transforms)
+        stream.watch(block, _observers(inside, hessians))
+        _round(inside, hessians, round_weight, found)
     return {name: found[name] for name in target.layers}
 
 
-class SecondMoment:
-    """Mean of x xᵀ over all rows seen, float32 (C, C)."""
+class Hessian:
+    """Of a layer's squared error with respect to a row of its weight, but for a factor of 2: the mean of x xᵀ over all rows
+    of x seen, float32 (C, C), on the device of x.
+    """
 
     def __init__(self) -> None:
         self.sum_CC: Tensor | None = None
         self.rows = 0
 
     def see(self, x: Tensor) -> None:
+        """x: (…, C)."""
         x_TC = x.detach().float().flatten(0, -2)
         product = x_TC.T @ x_TC
         self.sum_CC = product if self.sum_CC is None else self.sum_CC.add_(product)
@@ -99,14 +103,28 @@ def weight_from_state(name: str, state: dict[str, Tensor], spec: QuantSpec) -> Q
     return QuantizedWeight(state[f"{name}/codes"], state[f"{name}/weight_scale"], zero_point, spec)
 
 
+def _hessians(target: Target, layers: Iterable[str], transforms: Mapping[str, Transform]) -> dict[str, Hessian]:
+    """{layer: Hessian}, one for all layers of a site that read it through the same transform."""
+    inputs: dict[tuple[str, int], Hessian] = {}
+    return {
+        name: inputs.setdefault((target.site_of(name).name, id(transforms.get(name))), Hessian()) for name in layers
+    }
+
+
+def _observers(layers: dict[str, QuantLinear], hessians: dict[str, Hessian]) -> dict[nn.Module, Callable]:
+    """Each Hessian watches the input of one of its layers."""
+    watched_layer = {hessian: layers[name] for name, hessian in hessians.items()}
+    return {layer.kernel: hessian.see for hessian, layer in watched_layer.items()}
+
+
 def _round(
     layers: dict[str, QuantLinear],
-    moments: dict[str, SecondMoment],
+    hessians: dict[str, Hessian],
     round_weight: Round,
     found: dict[str, QuantizedWeight],
 ) -> None:
     """Round each layer and put the rounded values in its place, for the blocks behind it."""
     for name, layer in layers.items():
         kernel: nn.Module = layer.kernel
-        found[name] = round_weight(name, kernel.weight_OC, moments[name].mean_CC(name))  # type: ignore[arg-type]
+        found[name] = round_weight(name, kernel.weight_OC, hessians[name].mean_CC(name))  # type: ignore[arg-type]
         kernel.weight_OC = found[name].dequantize()

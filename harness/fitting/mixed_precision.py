@@ -36,7 +36,6 @@ from ditbench.harness.fitting.bit_allocation import (
 )
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
-from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.accounting import account, held_parts, layer_bytes
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import FLOAT_BITS, Bits, MixedBits
@@ -244,8 +243,7 @@ def _cached(
 def _bytes(timing, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
     """Of the stored transformer: of each unit, and of the rest."""
     parts_UK = [[_parts(target, recipe, unit) for recipe in recipes] for unit in units]
-    macs = count_macs(model.transformer, model.step_inputs(1))
-    whole_K = [account(target, recipe, macs, "")[1]["model_bytes"] for recipe in recipes]
+    whole_K = [account(target, recipe, model.macs, "")[1]["model_bytes"] for recipe in recipes]
     of_units_K = [sum(sum(of_unit[k].values()) for of_unit in parts_UK) for k in range(len(recipes))]
     rest = max(whole - own for whole, own in zip(whole_K, of_units_K, strict=True))
     return Costs.of_parts(parts_UK, len(shares_R)), float(rest)
@@ -261,7 +259,7 @@ def _average_weight_bits(timing, model, target, recipes, labels, units, shares_R
 
 def _average_act_bits(timing, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
     """Mean over the steps and the multiplications of the protocol's layers."""
-    macs = count_macs(model.transformer, model.step_inputs(1))
+    macs = model.macs
     total = sum(macs[name] for name in target.layers)
 
     def bits(recipe: ModelRecipe, unit: Unit) -> float:

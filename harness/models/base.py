@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import tensors_sha256
 from ditbench.harness.models.calls import RowDims
+from ditbench.harness.models.macs import count_macs
 from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.quant.blocks import BlockCall
@@ -140,6 +141,11 @@ class LoadedModel:
         """SHA-256 of all weights: transformer, and VAE and text encoders, if any."""
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         return tensors_sha256({f"{name}.{n}": t for name, part in parts.items() for n, t in part.state_dict().items()})
+
+    @cached_property
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of one call on one row, by layer name, "" for the whole call (see `count_macs`)."""
+        return count_macs(self.transformer, self.step_inputs(1))
 
     def step_inputs(self, batch: int) -> dict[str, Any]:
         """Arguments of one transformer call on `batch` rows; one denoising step with guidance has twice the samples."""

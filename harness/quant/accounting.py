@@ -33,7 +33,7 @@ def account(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The record's `bits` field and the byte counts of its `efficiency` field.
 
-    macs: multiply-accumulates per layer name for one sample, "" for the whole transformer (see `count_macs`).
+    macs: multiply-accumulates per layer name for one sample, "" for the whole transformer (`LoadedModel.macs`).
     """
     shares = {name: recipe.shares(name) for name in recipe.layers}
     quantized = {name for name, share in shares.items() if any(layer.weight or layer.act for layer, _ in share)}

@@ -16,7 +16,6 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.memory import PeakMemory
 from ditbench.harness.fitting import mixed_precision, registry
 from ditbench.harness.models.base import LoadedModel
-from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.accounting import account as account_of
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, MixedBits
@@ -105,8 +104,7 @@ def account(
     config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The record's `bits`, and the byte counts of its `efficiency`."""
-    macs = count_macs(model.transformer, model.step_inputs(1))
-    return account_of(target, recipe, macs, config.bits.label)
+    return account_of(target, recipe, model.macs, config.bits.label)
 
 
 def fit_cost(timings_s: dict[str, float], recording: Calibration, memory: PeakMemory) -> dict[str, float | None]:

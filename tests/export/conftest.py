@@ -18,7 +18,6 @@ from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting import registry
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import LoadedModel, Sampler
-from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits
@@ -48,7 +47,7 @@ def write_export(
     state = module.fit(target, calibration, bits, module.Params(**params))
     recipe = module.apply(target, state, bits, module.Params(**params))
     described = save_quantized(folder, target, recipe, dtype=dtype, about={"method": method})
-    _, size = account(target, recipe, count_macs(model.transformer, model.step_inputs(1)), bits.label)
+    _, size = account(target, recipe, model.macs, bits.label)
     return Written(target, recipe, folder, described, size, dtype)
 
 

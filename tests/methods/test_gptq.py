@@ -1,13 +1,18 @@
 """GPTQ as a method: blocks one after the other, within a byte budget."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from ditbench.harness.build.build import build
 from ditbench.harness.calibration.block_stream import BlockStream
-from ditbench.harness.fitting.blockwise import round_blockwise
+from ditbench.harness.fitting.blockwise import Hessian, round_blockwise
 from ditbench.harness.quant.quantizers import quantize_weight
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.target import Site
+from ditbench.harness.quant.transforms import Transform
 from ditbench.methods import gptq, rtn
 
 W3A16 = Bits(QuantSpec(3, "per_channel"), None)
@@ -33,8 +38,8 @@ def test_the_models_output_is_closer_than_with_rounding_to_nearest(small_target,
 
 
 def test_each_block_is_observed_behind_the_rounded_blocks_before_it(small_target, small_calibration):
-    """The second block's moments must change when the first block's rounding does; the first block's must not."""
-    moments = {}
+    """The second block's Hessians must change when the first block's rounding does; the first block's must not."""
+    hessians = {}
 
     def rounder(bits, store):
         def round_weight(name, weight, hessian):
@@ -44,12 +49,40 @@ def test_each_block_is_observed_behind_the_rounded_blocks_before_it(small_target
         return round_weight
 
     for bits in (2, 8):
-        moments[bits] = {}
-        round_blockwise(small_target, small_calibration, rounder(bits, moments[bits]))
+        hessians[bits] = {}
+        round_blockwise(small_target, small_calibration, rounder(bits, hessians[bits]))
     first = [name for name in small_target.layers if name.startswith(small_target.blocks[0])]
     second = [name for name in small_target.layers if name.startswith(small_target.blocks[1])]
-    assert all(torch.equal(moments[2][name], moments[8][name]) for name in first)
-    assert all(not torch.allclose(moments[2][name], moments[8][name]) for name in second)
+    assert all(torch.equal(hessians[2][name], hessians[8][name]) for name in first)
+    assert all(not torch.allclose(hessians[2][name], hessians[8][name]) for name in second)
+
+
+@pytest.mark.parametrize("transformed", [False, True], ids=["plain", "transformed"])
+def test_layers_that_read_one_input_share_the_hessian_that_each_would_have_made(
+    transformed, small_target, small_calibration, monkeypatch
+):
+    """The same numbers as with a site for every layer, from four products of a block's inputs instead of six."""
+
+    def hessians_of(target, transforms):
+        found, products = {}, []
+        see = Hessian.see
+        monkeypatch.setattr(Hessian, "see", lambda self, x: (products.append(self), see(self, x))[1])
+
+        def round_weight(name, weight, hessian):
+            found[name] = hessian
+            return quantize_weight(weight, QuantSpec(4, "per_channel"))
+
+        round_blockwise(target, small_calibration, round_weight, transforms)
+        monkeypatch.setattr(Hessian, "see", see)
+        return found, len(products) / small_calibration.num_batches()
+
+    own = {name: Transform(scale_C=torch.linspace(1, 2, 48)) for name in small_target.layers if "attn1.to_q" in name}
+    alone = replace(small_target, sites=tuple(Site(name, (name,)) for name in small_target.layers))
+    shared, products = hessians_of(small_target, own if transformed else {})
+    expected, products_alone = hessians_of(alone, own if transformed else {})
+    assert products_alone == 2 * 6 and products == 2 * (5 if transformed else 4)
+    assert shared.keys() == expected.keys() == set(small_target.layers)
+    assert all(torch.equal(shared[name], expected[name]) for name in expected)
 
 
 def test_a_stream_without_changes_gives_the_float_models_hidden_states(small_target, small_calibration):

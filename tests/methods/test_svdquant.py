@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from ditbench.harness.build.build import build, float_copy, quant_layers
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
-from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.gptq import gptq
 from ditbench.harness.quant.quantizers import activation_affine, quantize_weight
@@ -337,11 +336,10 @@ def test_the_sample_is_bounded_and_sees_every_step_and_row(small_target, small_c
     assert site_samples(small_target, small_calibration, QUICK) == {}
 
 
-def test_the_bytes_of_branches_are_counted(small_target, small_calibration):
+def test_the_bytes_of_branches_are_counted(small_target, small_calibration, small_model):
     recipe = recipe_of(small_target, small_calibration, params=replace(QUICK, rank=5))
-    macs = count_macs(small_target.transformer, dict(small_calibration.per_step[0]))
     without = replace(recipe, layers={n: replace(r, low_rank=None) for n, r in recipe.layers.items()})
-    sizes = [account(small_target, each, macs, "W4A4")[1]["model_bytes"] for each in (recipe, without)]
+    sizes = [account(small_target, each, small_model.macs, "W4A4")[1]["model_bytes"] for each in (recipe, without)]
     per_block = 4 * 5 * (48 + 48) + 2 * 5 * (48 + 192)  # q, k, v each with its copy of a
     assert sizes[0] - sizes[1] == 2 * 2 * per_block
     stored = [

@@ -7,7 +7,6 @@ from torch import nn
 from ditbench.harness.backends import simulate
 from ditbench.harness.build.build import build
 from ditbench.harness.fitting.rounding import nearest
-from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.accounting import account, stored_bytes
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight, static_quant
 from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
@@ -62,7 +61,7 @@ def test_a_layers_bytes_are_those_of_the_kernels_buffers(width, granularity, sym
 @pytest.mark.parametrize(
     "case", ["plain", "grouped", "rotated", "permuted scale", "folded", "low rank", "static", "float sides"]
 )
-def test_the_models_bytes_are_those_of_the_built_model(case, small_target, small_calibration):
+def test_the_models_bytes_are_those_of_the_built_model(case, small_target, small_model):
     """Every tensor of the model in bf16, quantized or not, without what is folded away."""
     transforms: dict[str, Transform] = {}
     folded: frozenset[str] = frozenset()
@@ -90,8 +89,7 @@ def test_the_models_bytes_are_those_of_the_built_model(case, small_target, small
         static = static_quant(StepTable(-torch.ones(1)), StepTable(torch.ones(1)), QuantSpec(8, "per_tensor"))
         for name, layer in recipe.layers.items():
             recipe.layers[name] = LayerRecipe(weight=layer.weight, act=static)
-    macs = count_macs(small_target.transformer, dict(small_calibration.per_step[0]))
-    _, size = account(small_target, recipe, macs, "W4A8")
+    _, size = account(small_target, recipe, small_model.macs, "W4A8")
     built = build(small_target, recipe, dtype=torch.bfloat16, backend="simulate" if bits.weight else "auto")
     parameters = {name for name, _ in small_target.transformer.named_parameters()}
     buffers = {n for n, _ in small_target.transformer.named_buffers()}
@@ -153,9 +151,9 @@ def test_what_runs_online_is_counted_and_constants_are_not(transform, added, nor
         assert stored_bytes(LayerRecipe(transform, weight), folded=True) == plain
 
 
-def test_a_shift_by_step_costs_one_bias_per_group_in_producer_and_consumers(small_target, small_calibration):
+def test_a_shift_by_step_costs_one_bias_per_group_in_producer_and_consumers(small_target, small_model):
     site = small_target.sites[0]
-    macs = count_macs(small_target.transformer, dict(small_calibration.per_step[0]))
+    macs = small_model.macs
     sizes = {}
     for groups in ([0, 0, 0, 0], [0, 0, 1, 2]):
         rows = torch.zeros(max(groups) + 1, 48)
@@ -178,34 +176,8 @@ def test_four_bits_make_the_layers_of_a_dit_xl_at_least_three_and_a_half_times_s
     assert 3.5 <= size["compression_quantized_layers"] < 4
 
 
-def test_macs_are_those_of_a_count_by_hand(small_model):
-    """T = 16 tokens, C = 48, 2 blocks; the embedders of block 0 run once more for the last adaLN."""
-    tokens, width = 16, 48
-    macs = count_macs(small_model.transformer, small_model.step_inputs(3))
-    expected = {"pos_embed.proj": tokens * width * 4, "proj_out_1": width * 2 * width, "proj_out_2": tokens * width * 4}
-    attention = 0
-    for block, calls in ((0, 2), (1, 1)):
-        name = f"transformer_blocks.{block}"
-        for layer in ("to_q", "to_k", "to_v", "to_out.0"):
-            expected[f"{name}.attn1.{layer}"] = tokens * width * width
-        expected[f"{name}.ff.net.0.proj"] = expected[f"{name}.ff.net.2"] = tokens * width * 4 * width
-        expected[f"{name}.norm1.linear"] = width * 6 * width
-        expected[f"{name}.norm1.emb.timestep_embedder.linear_1"] = calls * 256 * width
-        expected[f"{name}.norm1.emb.timestep_embedder.linear_2"] = calls * width * width
-        attention += 2 * tokens * tokens * width  # q kᵀ and the map times v, all heads together
-    total = macs.pop("")
-    assert macs == expected
-    assert total == sum(expected.values()) + attention
-
-
-def test_counting_is_for_one_sample_whatever_the_batch_and_leaves_no_hook(small_model):
-    counts = [count_macs(small_model.transformer, small_model.step_inputs(batch)) for batch in (1, 4)]
-    assert counts[0] == counts[1]
-    assert not any(module._forward_hooks for module in small_model.transformer.modules())
-
-
-def test_the_share_of_quantized_macs_leaves_attention_and_adaln_out(small_target, small_calibration):
-    macs = count_macs(small_target.transformer, dict(small_calibration.per_step[0]))
+def test_the_share_of_quantized_macs_leaves_attention_and_adaln_out(small_target, small_model):
+    macs = small_model.macs
     bits, _ = account(small_target, nearest(small_target, Bits(QuantSpec(4, "per_channel"), DYNAMIC), {}), macs, "W4A8")
     quantized = 2 * 16 * (4 * 48 * 48 + 2 * 4 * 48 * 48)
     assert bits["mac_share_quantized"] == pytest.approx(quantized / macs[""])

@@ -20,7 +20,6 @@ from ditbench.harness.measurement import latency
 from ditbench.harness.measurement.layer_errors import error_atlas, layer_table
 from ditbench.harness.measurement.parity import layer_parity
 from ditbench.harness.models.base import ModelSpec, load_model
-from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.accounting import account, layer_bytes, stored_bytes
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import Bits
@@ -112,7 +111,7 @@ def test_without_rounding_it_is_the_float_model(case, planned, small_calibration
 def test_the_bytes_counted_are_those_of_the_file_and_of_the_model(case, planned, small_model, tmp_path):
     """What only some of a part's tensors share (one factor of two branches, one of two tables), the model holds once."""
     target, recipe, alone, *_ = planned(case)
-    macs = count_macs(small_model.transformer, small_model.step_inputs(1))
+    macs = small_model.macs
     _, size = account(target, recipe, macs, "")
     described = save_quantized(tmp_path / "export", target, recipe, dtype=torch.bfloat16, about={})
     assert described["tensors"]["bytes"] == size["model_bytes"]
@@ -130,7 +129,7 @@ def test_the_bytes_counted_are_those_of_the_file_and_of_the_model(case, planned,
 def test_a_plan_costs_what_its_recipe_holds(case, planned, small_model):
     """The constraint of the MILP against the accounting of what was built."""
     target, recipe, _, recipes, units, chosen_RU = planned(case)
-    macs = count_macs(small_model.transformer, small_model.step_inputs(1))
+    macs = small_model.macs
     shares_R = np.diff((*STARTS, STEPS)) / STEPS
     costs, rest = mixed_precision._bytes(None, small_model, target, recipes, [], units, shares_R)
     assert costs.of(chosen_RU) + rest == account(target, recipe, macs, "")[1]["model_bytes"]
@@ -158,7 +157,7 @@ def test_effective_bits_are_means_over_the_steps_and_stored_bits_are_not(small_m
     recipes = [rtn.apply(small_target, {}, bits, rtn.Params()) for bits in (FORMATS[0], FORMATS[2])]
     everything = [dict.fromkeys(small_target.layers, k) for k in (0, 1)]
     recipe = merged_by_range(small_target, recipes, everything, (0, 1), STEPS)  # one step, three steps
-    macs = count_macs(small_model.transformer, small_model.step_inputs(1))
+    macs = small_model.macs
     (low, high), (found, _) = (
         [account(small_target, each, macs, "")[0] for each in recipes],
         account(small_target, recipe, macs, ""),

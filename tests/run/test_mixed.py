@@ -12,7 +12,6 @@ from ditbench.harness.backends import onednn_int8
 from ditbench.harness.build.export import RECIPE, TENSORS
 from ditbench.harness.cli import main
 from ditbench.harness.fitting import mixed_precision
-from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.loaded import model_of
@@ -131,7 +130,7 @@ def test_a_plan_by_ranges_is_recorded_with_its_steps_and_has_less_error(by_range
 def test_activation_bits_are_weighted_with_multiplications_and_steps(by_range):
     record, _, _ = by_range
     model = model_of(parse(record["config"]).model)
-    macs, plan = count_macs(model.transformer, model.step_inputs(1)), record["bits"]["mixed"]
+    macs, plan = model.macs, record["bits"]["mixed"]
     total = sum(macs[name] * (int(first[-1]) + int(second[-1])) / 2 for name, (first, second) in plan["plan"].items())
     expected = total / sum(macs[name] for name in plan["plan"])
     assert plan["predicted"]["average_act_bits"] == pytest.approx(expected, rel=1e-9)
@@ -146,7 +145,7 @@ def test_layers_that_a_recipe_leaves_out_have_sixteen_activation_bits(small_mode
     costs, rest = mixed_precision.COSTS["average_act_bits"](
         None, small_model, small_target, recipes, ["a", "b"], units, np.ones(1)
     )
-    macs = count_macs(small_model.transformer, small_model.step_inputs(1))
+    macs = small_model.macs
     for candidate, in_float in enumerate([(first, second), (first,)]):
         expected = [16 if name in in_float else 4 for name in small_target.layers]
         weights = [macs[name] for name in small_target.layers]
