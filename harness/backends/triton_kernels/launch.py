@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ditbench.harness.backends.triton_kernels import ways
 from ditbench.harness.backends.triton_kernels.activations import quantize_rows_kernel
 from ditbench.harness.backends.triton_kernels.products import float_product_kernel, int_product_kernel
 from ditbench.harness.quant import hadamard
@@ -19,10 +20,19 @@ FLOAT8 = torch.float8_e4m3fn
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 Tile = tuple[int, int, int, int, int]  # BLOCK_M, BLOCK_O, BLOCK_K in bytes of weight, warps, stages
 SMALLEST = 16  # side of a tile of tl.dot; 32 along the summed axis of int8
-# The fastest is found out on the device.
-TILES = ((128, 256, 128, 8, 3), (128, 128, 128, 4, 4), (128, 128, 64, 4, 4), (64, 128, 128, 4, 4), (128, 256, 64, 8, 4))
 WORTH_A_SEARCH = 2**20  # outputs; compiling a kernel takes seconds
-INTERPRETED_TILES = ((32, 32, 32, 4, 1),)
+# The last two fit all chips in all formats: 99 KiB of shared memory on Ada and consumer Blackwell.
+TILES: tuple[Tile, ...] = (  # of many outputs: the fastest is found out on the device
+    (128, 256, 128, 8, 3),
+    (128, 128, 128, 4, 4),
+    (128, 256, 64, 8, 4),
+    (128, 128, 64, 4, 4),
+    (64, 128, 128, 4, 4),
+    (64, 64, 64, 4, 3),
+    (64, 64, 32, 4, 2),
+)
+TILES_OF_FEW: tuple[Tile, ...] = TILES[-3:]  # the first that fits; larger ones would leave most of a chip idle
+INTERPRETED_TILES: tuple[Tile, ...] = ((32, 32, 32, 4, 1),)
 
 
 @torch.library.custom_op("ditbench::quantize_rows", mutates_args=())
@@ -46,38 +56,30 @@ def quantize_rows(
     static_scale, static_zero: of one element, or one per row; None: dynamic, per row.
     """
     x_MC = x_MC.contiguous()
-    rows, width = x_MC.shape
-    codes_MC, scale_M, zero_M, transformed_MC = _empty_rows(x_MC, float8, keep_transformed)
-    if rows == 0:
-        return codes_MC, scale_M, zero_M, transformed_MC
-    left = right = None
-    a_length, b_length, norm = 1, width, 1.0
-    if rotation:
-        p, q = rotation
-        left, right = _rotation_sides(p, q, width, x_MC.device)
-        a_length, b_length, norm = width // q, q, (p * q) ** -0.5
-    a, b = triton.next_power_of_2(a_length), triton.next_power_of_2(b_length)
-    if rotation:
-        a, b = max(a, SMALLEST), max(b, SMALLEST)
-    at_once = 4 if rotation else 1
-    quantize_rows_kernel[(triton.cdiv(rows, at_once),)](
-        *(x_MC, shift_C, divisor_C, signs_C, left, right, static_scale, static_zero),
-        *(codes_MC, scale_M, zero_M, transformed_MC if keep_transformed else None),
-        *(rows, width, a_length, b_length),
-        0 if static_scale is None or static_scale.numel() == 1 else 1,
-        *(norm, clip),
-        QUANT_MIN=float(quant_min),
-        QUANT_MAX=float(quant_max),
-        SYMMETRIC=quant_min < 0,
-        STORED_LESS=128.0 if quant_max == 255 else 0.0,
-        FLOAT8=float8,
-        BF16=x_MC.dtype == torch.bfloat16 and shift_C is None and divisor_C is None,
-        A=a,
-        B=b,
-        ROWS=at_once,
-        num_warps=4 if max(a, b if rotation else 1) * b <= 4096 else 8,
-    )
-    return codes_MC, scale_M, zero_M, transformed_MC
+    codes_MC, scale_M, zero_M, transformed_MC = outputs = _empty_rows(x_MC, float8, keep_transformed)
+    if len(x_MC) == 0:
+        return outputs
+    statics = (static_scale, static_zero)
+    constants = {
+        "QUANT_MIN": float(quant_min),
+        "QUANT_MAX": float(quant_max),
+        "SYMMETRIC": quant_min < 0,
+        "STORED_LESS": 128.0 if quant_max == 255 else 0.0,
+        "FLOAT8": float8,
+    }
+
+    def call(fused: bool) -> Any:
+        inputs = (x_MC, shift_C, divisor_C, signs_C, rotation)
+        if not fused:
+            inputs = (_transformed(*inputs), None, None, None, [])
+        kept_MC = transformed_MC if keep_transformed else None
+        return _launch_rows(*inputs, *statics, codes_MC, scale_M, zero_M, kept_MC, clip, constants)
+
+    given = (x_MC, shift_C, divisor_C, signs_C, *statics)
+    key = (quantize_rows_kernel, x_MC.shape[1], *rotation, keep_transformed, *ways.kinds(given), *constants.values())
+    with _on(x_MC.device):
+        ways.run(key, call, (True, False) if rotation else (True,))
+    return outputs
 
 
 @quantize_rows.register_fake
@@ -93,6 +95,64 @@ def _empty_rows(x_MC: Tensor, float8: bool, keep_transformed: bool) -> tuple[Ten
         x_MC.new_empty(rows, dtype=torch.int32),
         x_MC.new_empty((rows, width) if keep_transformed else 0),
     )
+
+
+def _launch_rows(
+    x_MC: Tensor,
+    shift_C: Tensor | None,
+    divisor_C: Tensor | None,
+    signs_C: Tensor | None,
+    rotation: list[int],
+    static_scale: Tensor | None,
+    static_zero: Tensor | None,
+    codes_MC: Tensor,
+    scale_M: Tensor,
+    zero_M: Tensor,
+    kept_MC: Tensor | None,
+    clip: float,
+    constants: dict[str, float | bool],
+) -> Any:
+    rows, width = x_MC.shape
+    left = right = None
+    a_length, b_length, norm = 1, width, 1.0
+    if rotation:
+        p, q = rotation
+        left, right = _rotation_sides(p, q, width, x_MC.device)
+        a_length, b_length, norm = width // q, q, (p * q) ** -0.5
+    a, b = triton.next_power_of_2(a_length), triton.next_power_of_2(b_length)
+    if rotation:
+        a, b = max(a, SMALLEST), max(b, SMALLEST)
+    at_once = 4 if rotation else 1
+    return quantize_rows_kernel[(triton.cdiv(rows, at_once),)](
+        *(x_MC, shift_C, divisor_C, signs_C, left, right, static_scale, static_zero),
+        *(codes_MC, scale_M, zero_M, kept_MC),
+        *(rows, width, a_length, b_length),
+        0 if static_scale is None or static_scale.numel() == 1 else 1,
+        *(norm, clip),
+        BF16=x_MC.dtype == torch.bfloat16 and shift_C is None and divisor_C is None,
+        A=a,
+        B=b,
+        ROWS=at_once,
+        num_warps=4 if max(a, b if rotation else 1) * b <= 4096 else 8,
+        **constants,
+    )
+
+
+def _transformed(
+    x_MC: Tensor, shift_C: Tensor | None, divisor_C: Tensor | None, signs_C: Tensor | None, rotation: list[int]
+) -> Tensor:
+    """x' in float32, by torch: for chips that have no room for the tile of a rotated row."""
+    x_MC = x_MC.float()
+    if shift_C is not None:
+        x_MC = x_MC - shift_C.float()
+    if divisor_C is not None:
+        x_MC = x_MC / divisor_C.float()
+    if signs_C is not None:
+        x_MC = x_MC * signs_C.float()
+    p, q = rotation
+    left, right = (hadamard.hadamard(order).to(x_MC) for order in (p, q))
+    x_MGpq = x_MC.unflatten(1, (-1, p, q))
+    return ((left.T @ (x_MGpq @ right)) * (p * q) ** -0.5).flatten(1)
 
 
 @torch.library.custom_op("ditbench::int_product", mutates_args=())
@@ -189,9 +249,9 @@ def _launch(
     """even: all halves of all bytes are used. The tile is chosen at the first call of a shape."""
     rows, outputs = arguments[2].shape
 
-    def call(tile: Tile) -> None:
+    def call(tile: Tile) -> Any:
         block_m, block_o, block_k, warps, stages = tile
-        kernel[(triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_o),)](
+        return kernel[(triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_o),)](
             *arguments,
             triton.cdiv(span, block_k),
             STEPS=triton.cdiv(span, block_k) if INTERPRETED else None,
@@ -206,26 +266,16 @@ def _launch(
             **constants,
         )
 
-    key = (kernel, rows, outputs, groups, span, rank, arguments[2].device, *constants.values())
-    if key not in _best_tile:
-        known = INTERPRETED_TILES if INTERPRETED else TILES if rows * outputs >= WORTH_A_SEARCH else TILES[1:2]
-        tiles = {_fitted(tile, span) for tile in known}
-        _best_tile[key] = tiles.pop() if len(tiles) == 1 else _fastest(call, sorted(tiles))
-    call(_best_tile[key])
+    many = rows * outputs >= WORTH_A_SEARCH
+    tiles = INTERPRETED_TILES if INTERPRETED else TILES if many else TILES_OF_FEW
+    key = (kernel, groups, *ways.kinds(arguments), *constants.values())
+    with _on(arguments[2].device):
+        ways.run(key, call, tuple(dict.fromkeys(_fitted(tile, span) for tile in tiles)), timed=many)
 
 
-_best_tile: dict[tuple, Tile] = {}
-
-
-def _fastest(call: Callable[[Tile], None], tiles: list[Tile]) -> Tile:
-    """Of the tiles that this device has room for, by a few timed calls each; done once per shape."""
-    times = {}
-    for tile in tiles:
-        try:
-            times[tile] = triton.testing.do_bench(lambda tile=tile: call(tile), warmup=5, rep=20)
-        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
-            continue
-    return min(times, key=times.__getitem__)
+def _on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device and its stream, wherever its arguments lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _fitted(tile: Tile, span: int) -> Tile:
