@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from harness.models.base import ModelSpec, load_model
+from ditbench.harness.models.base import ModelSpec, load_model
 from operations import REPOSITORY, counted
 from small_pipelines import SIZES, SMALL
 from torch import Tensor, nn

@@ -153,7 +153,7 @@ def state_survives_a_fresh_process(case: Case) -> None:
             {n: t.contiguous() for n, t in state.items()} | {"": torch.zeros(1)}, Path(folder) / "state.safetensors"
         )
         code = (
-            "import sys; from harness.conformance import apply_saved; "
+            f"import sys; from {__name__} import apply_saved; "
             "apply_saved(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])"
         )
         arguments = [case.name, folder, str(case.seed), case.scope]
