@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import ditbench
 from ditbench.eval.base import known_metrics
 from ditbench.harness import run as running
 from ditbench.harness.stages.loaded import forget_models
@@ -191,7 +192,7 @@ def test_a_failed_run_is_tried_again_and_the_failure_is_kept(run, tmp_path, read
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "stage_generate", fail)
+        patch.setattr(running, "generate", fail)
         assert run(*QUICK) == 3
     assert run(*QUICK) == 0
     first, second = read_records(tmp_path).items()
@@ -203,7 +204,7 @@ def test_a_failed_run_is_tried_again_and_the_failure_is_kept(run, tmp_path, read
     assert len(read_records(tmp_path)) == 2, "an ok attempt is not repeated"
 
 
-@pytest.mark.parametrize("stage", ["stage_calibrate", "save_artifacts"])
+@pytest.mark.parametrize("stage", ["calibrate", "save_artifacts"])
 def test_an_interruption_leaves_no_record_and_the_next_start_works(
     run, tmp_path, read_records, monkeypatch, capsys, stage
 ):
@@ -244,7 +245,7 @@ def test_a_killed_run_leaves_no_record_and_the_next_start_cleans_up(run, tiny, t
         "run.save_artifacts = hang\n"
         "main(sys.argv[1:])"
     )
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(ditbench.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root}
     with subprocess.Popen(
         [sys.executable, "-c", code, "run", *tiny, f"results_dir={tmp_path}", *QUICK],
