@@ -1,7 +1,7 @@
 """Standard deviations of set metrics under resampling of the generated images; the reference stays as it is.
 
 One estimate serves every library that computes the metric. Each formula is checked against the libraries' values in
-tests/eval/test_spread.py.
+tests/eval/test_resampling.py.
 """
 
 from __future__ import annotations

@@ -50,12 +50,13 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.calibration.block_stream import MAX_BYTES, BlockInput, BlockStream
+from ditbench.harness.calibration.channel_statistics import ChannelMagnitude
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.rounding import act_quant, nearest, static_ranges
-from ditbench.harness.fitting.trial_layers import TrialLayer, float_model, trial_layers
+from ditbench.harness.fitting.trial_layers import TrialLayer, float_model, input_ranges, trial_layers
 from ditbench.harness.quant.effective import effective_linear
-from ditbench.harness.quant.hadamard import is_admissible, largest_admissible_divisor
+from ditbench.harness.quant.hadamard import hadamard_blocks
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec
@@ -142,14 +143,14 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
     recipe = nearest(target, bits, state, rotated, weights=weights)
     layers = dict(recipe.layers)
     if bits.act is not None:
-        for name in [layer for block in target.blocks for layer in layers_of(target, block)]:
+        for name in [layer for block in target.blocks for layer in target.layers_in(block)]:
             layers[name] = replace(layers[name], act=activation(target, state, bits.act, params, name))
     return replace(recipe, layers=layers)
 
 
 def walk(target: Target, calibration: Calibration, bits: Bits, params: Params, state: dict[str, Tensor]) -> None:
     """CBC: fill the state block by block; `stream` holds what a block is calibrated on, `floats` the float network's."""
-    inside = [name for block in target.blocks for name in layers_of(target, block)]
+    inside = [name for block in target.blocks for name in target.layers_in(block)]
     stream, floats = (
         BlockStream(float_model(target, inside, torch.float32), target, calibration, max_bytes=params.max_bytes)
         for _ in range(2)
@@ -157,7 +158,7 @@ def walk(target: Target, calibration: Calibration, bits: Bits, params: Params, s
     trials = trial_layers(stream.model)
     generator = torch.Generator().manual_seed(params.seed)
     for (block, module), _ in zip(stream, floats, strict=True):
-        layers = {name: trials[name] for name in layers_of(target, block)}
+        layers = {name: trials[name] for name in target.layers_in(block)}
         sites = [site for site in target.linear_sites() if any(name in layers for name in site.consumers)]
         if params.has("obs") and params.permutation != "none":
             scores = outlier_scores(stream, module, sites, layers, params.score)
@@ -187,34 +188,9 @@ def outlier_scores(
     stream: BlockStream, module: torch.nn.Module, sites: list[Site], layers: dict[str, TrialLayer], score: str
 ) -> dict[str, Tensor]:
     """{site: o_j}, from one pass over the block's inputs."""
-    scores = {site.name: Score(score) for site in sites}
+    scores = {site.name: ChannelMagnitude(score) for site in sites}
     stream.watch(module, {layers[next(n for n in s.consumers if n in layers)].layer: scores[s.name].see for s in sites})
-    return {name: score.of_channels(name) for name, score in scores.items()}
-
-
-class Score:
-    """o_j of the channels of one tensor, call by call."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.running_C: Tensor | None = None
-        self.rows = 0
-
-    def see(self, x: Tensor) -> None:
-        magnitude_TC = x.detach().abs().flatten(0, -2)
-        if self.kind == "rms":
-            seen_C = magnitude_TC.double().square().sum(0)
-            self.running_C = seen_C if self.running_C is None else self.running_C + seen_C
-        else:
-            rank = len(magnitude_TC) if self.kind == "absmax" else max(1, round(0.999 * len(magnitude_TC)))
-            seen_C = magnitude_TC.kthvalue(rank, dim=0).values
-            self.running_C = seen_C if self.running_C is None else torch.maximum(self.running_C, seen_C)
-        self.rows += len(magnitude_TC)
-
-    def of_channels(self, name: str) -> Tensor:
-        if self.running_C is None:
-            raise RuntimeError(f"{name} saw no calibration batch; is it skipped at every step you calibrate?")
-        return (self.running_C / self.rows).sqrt() if self.kind == "rms" else self.running_C
+    return {name: magnitude.of_channels(name) for name, magnitude in scores.items()}
 
 
 def channel_order(score_C: Tensor, blocks: int, permutation: str, generator: torch.Generator) -> Tensor:
@@ -226,19 +202,6 @@ def channel_order(score_C: Tensor, blocks: int, permutation: str, generator: tor
     return members.sort(dim=1).values.flatten()
 
 
-def hadamard_blocks(width: int, wanted: int) -> tuple[int, int]:
-    """(blocks that S fills, size of the Hadamard matrices in them).
-
-    Fewer blocks where width / wanted has no Hadamard matrix; if no number of blocks has one, the blocks stay as they are
-    and each is rotated in parts of the largest size that has one (184 = 8·23: 2 blocks of 92, rotated by 4).
-    """
-    fitting = [blocks for blocks in range(min(wanted, width), 0, -1) if width % blocks == 0]
-    for blocks in fitting:
-        if is_admissible(width // blocks):
-            return blocks, width // blocks
-    return fitting[0], largest_admissible_divisor(width // fitting[0])
-
-
 def transforms(
     target: Target, state: dict[str, Tensor], params: Params, sites: list[Site] | None = None
 ) -> dict[str, Transform]:
@@ -246,7 +209,7 @@ def transforms(
     if not params.has("obs"):
         return {}
     found = {}
-    inside = {name for block in target.blocks for name in layers_of(target, block)}
+    inside = {name for block in target.blocks for name in target.layers_in(block)}
     for site in target.linear_sites() if sites is None else sites:
         readers = [name for name in site.consumers if name in inside]
         if not readers:
@@ -352,7 +315,7 @@ def clps(
     state: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     start = target.blocks.index(block)
-    near = [name for b in target.blocks[start : start + params.reach + 1] for name in layers_of(target, b)]
+    near = [name for b in target.blocks[start : start + params.reach + 1] for name in target.layers_in(b)]
     budget = params.search_steps, params.search_samples, params.search_tokens
     calls = stream.sample(*budget)
     own = floats.sample(*budget) if params.target == "fp_network" else calls
@@ -390,10 +353,6 @@ def search(loss: Callable[[float, float], float], params: Params, *, one_ratio: 
 # --- what the state says about one layer
 
 
-def layers_of(target: Target, block: str) -> list[str]:
-    return [name for name in target.layers if name.startswith(f"{block}.")]
-
-
 def weight_ratios(state: dict[str, Tensor], name: str) -> tuple[float, float]:
     low, high = state.get(f"{name}/weight_ratios", torch.ones(2)).tolist()
     return low, high
@@ -422,16 +381,3 @@ def round_layer(
     if bits.weight is not None:
         weight_OC = quantize_weight(layer.weight_OC, bits.weight, ratios=weight_ratios(state, name)).dequantize()
     layer.round(weight_OC, None if bits.act is None else activation(target, state, bits.act, params, name))
-
-
-def input_ranges(stream: BlockStream, module: torch.nn.Module, layers: dict[str, TrialLayer]) -> dict[str, Tensor]:
-    """Static range ends of the transformed inputs of one block's layers, as `static_ranges` names them."""
-    found: dict[str, Tensor] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        low, high = x.amin()[None], x.amax()[None]
-        found[f"{name}/act_low"] = torch.minimum(found.get(f"{name}/act_low", low), low)
-        found[f"{name}/act_high"] = torch.maximum(found.get(f"{name}/act_high", high), high)
-
-    stream.watch(module, {layer.kernel: lambda x, name=name: see(name, x) for name, layer in layers.items()})
-    return found

@@ -124,6 +124,39 @@ def _observe_sites(target: Target, calibration: Calibration) -> dict[str, Channe
     return {site.name: ChannelStats(**running[site.name]) for site in sites}
 
 
+class ChannelMagnitude:
+    """How large each channel of one tensor is, over all rows of the calls that it has seen.
+
+    kind: absmax | rms | p999 (the 99.9th percentile of |x| in each call, the largest over the calls).
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.running_C: Tensor | None = None
+        self.rows = 0
+
+    def see(self, x: Tensor) -> None:
+        magnitude_TC = x.detach().abs().flatten(0, -2)
+        if self.kind == "rms":
+            seen_C = magnitude_TC.double().square().sum(0)
+            self.running_C = seen_C if self.running_C is None else self.running_C + seen_C
+        else:
+            rank = len(magnitude_TC) if self.kind == "absmax" else max(1, round(0.999 * len(magnitude_TC)))
+            seen_C = magnitude_TC.kthvalue(rank, dim=0).values
+            self.running_C = seen_C if self.running_C is None else torch.maximum(self.running_C, seen_C)
+        self.rows += len(magnitude_TC)
+
+    def of_channels(self, name: str) -> Tensor:
+        """(C,), in the type of what was seen (rms: float64).
+
+        Raises:
+            RuntimeError: nothing was seen; `name` says of what.
+        """
+        if self.running_C is None:
+            raise RuntimeError(f"{name} saw no calibration batch; is it skipped at every step you calibrate?")
+        return (self.running_C / self.rows).sqrt() if self.kind == "rms" else self.running_C
+
+
 def token_sample(target: Target, calibration: Calibration, sites: list[Site], tokens: int) -> dict[str, Tensor]:
     """About `tokens` tokens of each site's input, the same number from every model call → {site name: x_NC, float32}.
 

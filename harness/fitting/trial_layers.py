@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import build, quant_layers
 from ditbench.harness.build.layer import QuantLinear
+from ditbench.harness.calibration.block_stream import BlockStream
 from ditbench.harness.quant.quantizers import ActQuant
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.target import Target
@@ -55,3 +57,19 @@ class TrialLayer:
 
 def trial_layers(model: nn.Module) -> dict[str, TrialLayer]:
     return {name: TrialLayer(layer) for name, layer in quant_layers(model).items()}
+
+
+def input_ranges(stream: BlockStream, block: nn.Module, layers: dict[str, TrialLayer]) -> dict[str, Tensor]:
+    """Static range ends of the transformed inputs of one block's layers, over all calls of `stream`.
+
+    Named as `rounding.static_ranges` names them: `<layer>/act_low` and `<layer>/act_high`, one row for all steps.
+    """
+    found: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        low, high = x.amin()[None], x.amax()[None]
+        found[f"{name}/act_low"] = torch.minimum(found.get(f"{name}/act_low", low), low)
+        found[f"{name}/act_high"] = torch.maximum(found.get(f"{name}/act_high", high), high)
+
+    stream.watch(block, {layer.kernel: lambda x, name=name: see(name, x) for name, layer in layers.items()})
+    return found

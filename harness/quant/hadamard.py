@@ -47,6 +47,19 @@ def largest_admissible_divisor(order: int) -> int:
     return max(size for size in range(1, order + 1) if order % size == 0 and is_admissible(size))
 
 
+def hadamard_blocks(width: int, wanted: int) -> tuple[int, int]:
+    """`width` channels in about `wanted` equal blocks → (number of blocks, order of the Hadamard matrices in them).
+
+    Fewer blocks where width / wanted has no Hadamard matrix; if no number of blocks has one, the blocks stay as they are
+    and each is rotated in parts of the largest order that has one (184 = 8·23: 2 blocks of 92, rotated by 4).
+    """
+    fitting = [blocks for blocks in range(min(wanted, width), 0, -1) if width % blocks == 0]
+    for blocks in fitting:
+        if is_admissible(width // blocks):
+            return blocks, width // blocks
+    return fitting[0], largest_admissible_divisor(width // fitting[0])
+
+
 @cache
 def balanced_factors(order: int) -> tuple[int, int]:
     """(a, b) with a·b = order, both admissible, a + b least: H_a ⊗ H_b costs a + b multiply-adds per channel."""

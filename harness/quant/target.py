@@ -102,6 +102,10 @@ class Target:
         assert isinstance(layer, QUANTIZABLE), f"{name} is a {type(layer).__name__}"
         return layer
 
+    def layers_in(self, block: str) -> list[str]:
+        """Those of `layers` that stand in this block, in their order."""
+        return [name for name in self.layers if name.startswith(f"{block}.")]
+
     def site_of(self, layer: str) -> Site:
         for site in self.sites:
             if layer in site.consumers:

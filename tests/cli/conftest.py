@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from outcomes import Outcome
 
 from ditbench.harness.cli import main
 
@@ -24,19 +24,6 @@ TINY = (
     "measure.samples=1",
     "tracker=none",
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error_lines(self) -> list[str]:
-        """What was said on stderr, without the progress bars."""
-        lines = [line.rsplit("\r", 1)[-1] for line in self.err.splitlines()]
-        return [line for line in lines if line.strip() and "%|" not in line]
 
 
 @pytest.fixture

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from outcomes import FAILED, REFUSED, assert_short, process, records, statuses
 
 from ditbench.harness.cli import main
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.records import record
-
-REFUSED, FAILED = 2, 3
 
 # (arguments of `ditbench run`, what the message must say): all found before anything runs.
 REFUSALS = [
@@ -176,54 +165,6 @@ def test_the_process_itself_ends_with_one_line_or_with_debug_in_a_traceback(tmp_
     assert long.returncode != 0 and "Traceback" in long.stderr and "UserError" in long.stderr
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
-def test_unreadable_weights_are_named(run, zoo_copy, damage):
-    file = zoo_copy / "transformer" / "diffusion_pytorch_model.safetensors"
-    content = {"truncated": file.read_bytes()[:5000], "garbage": b"garbage\n" * 100, "empty": b""}[damage]
-    file.write_bytes(content)
-    outcome = run(f"model.source={zoo_copy}")
-    assert outcome.code == REFUSED
-    assert_short(outcome, "model tiny-dit", str(file), "fetch it again")
-
-
-def test_weights_that_hold_nan_are_refused_with_the_tensors_name(run, zoo_copy):
-    file = zoo_copy / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    tensors["proj_out_1.weight"][0, 0] = float("nan")
-    save_file(tensors, file)
-    outcome = run(f"model.source={zoo_copy}")
-    assert outcome.code == REFUSED
-    assert_short(outcome, "model tiny-dit", "NaN or infinity in proj_out_1.weight", "fetch it again")
-
-
-def test_a_checkpoint_of_another_architecture_is_refused(zoo_copy, tmp_path):
-    index = zoo_copy / "model_index.json"
-    index.write_text(index.read_text().replace("DiTTransformer2DModel", "UNet2DModel"))
-    config = zoo_copy / "transformer" / "config.json"
-    config.write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": 16}))
-    done = process("run", "tracker=none", f"results_dir={tmp_path}", f"model.source={zoo_copy}")
-    assert done.returncode == REFUSED
-    assert "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]  # diffusers warns on its own before
-    assert last.startswith(f"ditbench: model tiny-dit ({zoo_copy}): not a checkpoint of family 'dit'")
-    assert "UNet2DModel, not a DiTTransformer2DModel" in last and "choose the matching model=" in last
-
-
-def test_weights_that_do_not_fit_the_architecture_are_refused(run, zoo_copy):
-    config = zoo_copy / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_head_dim": 8}))
-    outcome = run(f"model.source={zoo_copy}")
-    assert outcome.code == REFUSED
-    assert_short(outcome, "model tiny-dit", str(zoo_copy))
-
-
-def test_a_folder_that_is_no_pipeline_is_refused(run, tmp_path):
-    (tmp_path / "empty").mkdir()
-    outcome = run(f"model.source={tmp_path / 'empty'}")
-    assert outcome.code == REFUSED
-    assert_short(outcome, "no diffusers pipeline folder", "model_index.json")
-
-
 def test_a_hub_model_without_a_network_says_what_to_download_and_where_to_put_it(tmp_path):
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = process("run", "model=dit-xl-2-256", "tracker=none", f"results_dir={tmp_path}", **environment)
@@ -239,108 +180,6 @@ def test_cuda_on_a_machine_without_it_is_refused(run, monkeypatch):
     outcome = run("device=cuda")
     assert outcome.code == REFUSED
     assert_short(outcome, "device='cuda' cannot be used here", "known here: auto, cpu")
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (errno.ENOSPC, ("No space left on device", "results_dir=")),
-        (errno.EACCES, ("cannot be written", "results_dir=")),
-        (errno.EROFS, ("cannot be written", "results_dir=")),
-        (errno.EIO, ("Input/output error",)),
-    ],
-)
-def test_a_disk_that_takes_no_record_is_named_and_leaves_nothing_half(run, tmp_path, monkeypatch, number, words):
-    def refuse(values, folder):
-        raise OSError(number, os.strerror(number), str(folder / "record.json"))
-
-    monkeypatch.setattr(record, "write", refuse)
-    outcome = run()
-    assert outcome.code == REFUSED
-    assert "Traceback" not in outcome.err
-    assert str(tmp_path) in outcome.error_lines[-1]
-    for word in words:
-        assert word in outcome.error_lines[-1]
-    assert list((tmp_path / "runs" / "default").iterdir()) == []
-
-
-def test_a_disk_that_is_full_before_the_record_is_reached_stops_the_run_and_records_no_failure(
-    run, tmp_path, monkeypatch
-):
-    """safetensors has an exception of its own for it."""
-
-    def refuse(*args, **kwargs):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("ditbench.harness.calibration.recording.save_file", refuse)
-    outcome = run()
-    assert outcome.code == REFUSED
-    assert f"{tmp_path}: no room to write" in outcome.error_lines[-1] and "results_dir=" in outcome.error_lines[-1]
-    assert statuses(tmp_path) == []
-
-
-def test_a_report_that_cannot_be_written_is_one_line(ditbench, finished, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    outcome = ditbench("report", "--results-dir", str(tmp_path), "--out", str(tmp_path / "file" / "report.md"))
-    assert outcome.code == REFUSED
-    assert_short(outcome, str(tmp_path / "file"), "--debug")
-
-
-@pytest.mark.parametrize("command", ["compare", "report"])
-def test_values_per_sample_that_cannot_be_read_are_named(ditbench, finished, tmp_path, command):
-    (finished.parent / "per_sample.npz").write_text("garbage")
-    outcome = ditbench(command, "--results-dir", str(tmp_path))
-    assert outcome.code == REFUSED
-    assert_short(outcome, str(finished.parent / "per_sample.npz"), "not readable", "move it away")
-
-
-def test_a_results_folder_that_may_not_be_written_is_named(run, tmp_path, monkeypatch):
-    if os.geteuid():
-        tmp_path.chmod(0o500)
-    else:  # root may write anywhere
-        monkeypatch.setattr(Path, "mkdir", denied(tmp_path, Path.mkdir))
-    outcome = run()
-    tmp_path.chmod(0o700)
-    assert outcome.code == REFUSED
-    assert "Traceback" not in outcome.err
-    assert f"{tmp_path}: cannot be written" in outcome.error_lines[-1]
-    assert "results_dir=" in outcome.error_lines[-1]
-
-
-def test_a_results_folder_that_is_a_file_is_named(ditbench, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("not a folder")
-    outcome = ditbench("run", "model=tiny-dit", "tracker=none", f"results_dir={file}")
-    assert outcome.code == REFUSED
-    assert "Traceback" not in outcome.err
-    assert str(file) in outcome.error_lines[-1] and "Not a directory" in outcome.error_lines[-1]
-
-
-BROKEN_RECORDS = {
-    "newer": (json.dumps({"schema": 99}), ("schema 99 is newer", "upgrade ditbench")),
-    "cut off": ('{"schema": 1, "run_id": "7f', ("not a readable record", "move that folder away")),
-    "binary": (b"\xff\xfe\x00", ("not a readable record", "move that folder away")),
-    "foreign": ("[1, 2]", ("not a ditbench record", "move that folder away")),
-    "other json": ('{"loss": 1.0}', ("not a ditbench record", "schema", "move that folder away")),
-    "edited": (
-        '{"schema": 1, "run_id": "0", "status": "ok", "config": {}, "method": "rtn", "model": "m", "experiment": "e", '
-        '"metrics": {"psnr": 31.2}}',
-        ("metric psnr is 31.2", "move that folder away"),
-    ),
-    "emptied": ('{"schema": 1}', ("not a ditbench record", "run_id", "move that folder away")),
-}
-
-
-@pytest.mark.parametrize("kind", BROKEN_RECORDS)
-@pytest.mark.parametrize("command", ["run", "report"])
-def test_a_record_that_cannot_be_read_is_named(run, ditbench, finished, tmp_path, kind, command):
-    content, words = BROKEN_RECORDS[kind]
-    if kind == "newer":
-        content = json.dumps(json.loads(finished.read_text()) | {"schema": 99})
-    finished.write_bytes(content if isinstance(content, bytes) else content.encode())
-    outcome = run() if command == "run" else ditbench("report", "--results-dir", str(tmp_path))
-    assert outcome.code == REFUSED
-    assert_short(outcome, str(finished), *words)
 
 
 def test_an_unknown_command_is_answered_with_the_known_ones(ditbench):
@@ -371,39 +210,3 @@ def test_a_wrong_argument_of_any_command_is_named_with_what_would_do(
     assert "Traceback" not in outcome.err
     for word in words:
         assert word in outcome.error_lines[-1]
-
-
-def assert_short(outcome, *words: str) -> None:
-    assert "Traceback" not in outcome.err
-    assert 1 <= len(outcome.error_lines) <= 2, outcome.err
-    assert outcome.error_lines[0].startswith("ditbench: ")
-    for word in words:
-        assert word in "\n".join(outcome.error_lines)
-
-
-def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from ditbench.harness.cli import entry; entry()"
-    root = str(Path(__file__).resolve().parents[2])
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": root} | environment,
-    )
-
-
-def records(results_dir: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(results_dir.glob("runs/*/*/record.json"))]
-
-
-def statuses(results_dir: Path) -> list[str]:
-    return [values["status"] for values in records(results_dir)]
-
-
-def denied(under: Path, original):
-    def mkdir(path, *args, **kwargs):
-        if str(path).startswith(str(under / "runs")):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return original(path, *args, **kwargs)
-
-    return mkdir

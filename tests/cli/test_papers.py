@@ -1,20 +1,13 @@
-"""Reported numbers and their reproduction: the files, the two commands, the plan, a tiny run, and the verdicts."""
+"""`ditbench paper` and `ditbench reproduce`: what they show, the plan, what is refused, and a tiny run."""
 
 from __future__ import annotations
 
 import re
-import shutil
-from dataclasses import replace
 
 import pytest
-import yaml
 
-from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.paths import PAPERS
 from ditbench.harness.fitting import registry
 from ditbench.harness.papers import reported, reproduce
-from ditbench.harness.papers.reproduce import rows, verdicts
-from ditbench.harness.records.record import Record
 
 TINY = (
     "protocol.n=4",
@@ -29,113 +22,6 @@ TINY = (
     "measure.layer_errors=false",
 )
 REPRODUCIBLE = [each.name for each in reported.tables().values() if each.reproduce]
-
-
-# The files
-
-
-def test_every_table_has_an_id_and_a_name_of_its_own():
-    tables = [each for paper in reported.papers().values() for each in paper.tables]
-    names = [name for each in tables for name in (each.id, each.name)]
-    assert len(tables) == len(reported.tables()) == 28
-    assert len(names) == len(set(names))
-
-
-def test_every_row_has_a_confidence_of_the_closed_set_and_a_source_that_its_file_names():
-    for paper in reported.papers().values():
-        for each in paper.tables:
-            for row in each.rows:
-                assert row.confidence in reported.CONFIDENCES, (each.id, row)
-                assert paper.sources[row.source], (each.id, row)
-                assert row.keys, (each.id, row)
-
-
-def test_no_two_rows_of_a_table_have_the_same_name():
-    for each in reported.tables().values():
-        titles = [reported.row_title(row) for row in each.rows]
-        assert len(titles) == len(set(titles)), each.id
-
-
-def test_what_comes_from_memory_says_so_in_its_rows_and_cannot_be_reproduced():
-    recalled = [each for each in reported.tables().values() if each.confidence == "recall"]
-    assert len(recalled) == 3
-    for each in recalled:
-        assert {row.source for row in each.rows} == {"recall"}
-        assert each.reproduce is None
-
-
-def test_geneval_totals_are_the_mean_of_their_six_columns():
-    rows = [row.values for row in reported.table("clq_table3_geneval").rows if row.values["Total"] is not None]
-    assert len(rows) == 13
-    for values in rows:
-        parts = [value for column, value in values.items() if column != "Total"]
-        assert len(parts) == 6
-        assert abs(sum(parts) / 6 - values["Total"]) <= 0.003, values
-
-
-def test_the_ablation_ends_at_the_row_of_the_main_table():
-    main, ablation = reported.table("ptq4dit-table1"), reported.table("ptq4dit-table3")
-    (row,) = (r for r in main.rows if r.keys == {"steps": 250, "bits": "W4A8", "method": "PTQ4DiT"})
-    assert ablation.rows[-1].values == {c: row.values[c] for c in ablation.columns}
-
-
-def test_the_row_that_another_group_could_not_reproduce_carries_the_warning_and_its_source():
-    warned = [row for row in reported.table("ptq4dit-table1").rows if row.warning]
-    assert [row.keys for row in warned] == [{"steps": 50, "bits": "W4A8", "method": "PTQ4DiT"}]
-    warned_fid = reported.table("ptq4dit-issues").rows[0].values["FID"]
-    assert f"FID {warned_fid}" in warned[0].warning and "issue #3" in warned[0].warning
-
-
-# What is refused: (where in ptq4dit.yaml, the wrong value, what the message must name beside file and table)
-
-WRONG = {
-    "a misspelt field of a table": (["tables", 0, "smapler"], "DDPM", ("no field 'smapler'", "'sampler'")),
-    "a misspelt column of a row": (["tables", 0, "rows", 3, "FDI"], 4.5, ("row 4", "no field 'FDI'", "'FID'")),
-    "a confidence that is none": (["tables", 0, "rows", 3, "confidence"], "sure", ("row 4: confidence", "'sure'")),
-    "a table's confidence": (["tables", 0, "confidence"], "prime", ("confidence", "'prime'", "'primary'")),
-    "a source that the file lacks": (["tables", 0, "rows", 3, "source"], "p4d", ("row 4: source", "'p4d'")),
-    "a tolerance for no column": (
-        ["tables", 0, "reproduce", "tolerance", "KID"],
-        1,
-        ("reproduce: tolerance", "no column 'KID'"),
-    ),
-    "a metric without tolerance": (["tables", 0, "reproduce", "metrics", "sFID"], "x", ("no number for sFID",)),
-    "a misspelt part of reproduce": (["tables", 0, "reproduce", "stepps"], 2, ("no field 'stepps'", "'steps'")),
-    "rows that are none": (["tables", 0, "rows"], "none", ("rows: expected a list, got 'none'",)),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_field_is_named_with_its_file_and_table(what, tmp_path):
-    place, wrong, words = WRONG[what]
-    values = yaml.safe_load((PAPERS / "ptq4dit.yaml").read_text())
-    node = values
-    for key in place[:-1]:
-        node = node[key]
-    node[place[-1]] = wrong
-    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError) as refusal:
-        reported.papers(tmp_path)
-    for word in ("broken.yaml", "ptq4dit_table1_imagenet256", *words):
-        assert word in str(refusal.value)
-
-
-def test_a_missing_field_and_a_file_that_is_no_yaml_are_named(tmp_path):
-    values = yaml.safe_load((PAPERS / "dit.yaml").read_text())
-    del values["tables"][0]["columns"]
-    (tmp_path / "dit.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError, match="dit.yaml.*dit_reference_fid50k.*'columns' is missing"):
-        reported.papers(tmp_path)
-    (tmp_path / "dit.yaml").write_text("tables: [")
-    with pytest.raises(UserError, match="dit.yaml: not readable as YAML"):
-        reported.papers(tmp_path)
-
-
-def test_two_files_with_the_same_table_are_refused(tmp_path):
-    for name in ("one", "two"):
-        shutil.copy(PAPERS / "dit.yaml", tmp_path / f"{name}.yaml")
-    with pytest.raises(UserError, match="two.yaml.*taken, by one.yaml"):
-        reported.papers(tmp_path)
 
 
 # ditbench paper
@@ -200,7 +86,6 @@ def test_a_plan_says_what_the_real_table_needs(ditbench, name, monkeypatch):
         section.reference.address,
         "GiB",
         "methods here",
-        f"for {name}"[:0],
     ):
         assert word in outcome.out
 
@@ -286,137 +171,3 @@ def test_a_reproduction_on_tiny_dit_prints_every_row_and_why_it_is_not_comparabl
     assert "within\n" not in outcome.out and "outside\n" not in outcome.out
     records = list(tmp_path.glob("runs/reproduce-ptq4dit-table1/*/record.json"))
     assert len(records) == 3, "rows at 250, 100 and 50 steps share one run when the steps are overridden"
-
-
-def test_without_overrides_another_model_takes_its_usual_n_and_steps():
-    table = reported.table("ptq4dit-table1")
-    lines = [line for line in rows.plan_lines(table, table.reproduce, "tiny-dit", ()) if line.job]
-    for config in rows.configurations(line.job for line in lines).values():
-        assert (config["protocol"]["n"], config["protocol"]["steps"]) == (256, 20)
-        assert (config["protocol"]["sampler"], config["protocol"]["scope"]) == ("ddpm", "all")
-
-
-def test_the_ablation_turns_off_what_its_rows_name():
-    table = reported.table("ptq4dit-table3")
-    lines = rows.plan_lines(table, table.reproduce, None, ())
-    assert [line.job is None for line in lines] == [False, True, False], "salience at t = T/2 has no counterpart"
-    bare, whole = rows.configurations(line.job for line in lines).values()
-    assert (bare["method"]["parts"], whole["method"]["parts"]) == ("none", "csb+ssc")
-    assert bare["bits"]["label"] == "w4a8" and bare["protocol"]["steps"] == 250
-
-
-@pytest.mark.parametrize(("printed", "label"), [("W4A8", "w4a8"), ("FP8", "fp8")])
-def test_a_rows_bits_are_those_that_it_runs_with(printed, label):
-    table = reported.table("ptq4dit-table1")
-    row = next(row for row in table.rows if row.name == "PTQ4DiT")
-    row = replace(row, keys=row.keys | {"bits": printed})
-    (line, *_) = rows.plan_lines(replace(table, rows=(row,)), table.reproduce, None, ())
-    assert f"bits={label}" in line.job
-
-
-# Verdicts
-
-
-@pytest.mark.parametrize(
-    ("paper", "ours", "ci95", "tolerance", "expected"),
-    [
-        (7.09, 7.60, (7.05, 8.15), 0.3, "within"),  # in the interval, further than the tolerance
-        (7.09, 7.35, (7.30, 7.40), 0.3, "within"),  # outside of the interval, closer than the tolerance
-        (7.09, 7.60, (7.30, 7.90), 0.3, "outside"),
-        (7.09, 6.60, (6.50, 6.70), 0.3, "outside"),
-        (7.09, 7.60, None, 0.3, "outside"),
-        (7.09, 7.25, None, 0.25, "within"),
-    ],
-)
-def test_a_verdict_is_within_by_interval_or_by_tolerance(paper, ours, ci95, tolerance, expected):
-    assert verdicts.verdict(paper, ours, ci95, tolerance) == expected
-
-
-def test_a_reason_comes_before_any_number():
-    assert verdicts.verdict(7.0, 7.0, (6.9, 7.1), 0.3, ["model", "n"]) == "not comparable: model, n"
-
-
-def config(**changes):
-    made = {
-        "model": {"name": "dit-xl-2-256", "source": "hub", "random": None, "stress": None},
-        "protocol": {"name": "ptq4dit", "n": 10000, "steps": 250, "sampler": "ddpm", "skip": []},
-        "method": {"name": "ptq4dit", "parts": "csb+ssc"},
-        "bits": {"label": "w4a8", "weight": {"bits": 4}, "act": {"bits": 8}},
-        "calibration": {"n": 32, "batch_size": 32},
-        "generate": {"dtype": "float32", "batch_size": 64},
-    }
-    for name, value in changes.items():
-        part, key = name.split("__")
-        made[part] = made[part] | {key: value}
-    return made
-
-
-def test_settings_that_differ_are_reasons_and_where_the_weights_lie_is_none():
-    assert verdicts.departures(config(), config()) == {}
-    same = config(model__source="/here", generate__batch_size=8, calibration__batch_size=4, protocol__name="mine")
-    assert verdicts.departures(same, config()) == {}
-    assert verdicts.departures(config(protocol__n=5000, method__parts="none", bits__act={"bits": 4}), config()) == {
-        "n": "5000, not 10000",
-        "method.parts": "none, not csb+ssc",
-        "bits.act.bits": "4, not 8",
-    }
-    assert verdicts.departures(config(protocol__skip=["qkv"]), config()) == {"skip": "['qkv'], not []"}
-    assert verdicts.departures(config(model__stress={"seed": 0}), config())
-
-
-@pytest.mark.parametrize(
-    ("metric", "reference", "expected"),
-    [
-        ("torch_fidelity/fid", "real.npz", set()),
-        ("torch_fidelity/is", None, set()),  # IS has no reference
-        ("torch_fidelity/fid", "other.npz", {"reference"}),
-        ("torch_fidelity/fid_judge", "digits", {"features", "reference"}),
-    ],
-)
-def test_another_evaluator_is_a_reason(metric, reference, expected):
-    wanted = metric.removesuffix("_judge")
-    assert set(verdicts.evaluator_departures(metric, wanted, {"reference": reference}, "real.npz")) == expected
-
-
-def a_record(value: float | None, status: str = "ok") -> Record:
-    entry = {
-        "value": value,
-        "ci95": None if value is None else [value - 0.1, value + 0.1],
-        "reason": "no weights" if value is None else None,
-        "passport": {"reference": "VIRTUAL_imagenet256_labeled.npz"},
-    }
-    metrics = dict.fromkeys(("torch_fidelity/fid", "torch_fidelity/is", "torch_fidelity/precision"), entry)
-    return Record("0" * 12, status, config(), "ptq4dit", "dit-xl-2-256", "x", error="broke", metrics=metrics)
-
-
-def judged(row: reported.Row, record: Record | None, refusal: str | None = None) -> verdicts.Judged:
-    section = reported.table("ptq4dit-table1").reproduce
-    expected = type("Expected", (), {"raw": config()})()
-    return verdicts.judged_row(rows.Line(row, ("a",), ("a",)), section, record, refusal, expected)["FID"]
-
-
-def row(fid: float | None = 7.09, confidence: str = "primary") -> reported.Row:
-    return reported.Row({"method": "PTQ4DiT"}, {"FID": fid, "IS": 1.0, "Precision": 1.0}, confidence, "s")
-
-
-def test_a_run_like_the_papers_is_judged_by_its_numbers():
-    assert judged(row(), a_record(7.0)).verdict == "within"
-    assert judged(row(), a_record(9.17)).verdict == "outside"
-
-
-def test_what_was_not_computed_says_why():
-    assert judged(row(), a_record(None)).verdict == "not computed: no weights"
-    assert judged(row(), a_record(7.0, status="failed")).verdict == "failed: broke"
-    assert judged(row(), None, "no w4a8").verdict == "refused: no w4a8"
-    assert judged(row(), None).verdict == "not in ditbench yet"
-    assert judged(row(None), a_record(7.0)).verdict == "the paper prints no value"
-
-
-def test_a_value_from_memory_is_never_confirmed():
-    assert judged(row(confidence="recall"), a_record(7.09)).verdict == "not comparable: confidence"
-
-
-def test_every_name_of_ours_that_a_reproducible_table_uses_is_mapped_or_known_to_be_unmapped():
-    used = {row.name for name in REPRODUCIBLE for row in reported.table(name).rows}
-    variants = {name for each in REPRODUCIBLE for name in reported.table(each).reproduce.rows}
-    assert used - set(rows.OURS) - variants == {"TFMQ-DM", "G4W+P4A", "CSB (salience at t=T/2)"}

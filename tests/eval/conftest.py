@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ditbench.eval.base import Evidence, FeatureModel, Reference
+from ditbench.eval.video_judges import CLIP, CLIP_LARGE, DINO
 from ditbench.harness.models.zoo.judge import FEATURE_WIDTH, Judge
 from ditbench.harness.samples.samples import Samples
 
@@ -82,6 +84,44 @@ def photos() -> Evidence:
     images[:4] = images[:4] // 2 + 60
     images = torch.from_numpy(images)
     return Evidence(Samples(images[:4]), reference=Reference("noise", images[4:], "e" * 64), resamples=10)
+
+
+@pytest.fixture(scope="session")
+def judge_folders(tmp_path_factory):
+    """Small random networks of the same classes, saved as `hf download` would leave them."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
+
+    root = tmp_path_factory.mktemp("judges")
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    text = sizes | {"vocab_size": len(words), "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ViTModel(ViTConfig(**sizes, image_size=24, patch_size=8)).save_pretrained(root / DINO)
+        for name, width in ((CLIP, 16), (CLIP_LARGE, 12)):
+            vision = sizes | {"image_size": 24, "patch_size": 8}
+            config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
+            CLIPModel(config).save_pretrained(root / name)
+            tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def judges(judge_folders, monkeypatch):
+    monkeypatch.setenv("DITBENCH_JUDGES", str(judge_folders))
+
+
+@pytest.fixture
+def no_hub_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("DITBENCH_JUDGES", raising=False)
 
 
 def make_evidence(judge: FeatureModel, n: int = 96, reference_n: int = 300, seed: int = 0) -> Evidence:

@@ -43,7 +43,7 @@ def test_at_depth_one_only_the_block_before_is_rounded(five_blocks, monkeypatch)
     seen, state = entered(target, calibration, BOTH, params, monkeypatch)
     recipe = clq.apply(target, state, BOTH, params)
     for index in (1, 3):
-        before = clq.layers_of(target, target.blocks[index - 1])
+        before = target.layers_in(target.blocks[index - 1])
         one = build(target, replace(recipe, layers={n: recipe.layers[n] for n in before}), dtype=torch.float32)
         expected = block_inputs(one, calibration, target.blocks[index : index + 1])[target.blocks[index]]
         assert relative_error(seen[target.blocks[index]], expected) < 1e-6
@@ -63,7 +63,7 @@ def test_a_blocks_inputs_depend_on_the_quantizers_before_it_only(five_blocks, mo
     target, calibration = five_blocks
     params = replace(FAST, parts="cbc+obs")
     plain, _ = entered(target, calibration, BOTH, params, monkeypatch)
-    third, round_layer = clq.layers_of(target, target.blocks[2]), clq.round_layer
+    third, round_layer = target.layers_in(target.blocks[2]), clq.round_layer
 
     def coarser(target, layer, state, bits, params, name):
         round_layer(target, layer, state, bits.with_widths(2, 2) if name in third else bits, params, name)

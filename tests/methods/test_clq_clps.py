@@ -172,7 +172,7 @@ def test_the_target_lies_behind_within_three_blocks_and_falls_back_to_the_layer_
     target, calibration = five_blocks
     for block, reachable in ((target.blocks[0], target.blocks[:4]), (target.blocks[4], target.blocks[4:])):
         one = searching(target, calibration, BOTH, FAST, block, monkeypatch)
-        assert list(one.expected) == [n for b in reachable for n in clq.layers_of(target, b)]
+        assert list(one.expected) == [n for b in reachable for n in target.layers_in(b)]
         sites = [s for s in target.sites if s.name.startswith(f"{block}.")]
         for quantizer in clq.quantizers(sites, one.layers, BOTH):
             goal, own = one.goal(quantizer), quantizer.layers[-1]

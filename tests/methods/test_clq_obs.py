@@ -19,9 +19,9 @@ from ditbench.harness.quant.quantizers import (
     to_codes,
 )
 from ditbench.harness.quant.spec import QuantSpec
-from ditbench.harness.quant.transforms import Hadamard, Permutation
+from ditbench.harness.quant.transforms import Permutation
 from ditbench.methods import clq
-from ditbench.methods.clq import Params, Score, channel_order, hadamard_blocks
+from ditbench.methods.clq import Params, channel_order
 
 
 @pytest.mark.parametrize("permutation", clq.CHOICES["permutation"])
@@ -83,43 +83,6 @@ def test_the_energy_of_a_block_is_kept(small_target, normal):
     x = normal(5, 48)
     before, after = (t.unflatten(1, (2, 24)).norm(dim=2) for t in (x[:, order], transform(x)))
     torch.testing.assert_close(after, before, rtol=1e-10, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("width", "wanted", "expected"),
-    [
-        (1152, 2, (2, 576)),
-        (4608, 2, (2, 2304)),
-        (3072, 3, (3, 1024)),
-        (20, 2, (1, 20)),  # no Hadamard matrix of order 10: one block
-        (2432, 2, (2, 1216)),  # 19·128, by Paley's 76
-        (184, 2, (2, 4)),  # 8·23: none for 92 or 184
-        (48, 5, (4, 12)),  # 5 does not divide 48
-    ],
-)
-def test_the_number_of_blocks_and_its_fallbacks(width, wanted, expected):
-    assert hadamard_blocks(width, wanted) == expected
-    matrix = Hadamard(width, block_size=expected[1])
-    ones = torch.ones(1, width, dtype=torch.float64)
-    assert float(matrix(ones).norm()) == pytest.approx(width**0.5)
-
-
-def test_scores_are_those_of_all_rows_seen(normal):
-    calls = [normal(2, 600, 5), 3 * normal(1, 900, 5, seed=1)]
-    rows = torch.cat([call.flatten(0, 1) for call in calls]).abs()
-    expected = {
-        "absmax": rows.amax(0),
-        "rms": rows.square().mean(0).sqrt(),
-        "p999": torch.stack(
-            [call.flatten(0, 1).abs().sort(0).values[place] for call, place in zip(calls, (1198, 898), strict=True)]
-        ).amax(0),
-    }
-    for kind, score in expected.items():
-        found = Score(kind)
-        for call in calls:
-            found.see(call)
-        torch.testing.assert_close(found.of_channels("x"), score, rtol=1e-12, atol=0)
-    assert not torch.equal(expected["absmax"], expected["p999"])
 
 
 def test_the_order_is_that_of_the_scores_on_the_blocks_own_inputs(small_target, small_calibration):

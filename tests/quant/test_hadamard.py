@@ -108,3 +108,22 @@ def test_an_outlier_channel_is_spread_over_its_block(size, normal):
 def test_the_matrices_are_not_part_of_what_is_stored():
     assert set(Hadamard(48, random_signs(48, torch.Generator())).state_dict()) == {"signs_C"}
     assert not Hadamard(48).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("width", "wanted", "expected"),
+    [
+        (1152, 2, (2, 576)),
+        (4608, 2, (2, 2304)),
+        (3072, 3, (3, 1024)),
+        (20, 2, (1, 20)),  # no Hadamard matrix of order 10: one block
+        (2432, 2, (2, 1216)),  # 19·128, by Paley's 76
+        (184, 2, (2, 4)),  # 8·23: none for 92 or 184
+        (48, 5, (4, 12)),  # 5 does not divide 48
+    ],
+)
+def test_the_number_of_blocks_and_its_fallbacks(width, wanted, expected):
+    assert orders.hadamard_blocks(width, wanted) == expected
+    matrix = Hadamard(width, block_size=expected[1])
+    ones = torch.ones(1, width, dtype=torch.float64)
+    assert float(matrix(ones).norm()) == pytest.approx(width**0.5)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import ditbench
 from ditbench.eval.base import known_metrics
 from ditbench.harness import run as running
 from ditbench.harness.stages.loaded import forget_models
@@ -244,7 +245,7 @@ def test_a_killed_run_leaves_no_record_and_the_next_start_cleans_up(run, tiny, t
         "run.save_artifacts = hang\n"
         "main(sys.argv[1:])"
     )
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(ditbench.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root}
     with subprocess.Popen(
         [sys.executable, "-c", code, "run", *tiny, f"results_dir={tmp_path}", *QUICK],

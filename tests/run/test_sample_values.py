@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from ditbench.eval.base import Evidence, PerSample, evaluate
-from ditbench.harness.generation import float_model as float_images
 from ditbench.harness.models.zoo import shapes
 from ditbench.harness.records import sample_values
 from ditbench.harness.records.record import read_all
 from ditbench.harness.samples.samples import Prompt, Samples
 from ditbench.harness.stages import evaluate as stage
+from ditbench.harness.stages import float_model as float_images
 
 SWEEP = ("method=rtn,smoothquant", "bits=w4a4", "metrics.names=[psnr,accuracy,torchmetrics/fid_judge]", "name=two")
 

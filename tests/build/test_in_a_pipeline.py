@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
-
-sys.path.append(str(Path(__file__).parent.parent / "models"))
 from small_pipelines import SIZES, SMALL
 
 from ditbench.harness.build.export import TENSORS, load_quantized
