@@ -66,8 +66,8 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
             "packed tokens): use another method with it"
         )
     state = static_ranges(target, bits, calibration)
-    quantized = build(target, apply(target, state, bits, params), dtype=torch.float32)
-    exact = float_copy(target, dtype=torch.float32)
+    quantized = build(target, apply(target, state, bits, params), dtype=torch.float32, device=target.device)
+    exact = float_copy(target, dtype=torch.float32, device=target.device)
     slopes, biases, residuals = [], [], []
     for step in tqdm(range(calibration.num_steps), desc="noise errors", leave=False):
         expected_Bchw, noise_Bchw = (noise_estimates(model, calibration, step) for model in (exact, quantized))
@@ -76,7 +76,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         biases.append(bias_c)
         residuals.append(residual_std)
     statistics = {"slope_S": slopes, "bias_Sc": biases, "residual_std_S": residuals}
-    return state | {name: torch.stack(values) for name, values in statistics.items()}
+    return state | {name: torch.stack(values).cpu() for name, values in statistics.items()}
 
 
 def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:
