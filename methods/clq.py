@@ -58,7 +58,7 @@ from ditbench.harness.fitting.trial_layers import TrialLayer, float_model, input
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.hadamard import hadamard_blocks
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
-from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.recipe import ModelRecipe, to_device
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.target import Site, Target, weight_matrix
 from ditbench.harness.quant.transforms import Hadamard, Permutation, Rotation, Transform
@@ -139,7 +139,8 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
     if bits.weight is not None:
         for name in target.layers:
             weight_OC = effective_linear(target, name, rotated, frozenset()).weight_OC
-            weights[name] = quantize_weight(weight_OC, bits.weight, ratios=weight_ratios(state, name))
+            rounded = quantize_weight(weight_OC, bits.weight, ratios=weight_ratios(state, name))
+            weights[name] = to_device(rounded, "cpu")  # all layers at once only there
     recipe = nearest(target, bits, state, rotated, weights=weights)
     layers = dict(recipe.layers)
     if bits.act is not None:
@@ -168,7 +169,7 @@ def walk(target: Target, calibration: Calibration, bits: Bits, params: Params, s
         rotated = transforms(target, state, params, sites)
         for name in layers:
             if name in rotated:
-                weight_OC = rotated[name].of_weight(weight_matrix(target.module(name)).double())
+                weight_OC = effective_linear(target, name, rotated, frozenset()).weight_OC
                 layers[name].transform(rotated[name], weight_OC)
         if bits.act is not None and not bits.act.dynamic:
             state |= input_ranges(stream, module, layers)
@@ -190,7 +191,7 @@ def outlier_scores(
     """{site: o_j}, from one pass over the block's inputs."""
     scores = {site.name: ChannelMagnitude(score) for site in sites}
     stream.watch(module, {layers[next(n for n in s.consumers if n in layers)].layer: scores[s.name].see for s in sites})
-    return {name: magnitude.of_channels(name) for name, magnitude in scores.items()}
+    return {name: magnitude.of_channels(name).cpu() for name, magnitude in scores.items()}
 
 
 def channel_order(score_C: Tensor, blocks: int, permutation: str, generator: torch.Generator) -> Tensor:

@@ -60,7 +60,8 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         absmax_C = stats[site.consumers[0]].absmax_C
         scale_C = smoothing_scale(absmax_C, weight_absmax(target, site), params.alpha, params.floor)
         generator = torch.Generator().manual_seed(seed)
-        dual = dual_rotation(tokens[site.name] / scale_C, params.block_size, params.steps, generator)
+        x_NC = tokens[site.name].to(target.device) / scale_C.to(target.device)
+        dual = dual_rotation(x_NC, params.block_size, params.steps, generator)
         state |= {f"{site.name}/scale": scale_C} | dual.state(site.name)
     return state | static_ranges(target, bits, calibration, *placement(target, state))
 

@@ -38,11 +38,11 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
-from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.recipe import ModelRecipe, to_device
 from ditbench.harness.quant.rotations import Dual, dual_rotation
 from ditbench.harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from ditbench.harness.quant.spec import Bits, QuantSpec, needs_integers
-from ditbench.harness.quant.target import Site, Target, weight_matrix
+from ditbench.harness.quant.target import Site, Target
 from ditbench.harness.quant.tlq import MODES, Search, twin_log, weight_from_state, weight_state
 from ditbench.harness.quant.transforms import Hadamard, Rotation, Transform, random_signs
 from ditbench.harness.samples.seeds import sample_seeds
@@ -161,8 +161,8 @@ def choose_rotations(
         if site not in sampled:
             found |= hadamard
             continue
-        x_NC = tokens[site.name]
-        smooth = Transform(scale_C=state.get(f"{site.name}/scale"))
+        x_NC = tokens[site.name].to(target.device)
+        smooth = to_device(Transform(scale_C=state.get(f"{site.name}/scale")), target.device)
         dual = dual_rotation(smooth(x_NC), params.block_size, params.steps, generator).state(site.name)
         if params.choose == "measured":
             errors = [
@@ -187,7 +187,7 @@ def output_error(target: Target, site: Site, x_NC: Tensor, transform: Transform,
 
     The weights are those before any fold; a static activation quantizer counts with the range of the sample.
     """
-    transform, x_NC = transform.double(), x_NC.double()
+    transform, x_NC = to_device(transform, target.device).double(), x_NC.double()
     moved_NC = transform(x_NC)
     if bits.act is not None:
         moved_NC = fake_quantize_activation(moved_NC, ActQuant(replace(bits.act, dynamic=True)))
@@ -195,7 +195,7 @@ def output_error(target: Target, site: Site, x_NC: Tensor, transform: Transform,
     for name in site.consumers:
         if name not in target.layers:
             continue
-        weight_OC = weight_matrix(target.module(name)).double()
+        weight_OC = target.weight(name).double()
         moved_OC = transform.of_weight(weight_OC)
         if bits.weight is not None:
             moved_OC = round_weight(moved_OC, bits.weight, params).dequantize().double()

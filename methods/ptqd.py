@@ -59,7 +59,7 @@ class Params:
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
-    exact = float_copy(target, dtype=torch.float32)
+    exact = float_copy(target, dtype=torch.float32, device=target.device)
     with torch.no_grad():
         estimate = calibration.call(exact, 0, calibration.rows(0, 1)).sample
     if estimate.ndim != 4:
@@ -68,7 +68,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
             "packed tokens): use another method with it"
         )
     state = static_ranges(target, bits, calibration)
-    quantized = build(target, apply(target, state, bits, params), dtype=torch.float32)
+    quantized = build(target, apply(target, state, bits, params), dtype=torch.float32, device=target.device)
     channels = target.transformer.config.in_channels
     slopes, biases, residuals = [], [], []
     for step in tqdm(range(calibration.num_steps), desc="noise errors", leave=False):
@@ -80,7 +80,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         biases.append(bias_c)
         residuals.append(residual_std)
     statistics = {"slope_S": slopes, "bias_Sc": biases, "residual_std_S": residuals}
-    return state | {name: torch.stack(values) for name, values in statistics.items()}
+    return state | {name: torch.stack(values).cpu() for name, values in statistics.items()}
 
 
 def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:

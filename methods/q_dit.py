@@ -173,11 +173,12 @@ class OutputError:
     def __init__(self, target: Target, calibration: Calibration, bits: Bits, params: Params) -> None:
         self.target, self.bits, self.params, self.calibration = target, bits, params, calibration
         self.steps = spread(calibration.num_steps, params.fitness_steps).tolist()
-        self.expected = list(self.outputs(float_copy(target, dtype=torch.float32)))
+        self.expected = list(self.outputs(float_copy(target, dtype=torch.float32, device=target.device)))
 
     def __call__(self, sizes: Candidate) -> float:
         formats = bits_by_layer(self.target, self.bits, sizes, self.params)
-        model = build(self.target, nearest(self.target, self.bits, {}, bits_of_layer=formats), dtype=torch.float32)
+        recipe = nearest(self.target, self.bits, {}, bits_of_layer=formats)
+        model = build(self.target, recipe, dtype=torch.float32, device=self.target.device)
         pairs = list(zip(self.outputs(model), self.expected, strict=True))
         noise = sum(float((ours - exact).double().square().sum()) for ours, exact in pairs)
         return noise / sum(float(exact.double().square().sum()) for _, exact in pairs)

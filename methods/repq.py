@@ -38,7 +38,7 @@ from ditbench.harness.calibration.channel_statistics import channel_stats, input
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.quantizers import quantize_weight
-from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.recipe import ModelRecipe, to_device
 from ditbench.harness.quant.smoothing import place
 from ditbench.harness.quant.spec import Bits, QuantSpec, needs_integers
 from ditbench.harness.quant.steps import StepTable
@@ -107,29 +107,29 @@ def channel_values(target: Target, calibration: Calibration, tokens: int) -> dic
     """{site: (N, C)} of each re-parameterised input: evenly spread tokens of every call, and each channel's two extremes."""
     sites = {site.name: site for site in reparameterised_sites(target)}
     stats = channel_stats(target, calibration)
-    seen = {
-        name: [stats[site.consumers[0]].min_SC.amin(0)[None], stats[site.consumers[0]].max_SC.amax(0)[None]]
-        for name, site in sites.items()
-    }
+    seen: dict[str, list[Tensor]] = {}
+    for name, site in sites.items():
+        of_site = stats[site.consumers[0]]
+        seen[name] = [end_C[None].to(target.device) for end_C in (of_site.min_SC.amin(0), of_site.max_SC.amax(0))]
 
     def observe(name: str, step: int, x: Tensor) -> None:
         x_TC = x.detach().float().flatten(0, -2)
         kept = torch.linspace(0, len(x_TC) - 1, min(tokens, len(x_TC))).round().long()
         seen[name].append(x_TC[kept])
 
-    model = float_copy(target, dtype=torch.float32)
+    model = float_copy(target, dtype=torch.float32, device=target.device)
     with inputs_observed(model, {site.consumers[0]: name for name, site in sites.items()}, observe) as set_step:
         run_calibration(model, calibration, set_step, "channel values")
     return {name: torch.cat(values) for name, values in seen.items()}
 
 
 def channel_quantizers(values_NC: Tensor, act: QuantSpec, params: Params) -> tuple[Tensor, Tensor]:
-    """δ, z of each channel; those of a dead channel are the mean of the others, so that its r is 1."""
+    """δ, z of each channel, on the CPU; those of a dead channel are the mean of the others, so that its r is 1."""
     spec = replace(act, granularity="per_channel", group_size=None, dynamic=False)
-    rounded = quantize_weight(values_NC.T, spec, ranges=params.ranges)
+    rounded = to_device(quantize_weight(values_NC.T, spec, ranges=params.ranges), "cpu")
     scale_C = rounded.scale_OG[:, 0].clone()
     zero_point_C = torch.zeros_like(scale_C) if rounded.zero_point_OG is None else rounded.zero_point_OG[:, 0].clone()
-    dead_C = (values_NC.abs().amax(0) == 0) | (scale_C < params.floor)
+    dead_C = (values_NC.abs().amax(0).cpu() == 0) | (scale_C < params.floor)
     if not dead_C.all():
         scale_C[dead_C], zero_point_C[dead_C] = scale_C[~dead_C].mean(), zero_point_C[~dead_C].mean().round()
     return scale_C, zero_point_C

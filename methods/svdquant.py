@@ -51,7 +51,7 @@ from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.gptq import gptq
 from ditbench.harness.quant.lowrank import Split, branches, capped_rank, output_error, refine, residual, split
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, fake_quantize_activation, quantize_weight
-from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
+from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe, to_device
 from ditbench.harness.quant.smoothing import place
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
@@ -119,10 +119,13 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
     for site in branch_sites(target, params):
         names = quantized_consumers(target, site)
         weights = [effective_linear(target, name, transforms, folded).weight_OC for name in names]
-        parts = fit_branch(site, weights, transforms.get(names[0]), samples.get(site.name), bits, params)
+        transform, sample_TC = to_device((transforms.get(names[0]), samples.get(site.name)), target.device)
+        parts = fit_branch(site, weights, transform, sample_TC, bits, params)
         if parts.rank:
             low_rank |= branches(names, parts, [len(weight_OC) for weight_OC in weights])
-            state |= {f"{site.name}/down": parts.down_rC} | {f"{name}/up": low_rank[name].up_Or for name in names}
+            state |= {f"{site.name}/down": low_rank[names[0]].down_rC} | {
+                f"{name}/up": low_rank[name].up_Or for name in names
+            }
 
     def round_gptq(name: str, residual_OC: Tensor, hessian_CC: Tensor) -> QuantizedWeight:
         return gptq(residual_OC, hessian_CC, weight_spec(bits, residual_OC.shape[1], params), damp=params.damp)
@@ -130,7 +133,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
     def round_nearest(name: str) -> QuantizedWeight:
         weight_OC = effective_linear(target, name, transforms, folded).weight_OC
         spec = weight_spec(bits, weight_OC.shape[1], params)
-        return quantize_weight(residual(weight_OC, low_rank.get(name)), spec)
+        return to_device(quantize_weight(residual(weight_OC, low_rank.get(name)), spec), "cpu")
 
     if params.residual == "gptq":
         rounded = round_blockwise(
@@ -235,7 +238,8 @@ def fit_smoothing(
         site_stats = stats[site.consumers[0]]
         check_shift(site, site_stats, bits, params)
         if params.smooth != "off":
-            state[f"{site.name}/scale"] = smoothing(target, site, site_stats, samples.get(site.name), bits, params)
+            stats_and_sample = to_device((site_stats, samples.get(site.name)), target.device)
+            state[f"{site.name}/scale"] = smoothing(target, site, *stats_and_sample, bits, params).cpu()
     return state
 
 
@@ -252,7 +256,7 @@ def smoothing(
     target: Target, site: Site, stats: ChannelStats, sample_TC: Tensor | None, bits: Bits, params: Params
 ) -> Tensor:
     """λ of one layer input, from the weights as they are before any fold into their rows."""
-    weights = [weight_matrix(target.module(name)).double() for name in quantized_consumers(target, site)]
+    weights = [target.weight(name).double() for name in quantized_consumers(target, site)]
     shift = -params.gelu_shift if is_shifted(site, bits, params) else 0.0
     act_absmax_C = torch.maximum(stats.max_SC - shift, shift - stats.min_SC).amax(0)
     weight_absmax_C = torch.cat(weights).abs().amax(0).float()
@@ -283,7 +287,7 @@ def candidate_error(
     site: Site, weights: list[Tensor], scale_C: Tensor, sample_TC: Tensor, bits: Bits, params: Params
 ) -> float:
     """‖X Wᵀ − Y‖² on the sample, over all layers that read the input."""
-    transform = transform_of(site, len(scale_C), scale_C, bits, params)
+    transform = to_device(transform_of(site, len(scale_C), scale_C, bits, params), scale_C.device)
     weight_MC, x_TC = transform.of_weight(torch.cat(weights)), transform(sample_TC.double())
     rounded_x_TC = rounded_act(site, x_TC, bits, params)
     if bits.weight is None:
@@ -346,8 +350,8 @@ def site_samples(target: Target, calibration: Calibration, params: Params) -> di
         offset = len(calls) * GOLDEN % 1  # a fixed grid would see the same tokens at every step
         calls.append(x_TC[((torch.arange(count) + offset) * (len(x_TC) / count)).long()].clone())
 
-    model = float_copy(target, dtype=torch.float32)
+    model = float_copy(target, dtype=torch.float32, device=target.device)
     first_consumers = {site.consumers[0]: site.name for site in branch_sites(target, params)}
     with inputs_observed(model, first_consumers, observe) as set_step:
         run_calibration(model, calibration, set_step, "sample")
-    return {site: torch.cat(calls) for site, calls in kept.items()}
+    return {site: torch.cat(calls).cpu() for site, calls in kept.items()}

@@ -9,10 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from ditbench.harness.models.base import ModelSpec, load_model
 from operations import REPOSITORY, counted
 from small_pipelines import SIZES, SMALL
 from torch import Tensor, nn
+
+from ditbench.harness.models.base import ModelSpec, load_model
 
 MIXED = "Expected all tensors to be on the same device, but found at least two devices, second_device:0 and cpu!"
 

@@ -15,7 +15,7 @@ from ditbench.harness.build.modulation import hang
 from ditbench.harness.common.memory import trim
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.folds import block_folds
-from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe, to_device
 from ditbench.harness.quant.steps import StepClock, StepTable
 from ditbench.harness.quant.target import Target
 from ditbench.harness.quant.transforms import Transform
@@ -29,11 +29,12 @@ def build(
     device: torch.device | str = "cpu",
     backend: str = AUTO,
 ) -> nn.Module:
-    """The quantized copy of target.transformer; float parts in dtype, everything on device.
+    """The quantized copy of target.transformer; float parts in dtype, everything on device, where each layer is made too.
 
     The model carries `clock` (a StepClock): whoever samples sets the step before each call.
     """
     device = torch.device(device)
+    target = target.on(device)
     clock = StepClock(recipe.num_steps, recipe.starts).to(device)
     model = copy_without(target.transformer, touched_layers(target, recipe))
     cast(model, dtype, device)
@@ -44,7 +45,7 @@ def build(
         trim()
     hang(model, block_folds(target, recipe, _transforms(recipe), dtype), clock, device)
     for name, attention in recipe.attention.items():
-        set_processor(model, name, QuantAttnProcessor(attention, clock))
+        set_processor(model, name, QuantAttnProcessor(to_device(attention, device), clock))
     model.clock = clock  # type: ignore[assignment]
     _check_steps(model, recipe)
     return model.eval().requires_grad_(False)
@@ -88,8 +89,9 @@ def build_layer(
     """One layer, of a recipe of one range, as `build` makes it. Layers whose weight stays in float take any backend that
     can run them.
     """
+    target = target.on(device)
     folded = {consumer for site in target.sites if site.name in recipe.folded for consumer in site.consumers}
-    layer = recipe.layers.get(name, LayerRecipe())
+    layer = to_device(recipe.layers.get(name, LayerRecipe()), target.device)
     return QuantLinear(
         layer,
         effective_linear(target, name, _transforms(recipe), recipe.folded),

@@ -34,7 +34,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path, file_sha256
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.folds import block_folds
-from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe, to_device
 from ditbench.harness.quant.serialize import content_sha256, decode, encode
 from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.quant.target import Target
@@ -256,7 +256,7 @@ def _assembled(
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
     hang(model, {name: decode(folds, tensors) for name, folds in described["folds"].items()}, clock, device)
     for name, each in described["attention"].items():
-        set_processor(model, name, QuantAttnProcessor(decode(each, tensors), clock))
+        set_processor(model, name, QuantAttnProcessor(to_device(decode(each, tensors), device), clock))
     model.clock = clock  # type: ignore[assignment]
     return model.eval().requires_grad_(False)
 

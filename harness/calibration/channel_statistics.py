@@ -1,4 +1,7 @@
-"""Observers: what each layer's input looks like, per denoising step and per channel, in one pass over the calibration."""
+"""Observers: what each layer's input looks like, per denoising step and per channel, in one pass over the calibration.
+
+What they gather stays on the calibration's device until the pass is over; what they return lies on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path, cached, canonical_sha256
 from ditbench.harness.common.progress import progress
 from ditbench.harness.models.calls import float_dtype
+from ditbench.harness.quant.recipe import to_device
 from ditbench.harness.quant.target import Site, Target
 
 STATS_VERSION = 1  # of what is cached: raise it when ChannelStats changes
@@ -25,7 +29,7 @@ STATS_VERSION = 1  # of what is cached: raise it when ChannelStats changes
 
 @dataclass(frozen=True)
 class ChannelStats:
-    """Of one layer's input, per step s and channel c, over samples and tokens; float32.
+    """Of one layer's input, per step s and channel c, over samples and tokens; float32, on the CPU.
 
     mean_min_SC, mean_max_SC: extremes over the tokens of one sample, averaged over samples. count_S: tokens seen.
     """
@@ -91,19 +95,19 @@ def _observe_sites(target: Target, calibration: Calibration) -> dict[str, Channe
         x_BTC = x.detach().float().reshape(len(x), -1, x.shape[-1])
         width = x_BTC.shape[-1]
         if site not in running:
-            zeros = {field.name: torch.zeros(steps, width) for field in fields(ChannelStats)}
+            zeros = {field.name: x_BTC.new_zeros(steps, width) for field in fields(ChannelStats)}
             running[site] = zeros | {
-                "min_SC": torch.full((steps, width), torch.inf),
-                "max_SC": torch.full((steps, width), -torch.inf),
+                "min_SC": x_BTC.new_full((steps, width), torch.inf),
+                "max_SC": x_BTC.new_full((steps, width), -torch.inf),
                 "count_S": torch.zeros(steps),
             }
             samples[site] = torch.zeros(steps)
-        stats, low_BC, high_BC = running[site], x_BTC.amin(1).cpu(), x_BTC.amax(1).cpu()
-        torch.minimum(stats["min_SC"][step], low_BC.amin(0), out=stats["min_SC"][step])
-        torch.maximum(stats["max_SC"][step], high_BC.amax(0), out=stats["max_SC"][step])
+        stats, low_BC, high_BC = running[site], x_BTC.amin(1), x_BTC.amax(1)
+        stats["min_SC"][step] = torch.minimum(stats["min_SC"][step], low_BC.amin(0))
+        stats["max_SC"][step] = torch.maximum(stats["max_SC"][step], high_BC.amax(0))
         stats["mean_min_SC"][step] += low_BC.sum(0)  # a sum until the end
         stats["mean_max_SC"][step] += high_BC.sum(0)
-        stats["sumsq_SC"][step] += x_BTC.square().sum((0, 1)).cpu()
+        stats["sumsq_SC"][step] += x_BTC.square().sum((0, 1))
         stats["count_S"][step] += x_BTC.shape[0] * x_BTC.shape[1]
         samples[site][step] += len(x_BTC)
 
@@ -120,8 +124,8 @@ def _observe_sites(target: Target, calibration: Calibration) -> dict[str, Channe
                 "calibration.n"
             )
         for mean in ("mean_min_SC", "mean_max_SC"):
-            stats[mean] /= samples[name][:, None].clamp(min=1)
-    return {site.name: ChannelStats(**running[site.name]) for site in sites}
+            stats[mean] /= samples[name].to(stats[mean].device)[:, None].clamp(min=1)
+    return {site.name: to_device(ChannelStats(**running[site.name]), "cpu") for site in sites}
 
 
 class ChannelMagnitude:
@@ -158,7 +162,7 @@ class ChannelMagnitude:
 
 
 def token_sample(target: Target, calibration: Calibration, sites: list[Site], tokens: int) -> dict[str, Tensor]:
-    """About `tokens` tokens of each site's input, the same number from every model call → {site name: x_NC, float32}.
+    """About `tokens` tokens of each site's input, the same number from every model call → {site name: x_NC, float32, on the CPU}.
 
     Raises:
         RuntimeError: a site saw no calibration batch.
@@ -170,7 +174,7 @@ def token_sample(target: Target, calibration: Calibration, sites: list[Site], to
         x_NC = x.detach().float().flatten(0, -2)
         # evenly spread over rows and tokens, so that conditional and null rows are both seen
         kept = torch.linspace(0, len(x_NC) - 1, min(per_call, len(x_NC))).round().long()
-        found[site].append(x_NC[kept.to(x_NC.device)].cpu())
+        found[site].append(x_NC[kept.to(x_NC.device)])
 
     if sites:
         model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device)
@@ -179,7 +183,7 @@ def token_sample(target: Target, calibration: Calibration, sites: list[Site], to
     missing = [name for name, parts in found.items() if not parts]
     if missing:
         raise RuntimeError(f"{missing[0]} saw no calibration batch; is it skipped at every step you calibrate?")
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts).cpu() for name, parts in found.items()}
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ditbench.harness.common.errors import UserError
 
@@ -47,6 +49,26 @@ def functions_of(device: torch.device) -> ModuleType | None:
         return torch.get_device_module(device)
     except RuntimeError:
         return None
+
+
+def float64_device(device: torch.device | str) -> torch.device:
+    """Where what needs float64 is computed: on the device itself, or on the CPU where that has none (mps, some xpu)."""
+    here = torch.empty(0, device=device).device  # with its index
+    return here if _has_float64(here) else torch.device("cpu")
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """On its own device, or on the CPU where that has no float64."""
+    return tensor.to(float64_device(tensor.device)).double()
+
+
+@cache
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).add_(1)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def synchronize(device: torch.device) -> None:

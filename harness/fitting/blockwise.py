@@ -14,7 +14,7 @@ from ditbench.harness.calibration.channel_statistics import run_calibration
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.quant.lowrank import residual
 from ditbench.harness.quant.quantizers import QuantizedWeight
-from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
+from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe, to_device
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.harness.quant.target import Target
 from ditbench.harness.quant.transforms import Transform
@@ -45,7 +45,7 @@ def round_blockwise(
         name: LayerRecipe(transforms.get(name, Transform()), low_rank=low_rank.get(name))
         for name in dict.fromkeys([*target.layers, *transforms])
     }
-    model = build(target, ModelRecipe(layers, folded), dtype=torch.float32)
+    model = build(target, ModelRecipe(layers, folded), dtype=torch.float32, device=target.device)
     found: dict[str, QuantizedWeight] = {}
     all_layers = {name: layer for name, layer in quant_layers(model).items() if name in target.layers}
     for name, branch in low_rank.items():
@@ -90,7 +90,8 @@ class Hessian:
 
 
 def weight_state(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """A rounded weight as state tensors of its layer."""
+    """A rounded weight as state tensors of its layer, on the CPU."""
+    weight = to_device(weight, "cpu")
     state = {f"{name}/codes": weight.codes_OC, f"{name}/weight_scale": weight.scale_OG}
     if weight.zero_point_OG is not None:
         state[f"{name}/weight_zero_point"] = weight.zero_point_OG
@@ -126,5 +127,6 @@ def _round(
     """Round each layer and put the rounded values in its place, for the blocks behind it."""
     for name, layer in layers.items():
         kernel: nn.Module = layer.kernel
-        found[name] = round_weight(name, kernel.weight_OC, hessians[name].mean_CC(name))  # type: ignore[arg-type]
-        kernel.weight_OC = found[name].dequantize()
+        rounded = round_weight(name, kernel.weight_OC, hessians[name].mean_CC(name))  # type: ignore[arg-type]
+        kernel.weight_OC = rounded.dequantize()
+        found[name] = to_device(rounded, "cpu")

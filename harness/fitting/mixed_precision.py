@@ -20,7 +20,7 @@ from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.build import build, clock_of, quant_layers, set_submodule
 from ditbench.harness.calibration.recording import Calibration, spread
 from ditbench.harness.common.code_identity import code_identity
-from ditbench.harness.common.devices import synchronize
+from ditbench.harness.common.devices import in_float64, synchronize
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import cached, canonical_sha256, read_json, write_json
 from ditbench.harness.common.progress import progress
@@ -210,7 +210,7 @@ def sensitivities(
 
 
 def _output(model: nn.Module, calibration: Calibration, step: int) -> Tensor:
-    return calibration.call(model, step, calibration.rows(step, ROWS)).sample.double()
+    return in_float64(calibration.call(model, step, calibration.rows(step, ROWS)).sample)
 
 
 def _cached(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from ditbench.harness.fitting.blockwise import weight_from_state, weight_state
 from ditbench.harness.fitting.rounding import act_quant
 from ditbench.harness.quant.adaround import AdaRound, LearnedAct
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight
-from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRecipe, to_device
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.harness.quant.target import Target
 
@@ -86,8 +87,8 @@ def reconstruct(
     learnable = any(layer.weight is not None or _is_static(layer.act) for layer in recipe.layers.values())
     if settings.reconstruct == "none" or not learnable:
         return {}
-    exact = build(target, recipe.without_rounding(), dtype=torch.float32)
-    quantized = build(target, recipe, dtype=torch.float32, backend=simulate.NAME)
+    exact = build(target, recipe.without_rounding(), dtype=torch.float32, device=target.device)
+    quantized = build(target, recipe, dtype=torch.float32, device=target.device, backend=simulate.NAME)
     floats = BlockStream(exact, target, calibration, max_bytes=settings.max_bytes // STREAMS)
     stream = BlockStream(quantized, target, calibration, max_bytes=settings.max_bytes // STREAMS)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -151,7 +152,7 @@ class _LearnedAttnProcessor(QuantAttnProcessor):
 
 
 class _BlockLearner:
-    """The quantizers of one block, made learnable in place and put back rounded."""
+    """The quantizers of one block, made learnable in place and put back rounded, on the model's device."""
 
     def __init__(
         self,
@@ -168,8 +169,9 @@ class _BlockLearner:
         self.attention = [name for name in recipe.attention if name.startswith(inside)]
         self.roundings: dict[str, AdaRound] = {}
         self.acts: dict[str, LearnedAct] = {}
+        device = clock_of(model).step.device
         for name, layer in self.layers.items():
-            weight_OC, start = float_layers[name].kernel.weight_OC, recipe.layers[name].weight
+            weight_OC, start = float_layers[name].kernel.weight_OC, to_device(recipe.layers[name].weight, device)
             if start is not None:
                 self.roundings[name] = AdaRound(weight_OC, start)
             layer.kernel = LearnedKernel(weight_OC, self.roundings.get(name), self._act(name, recipe.layers[name].act))
@@ -196,7 +198,7 @@ class _BlockLearner:
             state |= weight_state(name, rounding.hard())
         for name, act in self.acts.items():
             if act.scale_G is not None:
-                state |= act.range_state(name)
+                state |= {key: end.cpu() for key, end in act.range_state(name).items()}
 
         def quantizer(name: str, quant: ActQuant | None) -> ActQuant | None:
             if quant is None or quant.scale is None:
@@ -205,21 +207,21 @@ class _BlockLearner:
             known = state if groups is None else state | {f"{name}/act_group_of_step": groups}
             return act_quant(quant.spec, known, name)
 
+        device = clock_of(self.model).step.device
         for name, layer in self.layers.items():
             learned = self.roundings[name].hard() if name in self.roundings else None
-            ready = LayerRecipe(weight=learned, act=quantizer(name, recipe.layers[name].act))
+            ready = to_device(LayerRecipe(weight=learned, act=quantizer(name, recipe.layers[name].act)), device)
             layer.kernel = simulate.make_kernel(ready, layer.kernel.weight_OC)
         for name in self.attention:
             operands = {o: quantizer(f"{name}.{o}", getattr(recipe.attention[name], o)) for o in OPERANDS}
-            set_processor(
-                self.model, name, QuantAttnProcessor(type(recipe.attention[name])(**operands), clock_of(self.model))
-            )
+            ready = to_device(AttentionRecipe(**operands), device)
+            set_processor(self.model, name, QuantAttnProcessor(ready, clock_of(self.model)))
         return state
 
     def _act(self, name: str, quant: ActQuant | None) -> Callable | None:
         if quant is None:
             return None
-        self.acts[name] = act = LearnedAct(quant)
+        self.acts[name] = act = LearnedAct(to_device(quant, clock_of(self.model).step.device))
         if self.settings.act_prob == 1:
             return act
         return lambda x, step: _mix(act(x, step), x, self.settings.act_prob, self.generator)
@@ -235,9 +237,10 @@ class _BlockLearner:
     ) -> None:
         settings = self.settings
         alphas, scales = [r.alpha_OGg for r in roundings], [act.scale_G for act in static]
-        optimizers = [torch.optim.Adam(alphas, lr=settings.learning_rate)] if alphas else []
+        adam = partial(torch.optim.Adam, foreach=False)  # as on the CPU; torch would round otherwise on a GPU
+        optimizers = [adam(alphas, lr=settings.learning_rate)] if alphas else []
         if scales:
-            optimizers.append(torch.optim.Adam(scales, lr=settings.scale_learning_rate))
+            optimizers.append(adam(scales, lr=settings.scale_learning_rate))
             cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], T_max=iterations)
         for iteration in range(iterations):
             with torch.enable_grad():
@@ -302,8 +305,9 @@ class _Samples:
 
 
 def _mix(quantized: Tensor, exact: Tensor, prob: float, generator: torch.Generator) -> Tensor:
-    """Each element quantized with this probability, otherwise as it was (QDrop)."""
-    return torch.where(torch.rand(exact.shape, generator=generator) < prob, quantized, exact)
+    """Each element quantized with this probability, otherwise as it was (QDrop); drawn on the CPU, the same everywhere."""
+    drawn = torch.rand(exact.shape, generator=generator).to(exact.device)
+    return torch.where(drawn < prob, quantized, exact)
 
 
 def _is_static(act: ActQuant | None) -> bool:

@@ -27,10 +27,10 @@ from ditbench.harness.quant.quantizers import (
     searched_range,
     static_quant,
 )
-from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRecipe
+from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRecipe, to_device
 from ditbench.harness.quant.spec import E4M3, Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
-from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.target import Target, weight_matrix
 from ditbench.harness.quant.transforms import Transform
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def nearest(
     bits_of_layer: dict[str, Bits] | None = None,
     num_steps: int | None = None,
 ) -> ModelRecipe:
-    """Every target layer with its transform, its weight rounded to nearest and its activation quantizer.
+    """Every target layer with its transform, its weight rounded to nearest and its activation quantizer; on the CPU.
 
     transforms: by layer name (consumers of a folded site that stay in float need theirs as well).
     state: what `static_ranges` returned, among other things; only read when activations are static.
@@ -65,17 +65,17 @@ def nearest(
     transforms = transforms or {}
     layers = {name: LayerRecipe(transform=transform) for name, transform in transforms.items()}
     for name in target.layers:
-        effective = effective_linear(target, name, transforms, folded)
         own = (bits_of_layer or {}).get(name, bits)
         for spec in (own.weight, own.act):
             if spec is not None:
-                spec.check_width(name, effective.weight_OC.shape[1])
+                spec.check_width(name, weight_matrix(target.module(name)).shape[1])
         rounded = (weights or {}).get(name)
         if rounded is None and own.weight is not None:
-            rounded = quantize_weight(effective.weight_OC, own.weight, ranges=weight_ranges)
+            weight_OC = effective_linear(target, name, transforms, folded).weight_OC
+            rounded = quantize_weight(weight_OC, own.weight, ranges=weight_ranges)
         layers[name] = LayerRecipe(
             transform=transforms.get(name, Transform()),
-            weight=rounded,
+            weight=to_device(rounded, "cpu"),
             act=None if own.act is None else act_quant(own.act, state, name),
         )
         trim()
@@ -121,7 +121,7 @@ def static_ranges(
         dtype=torch.float32,
         device=calibration.device,
     )
-    watch = _RangeWatch(group_of_layer or {})
+    watch = _RangeWatch(group_of_layer or {}, target.device)
     for name, layer in quant_layers(model).items():
         if name in target.layers:
             layer.kernel.register_forward_pre_hook(lambda _, inputs, name=name: watch.see(name, inputs[0]))
@@ -135,7 +135,7 @@ def static_ranges(
     state = watch.state(bits.act, ranges)
     if softmax == "log_sqrt2":
         for name in target.attention:
-            state[f"{name}.probabilities/act_delta"] = watch.delta(f"{name}.probabilities", SOFTMAX_BITS)[None]
+            state[f"{name}.probabilities/act_delta"] = watch.delta(f"{name}.probabilities", SOFTMAX_BITS)[None].cpu()
     return state
 
 
@@ -161,10 +161,13 @@ def _attention_recipe(spec: QuantSpec, state: dict[str, Tensor], name: str) -> A
 
 
 class _RangeWatch:
-    """Running extremes and a small strided sample of the values of each watched tensor, per group of steps."""
+    """Running extremes and a small strided sample of the values of each watched tensor, per group of steps.
 
-    def __init__(self, group_of_layer: dict[str, Tensor]) -> None:
-        self.group_of_layer, self.step = group_of_layer, 0
+    They stay where the tensors are until the end; ranges are searched on `device`, and the state lies on the CPU.
+    """
+
+    def __init__(self, group_of_layer: dict[str, Tensor], device: torch.device) -> None:
+        self.group_of_layer, self.device, self.step = group_of_layer, device, 0
         self.low: dict[tuple[str, int], Tensor] = {}
         self.high: dict[tuple[str, int], Tensor] = {}
         self.values: dict[tuple[str, int], list[Tensor]] = {}
@@ -176,32 +179,34 @@ class _RangeWatch:
         x = x.detach().float()
         groups = self.group_of_layer.get(name)
         key = name, 0 if groups is None else int(groups[self.step])
-        low, high = x.amin().cpu(), x.amax().cpu()
+        low, high = x.amin(), x.amax()
         self.low[key] = torch.minimum(self.low.get(key, low), low)
         self.high[key] = torch.maximum(self.high.get(key, high), high)
         flat = x.flatten()
         stride = max(1, len(flat) // SAMPLES_PER_CALL)
         while math.gcd(stride, len(flat)) > 1:  # a stride that shares a factor with C sees some channels only
             stride += 1
-        self.values.setdefault(key, []).append(flat[::stride].cpu().clone())
+        self.values.setdefault(key, []).append(flat[::stride].clone())
 
     def state(self, spec: QuantSpec, ranges: str) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name in dict.fromkeys(name for name, _ in self.low):
             keys = sorted(key for key in self.low if key[0] == name)
             ends = [self._range(key, spec, ranges) for key in keys]
-            found[f"{name}/act_low"] = torch.stack([low for low, _ in ends])
-            found[f"{name}/act_high"] = torch.stack([high for _, high in ends])
+            found[f"{name}/act_low"] = torch.stack([low for low, _ in ends]).cpu()
+            found[f"{name}/act_high"] = torch.stack([high for _, high in ends]).cpu()
             if name in self.group_of_layer:
                 found[f"{name}/act_group_of_step"] = self.group_of_layer[name]
         return found
 
     def delta(self, name: str, bits: int) -> Tensor:
         """δ of a map's log√2 codes, over all steps."""
-        return log_sqrt2_delta(torch.cat([*self.values[name, 0], self.high[name, 0][None]]), bits)
+        values_N = torch.cat([*self.values[name, 0], self.high[name, 0][None]])
+        return log_sqrt2_delta(values_N.to(self.device), bits)
 
     def _range(self, key: tuple[str, int], spec: QuantSpec, ranges: str) -> tuple[Tensor, Tensor]:
         low, high = self.low[key], self.high[key]
         if ranges == "minmax":
             return low, high
-        return searched_range(torch.cat([*self.values[key], low[None], high[None]]), spec, ranges)
+        values_N = torch.cat([*self.values[key], low[None], high[None]])
+        return searched_range(values_N.to(self.device), spec, ranges)

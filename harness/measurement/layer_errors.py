@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ditbench.harness.build.build import build, clock_of, quant_layers
 from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.calibration.recording import Calibration, spread
+from ditbench.harness.common.devices import float64_device, in_float64
 from ditbench.harness.common.files import atomic_path
 from ditbench.harness.quant.blocks import tokens_of
 from ditbench.harness.quant.recipe import ModelRecipe
@@ -65,23 +66,24 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
     layers = [name for name, shares in _shares(model).items() if any(layer.rounds for layer, _ in shares)]
     if not layers:
         return None
-    exact = build(target, recipe.without_rounding(), dtype=torch.float32)
+    device = clock_of(model).step.device
+    exact = build(target, recipe.without_rounding(), dtype=torch.float32, device=device)
     exact_layers = quant_layers(exact)
     names = (*layers, *target.blocks)
     steps = tuple(spread(calibration.num_steps, MAX_STEPS).tolist())
-    signal, noise = np.zeros((len(names), len(steps))), np.zeros((len(names), len(steps)))
-    device = clock_of(model).step.device
+    signal_LS, noise_LS = torch.zeros(2, len(names), len(steps), dtype=torch.float64, device=float64_device(device))
     place = {name: row for row, name in enumerate(names)}
     block_outputs: dict[str, Tensor] = {}
     current: dict[str, Any] = {}
 
     def add(name: str, exact_output: Tensor, output: Tensor) -> None:
         cell = place[name], current["column"]
-        signal[cell] += exact_output.double().square().sum().item()
-        noise[cell] += (output.double().cpu() - exact_output.double()).square().sum().item()
+        expected = in_float64(exact_output)
+        signal_LS[cell] += expected.square().sum()
+        noise_LS[cell] += (in_float64(output) - expected).square().sum()
 
     def layer_hook(name: str):
-        return lambda _, inputs, output: add(name, output, current["layers"][name](inputs[0].to(device)))
+        return lambda _, inputs, output: add(name, output, current["layers"][name](inputs[0]))
 
     handles = [exact_layers[name].register_forward_hook(layer_hook(name)) for name in layers]
     for name in target.blocks:
@@ -97,7 +99,7 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
                 calibration.call(each, step, inputs)
     for handle in handles:
         handle.remove()
-    return ErrorAtlas(names, steps, signal, noise)
+    return ErrorAtlas(names, steps, signal_LS.cpu().numpy(), noise_LS.cpu().numpy())
 
 
 def layer_table(model: nn.Module, atlas: ErrorAtlas | None) -> dict[str, dict[str, Any]]:

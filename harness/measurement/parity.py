@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import build_layer, clock_of
+from ditbench.harness.common.devices import in_float64
 from ditbench.harness.measurement.layer_errors import rounded_layers
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.target import Target
@@ -68,7 +69,7 @@ def layer_parity(
 
 def differences(y: Tensor, expected: Tensor) -> tuple[float, float]:
     """(‖y − ŷ‖ / ‖ŷ‖, max |y − ŷ| / max |ŷ|), 0 where both are 0."""
-    off, scale = (y - expected).double(), expected.double()
+    off, scale = in_float64(y - expected), in_float64(expected)
     if not bool(off.any()):
         return 0.0, 0.0
     return float(off.norm() / scale.norm()), float(off.abs().max() / scale.abs().max())

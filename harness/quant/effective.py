@@ -7,8 +7,8 @@ Folding a site's shift z and scale s into its producer (DiT's `modulate` with 1 
     table rows   see `harness.quant.modulation`
 
 Consumers take W ← W · diag(s) · R and b ← b + W z. Row operations on a producer commute with the column operations that
-the same layer undergoes as a consumer; the bias is built consumer first. Everything is computed in float64, layer by
-layer, so that memory does not grow with the model.
+the same layer undergoes as a consumer; the bias is built consumer first. Everything is computed in float64 on the target's
+device, layer by layer, so that memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.recipe import ModelRecipe, to_device
 from ditbench.harness.quant.steps import StepTable
-from ditbench.harness.quant.target import AdaLNRows, Site, TableRows, Target, weight_matrix
+from ditbench.harness.quant.target import AdaLNRows, Site, TableRows, Target
 from ditbench.harness.quant.transforms import Transform
 
 
 @dataclass(frozen=True)
 class EffectiveLinear:
-    """weight_OC: float64; bias: table of rows (G, O), float64, or None."""
+    """weight_OC: float64; bias: table of rows (G, O), float64, or None; both on the target's device."""
 
     weight_OC: Tensor
     bias: StepTable | None
@@ -40,14 +40,14 @@ def effective_linear(
     transforms: by layer name; layers without an entry are left as they are.
     """
     layer = target.module(name)
-    transform = transforms.get(name, Transform())
-    weight = weight_matrix(layer).to(torch.float64, copy=True)
-    own_bias = None if layer.bias is None else layer.bias.detach().to(torch.float64, copy=True)
+    transform = to_device(transforms.get(name, Transform()), target.device)
+    weight = target.weight(name).to(torch.float64, copy=True)
+    own_bias = None if layer.bias is None else layer.bias.detach().to(target.device).to(torch.float64, copy=True)
     bias = transform.of_bias(own_bias, weight)
     weight = transform.of_weight(weight)
     for site in target.sites:
         for producer in site.rows_of(name) if site.name in folded else ():
-            shared = shared_transform(site, transforms)
+            shared = to_device(shared_transform(site, transforms), target.device)
             if isinstance(producer, AdaLNRows):
                 weight, bias = _fold_adaln(weight, bias, producer, shared)
             else:
@@ -88,7 +88,7 @@ def _fold_rows(
     weight: Tensor, bias: StepTable | None, rows: slice, transform: Transform, offset: float
 ) -> tuple[Tensor, StepTable]:
     """W[rows] ← W[rows] / s and b[rows] ← (b[rows] + offset − z) / s − offset."""
-    scale = torch.ones(()) if transform.scale_C is None else transform.scale_C
+    scale = weight.new_ones(()) if transform.scale_C is None else transform.scale_C
     weight = weight.clone()
     weight[rows] = weight[rows] / (scale.double()[:, None] if scale.ndim else scale.double())
     bias = StepTable.constant(weight.new_zeros(len(weight))) if bias is None else bias

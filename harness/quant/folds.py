@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.quant.effective import shared_transform
-from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.recipe import ModelRecipe, to_device
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import TableRows, Target
 from ditbench.harness.quant.transforms import Transform
@@ -53,11 +53,12 @@ def block_folds(
     for site in target.sites:
         for producer in site.producers if site.name in recipe.folded else ():
             if isinstance(producer, TableRows):
-                by_block.setdefault(producer.block, []).append((producer, shared_transform(site, transforms)))
+                shared = to_device(shared_transform(site, transforms), target.device)
+                by_block.setdefault(producer.block, []).append((producer, shared))
     found = {}
     for name, folds in by_block.items():
         first = folds[0][0]
-        table = getattr(target.transformer.get_submodule(name), first.table).detach()
+        table = getattr(target.transformer.get_submodule(name), first.table).detach().to(target.device)
         table_RC = table.reshape(-1, table.shape[-1]).double()
         rows = tuple(_row_fold(producer, table_RC, transform, dtype) for producer, transform in folds)
         found[name] = BlockFolds(first.argument, table_RC.shape[-1], rows)
@@ -65,7 +66,7 @@ def block_folds(
 
 
 def _row_fold(rows: TableRows, table_RC: Tensor, transform: Transform, dtype: torch.dtype) -> RowFold:
-    scale = torch.ones(table_RC.shape[-1]).double() if transform.scale_C is None else transform.scale_C.double()
+    scale = table_RC.new_ones(table_RC.shape[-1]) if transform.scale_C is None else transform.scale_C.double()
     shift_table, scale_table = table_RC[rows.shift_row], table_RC[rows.scale_row]
     constant = StepTable.constant(shift_table / scale - shift_table)
     if transform.shift is not None:

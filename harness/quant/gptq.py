@@ -43,11 +43,16 @@ def gptq(
     hessian.diagonal().add_(damp * hessian.diagonal().mean())
 
     width = weight.shape[1]
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(width)
+    order = (
+        torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        if act_order
+        else torch.arange(width, device=weight.device)
+    )
     weight, hessian = weight[:, order], hessian[order][:, order]
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
     group_size = spec.group_size or width
+    group_of_column = (order // group_size).tolist()
     static = quantize_weight(weight_OC.double().masked_fill(dead, 0), spec, ranges=ranges)
     scale_OG, zero_OG = (
         static.scale_OG.double(),
@@ -56,9 +61,9 @@ def gptq(
     codes = torch.zeros_like(weight)
     for start in range(0, width, block):
         stop = min(start + block, width)
-        errors = torch.zeros(len(weight), stop - start, dtype=weight.dtype)
+        errors = weight.new_zeros(len(weight), stop - start)
         for column in range(start, stop):
-            group = int(order[column]) // group_size
+            group = group_of_column[column]
             if not act_order and spec.group_size and column % group_size == 0:
                 fresh = _ahead(weight, inverse, errors, start, column, group_size)
                 scale_OG, zero_OG = _refresh(scale_OG, zero_OG, group, fresh, spec, ranges)

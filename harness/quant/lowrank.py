@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditbench.harness.quant.recipe import LowRank
+from ditbench.harness.quant.recipe import LowRank, to_device
 
 FACTOR_DTYPE = torch.bfloat16  # what models are built in: the factors lose nothing there
 
@@ -75,9 +75,12 @@ def _leading_eigenvectors(gram_CC: Tensor, rank: int) -> Tensor:
 
 
 def residual(weight_OC: Tensor, branch: LowRank | None) -> Tensor:
-    """What a branch, as rounded, leaves of the weight; float64."""
+    """What a branch, as rounded, leaves of the weight; float64, on the weight's device."""
     weight_OC = weight_OC.double()
-    return weight_OC if branch is None else weight_OC - branch.up_Or.double() @ branch.down_rC.double()
+    if branch is None:
+        return weight_OC
+    branch = to_device(branch, weight_OC.device)
+    return weight_OC - branch.up_Or.double() @ branch.down_rC.double()
 
 
 def refine(
@@ -114,6 +117,6 @@ def output_error(x_TC: Tensor, rounded_x_TC: Tensor, residual_MC: Tensor, rounde
 
 
 def branches(names: tuple[str, ...], parts: Split, rows: list[int]) -> dict[str, LowRank]:
-    """One branch per layer from the split of their stacked weights; `down` is one tensor for all."""
-    ups = parts.up_Mr.split(rows)
-    return {name: LowRank(parts.down_rC, up_Or.clone()) for name, up_Or in zip(names, ups, strict=True)}
+    """One branch per layer from the split of their stacked weights, on the CPU; `down` is one tensor for all."""
+    down_rC, ups = parts.down_rC.cpu(), parts.up_Mr.cpu().split(rows)
+    return {name: LowRank(down_rC, up_Or.clone()) for name, up_Or in zip(names, ups, strict=True)}

@@ -290,7 +290,7 @@ def _best_range(
 ) -> tuple[Tensor, Tensor]:
     """Of each row, the first candidate with the least Σ |error|^power; start if no error is finite."""
     best_low, best_high = start
-    best_error = torch.full(rows.shape[:-1], torch.inf)
+    best_error = torch.full(rows.shape[:-1], torch.inf, device=rows.device)
     for low, high in candidates:
         scale, zero_point = affine_from_range(low, high, spec)
         scale, zero_point = scale[..., None], None if zero_point is None else zero_point[..., None]

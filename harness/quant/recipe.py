@@ -1,10 +1,16 @@
-"""What a method returns: per layer, one declarative recipe of transform, low-rank branch, weight codes, activation quantizer."""
+"""What a method returns: per layer, one declarative recipe of transform, low-rank branch, weight codes, activation quantizer.
+
+Recipes lie on the CPU, whole; `build` moves one layer at a time to the model's device.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import copy
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ditbench.harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
 from ditbench.harness.quant.steps import step_ranges
@@ -87,3 +93,19 @@ class ModelRecipe:
         """Only the transforms: a model that computes what the float model computes."""
         first = self.of_range(0)  # the ranges differ in what is rounded, and in online transforms that cancel
         return replace(first, layers={n: r.without_rounding() for n, r in first.layers.items()}, attention={})
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Any part of a recipe (or a tuple of such) with its tensors on the device: itself if they are there, else a copy."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, nn.Module):
+        tensors = [*value.parameters(), *value.buffers()]
+        return value if all(t.to(device) is t for t in tensors) else copy.deepcopy(value).to(device)
+    if isinstance(value, tuple):
+        return tuple(to_device(each, device) for each in value)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    parts = {each.name: getattr(value, each.name) for each in fields(value)}
+    moved = {name: to_device(part, device) for name, part in parts.items()}
+    return value if all(moved[name] is part for name, part in parts.items()) else replace(value, **moved)

@@ -44,7 +44,9 @@ class BlockRotation(Rotation):
 
 @dataclass(frozen=True)
 class Dual:
-    """first_gg, second_gg: float64 (g, g); order_C: int64, the permutation between them."""
+    """first_gg, second_gg: float64 (g, g); order_C: int64, the permutation between them. All on the device of the tokens; in
+    a state on the CPU.
+    """
 
     first_gg: Tensor
     order_C: Tensor
@@ -55,7 +57,7 @@ class Dual:
         return BlockRotation(size, self.first_gg), Permutation(self.order_C), BlockRotation(size, self.second_gg)
 
     def state(self, name: str) -> dict[str, Tensor]:
-        return {f"{name}/dual/{part}": value for part, value in vars(self).items()}
+        return {f"{name}/dual/{part}": value.cpu() for part, value in vars(self).items()}
 
     @staticmethod
     def from_state(name: str, state: dict[str, Tensor]) -> Dual:
@@ -79,9 +81,10 @@ def block_width(channels: int, block_size: int) -> int:
 
 def greedy_rotation(x_NC: Tensor, g: int, steps: int, generator: torch.Generator) -> Tensor:
     """R (g, g): the prefix of at most `steps` aimed rotations after which max − min over all blocks is least."""
-    aimed_gg = base_rotation(g) @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), _random(g - 1, generator))
+    drawn_gg = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), _random(g - 1, generator))
+    aimed_gg = base_rotation(g).to(x_NC.device) @ drawn_gg.to(x_NC.device)
     x_Ng = x_NC.reshape(-1, g).float()  # only chooses; the matrix itself is a product in float64
-    product_gg = torch.eye(g, dtype=torch.float64)
+    product_gg = torch.eye(g, dtype=torch.float64, device=x_NC.device)
     best_gg, best_peak = product_gg, float("inf")
     for remaining in range(steps, -1, -1):
         low_g, high_g = x_Ng.amin(0), x_Ng.amax(0)  # over rows, aminmax takes 20 times as long
@@ -91,7 +94,7 @@ def greedy_rotation(x_NC: Tensor, g: int, steps: int, generator: torch.Generator
         if remaining == 0:
             break
         channel = int(torch.maximum(high_g, -low_g).argmax())
-        swap = torch.arange(g)
+        swap = torch.arange(g, device=x_NC.device)
         swap[0], swap[channel] = channel, 0
         step_gg = aimed_gg[swap][:, swap]
         x_Ng, product_gg = x_Ng @ step_gg.float(), product_gg @ step_gg
@@ -117,5 +120,5 @@ def snake_order(absmax_C: Tensor, g: int) -> Tensor:
 
 
 def _random(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix."""
+    """A random orthogonal matrix, drawn and made orthogonal on the CPU: a factorization's signs are its library's."""
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ditbench.harness.quant.target import Site, Target, weight_matrix
+from ditbench.harness.quant.target import Site, Target
 from ditbench.harness.quant.transforms import Transform
 
 
 def weight_absmax(target: Target, site: Site) -> Tensor:
-    """Largest |weight| per input channel over all layers that read the site, (C,)."""
-    return torch.stack([weight_matrix(target.module(n)).float().abs().amax(0) for n in site.consumers]).amax(0)
+    """Largest |weight| per input channel over all layers that read the site, (C,), on the CPU as statistics are."""
+    return torch.stack([target.weight(n).float().abs().amax(0) for n in site.consumers]).amax(0).cpu()
 
 
 def smoothing_scale(act_absmax_C: Tensor, weight_absmax_C: Tensor, strength: float, floor: float) -> Tensor:

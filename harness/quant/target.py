@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
+from ditbench.harness.common.devices import float64_device
 from ditbench.harness.quant.blocks import BlockCall, OneStream
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
@@ -88,6 +90,8 @@ class Target:
         may include layers that stay in float; they follow its transform as well.
     attention: names of the attention modules whose operands the protocol quantizes.
     blocks: names of the transformer blocks, in the order of execution; block_call: how one is called.
+    device: where the algebra of weights is done, one layer at a time. The transformer itself stays on the CPU, and so do
+        statistics, states and recipes; what has a layer's weight in it (`weight`, `effective_linear`) is made on the device.
     """
 
     transformer: nn.Module
@@ -96,6 +100,11 @@ class Target:
     attention: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     block_call: BlockCall = field(default_factory=OneStream)
+    device: torch.device = torch.device("cpu")
+
+    def on(self, device: torch.device | str) -> Target:
+        """The same with its algebra on the device, or on the CPU where the device has no float64."""
+        return replace(self, device=float64_device(device))
 
     def module(self, name: str) -> nn.Linear | nn.Conv2d:
         layer = self.transformer.get_submodule(name)
@@ -105,6 +114,10 @@ class Target:
     def layers_in(self, block: str) -> list[str]:
         """Those of `layers` that stand in this block, in their order."""
         return [name for name in self.layers if name.startswith(f"{block}.")]
+
+    def weight(self, name: str) -> Tensor:
+        """The layer's weight (O, C) on `device`, in its own dtype; on the CPU the model's own memory, not to be changed."""
+        return weight_matrix(self.module(name)).to(self.device)
 
     def site_of(self, layer: str) -> Site:
         for site in self.sites:

@@ -126,9 +126,9 @@ def twin_log(weight_OC: Tensor, spec: QuantSpec, mode: str = "strict", search: S
 
 
 def weight_state(name: str, weight: LookupWeight) -> dict[str, Tensor]:
-    """A quantized weight as state tensors of its layer."""
-    levels = {f"{name}/levels/{part}": value for part, value in weight.levels.state_dict().items()}
-    return {f"{name}/codes": weight.codes_OC} | levels
+    """A quantized weight as state tensors of its layer, on the CPU."""
+    levels = {f"{name}/levels/{part}": value.cpu() for part, value in weight.levels.state_dict().items()}
+    return {f"{name}/codes": weight.codes_OC.cpu()} | levels
 
 
 def weight_from_state(name: str, state: dict[str, Tensor], spec: QuantSpec) -> LookupWeight:
@@ -146,9 +146,11 @@ def fit_levels(weight_OC: Tensor, bits: int, search: Search = Search()) -> TwinL
 
     The sides do not interact, so that for each spread R every pair P of ends is tried once per side.
     """
-    unit_OR = _row_spread(weight_OC)[:, None] * torch.tensor(search.spreads, dtype=torch.float64)
+    unit_OR = _row_spread(weight_OC)[:, None] * torch.tensor(
+        search.spreads, dtype=torch.float64, device=weight_OC.device
+    )
     sides = [_Side(weight_OC.clamp(min=0), weight_OC >= 0), _Side(-weight_OC.clamp(max=0), weight_OC < 0)]
-    rows = torch.arange(len(weight_OC))
+    rows = torch.arange(len(weight_OC), device=weight_OC.device)
     ends, scores = [], []
     for side in sides:
         low_ORP, step_ORP = side.candidates(unit_OR, bits, search)
@@ -209,7 +211,7 @@ class _Side:
         return torch.cat([self._errors(*part, bits) for part in parts], 1).reshape(low_ORP.shape)
 
     def _errors(self, low_OK: Tensor, step_OK: Tensor, unit_OK: Tensor, bits: int) -> Tensor:
-        m_M = torch.arange(2 ** (bits - 1), dtype=torch.float64)
+        m_M = torch.arange(2 ** (bits - 1), dtype=torch.float64, device=low_OK.device)
         low, step, unit = low_OK[..., None], step_OK[..., None], unit_OK[..., None]
         value_OKM = _magnitude(low + m_M * step, unit)
         between_OKM = _magnitude(low + (m_M[:-1] + 0.5) * step, unit)  # where rounding in log2 changes from m to m + 1
@@ -257,7 +259,7 @@ def _integer_offset(weight_OC: Tensor, spec: QuantSpec, shifts: tuple[float, ...
     codes_OC = torch.where(members[0], best[0][1], best[1][1] + counts[0])
     if zero_filled:
         codes_OC = codes_OC.masked_fill(weight_OC == 0, table_OL.shape[1])
-        table_OL = torch.cat([table_OL, torch.zeros(len(table_OL), 1)], 1)
+        table_OL = torch.cat([table_OL, table_OL.new_zeros(len(table_OL), 1)], 1)
     return LookupWeight(codes_OC.to(torch.uint8), Levels(table_OL.float()), table_OL.shape[1], spec)
 
 
@@ -274,7 +276,7 @@ def _integer_side(
     """(squared error, codes_OC, magnitudes of the levels (O, count)) of one side."""
     if zero_filled:
         ordered_OC, size_O1 = exponent_OC.masked_fill(~member_OC, 0.0).sort(1).values, None
-        last_O1 = torch.full((len(weight_OC), 1), weight_OC.shape[1] - 1)
+        last_O1 = torch.full((len(weight_OC), 1), weight_OC.shape[1] - 1, device=weight_OC.device)
     else:
         ordered_OC = exponent_OC.masked_fill(~(member_OC & (weight_OC != 0)), torch.inf).sort(1).values
         size_O1 = ordered_OC.isfinite().sum(1, keepdim=True)
@@ -287,4 +289,4 @@ def _integer_side(
     codes_OC = (torch.round(exponent_OC / step_O1) - offset_O1).clamp(0, count - 1)
     magnitude = lambda codes: 2.0 ** (step_O1 * (codes + offset_O1)) - shift  # noqa: E731
     error = ((magnitude(codes_OC) - weight_OC.abs()).square() * member_OC).sum()
-    return float(error), codes_OC.long(), magnitude(torch.arange(count, dtype=torch.float64))
+    return float(error), codes_OC.long(), magnitude(torch.arange(count, dtype=torch.float64, device=weight_OC.device))

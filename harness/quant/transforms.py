@@ -21,7 +21,8 @@ class Rotation(nn.Module):
 
     def matrix(self) -> Tensor:
         """R, float64 (C, C)."""
-        return self(torch.eye(self.size, dtype=torch.float64))
+        device = next((buffer.device for buffer in self.buffers()), None)
+        return self(torch.eye(self.size, dtype=torch.float64, device=device))
 
 
 class Permutation(Rotation):
@@ -31,7 +32,7 @@ class Permutation(Rotation):
 
     def __init__(self, order_C: Tensor) -> None:
         super().__init__()
-        if not torch.equal(order_C.sort().values, torch.arange(len(order_C))):
+        if not torch.equal(order_C.sort().values, torch.arange(len(order_C), device=order_C.device)):
             raise ValueError("a permutation names every channel exactly once")
         self.size = len(order_C)
         self.register_buffer("order_C", order_C)

@@ -35,7 +35,9 @@ class Quantized:
 
 
 def target_of(config: RunConfig, model: LoadedModel) -> Target:
-    return model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+    """What the protocol quantizes, with the algebra of weights on the run's device."""
+    target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+    return target.on(config.device)
 
 
 def calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
@@ -91,6 +93,7 @@ def fitted(
         torch.manual_seed(config.seed)
         state = method.fit(target, calibration, bits, config.params)
         registry.check_state(config.method, state)
+        state = {name: tensor.cpu() for name, tensor in state.items()}  # where it is kept, wherever a plugin made it
         recipe = method.apply(target, state, bits, config.params)
         registry.check_recipe(config.method, recipe, target)
     return recipe, state
