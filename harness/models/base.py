@@ -26,6 +26,7 @@ from ditbench.harness.quant.blocks import BlockCall
 from ditbench.harness.quant.target import Site, Target, is_linear_map
 from ditbench.harness.samples.conditions import Conditions
 
+CPU = torch.device("cpu")
 OnCall = Callable[[int, dict[str, Any]], None]  # step, arguments of the transformer's call
 
 
@@ -78,7 +79,10 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Drawn:
-    """latents: (B, …) float32; pixels in [−1, 1], (B, 3, H, W) or (B, F, 3, H, W), float32, or None if not asked for."""
+    """latents: (B, …) float32; pixels in [−1, 1], (B, 3, H, W) or (B, F, 3, H, W), float32, or None if not asked for.
+
+    Both on the device of the transformer that drew them.
+    """
 
     latents: Tensor
     pixels: Tensor | None
@@ -118,7 +122,7 @@ class Adapter(Protocol):
         decode: bool = True,
     ) -> Drawn: ...
 
-    def step_inputs(self, pipe: Any, batch: int) -> dict[str, Any]: ...
+    def step_inputs(self, pipe: Any, batch: int, device: torch.device) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -140,9 +144,12 @@ class LoadedModel:
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         return tensors_sha256({f"{name}.{n}": t for name, part in parts.items() for n, t in part.state_dict().items()})
 
-    def step_inputs(self, batch: int) -> dict[str, Any]:
-        """Arguments of one transformer call on `batch` rows; one denoising step with guidance has twice the samples."""
-        return self.adapter.step_inputs(self.pipe, batch)
+    def step_inputs(self, batch: int, device: torch.device = CPU) -> dict[str, Any]:
+        """Arguments of one transformer call on `batch` rows; one denoising step with guidance has twice the samples.
+
+        device: where text encoders run for it.
+        """
+        return self.adapter.step_inputs(self.pipe, batch, device)
 
     def inject_outliers(self, channels: int, log2_factor: int, seed: int) -> None:
         """Give the activations outlier channels, in place; the output stays as it is (`harness.stress`)."""
