@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import tensors_sha256
 from ditbench.harness.models.stress import inject_outliers
@@ -26,7 +27,6 @@ from ditbench.harness.quant.blocks import BlockCall
 from ditbench.harness.quant.target import Site, Target, is_linear_map
 from ditbench.harness.samples.conditions import Conditions
 
-CPU = torch.device("cpu")
 OnCall = Callable[[int, dict[str, Any]], None]  # step, arguments of the transformer's call
 
 

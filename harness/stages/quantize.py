@@ -105,7 +105,7 @@ def account(
     config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The record's `bits`, and the byte counts of its `efficiency`."""
-    macs = count_macs(model.transformer, model.step_inputs(1, config.device))
+    macs = count_macs(model.transformer, model.step_inputs(1))
     return account_of(target, recipe, macs, config.bits.label)
 
 
