@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.errors import UserError, reason, unknown_name
 from ditbench.harness.common.files import is_disk_error
 from ditbench.harness.samples.samples import OtherKind, Samples
@@ -48,7 +50,11 @@ class FeatureModel:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything a metric may look at. `float_model` has the same noise and labels as `generated`, row by row."""
+    """Everything a metric may look at. `float_model` has the same noise and labels as `generated`, row by row.
+
+    device: where the run computes, and with it the metric's networks and what it does with pixels; samples and reference are
+    on the CPU, and so is what a metric gives back.
+    """
 
     generated: Samples
     float_model: Samples | None = None
@@ -56,6 +62,7 @@ class Evidence:
     judge: FeatureModel | None = None
     seed: int = 0  # of resampling
     resamples: int = 200
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ditbench.eval.base import MetricSkipped, Need
-from ditbench.eval.features import best_device, channels_first, full_precision, remembered
+from ditbench.eval.features import channels_first, device_of, full_precision, remembered
 from ditbench.eval.video_judges import judge_folder
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Samples
 
 HUB = {
@@ -51,7 +52,7 @@ class Clip:
 
 
 @cache
-def load_clip(name_or_folder: str) -> Clip:
+def load_clip(name_or_folder: str, device: torch.device) -> Clip:
     """CLIP by its name on the hub, if it is on this machine, or from a folder; MetricSkipped where it is not."""
     weights = _weight_file(name_or_folder)
     if weights is None:
@@ -70,7 +71,7 @@ def load_clip(name_or_folder: str) -> Clip:
     config = module.config
     return Clip(
         name_or_folder,
-        module.to(best_device()),
+        module.to(device),
         tokenizer,
         config.vision_config.image_size,
         config.text_config.max_position_embeddings,
@@ -85,7 +86,7 @@ def embed_images(clip: Clip, images_NHWC: Tensor, *, crop_first: bool = False) -
         rows = []
         with full_precision():
             for batch in channels_first(images_NHWC, BATCH):
-                pixels = prepare(batch, clip.side, crop_first=crop_first).to(best_device())
+                pixels = prepare(batch, clip.side, crop_first=crop_first, device=device_of(clip.module))
                 seen = clip.module.vision_model(pixel_values=pixels).pooler_output
                 rows.append(F.normalize(clip.module.visual_projection(seen), dim=-1).cpu())
         return torch.cat(rows)
@@ -104,7 +105,7 @@ def embed_texts(clip: Clip, texts: tuple[str, ...]) -> Tensor:
                 truncation=True,
                 max_length=clip.max_tokens,
                 return_tensors="pt",
-            ).to(best_device())
+            ).to(device_of(clip.module))
             read = clip.module.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
             rows.append(F.normalize(clip.module.text_projection(read.pooler_output), dim=-1).cpu())
     return torch.cat(rows)
@@ -115,8 +116,8 @@ def count_too_long(clip: Clip, texts: tuple[str, ...]) -> int:
     return sum(len(ids) > clip.max_tokens for ids in clip.tokenizer(list(texts), verbose=False)["input_ids"])
 
 
-def prepare(images_BCHW: Tensor, side: int, *, crop_first: bool = False) -> Tensor:
-    """uint8 (B, 3, H, W) → what CLIP takes, float32 (B, 3, side, side).
+def prepare(images_BCHW: Tensor, side: int, *, crop_first: bool = False, device: torch.device = CPU) -> Tensor:
+    """uint8 (B, 3, H, W) on the CPU → what CLIP takes, float32 (B, 3, side, side), on the device.
 
     crop_first: the middle square is cut out before it is resized, as CMMD's authors do (google-research, cmmd/io_util.py);
     CLIP itself resizes, then crops. Square images come out the same.
@@ -128,7 +129,7 @@ def prepare(images_BCHW: Tensor, side: int, *, crop_first: bool = False) -> Tens
     size = side * height // short, side * width // short
     # In uint8 torch rounds after each of the two passes, as PIL does; it can do so on the CPU only.
     images = F.interpolate(images_BCHW, size, mode="bicubic", antialias=True, align_corners=False)
-    images = center_square(images, side).float()
+    images = center_square(images, side).to(device).float()
     mean, deviation = (images.new_tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     return (images / 255.0 - mean) / deviation
 

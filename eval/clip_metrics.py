@@ -49,7 +49,7 @@ def clip_iqa(evidence: Evidence) -> Measurement:
     """CLIP-IQA, ViT-L/14: how sure CLIP is of "Good photo." against "Bad photo.", mean over the images."""
     need_samples(evidence, 1)
     images_NHWC = evidence.generated.images_NHWC
-    clip = load_clip(HUB["l14"])
+    clip = load_clip(HUB["l14"], evidence.device)
     anchors_2F = embed_texts(clip, (GOOD, BAD))
     good_N = (SCALE * embed_images(clip, images_NHWC) @ anchors_2F.T).softmax(dim=1)[:, 0]
     return _mean(evidence, "clip_iqa", good_N, clip.passport | _CROPPED | {"prompts": [GOOD, BAD]})
@@ -70,7 +70,7 @@ def cmmd_float(evidence: Evidence) -> Measurement:
 def clipscore(evidence: Evidence, name: str) -> Measurement:
     need_samples(evidence, 1)
     images_NHWC, texts = evidence.generated.images_NHWC, need_prompts(evidence.generated)
-    clip = load_clip(name)
+    clip = load_clip(name, evidence.device)
     cosine_N = (embed_images(clip, images_NHWC) * embed_texts(clip, texts)).sum(dim=1)
     settings = {"scale": SCALE, "template": "{prompt}", "max_tokens": clip.max_tokens}
     settings |= {"prompts_cut_off": count_too_long(clip, texts)}
@@ -82,7 +82,7 @@ def clip_mmd(evidence: Evidence, pairs: bool = False) -> Measurement:
     n = need_samples(evidence, 2)
     reference = need_reference(evidence)
     images_NHWC = evidence.generated.images_NHWC
-    clip = load_clip(HUB["l14_336"])
+    clip = load_clip(HUB["l14_336"], evidence.device)
     generated_NF, reference_MF = (
         embed_images(clip, images, crop_first=True).double().numpy() for images in (images_NHWC, reference.images_NHWC)
     )

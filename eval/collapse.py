@@ -20,6 +20,7 @@ from ditbench.eval.base import Evidence, Measurement, metric
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.per_sample import mean_or_share
 from ditbench.eval.statistics import share_with_ci
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Samples
 
 # Each threshold, and what the float model's own sample has to be clear of.
@@ -34,9 +35,11 @@ NOISE_SCALES = (1, 2, 4, 8)  # latent noise is white only once the VAE's 8× ups
 NOISE_SIDE = 16  # pixels left a side; with fewer, the ratio of a good thumbnail comes near that of noise
 
 
-def alarms(samples: Samples, float_model: Samples | None = None) -> dict[str, dict[str, Any]]:
+def alarms(
+    samples: Samples, float_model: Samples | None = None, device: torch.device = CPU
+) -> dict[str, dict[str, Any]]:
     """{alarm: {share of samples, Wilson's ci95, n, threshold, what}}; alarms that do not apply (latents not kept, images) are absent."""
-    return _described(raised(samples, float_model))
+    return _described(raised(samples, float_model, device))
 
 
 def alarmed(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -49,7 +52,7 @@ def collapse(evidence: Evidence) -> Measurement:
     """Share of samples that are blank, saturated, frozen, noise or not finite while the float model's are not."""
     need_samples(evidence, 1)
     samples, float_model = evidence.generated, evidence.float_model
-    hits = raised(samples, float_model)
+    hits = raised(samples, float_model, evidence.device)
     any_N = torch.stack(list(hits.values())).any(dim=0)
     found = _described(hits)
     return mean_or_share(
@@ -65,8 +68,8 @@ def collapse(evidence: Evidence) -> Measurement:
     )
 
 
-def raised(samples: Samples, float_model: Samples | None = None) -> dict[str, Tensor]:
-    """{alarm: bool (N,)}"""
+def raised(samples: Samples, float_model: Samples | None = None, device: torch.device = CPU) -> dict[str, Tensor]:
+    """{alarm: bool (N,)}; samples are looked at on the device, one by one."""
     if float_model is not None and samples.pixels.shape != float_model.pixels.shape:
         raise ValueError(
             f"collapse: generated {tuple(samples.pixels.shape)} and float model {tuple(float_model.pixels.shape)} must "
@@ -75,50 +78,50 @@ def raised(samples: Samples, float_model: Samples | None = None) -> dict[str, Te
     hits = {}
     for name, alarm in ALARMS.items():
         if alarm.applies(samples):
-            hit_N = alarm.beyond(alarm.threshold, samples)
+            hit_N = alarm.beyond(alarm.threshold, samples, device)
             if float_model is not None and alarm.applies(float_model):
-                hit_N &= ~alarm.beyond(alarm.float_threshold, float_model)
+                hit_N &= ~alarm.beyond(alarm.float_threshold, float_model, device)
             hits[name] = hit_N
     return hits
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """measure: Samples → one number per sample, bad below the threshold (`low`) or above it."""
+    """measure: Samples, device → one number per sample (on the CPU), bad below the threshold (`low`) or above it."""
 
     what: str
-    measure: Callable[[Samples], Tensor]
+    measure: Callable[[Samples, torch.device], Tensor]
     threshold: float
     float_threshold: float
     low: bool
     applies: Callable[[Samples], bool] = lambda samples: True
 
-    def beyond(self, threshold: float, samples: Samples) -> Tensor:
+    def beyond(self, threshold: float, samples: Samples, device: torch.device) -> Tensor:
         """bool (N,)"""
-        value_N = self.measure(samples)
+        value_N = self.measure(samples, device)
         return value_N < threshold if self.low else value_N > threshold
 
 
-def spread(samples: Samples) -> Tensor:
+def spread(samples: Samples, device: torch.device = CPU) -> Tensor:
     """Standard deviation over a frame's pixels of its liveliest channel, grey levels; the median over frames."""
-    return _over_frames(samples, _channel_std).median(dim=1).values
+    return _over_frames(samples, _channel_std, device).median(dim=1).values
 
 
-def saturation(samples: Samples) -> Tensor:
+def saturation(samples: Samples, device: torch.device = CPU) -> Tensor:
     """Share of values at 0 or 255 in the channel that has most of them, over all frames."""
 
     def share(frames_FHWC: Tensor) -> Tensor:
         return ((frames_FHWC == 0) | (frames_FHWC == 255)).float().mean(dim=(1, 2))
 
-    return _over_frames(samples, share).mean(dim=1).amax(dim=-1)
+    return _over_frames(samples, share, device).mean(dim=1).amax(dim=-1)
 
 
-def change(samples: Samples) -> Tensor:
+def change(samples: Samples, device: torch.device = CPU) -> Tensor:
     """Mean absolute difference of neighbouring frames, grey levels."""
-    return torch.stack([video.float().diff(dim=0).abs().mean() for video in samples.videos_NFHWC])
+    return torch.stack([video.to(device).float().diff(dim=0).abs().mean().cpu() for video in samples.videos_NFHWC])
 
 
-def noisiness(samples: Samples) -> Tensor:
+def noisiness(samples: Samples, device: torch.device = CPU) -> Tensor:
     """Energy of the differences of neighbouring pixels over twice the variance, which is 1 for white noise.
 
     Of the frame averaged over 1, 2, 4 or 8 pixels a side, whichever looks most like noise; the median over frames.
@@ -131,10 +134,10 @@ def noisiness(samples: Samples) -> Tensor:
         ratio_F = torch.stack([_neighbour_ratio(avg_pool2d(frames_F3HW, scale)) for scale in scales]).amax(dim=0)
         return ratio_F * (_channel_std(frames_FHWC) >= BLANK_STD)  # what rounding leaves of a blank frame is noise too
 
-    return _over_frames(samples, ratio).median(dim=1).values
+    return _over_frames(samples, ratio, device).median(dim=1).values
 
 
-def non_finite(samples: Samples) -> Tensor:
+def non_finite(samples: Samples, device: torch.device = CPU) -> Tensor:
     """Share of a sample's latent values that are infinite or no number."""
     assert samples.latents is not None
     return (~samples.latents.isfinite()).flatten(1).float().mean(dim=1)
@@ -154,9 +157,11 @@ def _described(hits: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _over_frames(samples: Samples, measure: Callable[[Tensor], Tensor]) -> Tensor:
+def _over_frames(samples: Samples, measure: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
     """measure (F, H, W, 3) → (F, …) of every sample, (N, F, …); an image is one frame."""
-    return torch.stack([measure(sample if samples.is_video else sample[None]) for sample in samples.pixels])
+    return torch.stack(
+        [measure((sample if samples.is_video else sample[None]).to(device)).cpu() for sample in samples.pixels]
+    )
 
 
 def _channel_std(frames_FHWC: Tensor) -> Tensor:

@@ -21,9 +21,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ditbench.eval.base import Evidence, FeatureModel, MetricSkipped, Reference
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.reference import images_sha256
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Samples
 
 BATCH = 512
+VALUES = 2**24  # of pixels at once: 128 MiB in float64
 
 _outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # images_NHWC → {network: {output's name: (version, tensor)}}
 _pairs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # evidence → {network: Pair}
@@ -67,7 +69,7 @@ def pair_of(evidence: Evidence, network: object, features: Callable[[Tensor], Te
 def outputs(images_NHWC: Tensor, judge: nn.Module, name: str) -> Tensor:
     """The judge's "features" (N, width) or "logits" (N, num_classes) of uint8 images, float32 on the CPU."""
     compute = {"features": judge.features, "logits": judge}[name]
-    device = next((tensor.device for tensor in judge.parameters()), torch.device("cpu"))
+    device = device_of(judge)
 
     def all_batches() -> Tensor:
         was_training = judge.training
@@ -98,8 +100,13 @@ def channels_first(images_NHWC: Tensor, batch: int) -> Iterator[Tensor]:
         yield images.permute(0, 3, 1, 2).contiguous()
 
 
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device_of(network: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in network.parameters()), CPU)
+
+
+def together(pixels_N: Tensor) -> int:
+    """How many of these samples are computed with at once: VALUES of theirs, BATCH samples at most, one at least."""
+    return max(1, min(BATCH, VALUES // max(1, pixels_N[0].numel())))
 
 
 def need_judge(evidence: Evidence) -> FeatureModel:

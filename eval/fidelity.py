@@ -5,13 +5,16 @@ With few images these tell methods apart where FID cannot: both sides share thei
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
-from ditbench.eval.features import BATCH, need_float_model
+from ditbench.eval.features import need_float_model, together
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.per_sample import mean_or_share
+from ditbench.harness.common.devices import with_float64
 
 CAP_DB = 100.0  # what identical samples count as; their true value is infinite
 SSIM_SIGMA, SSIM_KERNEL = 1.5, 11
@@ -21,7 +24,12 @@ SSIM_SIGMA, SSIM_KERNEL = 1.5, 11
 def psnr(evidence: Evidence) -> Measurement:
     """Peak signal-to-noise ratio to the float model's image or video, mean of the per-sample values."""
     pixels_N, float_N = pixel_pairs(evidence)
-    error_N = (pixels_N.double() - float_N.double()).square().flatten(1).mean(dim=1) / 255.0**2
+    error_N = torch.cat(
+        [
+            (ours.double() - theirs.double()).square().flatten(1).mean(dim=1).cpu() / 255.0**2
+            for ours, theirs in pairs_on(with_float64(evidence.device), pixels_N, float_N)
+        ]
+    )
     settings = {"averaged": "per sample (not over the set's MSE)", "peak": 255, "cap_db": CAP_DB, "dtype": "float64"}
     return paired_measurement(evidence, "ditbench psnr", "ditbench", _decibel(1.0 / error_N), settings)
 
@@ -37,8 +45,8 @@ def ssim(evidence: Evidence) -> Measurement:
     values = [
         structural_similarity_index_measure(
             unit_range(batch), unit_range(float_batch), sigma=sigma, data_range=1.0, reduction="none"
-        )
-        for batch, float_batch in zip(images_NHWC.split(BATCH), float_NHWC.split(BATCH), strict=True)
+        ).cpu()
+        for batch, float_batch in pairs_on(evidence.device, images_NHWC, float_NHWC)
     ]
     settings = {"data_range": 1.0, "gaussian_sigma": sigma, "kernel_size": kernel, "dtype": "float32"}
     values_N = torch.cat(values).reshape(len(pixels_N), -1).mean(dim=1)
@@ -55,8 +63,11 @@ def sqnr(evidence: Evidence) -> Measurement:
     _same_shape(latents_N, float_NChw)
     if not (latents_N.isfinite().all() and float_NChw.isfinite().all()):
         raise MetricSkipped("some latents are not finite; the sampler diverged")
-    signal_N = float_NChw.double().square().flatten(1).sum(dim=1)
-    noise_N = (latents_N.double() - float_NChw.double()).square().flatten(1).sum(dim=1)
+    signals, noises = [], []
+    for ours, theirs in pairs_on(with_float64(evidence.device), latents_N, float_NChw):
+        signals.append(theirs.double().square().flatten(1).sum(dim=1).cpu())
+        noises.append((ours.double() - theirs.double()).square().flatten(1).sum(dim=1).cpu())
+    signal_N, noise_N = torch.cat(signals), torch.cat(noises)
     if (signal_N == 0).any():
         raise MetricSkipped("a latent of the float model is all zeros; a ratio to it has no meaning")
     settings = {"averaged": "per sample", "cap_db": CAP_DB, "dtype": "float64"}
@@ -98,6 +109,13 @@ def pixel_pairs(evidence: Evidence) -> tuple[Tensor, Tensor]:
     pixels_N, float_N = evidence.generated.pixels, need_float_model(evidence).pixels
     _same_shape(pixels_N, float_N)
     return pixels_N, float_N
+
+
+def pairs_on(device: torch.device, ours_N: Tensor, theirs_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of both at a time, on the device."""
+    at_once = together(ours_N)
+    for ours, theirs in zip(ours_N.split(at_once), theirs_N.split(at_once), strict=True):
+        yield ours.to(device), theirs.to(device)
 
 
 def _same_shape(samples: Tensor, float_samples: Tensor) -> None:

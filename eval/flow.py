@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate, pad
 
 from ditbench.eval.base import MetricSkipped
-from ditbench.eval.features import best_device, full_precision
+from ditbench.eval.features import full_precision
 from ditbench.eval.weights import stored_sha256, weights_folder
+from ditbench.harness.common.devices import CPU
 
 RAFT_FILE = "raft_large_C_T_V1-22a6c225.pth"
 RAFT_URL = f"https://download.pytorch.org/models/{RAFT_FILE}"
@@ -39,23 +40,24 @@ PER_PIXEL = 0.25  # grey levels that one working pixel of displacement costs, so
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """estimate: uint8 (P, H, W, 3) before and after → float32 (P, 2, H, W) on the CPU. origin: for the passport."""
+    """estimate: uint8 (P, H, W, 3) before and after, on the device → float32 (P, 2, H, W) there. origin: for the passport."""
 
     package: str
     estimate: Callable[[Tensor, Tensor], Tensor]
     origin: dict[str, Any]
+    device: torch.device = CPU
 
 
-def find_flow() -> Flow:
+def find_flow(device: torch.device) -> Flow:
     """The best estimator that is on this machine. Nothing is downloaded."""
     for folder in (weights_folder(), Path(torch.hub.get_dir()) / "checkpoints"):
         if (folder / RAFT_FILE).is_file():
-            return raft(folder / RAFT_FILE)
-    return blocks()
+            return raft(folder / RAFT_FILE, device)
+    return blocks(device)
 
 
 @cache
-def raft(weights: Path) -> Flow:
+def raft(weights: Path, device: torch.device) -> Flow:
     from torchvision.models.optical_flow import raft_large
 
     network = raft_large(weights=None)
@@ -63,7 +65,7 @@ def raft(weights: Path) -> Flow:
         network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise MetricSkipped(f"{weights}: not RAFT's weights; delete it, and fetch it again from {RAFT_URL}") from error
-    network = network.eval().to(best_device())
+    network = network.eval().to(device)
 
     @torch.no_grad()
     def estimate(before_PHWC: Tensor, after_PHWC: Tensor) -> Tensor:
@@ -72,25 +74,22 @@ def raft(weights: Path) -> Flow:
         size = tuple(max(RAFT_SIDE, round(side * scale)) for side in (height, width))
         flows = []
         for pair in zip(before_PHWC.split(RAFT_PAIRS), after_PHWC.split(RAFT_PAIRS), strict=True):
-            before, after = (
-                _padded_to_8(_resized(_channels_first(x) / 127.5 - 1.0, size)).to(best_device()) for x in pair
-            )
+            before, after = (_padded_to_8(_resized(_channels_first(x) / 127.5 - 1.0, size)) for x in pair)
             with full_precision():
                 flow_P2HW = network(before, after, num_flow_updates=RAFT_UPDATES)[-1][..., : size[0], : size[1]]
-            flows.append(_resized_flow(flow_P2HW.cpu(), (height, width)))
+            flows.append(_resized_flow(flow_P2HW, (height, width)))
         return torch.cat(flows)
 
     origin = {"flow": f"torchvision raft_large, {weights.name}", "flow_updates": RAFT_UPDATES}
-    return Flow("torchvision", estimate, origin | {"weights_sha256": stored_sha256(weights)})
+    return Flow("torchvision", estimate, origin | {"weights_sha256": stored_sha256(weights)}, device)
 
 
 @cache
-def blocks() -> Flow:
+def blocks(device: torch.device) -> Flow:
     resolution = f"1 pixel of a frame resized to a short side of {WORK_SIDE}, at most {REACH} of them"
     origin = {"flow": "ditbench block matching (not RAFT)", "flow_window": WINDOW, "flow_resolution": resolution}
-    return Flow(
-        "ditbench", match_blocks, origin | {"flow_raft": f"for RAFT, `ditbench data fetch raft-large` ({RAFT_URL})"}
-    )
+    origin["flow_raft"] = f"for RAFT, `ditbench data fetch raft-large` ({RAFT_URL})"
+    return Flow("ditbench", match_blocks, origin, device)
 
 
 def match_blocks(before_PHWC: Tensor, after_PHWC: Tensor) -> Tensor:
@@ -100,25 +99,26 @@ def match_blocks(before_PHWC: Tensor, after_PHWC: Tensor) -> Tensor:
     size = (round(height * scale), round(width * scale))
     before, after = (_resized(_channels_first(frames), size) for frames in (before_PHWC, after_PHWC))
     after = pad(after, [REACH] * 4, mode="replicate")
-    rows_HH, columns_WW = _averaging(size[0]), _averaging(size[1]).T
+    device = before.device
+    rows_HH, columns_WW = _averaging(size[0]).to(device), _averaging(size[1]).T.to(device)
     steps = range(-REACH, REACH + 1)
     displacement_D2 = torch.tensor([(dx, dy) for dy in steps for dx in steps], dtype=torch.float32)
-    least_PHW = torch.full((len(before), *size), torch.inf)
-    best_PHW = torch.zeros(len(before), *size, dtype=torch.long)
+    least_PHW = torch.full((len(before), *size), torch.inf, device=device)
+    best_PHW = torch.zeros(len(before), *size, dtype=torch.long, device=device)
     for index, (dx, dy) in enumerate(displacement_D2.int().tolist()):
         shifted = after[..., REACH + dy : REACH + dy + size[0], REACH + dx : REACH + dx + size[1]]
         block_PHW = rows_HH @ (before - shifted).abs().mean(dim=1) @ columns_WW  # products: faster than pooling
         cost_PHW = block_PHW + PER_PIXEL * (dx**2 + dy**2) ** 0.5
         best_PHW = torch.where(cost_PHW < least_PHW, index, best_PHW)
         least_PHW = torch.minimum(cost_PHW, least_PHW)
-    flow_P2HW = displacement_D2[best_PHW].permute(0, 3, 1, 2)
+    flow_P2HW = displacement_D2.to(device)[best_PHW].permute(0, 3, 1, 2)
     return _resized_flow(flow_P2HW, (height, width))
 
 
 def warp(after_PCHW: Tensor, flow_P2HW: Tensor) -> Tensor:
     """after(x + flow(x)), bilinear; what lies outside the frame takes the value of its border."""
     height, width = after_PCHW.shape[-2:]
-    x_W, y_H = torch.arange(width, dtype=torch.float32), torch.arange(height, dtype=torch.float32)
+    x_W, y_H = (torch.arange(side, dtype=torch.float32, device=flow_P2HW.device) for side in (width, height))
     x_PHW, y_PHW = flow_P2HW[:, 0] + x_W, flow_P2HW[:, 1] + y_H[:, None]
     grid = torch.stack([(2 * x_PHW + 1) / width - 1, (2 * y_PHW + 1) / height - 1], dim=-1)
     return grid_sample(after_PCHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -143,7 +143,9 @@ def _resized(frames_PCHW: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def _resized_flow(flow_P2HW: Tensor, size: tuple[int, int]) -> Tensor:
     """Displacements in pixels of the new size; nearest, so that no motion appears between two moving things."""
-    scale = torch.tensor([size[1] / flow_P2HW.shape[3], size[0] / flow_P2HW.shape[2]]).view(1, 2, 1, 1)
+    scale = torch.tensor([size[1] / flow_P2HW.shape[3], size[0] / flow_P2HW.shape[2]], device=flow_P2HW.device).view(
+        1, 2, 1, 1
+    )
     return interpolate(flow_P2HW, size=size, mode="nearest-exact") * scale
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ditbench.eval import distribution
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
 from ditbench.eval.data import find_data
-from ditbench.eval.features import Pair, best_device, full_precision, need_float_model, remembered
+from ditbench.eval.features import Pair, device_of, full_precision, need_float_model, remembered
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.weights import stored_sha256
 
@@ -56,24 +56,24 @@ def i3d_features(videos_NFHWC: Tensor, network: torch.jit.ScriptModule) -> Tenso
 
 
 def _seen(videos_BFHWC: Tensor, network: torch.jit.ScriptModule) -> Tensor:
-    videos_BCFHW = videos_BFHWC.permute(0, 4, 1, 2, 3).float().contiguous().to(best_device())
+    videos_BCFHW = videos_BFHWC.to(device_of(network)).permute(0, 4, 1, 2, 3).float().contiguous()
     return network(videos_BCFHW, rescale=True, resize=True, return_features=True).float().cpu()
 
 
-def _network() -> tuple[torch.jit.ScriptModule, str]:
+def _network(device: torch.device) -> tuple[torch.jit.ScriptModule, str]:
     """I3D and its SHA-256; MetricSkipped with the command where it is not here."""
     path = find_data(I3D).path
     assert path is not None, "an entry with an url has a path"
     if problem := i3d_here():
         raise MetricSkipped(problem)
     sha256 = stored_sha256(path)
-    return _load(path, sha256), sha256
+    return _load(path, sha256, device), sha256
 
 
 @cache
-def _load(path: Path, sha256: str) -> torch.jit.ScriptModule:
+def _load(path: Path, sha256: str, device: torch.device) -> torch.jit.ScriptModule:
     try:
-        return torch.jit.load(path, map_location=best_device()).eval()
+        return torch.jit.load(path, map_location="cpu").eval().to(device)
     except (RuntimeError, ValueError) as error:
         raise MetricSkipped(f"{path}: not a TorchScript file; delete it and fetch {I3D} again") from error
 
@@ -88,7 +88,7 @@ def _pair(evidence: Evidence) -> Pair:
         )
     if generated.shape[1] < LEAST_FRAMES:
         raise MetricSkipped(f"I3D needs videos of {LEAST_FRAMES} or more frames, these have {generated.shape[1]}")
-    network, _ = _network()
+    network, _ = _network(evidence.device)
     return Pair(i3d_features(generated, network), i3d_features(float_model, network))
 
 
@@ -97,7 +97,7 @@ def _no_logits(evidence: Evidence) -> Tensor:
 
 
 def _origin(evidence: Evidence) -> dict[str, Any]:
-    _, sha256 = _network()
+    _, sha256 = _network(evidence.device)
     return {
         "reference": FLOAT_MODEL,
         "weights_sha256": sha256,

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
 from ditbench.eval.clip import WEIGHT_FILES, Clip, embed_images, embed_texts, load_clip
-from ditbench.eval.features import best_device, full_precision
+from ditbench.eval.features import device_of, full_precision
 from ditbench.eval.geneval import Found, measured, need_objects
 from ditbench.eval.video_judges import CLIP_LARGE, IMAGENET, judge_folder, judge_here, standardised
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.models.zoo.shapes import KINDS
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
@@ -95,9 +96,9 @@ def kept(seen: Iterable[Instance], least: float) -> list[Instance]:
 @torch.no_grad()
 def instances(network: Any, image_HWC: np.ndarray) -> list[Instance]:
     """What the detector sees in a uint8 picture, as far as it could be above CERTAIN."""
-    pixels_13HW, (height, width) = prepare(image_HWC)
+    pixels_13HW, (height, width) = prepare(image_HWC, device_of(network))
     with full_precision():
-        output = network(pixel_values=pixels_13HW.to(best_device()))
+        output = network(pixel_values=pixels_13HW)
     scores_QK = output.class_queries_logits[0].float().softmax(-1)[:, :-1]  # the last is "nothing"
     scores_M, pairs_M = scores_QK.flatten().topk(min(MOST_PER_IMAGE, scores_QK.numel()))
     pairs_M = pairs_M[scores_M > CERTAIN]  # a mask can only make it less certain
@@ -115,9 +116,9 @@ def instances(network: Any, image_HWC: np.ndarray) -> list[Instance]:
     return [Instance(CLASSES[label], certain, mask, box_of(mask)) for label, certain, mask in rows if mask.any()]
 
 
-def prepare(image_HWC: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
+def prepare(image_HWC: np.ndarray, device: torch.device = CPU) -> tuple[Tensor, tuple[int, int]]:
     """The picture at the size the detector takes, padded to whole patches, and its height and width without the padding."""
-    image_13HW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None].float()
+    image_13HW = torch.from_numpy(image_HWC).to(device).permute(2, 0, 1)[None].float()
     height, width = image_HWC.shape[:2]
     scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
     size = int(height * scale + 0.5), int(width * scale + 0.5)
@@ -151,7 +152,7 @@ def colour_classifier(clip: Clip, label: str) -> Tensor:
 
 
 @cache
-def load_detector(folder: Path, clip_folder: Path) -> Detector:
+def load_detector(folder: Path, clip_folder: Path, device: torch.device) -> Detector:
     """From folders as `hf download` leaves them; MetricSkipped where they are not whole."""
     from transformers import Mask2FormerForUniversalSegmentation
 
@@ -168,7 +169,7 @@ def load_detector(folder: Path, clip_folder: Path) -> Detector:
         raise MetricSkipped(
             f"{folder}: expected COCO's {len(CLASSES)} classes, came {network.config.num_labels}; {again}"
         )
-    clip = load_clip(str(clip_folder))
+    clip = load_clip(str(clip_folder), device)
     origin = {
         "weights_sha256": stored_sha256(weights),
         "resize": f"bilinear, short side to {SHORT_SIDE}, long side to at most {LONG_SIDE}",
@@ -181,7 +182,7 @@ def load_detector(folder: Path, clip_folder: Path) -> Detector:
         "colour": f"CLIP {CLIP_LARGE}, masked crop on #999, {len(COLOURS)} colours, {len(TEMPLATES)} templates",
         "colour_sha256": clip.sha256,
     }
-    return Detector(network.float().eval().requires_grad_(False).to(best_device()), clip, origin)
+    return Detector(network.float().eval().requires_grad_(False).to(device), clip, origin)
 
 
 def _measure(evidence: Evidence, categories: tuple[str, ...]) -> Measurement:
@@ -190,7 +191,7 @@ def _measure(evidence: Evidence, categories: tuple[str, ...]) -> Measurement:
         raise MetricSkipped(f"no prompt of category {', '.join(sorted(missing))} among those drawn; raise protocol.n")
     if unknown := {wanted["class"] for about in abouts for wanted in about["include"]} - set(CLASSES):
         raise MetricSkipped(f"the detector knows COCO's classes, the prompts ask for {', '.join(sorted(unknown)[:3])}")
-    detector = load_detector(judge_folder(DETECTOR), judge_folder(CLIP_LARGE))
+    detector = load_detector(judge_folder(DETECTOR), judge_folder(CLIP_LARGE), evidence.device)
     return measured(evidence, detector, categories, "ditbench geneval, Mask2Former", **detector.origin)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
 from ditbench.eval.clip import need_prompts
-from ditbench.eval.features import best_device, full_precision
+from ditbench.eval.features import full_precision
 from ditbench.eval.needs import package
 from ditbench.eval.passport import need_samples
 from ditbench.eval.per_sample import mean_or_share
@@ -52,7 +52,7 @@ def image_reward(evidence: Evidence) -> Measurement:
     if problem := _package() or _weights():
         raise MetricSkipped(problem)
     weights, config = _local_files()
-    values_N = rewards(load_scorer(weights, config), images_NHWC, texts)
+    values_N = rewards(load_scorer(weights, config, evidence.device), images_NHWC, texts)
     return mean_or_share(
         evidence, values_N, "image-reward ImageReward-v1.0", "image-reward", weights_sha256=stored_sha256(weights),
         dtype="float32", resize="the package's own: bicubic, short side to 224, centre crop", antialias=True,
@@ -68,12 +68,12 @@ def rewards(scorer: Scorer, images_NHWC: Tensor, texts: tuple[str, ...]) -> Tens
 
 
 @cache
-def load_scorer(weights: Path, config: Path) -> Scorer:
+def load_scorer(weights: Path, config: Path, device: torch.device) -> Scorer:
     """The package's model.score."""
     import ImageReward
 
     try:
-        return ImageReward.load(str(weights), device=str(best_device()), med_config=str(config)).score
+        return ImageReward.load(str(weights), device=str(device), med_config=str(config)).score
     except (OSError, RuntimeError, KeyError) as error:  # its tokenizer is BERT's, from the hub
         raise MetricSkipped(
             f"ImageReward could not be loaded ({str(error).splitlines()[0][:200]}); "

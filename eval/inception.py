@@ -25,8 +25,8 @@ from ditbench.eval.base import Evidence, MetricSkipped, Need
 from ditbench.eval.distribution import View, register
 from ditbench.eval.features import (
     Pair,
-    best_device,
     channels_first,
+    device_of,
     full_precision,
     need_reference,
     pair_of,
@@ -61,30 +61,30 @@ script_here: Need = weights_here("Inception's weights (NVIDIA's script)", "incep
 
 
 @cache
-def torchmetrics_network(weights: Path, sha256: str) -> nn.Module:
+def torchmetrics_network(weights: Path, sha256: str, device: torch.device) -> nn.Module:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     with _loading(weights):
-        network = NoTrainInceptionV3("inception-v3-compat", LAYERS, str(weights), antialias=True).to(best_device())
+        network = NoTrainInceptionV3("inception-v3-compat", LAYERS, str(weights), antialias=True).to(device)
     return _Called(network, network._torch_fidelity_forward)  # its forward drops all layers but the first
 
 
 @cache
-def torch_fidelity_network(weights: Path, sha256: str) -> nn.Module:
+def torch_fidelity_network(weights: Path, sha256: str, device: torch.device) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with _loading(weights):
-        network = FeatureExtractorInceptionV3("inception-v3-compat", LAYERS, str(weights)).to(best_device())
+        network = FeatureExtractorInceptionV3("inception-v3-compat", LAYERS, str(weights)).to(device)
     return _Called(network, network)
 
 
 @cache
-def clean_fid_network(weights: Path, sha256: str) -> nn.Module:
+def clean_fid_network(weights: Path, sha256: str, device: torch.device) -> nn.Module:
     from cleanfid.inception_torchscript import InceptionV3W
     from cleanfid.resize import build_resizer
 
     with _loading(weights):
-        network = InceptionV3W(str(weights.parent), download=False).to(best_device())
+        network = InceptionV3W(str(weights.parent), download=False).to(device)
     resize = build_resizer("clean")
 
     def features(images_BCHW: Tensor) -> tuple[Tensor]:
@@ -107,19 +107,23 @@ class _Called(nn.Module):
 
 
 def inception_view(
-    upstream: Callable[[], Upstream], here: Need, load: Callable[[Path, str], nn.Module], resize: str, antialias: bool
+    upstream: Callable[[], Upstream],
+    here: Need,
+    load: Callable[[Path, str, torch.device], nn.Module],
+    resize: str,
+    antialias: bool,
 ) -> View:
-    def network() -> nn.Module:
-        return load(*find_weights(upstream()))
+    def network(device: torch.device) -> nn.Module:
+        return load(*find_weights(upstream()), device)
 
     def pair(evidence: Evidence) -> Pair:
         need_samples(evidence, 2)
         need_reference(evidence)  # before the weights are asked for
-        inception = network()
+        inception = network(evidence.device)
         return pair_of(evidence, inception, lambda images_NHWC: _output(images_NHWC, inception, 0))
 
     def logits(evidence: Evidence) -> Tensor:
-        return _output(evidence.generated.images_NHWC, network(), 1)
+        return _output(evidence.generated.images_NHWC, network(evidence.device), 1)
 
     def origin(evidence: Evidence) -> dict[str, Any]:
         path, sha256 = find_weights(upstream())
@@ -139,7 +143,7 @@ def _output(images_NHWC: Tensor, network: nn.Module, index: int) -> Tensor:
 
     def all_outputs() -> tuple[Tensor, ...]:
         with full_precision():
-            batches = [network(batch.to(best_device())) for batch in channels_first(images_NHWC, BATCH)]
+            batches = [network(batch.to(device_of(network))) for batch in channels_first(images_NHWC, BATCH)]
         return tuple(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*batches, strict=True))
 
     return remembered(images_NHWC, network, "all outputs", all_outputs)[index]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from ditbench.eval.base import FeatureModel
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import file_sha256
 from ditbench.harness.models.zoo import judge
 
 
-def load_judge(folder: Path) -> FeatureModel:
-    """The judge saved in folder (config.json, model.safetensors); its name is that of the folder and its parent."""
+def load_judge(folder: Path, device: torch.device = CPU) -> FeatureModel:
+    """The judge saved in folder (config.json, model.safetensors), on the device; its name is that of the folder and its parent."""
     try:
-        module = judge.load(folder)
+        module = judge.load(folder).to(device)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{folder}: expected a judge (config.json and model.safetensors), came {type(error).__name__}: {error}; "

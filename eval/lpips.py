@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, Need, metric
-from ditbench.eval.features import best_device, full_precision, seeded
+from ditbench.eval.features import full_precision, seeded
 from ditbench.eval.fidelity import paired_measurement, pixel_pairs, unit_range
 from ditbench.eval.needs import weights as weights_here
 from ditbench.eval.weights import Upstream, local_weights, weights_folder
@@ -63,15 +63,14 @@ def lpips(evidence: Evidence, backbone: Backbone) -> Measurement:
     if side < smallest:
         raise MetricSkipped(f"LPIPS with {backbone} needs images of {smallest} pixels or more a side, got {side}")
     path, sha256 = _weights(backbone)
-    values_N = distances(load_network(backbone, path, sha256), pixels_N, float_N)
+    values_N = distances(load_network(backbone, path, sha256, evidence.device), pixels_N, float_N, evidence.device)
     settings = {"weights_sha256": sha256, "dtype": "float32", "backbone": f"{backbone} {path.name}", "heads": "v0.1"}
     return paired_measurement(evidence, f"torchmetrics lpips {backbone}", "torchmetrics", values_N, settings)
 
 
-def distances(network: Network, pixels_N: Tensor, float_N: Tensor) -> Tensor:
+def distances(network: Network, pixels_N: Tensor, float_N: Tensor, device: torch.device) -> Tensor:
     """One distance per row of uint8 images (N, H, W, 3), or the mean over frames of videos (N, F, H, W, 3)."""
     images_NHWC, float_NHWC = (pixels.reshape(-1, *pixels.shape[-3:]) for pixels in (pixels_N, float_N))
-    device = best_device()
     values = []
     with torch.no_grad(), full_precision():
         for batch, float_batch in zip(images_NHWC.split(BATCH), float_NHWC.split(BATCH), strict=True):
@@ -81,7 +80,7 @@ def distances(network: Network, pixels_N: Tensor, float_N: Tensor) -> Tensor:
 
 
 @cache
-def load_network(backbone: Backbone, weights: Path, sha256: str) -> nn.Module:
+def load_network(backbone: Backbone, weights: Path, sha256: str, device: torch.device) -> nn.Module:
     """torchmetrics' network with its own heads and the backbone's weights from the file."""
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
@@ -94,7 +93,7 @@ def load_network(backbone: Backbone, weights: Path, sha256: str) -> nn.Module:
                 layer.load_state_dict({key: state[f"features.{index}.{key}"] for key in layer.state_dict()})
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise MetricSkipped(f"{weights}: not {backbone}'s weights ({error}); delete it and fetch it again") from error
-    return network.eval().to(best_device())
+    return network.eval().to(device)
 
 
 def _weights(backbone: Backbone) -> tuple[Path, str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ditbench.eval import distribution
 from ditbench.eval.base import Evidence, Measurement, metric
-from ditbench.eval.features import best_device, channels_first, full_precision, need_reference, pair_of, remembered
+from ditbench.eval.features import channels_first, device_of, full_precision, need_reference, pair_of, remembered
 from ditbench.eval.inception import BATCH, port_here, torch_fidelity_network, torch_fidelity_upstream
 from ditbench.eval.passport import need_samples
 from ditbench.eval.weights import find_weights
@@ -45,7 +45,7 @@ def spatial_features(images_NHWC: Tensor, network: nn.Module) -> Tensor:
         try:
             with full_precision():
                 for batch in channels_first(images_NHWC, BATCH):
-                    network(batch.to(best_device()))
+                    network(batch.to(device_of(network)))
         finally:
             hook.remove()
         return torch.cat(seen)
@@ -56,7 +56,7 @@ def spatial_features(images_NHWC: Tensor, network: nn.Module) -> Tensor:
 def _pair(evidence: Evidence) -> Any:
     need_samples(evidence, 2)
     need_reference(evidence)  # before the weights are asked for
-    network = torch_fidelity_network(*find_weights(torch_fidelity_upstream()))
+    network = torch_fidelity_network(*find_weights(torch_fidelity_upstream()), evidence.device)
     # A Pair is known by its network, and the whole network stands for its pooled features: its branch for these.
     branch = network.get_submodule("network.Mixed_6d.branch1x1")
     return pair_of(evidence, branch, lambda images_NHWC: spatial_features(images_NHWC, network))

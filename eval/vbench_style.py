@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, linear
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
-from ditbench.eval.features import best_device, channels_first, full_precision
+from ditbench.eval.features import channels_first, full_precision
 from ditbench.eval.needs import package
 from ditbench.eval.per_sample import mean_or_share
 from ditbench.eval.video_judges import (
@@ -35,7 +35,7 @@ MUSIQ_SIDE = 512  # VBench's mode "longer": frames whose longer side is larger a
 @metric("vbench_style/temporal_flickering", better="higher")
 def temporal_flickering(evidence: Evidence) -> Measurement:
     """(255 − mean |difference of neighbouring frames|) / 255."""
-    values_N = torch.stack([flickering(video) for video in evidence.generated.videos_NFHWC])
+    values_N = torch.stack([flickering(video.to(evidence.device)).cpu() for video in evidence.generated.videos_NFHWC])
     origin = {"dtype": "float32", "static_filter": "not applied; VBench first drops videos that move, by RAFT"}
     return of_dimension("temporal_flickering", evidence, values_N, "ditbench", origin)
 
@@ -64,7 +64,7 @@ def aesthetic_quality(evidence: Evidence) -> Measurement:
     if problem := _aesthetic_head():
         raise MetricSkipped(problem)
     path = weights_folder() / AESTHETIC_FILE
-    judge, origin = load_judge(CLIP_LARGE)
+    judge, origin = load_judge(CLIP_LARGE, evidence.device)
     head = torch.load(path, map_location="cpu", weights_only=True)
     features_NFW = frame_features(videos_NFHWC, judge, antialias=False)
     values_N = linear(features_NFW, head["weight"].float(), head["bias"].float())[..., 0].mean(dim=1) / 10.0
@@ -84,13 +84,14 @@ def imaging_quality(evidence: Evidence) -> Measurement:
     import pyiqa
 
     try:
-        musiq = pyiqa.create_metric("musiq-spaq", device=best_device())
+        musiq = pyiqa.create_metric("musiq-spaq", device=evidence.device)
     except OSError as error:  # it fetches its own weights
         help_text = "run it once where there is a network"
         raise MetricSkipped(f"pyiqa could not get MUSIQ's weights ({error}); {help_text}") from error
     with torch.no_grad(), full_precision():
         scores = [
-            musiq(musiq_frames(batch).to(best_device())) for batch in channels_first(videos_NFHWC.flatten(0, 1), BATCH)
+            musiq(musiq_frames(batch.to(evidence.device)))
+            for batch in channels_first(videos_NFHWC.flatten(0, 1), BATCH)
         ]
     values_N = torch.cat(scores).flatten().float().cpu().unflatten(0, videos_NFHWC.shape[:2]).mean(dim=1) / 100.0
     resize = f"bilinear, longer side to at most {MUSIQ_SIDE}"
@@ -133,7 +134,7 @@ def of_dimension(
 
 def _consistency_metric(dimension: str, evidence: Evidence, judge_name: str) -> Measurement:
     videos_NFHWC = evidence.generated.videos_NFHWC
-    judge, origin = load_judge(judge_name)
+    judge, origin = load_judge(judge_name, evidence.device)
     features_NFW = frame_features(videos_NFHWC, judge, antialias=False)
     values_N = torch.stack([consistency(features_FW) for features_FW in features_NFW])
     return of_dimension(dimension, evidence, values_N, "transformers", origin | {"antialias": False})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from ditbench.eval.base import MetricSkipped, Need
-from ditbench.eval.features import best_device, channels_first, full_precision, remembered
+from ditbench.eval.features import channels_first, device_of, full_precision, remembered
 from ditbench.eval.weights import stored_sha256
 
 DINO = "facebook/dino-vitb16"
@@ -68,7 +68,7 @@ class ClipJudge(nn.Module):
     def texts(self, texts: list[str]) -> Tensor:
         """(N, width), of unit length; what is beyond the network's tokens (77) is cut off."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        pooled = self.network.text_model(**tokens.to(best_device())).pooler_output
+        pooled = self.network.text_model(**tokens.to(device_of(self))).pooler_output
         return normalize(self.network.text_projection(pooled), dim=-1).cpu()
 
 
@@ -78,21 +78,21 @@ def frame_features(videos_NFHWC: Tensor, judge: nn.Module, antialias: bool) -> T
     def all_frames() -> Tensor:
         with full_precision():
             batches = [
-                judge(batch.to(best_device()), antialias).float().cpu()
+                normalize(judge(batch.to(device_of(judge)), antialias).float(), dim=-1).cpu()
                 for batch in channels_first(videos_NFHWC.flatten(0, 1), BATCH)
             ]
-        return normalize(torch.cat(batches), dim=-1).unflatten(0, videos_NFHWC.shape[:2])
+        return torch.cat(batches).unflatten(0, videos_NFHWC.shape[:2])
 
     return remembered(videos_NFHWC, judge, f"frames, antialias={antialias}", all_frames)
 
 
-def load_judge(name: str) -> tuple[Any, dict[str, Any]]:
+def load_judge(name: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """A DinoJudge for DINO, a ClipJudge for CLIP and CLIP_LARGE, and its passport fields.
 
     MetricSkipped, with the command that fetches it, where it is not on this machine.
     """
     folder = judge_folder(name)
-    judge = _load(name, folder)
+    judge = _load(name, folder, device)
     weights = next(folder / file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).exists())
     origin = {"features": name, "weights_sha256": stored_sha256(weights), "resize": judge.resize, "dtype": "float32"}
     return judge, origin
@@ -124,13 +124,13 @@ def judge_folder(name: str) -> Path:
 
 
 @cache
-def _load(name: str, folder: Path) -> Any:
+def _load(name: str, folder: Path, device: torch.device) -> Any:
     try:
         judge = DinoJudge(folder) if name == DINO else ClipJudge(folder)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise MetricSkipped(f"{folder}: not a whole {name} ({reason}); fetch it with: hf download {name}") from error
-    return judge.float().eval().requires_grad_(False).to(best_device())
+    return judge.float().eval().requires_grad_(False).to(device)
 
 
 def resize_short_side(frames_B3HW: Tensor, side: int, mode: str, antialias: bool) -> Tensor:

@@ -29,7 +29,7 @@ def dynamic_degree(evidence: Evidence) -> Measurement:
     frames, side = len(range(0, videos_NFHWC.shape[1], step)), min(videos_NFHWC.shape[2:4])
     if frames < 2:
         raise MetricSkipped(f"at {VBENCH_FPS:g} frames per second one frame is left; generate longer videos")
-    flow = find_flow()
+    flow = find_flow(evidence.device)
     fastest_NP = _speeds(videos_NFHWC, flow, step)[..., 1]
     dynamic_N = torch.stack([is_dynamic(fastest_P, side, frames) for fastest_P in fastest_NP])
     settings = {"threshold_px": dynamic_threshold(side), "pairs_needed": dynamic_pairs(frames), "every_frame": step}
@@ -42,8 +42,9 @@ def motion_smoothness(evidence: Evidence) -> Measurement:
     videos_NFHWC = evidence.generated.videos_NFHWC
     if videos_NFHWC.shape[1] < 3:
         raise MetricSkipped("needs videos of 3 frames or more, to leave one out and interpolate it")
-    flow = find_flow()
-    values = [smoothness(video[1::2], interpolated(video[::2], flow)) for video in videos_NFHWC]
+    flow = find_flow(evidence.device)
+    videos = (video.to(evidence.device) for video in videos_NFHWC)
+    values = [smoothness(video[1::2], interpolated(video[::2], flow)).cpu() for video in videos]
     interpolator = "both neighbours warped by optical flow and averaged (Jiang et al. 2018, eq. 4); VBench: AMT-S"
     origin = _origin(flow, interpolator=interpolator)
     return of_dimension("motion_smoothness", evidence, torch.stack(values), flow.package, origin)
@@ -53,12 +54,14 @@ def motion_smoothness(evidence: Evidence) -> Measurement:
 def warping_error(evidence: Evidence) -> Measurement:
     """Mean squared difference of a frame and its successor warped onto it, where both see the same (Lai et al. 2018)."""
     videos_NFHWC = evidence.generated.videos_NFHWC
-    flow = find_flow()
+    flow = find_flow(evidence.device)
     errors = []
-    for video_FHWC in videos_NFHWC:
+    for video_FHWC in (video.to(evidence.device) for video in videos_NFHWC):
         before, after = video_FHWC[:-1], video_FHWC[1:]
         forward, backward = flow.estimate(before, after), flow.estimate(after, before)
-        errors.append(masked_error(_unit(before), warp(_unit(after), forward), occluded(forward, backward)).mean())
+        errors.append(
+            masked_error(_unit(before), warp(_unit(after), forward), occluded(forward, backward)).mean().cpu()
+        )
     origin = _origin(
         flow, pixels="0 to 1, mean over channels", occlusion="Ruder et al. 2016", flow_of="the video itself"
     )
@@ -69,7 +72,7 @@ def warping_error(evidence: Evidence) -> Measurement:
 def flow_score(evidence: Evidence) -> Measurement:
     """Mean length of the optical flow between neighbouring frames; more motion, not by itself a better video."""
     videos_NFHWC = evidence.generated.videos_NFHWC
-    flow = find_flow()
+    flow = find_flow(evidence.device)
     values_N = _speeds(videos_NFHWC, flow, step=1)[..., 0].mean(dim=1)
     return mean_or_share(evidence, values_N, "ditbench flow_score", flow.package, **_origin(flow))
 
@@ -145,8 +148,9 @@ def _speeds(videos_NFHWC: Tensor, flow: Flow, step: int) -> Tensor:
     """Mean and fastest speed of every pair of frames that are `step` apart, pixels, (N, P, 2)."""
 
     def all_videos() -> Tensor:
-        speeds = [flow.estimate(video[:-step:step], video[step::step]).norm(dim=1) for video in videos_NFHWC]
-        return torch.stack([torch.stack([speed.mean(dim=(1, 2)), fastest(speed)], dim=-1) for speed in speeds])
+        videos = (video.to(flow.device) for video in videos_NFHWC)
+        speeds = (flow.estimate(video[:-step:step], video[step::step]).norm(dim=1) for video in videos)
+        return torch.stack([torch.stack([speed.mean(dim=(1, 2)), fastest(speed)], dim=-1).cpu() for speed in speeds])
 
     return remembered(videos_NFHWC, flow, f"speeds, step={step}", all_videos)
 

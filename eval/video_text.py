@@ -31,7 +31,7 @@ def clipsim(evidence: Evidence) -> Measurement:
 def clip_temp(evidence: Evidence) -> Measurement:
     """100 × mean cosine of neighbouring frames in CLIP's embeddings."""
     videos_NFHWC = evidence.generated.videos_NFHWC
-    judge, origin = load_judge(CLIP)
+    judge, origin = load_judge(CLIP, evidence.device)
     values_N = 100.0 * neighbour_cosine(frame_features(videos_NFHWC, judge, antialias=True))
     origin |= {"antialias": True, "scale": 100}
     return mean_or_share(evidence, values_N, "ditbench clip_temp", "transformers", **origin)
@@ -72,7 +72,7 @@ def _frame_text_similarity(evidence: Evidence, antialias: bool) -> tuple[Tensor,
     videos_NFHWC = evidence.generated.videos_NFHWC
     if not evidence.generated.prompts:
         raise MetricSkipped("needs the prompts; these videos were made without")
-    judge, origin = load_judge(CLIP)
+    judge, origin = load_judge(CLIP, evidence.device)
     texts_NW = judge.texts([prompt.text for prompt in evidence.generated.prompts])
     features_NFW = frame_features(videos_NFHWC, judge, antialias)
     return (features_NFW * texts_NW[:, None]).sum(dim=-1), origin | {"antialias": antialias}

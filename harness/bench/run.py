@@ -128,7 +128,7 @@ def latencies(
 
 
 def inputs_of(model: LoadedModel, config: RunConfig, batch: int) -> dict[str, Any]:
-    return placed(model.step_inputs(batch), torch.bfloat16, config.device)
+    return placed(model.step_inputs(batch, config.device), torch.bfloat16, config.device)
 
 
 def layer_shares(

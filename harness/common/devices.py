@@ -12,6 +12,7 @@ from torch import Tensor
 from ditbench.harness.common.errors import UserError
 
 AUTO = "auto"
+CPU = torch.device("cpu")
 
 
 def pick_device(name: str) -> torch.device:
@@ -83,6 +84,15 @@ def memory_of(device: torch.device) -> ModuleType | None:
     functions = functions_of(device)
     told = ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats")
     return functions if all(hasattr(functions, each) for each in told) else None
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU for one that has no float64 (mps, some of Intel's)."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        return CPU
+    return device
 
 
 def device_name(device: torch.device) -> str:

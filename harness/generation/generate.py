@@ -61,7 +61,7 @@ def generate(
     correct: Correction | None = None,
     title: str = "generate",
 ) -> Samples:
-    """Draw all samples with the given transformer (float or quantized).
+    """Draw all samples with the given transformer (float or quantized), on its device; they are kept on the CPU.
 
     Raises:
         UserError: the samples contain NaN or infinity.
@@ -81,8 +81,8 @@ def generate(
             if not bool(drawn.latents.isfinite().all()):
                 raise UserError(f"{title}: NaN or infinity in the samples {start}–{start + len(part) - 1}")
             assert drawn.pixels is not None, "sample decodes unless told not to"
-            latents.append(drawn.latents)
-            pixels.append(to_uint8(drawn.pixels))
+            latents.append(drawn.latents.cpu())
+            pixels.append(to_uint8(drawn.pixels).cpu())
     return Samples(torch.cat(pixels), wanted.labels_N, torch.cat(latents), wanted.prompts)
 
 

@@ -71,7 +71,7 @@ def measure(
     if kind != "measured":
         return found
     baseline = float_copy(target, dtype=torch.bfloat16, device=device)
-    step_inputs = model.step_inputs(2 * samples)
+    step_inputs = model.step_inputs(2 * samples, device)
     baseline_inputs, inputs = (placed(step_inputs, wanted, device) for wanted in (torch.bfloat16, dtype))
     times: dict[str, list[float]] = {"baseline": [], "quantized": []}
     for repeat in progress(range(warmup + repeats), desc="measure"):

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import tensors_sha256
 from ditbench.harness.models.calls import RowDims
@@ -80,7 +81,10 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Drawn:
-    """latents: (B, …) float32; pixels in [−1, 1], (B, 3, H, W) or (B, F, 3, H, W), float32, or None if not asked for."""
+    """latents: (B, …) float32; pixels in [−1, 1], (B, 3, H, W) or (B, F, 3, H, W), float32, or None if not asked for.
+
+    Both on the device of the transformer that drew them.
+    """
 
     latents: Tensor
     pixels: Tensor | None
@@ -120,7 +124,7 @@ class Adapter(Protocol):
         decode: bool = True,
     ) -> Drawn: ...
 
-    def step_inputs(self, pipe: Any, batch: int) -> dict[str, Any]: ...
+    def step_inputs(self, pipe: Any, batch: int, device: torch.device) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -147,9 +151,12 @@ class LoadedModel:
         """Multiply-accumulates of one call on one row, by layer name, "" for the whole call (see `count_macs`)."""
         return count_macs(self.transformer, self.step_inputs(1))
 
-    def step_inputs(self, batch: int) -> dict[str, Any]:
-        """Arguments of one transformer call on `batch` rows; one denoising step with guidance has twice the samples."""
-        return self.adapter.step_inputs(self.pipe, batch)
+    def step_inputs(self, batch: int, device: torch.device = CPU) -> dict[str, Any]:
+        """Arguments of one transformer call on `batch` rows; one denoising step with guidance has twice the samples.
+
+        device: where text encoders run for it.
+        """
+        return self.adapter.step_inputs(self.pipe, batch, device)
 
     def inject_outliers(self, channels: int, log2_factor: int, seed: int) -> None:
         """Give the activations outlier channels, in place; the output stays as it is (`harness.stress`)."""

@@ -8,7 +8,6 @@ arguments to whoever records them, and let a method correct what the scheduler g
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from ditbench.harness.build.build import clock_of
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
 from ditbench.harness.models.calls import RowDims, float_dtype, placed
+from ditbench.harness.models.parts import replaced, running_on
 from ditbench.harness.models.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
 from ditbench.harness.models.transformer_only import TransformerOnly, random_transformer
 from ditbench.harness.quant.blocks import BlockCall, OneStream, by_name
@@ -110,19 +110,23 @@ class PipelineFamily:
         correct: Correction | None = None,
         decode: bool = True,
     ) -> Drawn:
-        """The pipeline's own loop, latents and scheduler in float32, one generator per sample.
+        """The pipeline's own loop on the transformer's device, latents and scheduler in float32, one generator per sample. Noise is
+        drawn on the CPU, the same for every device.
 
         Raises:
             UserError: a transformer alone (random weights) reads no prompts; a sampler that does not make `steps` steps.
         """
         if isinstance(pipe, TransformerOnly):
             raise UserError("random weights alone draw nothing; this model is for `ditbench bench` with method=rtn")
-        scheduler = self._scheduler(pipe, sampler)
-        running = with_parts(pipe, transformer=transformer, scheduler=scheduler)
-        running.set_progress_bar_config(disable=True)
+        scheduler, device = self._scheduler(pipe, sampler), clock_of(transformer).step.device
         generators = [torch.Generator().manual_seed(seed) for seed in conditions.seeds]
         pixel_space = getattr(pipe, "vae", None) is None
-        with watched(transformer, scheduler, sampler, on_call, correct) as seen, decoding_in_its_dtype(pipe):
+        with (
+            running_on(pipe, device, transformer=transformer, scheduler=scheduler) as running,
+            watched(transformer, scheduler, sampler, on_call, correct) as seen,
+            decoding_in_its_dtype(pipe),
+        ):
+            running.set_progress_bar_config(disable=True)
             frames = running(
                 prompt=[prompt.text for prompt in conditions.prompts],
                 num_inference_steps=sampler.steps,
@@ -136,15 +140,15 @@ class PipelineFamily:
                 f"protocol.steps={sampler.steps}, but the scheduler made {seen.step} steps; use a first-order sampler"
             )
         assert seen.latents is not None, "a sampler makes at least one step"
-        latents = seen.latents.float().cpu()
+        latents = seen.latents.float()
         if not decode:
             return Drawn(latents, None)
         if pixel_space:
             return Drawn(latents, self.pixels(latents).clamp(-1, 1))
-        return Drawn(latents, frames.float().cpu() * 2 - 1)
+        return Drawn(latents, frames.float() * 2 - 1)
 
-    def step_inputs(self, pipe: Any, batch: int) -> dict[str, Any]:
-        """What the pipeline calls its transformer with, for `batch` samples of one prompt, without guidance."""
+    def step_inputs(self, pipe: Any, batch: int, device: torch.device) -> dict[str, Any]:
+        """What the pipeline calls its transformer with, for `batch` samples of one prompt, without guidance; made on the device."""
         if isinstance(pipe, TransformerOnly):
             return pipe.step_inputs(batch)
         found: dict[str, Any] = {}
@@ -154,17 +158,18 @@ class PipelineFamily:
             raise _Taken
 
         conditions = Conditions(tuple(range(batch)), prompts=self._any_prompts(batch))
-        running = with_parts(pipe, scheduler=self._scheduler(pipe, Sampler(self.SAMPLERS[0], 2, 1.0)))
-        running.set_progress_bar_config(disable=True)
+        scheduler = self._scheduler(pipe, Sampler(self.SAMPLERS[0], 2, 1.0))
         handle = pipe.transformer.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
         try:
-            running(
-                prompt=[prompt.text for prompt in conditions.prompts],
-                num_inference_steps=2,
-                generator=[torch.Generator().manual_seed(seed) for seed in conditions.seeds],
-                output_type="latent",
-                **self.settings(pipe, self.unguided, batch),
-            )
+            with running_on(pipe, device, scheduler=scheduler) as running:
+                running.set_progress_bar_config(disable=True)
+                running(
+                    prompt=[prompt.text for prompt in conditions.prompts],
+                    num_inference_steps=2,
+                    generator=[torch.Generator().manual_seed(seed) for seed in conditions.seeds],
+                    output_type="latent",
+                    **self.settings(pipe, self.unguided, batch),
+                )
         except _Taken:
             pass
         finally:
@@ -264,21 +269,11 @@ def decoding_in_its_dtype(pipe: Any) -> Iterator[None]:
     if vae is None:
         yield
         return
-    decode, dtype = vae.decode, float_dtype(vae)
-    vae.decode = lambda latents, *args, **kwargs: decode(latents.to(dtype), *args, **kwargs)
-    try:
+    dtype = float_dtype(vae)
+    with replaced(vae, "decode", lambda decode, latents, *args, **more: decode(latents.to(dtype), *args, **more)):
         yield
-    finally:
-        del vae.decode  # the class has its own
 
 
 def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The transformer's arguments by name, but for how it should wrap its answer."""
     return {name: value for name, value in by_name(module, args, kwargs).items() if name != "return_dict"}
-
-
-def with_parts(pipe: Any, **parts: Any) -> Any:
-    """The same pipeline around other parts; nothing is copied."""
-    wanted = inspect.signature(type(pipe).__init__).parameters
-    settings = {name: pipe.config[name] for name in wanted if name in pipe.config and name not in pipe.components}
-    return type(pipe)(**{**pipe.components, **settings, **parts})

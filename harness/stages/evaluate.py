@@ -65,9 +65,10 @@ def evidence_of(config: RunConfig, model: LoadedModel, images: Samples, float_mo
         generated=images,
         float_model=float_model,
         reference=reference_of(section["reference"]),
-        judge=judge_in(model.extras.get("judge")),
+        judge=judge_in(model.extras.get("judge"), config.device),
         seed=config.seed,
         resamples=section["resamples"],
+        device=config.device,
     )
 
 

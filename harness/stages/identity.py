@@ -32,7 +32,7 @@ def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
 
 def evaluator_identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
     """Everything that makes the evaluation what it is: metrics and plugins, judge, reference."""
-    judge = judge_in(model.extras.get("judge"))
+    judge = judge_in(model.extras.get("judge"), config.device)
     reference = reference_of(config.section("metrics")["reference"])
     return {
         "metrics": config.section("metrics"),

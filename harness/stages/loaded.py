@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ditbench.eval.base import FeatureModel, Reference
@@ -29,8 +30,8 @@ def forget_models() -> None:
 
 
 @cache
-def judge_in(folder: Path | None) -> FeatureModel | None:
-    return None if folder is None else load_judge(folder)
+def judge_in(folder: Path | None, device: torch.device) -> FeatureModel | None:
+    return None if folder is None else load_judge(folder, device)
 
 
 @cache

@@ -61,7 +61,7 @@ def test_the_example_of_the_page_needs_its_file_only(package, evidence):
 
 def test_editing_a_plugin_makes_new_runs_of_it_and_of_no_others(package):
     file = package(example())
-    config = SimpleNamespace(section=lambda _: {"names": ["psnr", "contrast"], "reference": None})
+    config = SimpleNamespace(section=lambda _: {"names": ["psnr", "contrast"], "reference": None}, device=None)
     model = SimpleNamespace(extras={})
     before = evaluator_identity(config, model)
     file.write_text(example().replace("0.299", "0.3"))

@@ -12,6 +12,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from ditbench.eval import clip, clip_metrics, resampling
 from ditbench.eval.base import Evidence, Reference, evaluate, known_metrics
 from ditbench.eval.statistics import resampled_rows
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Prompt, Samples
 
 CLIP_METRICS = ["clip_iqa", "clipscore_b32", "clipscore_l14", "cmmd", "cmmd_float"]
@@ -55,7 +56,7 @@ def folder(tmp_path_factory):
 def installed(folder, monkeypatch):
     for name in clip.HUB:
         monkeypatch.setitem(clip.HUB, name, str(folder))
-    return clip.load_clip(str(folder))
+    return clip.load_clip(str(folder), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -318,5 +319,5 @@ def test_clip_is_found_where_other_judges_are(folder, monkeypatch, tmp_path):
     assert f"hf download {name}" in clip.clip_here("b32")()
     monkeypatch.setenv("DITBENCH_JUDGES", str(tmp_path / "judges"))
     clip.load_clip.cache_clear()
-    assert clip.clip_here("b32")() is None and clip.load_clip(name).name == name
+    assert clip.clip_here("b32")() is None and clip.load_clip(name, CPU).name == name
     clip.load_clip.cache_clear()

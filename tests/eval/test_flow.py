@@ -4,6 +4,7 @@ import torch
 from ditbench.eval import flow
 from ditbench.eval.base import MetricSkipped
 from ditbench.eval.flow import find_flow, match_blocks, warp
+from ditbench.harness.common.devices import CPU
 
 
 def moving_square(dx: int, dy: int, frames: int = 4, side: int = 32, texture: bool = True) -> torch.Tensor:
@@ -65,7 +66,7 @@ def test_warping_the_next_frame_by_the_true_flow_gives_this_frame():
 
 def test_without_weights_the_passport_says_block_matching_and_not_raft(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found = find_flow()
+    found = find_flow(CPU)
     assert found.estimate is match_blocks and found.package == "ditbench"
     assert "block matching (not RAFT)" in found.origin["flow"] and flow.RAFT_URL in found.origin["flow_raft"]
 
@@ -80,7 +81,7 @@ def test_raft_is_taken_when_its_weights_are_here_and_answers_in_the_videos_pixel
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(flow, "RAFT_UPDATES", 1)
     torch.save(raft_large(weights=None).state_dict(), checkpoints / flow.RAFT_FILE)
-    found = find_flow()
+    found = find_flow(CPU)
     assert "raft_large" in found.origin["flow"] and len(found.origin["weights_sha256"]) == 64
     video = torch.randint(0, 255, (3, *size, 3), dtype=torch.uint8)
     assert found.estimate(video[:-1], video[1:]).shape == (2, 2, *size)
@@ -102,7 +103,7 @@ def test_raft_sees_larger_padded_frames_and_its_flow_is_scaled_and_cropped_back(
     torch.save({}, tmp_path / flow.RAFT_FILE)
     video = torch.zeros(3, *size, 3, dtype=torch.uint8)
     video[:, :, : size[1] // 2] = 255
-    across, down = flow.raft(tmp_path / flow.RAFT_FILE).estimate(video[:-1], video[1:])[1, :, 5]
+    across, down = flow.raft(tmp_path / flow.RAFT_FILE, CPU).estimate(video[:-1], video[1:])[1, :, 5]
     assert (down == (16.0 if size[0] > 128 else 4.0)).all()
     torch.testing.assert_close(across, torch.arange(size[1]).float(), atol=0.5, rtol=0)
 
@@ -117,7 +118,7 @@ def test_a_raft_file_that_was_cut_short_is_a_skip_and_no_silent_other_estimator(
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / flow.RAFT_FILE).write_bytes(b"cut short")
     with pytest.raises(MetricSkipped, match="fetch it again"):
-        find_flow()
+        find_flow(CPU)
 
 
 def test_a_flow_of_one_pixel_in_a_frame_of_twice_the_size_is_half_a_pixel():
@@ -141,5 +142,5 @@ def test_raft_computes_without_tf32_as_every_other_network_does(tmp_path, monkey
     monkeypatch.setattr("torchvision.models.optical_flow.raft_large", lambda weights: Still())
     torch.save({}, tmp_path / flow.RAFT_FILE)
     frames = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
-    flow.raft(tmp_path / flow.RAFT_FILE).estimate(frames, frames)
+    flow.raft(tmp_path / flow.RAFT_FILE, CPU).estimate(frames, frames)
     assert seen == [False] and torch.backends.cudnn.allow_tf32

@@ -12,6 +12,7 @@ from ditbench.eval import geneval, geneval_detector
 from ditbench.eval.base import Evidence, evaluate, known_metrics
 from ditbench.eval.geneval import Found, follows, relations
 from ditbench.eval.geneval_detector import CLASSES, CLIP_LARGE, COLOURS, DETECTOR, Instance, instances, kept
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.models.zoo.shapes import KINDS
 from ditbench.harness.samples.samples import Prompt, Samples
 
@@ -126,17 +127,18 @@ def test_the_classes_are_cocos_in_genevals_words():
     assert CLASSES[0] == "person" and CLASSES[79] == "toothbrush" and CLASSES.index("computer keyboard") == 66
 
 
-class Pretended:
+class Pretended(torch.nn.Module):
     """Stands for the network: two queries, class scores and masks as given."""
 
     def __init__(self, probabilities: dict[tuple[int, str], float], logits_Qhw: torch.Tensor) -> None:
+        super().__init__()
         scores = torch.zeros(1, len(logits_Qhw), 81)
         for (query, label), probability in probabilities.items():
             scores[0, query, CLASSES.index(label)] = probability
         scores[..., -1] = 1 - scores.sum(-1)
         self.class_queries_logits, self.masks_queries_logits = scores.clamp(min=1e-9).log(), logits_Qhw[None]
 
-    def __call__(self, pixel_values):
+    def forward(self, pixel_values):
         self.seen = pixel_values
         return self
 
@@ -254,7 +256,7 @@ def judges(tmp_path_factory):
 def installed(judges, monkeypatch):
     monkeypatch.setenv("DITBENCH_JUDGES", str(judges))
     monkeypatch.setattr(geneval_detector, "SHORT_SIDE", 64)
-    return geneval_detector.load_detector(judges / DETECTOR, judges / CLIP_LARGE)
+    return geneval_detector.load_detector(judges / DETECTOR, judges / CLIP_LARGE, CPU)
 
 
 def painted(n: int = 6, kinds=KINDS) -> Evidence:

@@ -10,6 +10,7 @@ import torch
 
 from ditbench.eval import image_reward
 from ditbench.eval.base import Evidence, MetricSkipped, evaluate
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Prompt, Samples
 
 
@@ -76,4 +77,4 @@ def test_a_model_that_does_not_load_is_skipped_with_the_reason(package, tmp_path
 
     package.load = load
     with pytest.raises(MetricSkipped, match="bert-base-uncased is not a local folder"):
-        image_reward.load_scorer(tmp_path / "a", tmp_path / "b")
+        image_reward.load_scorer(tmp_path / "a", tmp_path / "b", CPU)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ditbench.eval import inception
 from ditbench.eval.base import Evidence, evaluate, known_metrics
+from ditbench.harness.common.devices import CPU
 
 INCEPTION_METRICS = [
     "clean_fid/fid", "clean_fid/kid", "torch_fidelity/fid", "torch_fidelity/is", "torch_fidelity/kid",
@@ -65,7 +66,7 @@ def test_torchmetrics_is_called_with_antialias_and_gives_the_librarys_own_featur
 
     path = str(port_installed)
     entry = scored("torchmetrics/kid", photos)
-    ours = inception._output(photos.generated.images_NHWC, inception.torchmetrics_network(*weights()), 0)
+    ours = inception._output(photos.generated.images_NHWC, inception.torchmetrics_network(*weights(), CPU), 0)
     images_NCHW = photos.generated.images_NHWC.permute(0, 3, 1, 2)
     with torch.no_grad():
         theirs, jagged = (
@@ -123,7 +124,7 @@ def test_clean_fid_resizes_as_its_own_folder_reader_does(clean_fid_installed, ph
     entry = scored("clean_fid/kid", photos)
     path = clean_fid_installed
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    ours = inception._output(photos.generated.images_NHWC, inception.clean_fid_network(path, sha256), 0)
+    ours = inception._output(photos.generated.images_NHWC, inception.clean_fid_network(path, sha256, CPU), 0)
     torch.testing.assert_close(ours, torch.from_numpy(theirs))
     assert entry["passport"]["weights_sha256"] == sha256 and entry["passport"]["resize"].startswith("PIL bicubic")
 
@@ -137,7 +138,7 @@ def test_a_file_that_is_not_torchscript_is_skipped_with_its_path(clean_fid_insta
 def test_loading_a_network_leaves_the_global_random_state_alone(port_installed):
     before = torch.get_rng_state()
     inception.torch_fidelity_network.cache_clear()
-    inception.torch_fidelity_network(*weights())
+    inception.torch_fidelity_network(*weights(), CPU)
     assert torch.equal(torch.get_rng_state(), before)
 
 

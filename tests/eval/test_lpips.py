@@ -8,6 +8,7 @@ from torch import nn
 from ditbench.eval import lpips
 from ditbench.eval.base import Evidence, evaluate, known_metrics
 from ditbench.eval.weights import Upstream
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Samples
 
 METRICS = ["lpips_alex", "lpips_vgg"]
@@ -96,7 +97,7 @@ def test_images_reach_the_network_between_minus_one_and_one_with_channels_first(
 
     black_and_white = torch.zeros(2, 4, 5, 3, dtype=torch.uint8)
     black_and_white[1] = 255
-    lpips.distances(network, black_and_white, black_and_white.flip(0))
+    lpips.distances(network, black_and_white, black_and_white.flip(0), CPU)
     ((ours, theirs),) = seen
     assert ours.shape == (2, 3, 4, 5) and torch.equal(ours, theirs.flip(0))
     assert ours[0].unique().tolist() == [-1.0] and ours[1].unique().tolist() == [1.0]
@@ -104,16 +105,16 @@ def test_images_reach_the_network_between_minus_one_and_one_with_channels_first(
 
 def test_batches_change_nothing_and_equal_images_are_at_distance_zero(pairs, monkeypatch):
     network, (ours, theirs) = Network(), (pairs.generated.pixels, pairs.float_model.pixels)
-    whole = lpips.distances(network, ours, theirs)
+    whole = lpips.distances(network, ours, theirs, CPU)
     monkeypatch.setattr(lpips, "BATCH", 2)
-    torch.testing.assert_close(lpips.distances(network, ours, theirs), whole)
-    assert whole.min() > 1e-3 and lpips.distances(network, ours, ours).abs().max() == 0
+    torch.testing.assert_close(lpips.distances(network, ours, theirs, CPU), whole)
+    assert whole.min() > 1e-3 and lpips.distances(network, ours, ours, CPU).abs().max() == 0
 
 
 def test_a_videos_distance_is_the_mean_over_its_frames(pairs):
     ours, theirs = pairs.generated.pixels[:4], pairs.float_model.pixels[:4]
-    frames = lpips.distances(Network(), ours, theirs)
-    videos = lpips.distances(Network(), ours.reshape(2, 2, 64, 70, 3), theirs.reshape(2, 2, 64, 70, 3))
+    frames = lpips.distances(Network(), ours, theirs, CPU)
+    videos = lpips.distances(Network(), ours.reshape(2, 2, 64, 70, 3), theirs.reshape(2, 2, 64, 70, 3), CPU)
     torch.testing.assert_close(videos, frames.reshape(2, 2).mean(dim=1))
 
 
@@ -145,5 +146,5 @@ def test_a_file_that_is_not_the_backbone_is_skipped_with_its_path(tmp_path, pair
 def test_loading_leaves_the_global_random_state_alone(installed):
     before = torch.get_rng_state()
     lpips.load_network.cache_clear()
-    lpips.load_network("alex", installed, "0")
+    lpips.load_network("alex", installed, "0", CPU)
     assert torch.equal(torch.get_rng_state(), before)

@@ -8,11 +8,12 @@ from ditbench.eval import libraries, sfid
 from ditbench.eval.base import evaluate
 from ditbench.eval.inception import torch_fidelity_network, torch_fidelity_upstream
 from ditbench.eval.weights import find_weights
+from ditbench.harness.common.devices import CPU
 
 
 @pytest.fixture
 def network(port_installed):
-    return torch_fidelity_network(*find_weights(torch_fidelity_upstream()))
+    return torch_fidelity_network(*find_weights(torch_fidelity_upstream()), CPU)
 
 
 def test_without_weights_it_is_skipped_with_the_upstream_file(photos):

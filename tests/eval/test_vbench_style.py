@@ -14,6 +14,7 @@ from video_cases import PROMPTS, SIDE, N, entry_of, evidence, value, videos
 from ditbench.eval import vbench_style, video_judges
 from ditbench.eval.base import Evidence, evaluate, known_metrics
 from ditbench.eval.video_judges import CLIP_LARGE, DINO
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Samples
 
 pytestmark = pytest.mark.usefixtures("no_hub_cache")
@@ -109,7 +110,7 @@ def test_the_aesthetic_head_is_linear_on_unit_features_over_ten(judges, tmp_path
     weight = torch.linspace(-1, 1, 12)[None]
     path = tmp_path / "weights" / vbench_style.AESTHETIC_FILE
     torch.save({"weight": weight, "bias": torch.tensor([5.0])}, path)
-    judge, _ = video_judges.load_judge(CLIP_LARGE)
+    judge, _ = video_judges.load_judge(CLIP_LARGE, CPU)
     features = video_judges.frame_features(evidence().generated.pixels, judge, antialias=False)
     entry = entry_of(name, evidence())
     assert entry["value"] == pytest.approx(((features @ weight[0]).mean().item() + 5.0) / 10, abs=1e-5)

@@ -9,6 +9,7 @@ from video_cases import FRAMES, PROMPTS, N, evidence, value
 from ditbench.eval import video_judges
 from ditbench.eval.base import evaluate
 from ditbench.eval.video_judges import CLIP, DINO
+from ditbench.harness.common.devices import CPU
 
 pytestmark = pytest.mark.usefixtures("no_hub_cache")
 BY_FEATURES = [
@@ -36,7 +37,7 @@ def test_the_features_are_those_of_transformers_own_preprocessing(judge_folders,
         tokens = {"input_ids": torch.tensor([[0, 2, 30, 1]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
         both = clip(pixel_values=pixels, **tokens)
     for name, expected in ((DINO, torch.nn.functional.normalize(dino, dim=-1)), (CLIP, both.image_embeds)):
-        judge, _ = video_judges.load_judge(name)
+        judge, _ = video_judges.load_judge(name, CPU)
         actual = video_judges.frame_features(frames, judge, antialias=False)
         torch.testing.assert_close(actual[0], expected, atol=1e-5, rtol=1e-5)
     text = judge.texts(["ac"])  # <start>, "a", "c" at the end of a word, <end>
@@ -45,7 +46,7 @@ def test_the_features_are_those_of_transformers_own_preprocessing(judge_folders,
 
 def test_each_video_is_compared_with_its_own_prompt(judges):
     given = evidence()
-    judge, _ = video_judges.load_judge(CLIP)
+    judge, _ = video_judges.load_judge(CLIP, CPU)
     features = video_judges.frame_features(given.generated.pixels, judge, antialias=True)
     texts = judge.texts([prompt.text for prompt in PROMPTS])
     expected = torch.stack([(features[row] @ texts[row]).mean() for row in range(N)]).mean()
@@ -55,7 +56,7 @@ def test_each_video_is_compared_with_its_own_prompt(judges):
 
 
 def test_a_prompt_longer_than_the_network_takes_is_cut_and_not_an_error(judges):
-    judge, _ = video_judges.load_judge(CLIP)
+    judge, _ = video_judges.load_judge(CLIP, CPU)
     assert judge.texts(["a very long prompt " * 20]).shape == (1, 16)
 
 
@@ -84,7 +85,7 @@ def test_a_judge_whose_folder_is_not_whole_is_skipped_too(tmp_path, monkeypatch)
 
 
 def test_frames_are_looked_at_once_for_all_metrics_that_share_them(judges, monkeypatch):
-    judge, _ = video_judges.load_judge(CLIP)
+    judge, _ = video_judges.load_judge(CLIP, CPU)
     seen = []
 
     def forward(frames, antialias):
@@ -107,5 +108,5 @@ def test_judges_look_in_float32_as_the_passport_says_whatever_their_file_holds(
     if name == CLIP:
         CLIPTokenizer.from_pretrained(judge_folders / name).save_pretrained(tmp_path / name)
     monkeypatch.setenv("DITBENCH_JUDGES", str(tmp_path))
-    judge, origin = video_judges.load_judge(name)
+    judge, origin = video_judges.load_judge(name, CPU)
     assert {parameter.dtype for parameter in judge.parameters()} == {torch.float32} and origin["dtype"] == "float32"

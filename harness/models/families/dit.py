@@ -18,6 +18,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import pipeline_without
 from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
 from ditbench.harness.models.calls import RowDims
+from ditbench.harness.models.parts import placed_on
 from ditbench.harness.models.samplers import CorrectedDDPM
 from ditbench.harness.quant.blocks import OneStream
 from ditbench.harness.quant.target import AdaLNRows, Site, ValueRows
@@ -99,7 +100,7 @@ def sample(
 ) -> Drawn:
     """`DiTPipeline.__call__` with one generator per sample, latents in float32 and the step index published.
 
-    Latents are (B, C, h, w), on the CPU. Guidance > 1 doubles the batch: [conditional, null].
+    Latents are (B, C, h, w), on the transformer's device; noise is drawn on the CPU. Guidance > 1 doubles the batch: [conditional, null].
     on_call(step, kwargs) sees the transformer's inputs; `correct` may replace the guided estimate, and DDPM's variance.
     """
     config, device = transformer.config, next(transformer.parameters()).device
@@ -118,18 +119,18 @@ def sample(
 
     generators = [torch.Generator().manual_seed(seed) for seed in conditions.seeds]
     shape = (config.in_channels, config.sample_size, config.sample_size)
-    latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     for step, timestep in enumerate(scheduler.timesteps):
         transformer.clock.set(step, sampler.steps)
         model_input = torch.cat([latents, latents]) if guided else latents
         inputs = {
-            "hidden_states": scheduler.scale_model_input(model_input, timestep).to(device, dtype),
+            "hidden_states": scheduler.scale_model_input(model_input, timestep).to(dtype),
             "timestep": timestep.expand(len(labels)).to(device),
             "class_labels": labels,
         }
         if on_call is not None:
             on_call(step, inputs)
-        output = transformer(**inputs).sample.float().cpu()
+        output = transformer(**inputs).sample.float()
         noise, variance = output[:, : config.in_channels], output[:, config.in_channels :]
         if guided:
             conditional, null = noise.chunk(2)
@@ -159,12 +160,13 @@ def pixels(pipe: DiTPipeline, latents: Tensor) -> Tensor:
     if pipe.vae is None:
         images = latents
     else:
-        parameter = next(pipe.vae.parameters())
-        images = pipe.vae.decode(latents.to(parameter) / pipe.vae.config.scaling_factor).sample.float().cpu()
+        with placed_on(pipe.vae, latents.device):
+            parameter = next(pipe.vae.parameters())
+            images = pipe.vae.decode(latents.to(parameter) / pipe.vae.config.scaling_factor).sample.float()
     return (images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)).clamp(-1, 1)
 
 
-def step_inputs(pipe: DiTPipeline, batch: int) -> dict[str, Tensor]:
+def step_inputs(pipe: DiTPipeline, batch: int, device: torch.device) -> dict[str, Tensor]:
     config = pipe.transformer.config
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config.in_channels, config.sample_size, config.sample_size)

@@ -65,7 +65,7 @@ class OpenSoraPipeline(DiffusionPipeline):
         """Sizes in pixels and frames. aesthetic_score: said in the caption, as in training; None leaves it out. output_type: "pt" or "latent"."""
         if not self.scheduler.config.use_dynamic_shifting:
             raise ValueError("the scheduler of Open-Sora needs use_dynamic_shifting: true; see its config")
-        caption_BLC, mask_BL = self._read(prompt, aesthetic_score)
+        caption_BLC, mask_BL = self.encode_prompt(prompt, aesthetic_score)
         guided = guidance_scale > 1
         if guided:
             null_BLC = self.transformer.y_embedder.y_embedding.to(caption_BLC).expand_as(caption_BLC)
@@ -105,7 +105,7 @@ class OpenSoraPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return OpenSoraOutput(frames) if return_dict else (frames,)
 
-    def _read(self, prompts: Sequence[str], aesthetic_score: float | None) -> tuple[Tensor, Tensor]:
+    def encode_prompt(self, prompts: Sequence[str], aesthetic_score: float | None) -> tuple[Tensor, Tensor]:
         """T5's last states (B, L, C) and which of them are the caption's (B, L)."""
         score = "" if aesthetic_score is None else f" aesthetic score: {aesthetic_score:.1f}."
         tokens = self.tokenizer(
