@@ -24,6 +24,7 @@ from ditbench.harness.common.code_identity import code_identity
 from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.files import canonical_sha256, disk_errors_explained, is_disk_error
 from ditbench.harness.common.memory import PeakMemory, peak_memory
+from ditbench.harness.common.precision import compute_float32_in_float32
 from ditbench.harness.fitting import mixed_precision, registry
 from ditbench.harness.generation.float_model import float_images, float_values, noise_floor
 from ditbench.harness.generation.generate import conditions, generate, save_animation, save_grid, save_samples
@@ -54,6 +55,7 @@ def run(config: RunConfig) -> Record:
     Raises:
         UserError: the model cannot be loaded, or results cannot be written; with config.strict: a metric would be skipped.
     """
+    compute_float32_in_float32()
     model = model_of(config.model)
     if config.strict and (skipped := will_be_skipped(config, model)):
         raise UserError(f"--strict: {config.model.name}: these metrics would be skipped\n{skipped}")
