@@ -8,6 +8,7 @@ from pathlib import Path
 from ditbench.harness.common.errors import reason
 from ditbench.harness.common.files import disk_errors_explained, is_disk_error
 from ditbench.harness.common.memory import peak_memory
+from ditbench.harness.common.precision import compute_float32_in_float32
 from ditbench.harness.common.timer import Timer, say
 from ditbench.harness.fitting import registry
 from ditbench.harness.measurement.layer_errors import layer_table
@@ -33,6 +34,7 @@ def run(config: RunConfig) -> Record:
     Raises:
         UserError: the model cannot be loaded, or results cannot be written; with config.strict: a metric would be skipped.
     """
+    compute_float32_in_float32()
     model = model_of(config.model)
     if config.strict:
         refuse_skipped_metrics(config, model)

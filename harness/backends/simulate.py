@@ -2,8 +2,9 @@
 
 Where both sides are codes × scale, float32 multiplies the codes (less their zero points) and scales follow, weight's first, as
 an integer kernel does it. Sums of products of integers are whole numbers, exact below 2²⁴, so that a kernel which scales in
-this order gives the same bits; in four bits one code that rounds the other way would change an image visibly. Products of
-e4m3 codes are exact too, their sums are rounded to float32. Its speed says nothing, so none is reported.
+this order gives the same bits; in four bits one code that rounds the other way would change an image visibly. Accelerators
+multiply them in bfloat16 where that gives the same sums (`exact_sums`). Products of e4m3 codes are exact too, their sums are
+rounded to float32. Its speed says nothing, so none is reported.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditbench.harness.backends.base import Kernel
+from ditbench.harness.backends.exact_sums import WholeWeight
 from ditbench.harness.quant.packing import pack, unpack
 from ditbench.harness.quant.quantizers import (
     ActQuant,
@@ -73,6 +75,8 @@ class SimulatedKernel(Kernel):
         if recipe.act is not None and recipe.act.scale is not None:
             self.act_scale, self.act_zero_point = recipe.act.scale, recipe.act.zero_point  # counted, and moved with us
         self._unpacked: Tensor | None = None
+        self._whole: WholeWeight | None = None
+        self._decided_on: torch.device | None = None
 
     def quantized_weight(self) -> QuantizedWeight | LookupWeight:
         if hasattr(self, "levels"):
@@ -113,20 +117,33 @@ class SimulatedKernel(Kernel):
         """Σ_g ((Σ_c x_code w_code) · s_w) · s_x over the groups of either side."""
         assert self.act is not None
         codes, scale = centred_activation(x, self.act, step)
-        weight_OC, scale_OG = self.unpacked().to(x.dtype), self.scale_OG.to(x.dtype)
         grouped = self.act.spec.granularity == "per_group"
-        x_groups, w_groups = codes.shape[-2] if grouped else 1, scale_OG.shape[1]
+        x_groups, w_groups = codes.shape[-2] if grouped else 1, self.scale_OG.shape[1]
         groups = max(x_groups, w_groups)
         width = x.shape[-1] // groups
-        codes, weight_OGg = codes.reshape(*x.shape[:-1], groups, width), weight_OC.unflatten(1, (groups, width))
+        codes, scale_OG = codes.reshape(*x.shape[:-1], groups, width), self.scale_OG.to(x.dtype)
+        whole = None if codes.dtype == torch.float64 or codes.requires_grad else self.whole_weight(groups)
+        weight_OC = self.unpacked().to(x.dtype) if whole is None else whole.weight_OC
         total: Tensor | None = None
         for group in range(groups):
             scale_x = scale[..., group % x_groups, :] if grouped else scale
-            whole = F.linear(codes[..., group, :], weight_OGg[:, group])
-            part = whole * scale_OG[:, group % w_groups] * scale_x
+            columns = slice(group * width, (group + 1) * width)
+            ours = codes[..., group, :]
+            sums = F.linear(ours, weight_OC[:, columns]) if whole is None else whole.product(ours, columns)
+            part = sums * scale_OG[:, group % w_groups] * scale_x
             total = part if total is None else total + part
         assert total is not None
         return total
+
+    def whole_weight(self, groups: int) -> WholeWeight | None:
+        """The codes less their zero points as the device multiplies them exactly in bfloat16, if it does."""
+        if self._decided_on != self.packed.device:
+            assert self.act is not None
+            self._whole = WholeWeight.of(self.unpacked(), groups, self.act)
+            self._decided_on = self.packed.device
+            if self._whole is not None:
+                self._unpacked = None  # float32 is no longer needed
+        return self._whole
 
 
 def centred_codes(weight: QuantizedWeight) -> Tensor:

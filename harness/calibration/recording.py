@@ -126,7 +126,9 @@ def calibrate(
         return Calibration(kept, key, path.parent, device, {"calibration": saved_seconds(path)})
 
     start_time = perf_counter()
-    recorder = Recorder(sampler.steps, row_dims(model.step_inputs(FEW, device), model.step_inputs(MORE, device), model.adapter.ROWS))
+    recorder = Recorder(
+        sampler.steps, row_dims(model.step_inputs(FEW, device), model.step_inputs(MORE, device), model.adapter.ROWS)
+    )
     transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device)
     starts = range(0, n, batch_size)
     with torch.no_grad(), progress_bar(total=sampler.steps * len(starts), desc="calibrate") as progress:

@@ -289,7 +289,7 @@ def _latency_ms(timing, model, target, recipes, labels, units, shares_R) -> tupl
     Raises:
         UserError: a layer of a candidate has no kernel here that computes in its format.
     """
-    inputs = placed(model.step_inputs(timing.rows), timing.dtype, timing.device)
+    inputs = placed(model.step_inputs(timing.rows, timing.device), timing.dtype, timing.device)
     columns, rests = [], []
     for label, recipe in zip(labels, recipes, strict=True):
         built = build(target, recipe, dtype=timing.dtype, device=timing.device, backend=timing.backend)

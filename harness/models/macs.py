@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from ditbench.harness.models.calls import float_dtype, placed
 from ditbench.harness.quant.target import QUANTIZABLE, weight_matrix
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 @torch.no_grad()
@@ -57,6 +59,8 @@ def on_meta(transformer: nn.Module) -> nn.Module:
 
 
 def _count(transformer: nn.Module, arguments: dict[str, Any]) -> dict[str, int]:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which then reads its environment
+
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, QUANTIZABLE)}
     macs = dict.fromkeys(layers, 0)
 

@@ -14,6 +14,7 @@ import ditbench
 from ditbench.harness.common.code_identity import PACKAGES, package_version
 from ditbench.harness.common.devices import device_name
 from ditbench.harness.common.paths import HARNESS
+from ditbench.harness.common.precision import float32_precision
 
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "packages": {name: package_version(name) for name in PACKAGES},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "float32": float32_precision(),
         "seeds": {"seed": seed},
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -131,6 +131,7 @@ def test_timings_and_environment_are_there(first):
     env = first["env"]
     assert env["ditbench"] == ditbench.__version__ and env["seeds"] == {"seed": 0}
     assert env["packages"]["torch"] and env["packages"]["diffusers"] and env["device"] and env["python"]
+    assert env["float32"] == "float32"
     assert env["git"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", env["git"])
 
 
