@@ -3,8 +3,9 @@
     python bench/gpu_blocks.py --out FOLDER            # on a CUDA device
     python bench/gpu_blocks.py --out FOLDER --dry      # tiny, on the CPU, in Triton's interpreter: shows that it runs, times nothing
 
-Writes gpu_blocks.json and gpu_blocks.md. Every candidate of a block is called in turn, so that all see the same clocks;
-a time is the median over `--repeats` rounds. The roofline is what one product of the block's largest layer, and one copy, reach.
+Writes gpu_blocks.json and gpu_blocks.md, after each block and each roofline. Every candidate of a block is called in turn, so that all
+see the same clocks; a time is the median over `--repeats` rounds. Compiling takes most of the time: what `--limit` seconds do not
+suffice for is named, the rest is timed. The roofline is what one product of the block's largest layer, and one copy, reach.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,18 +50,18 @@ class Shape:
     tokens: int
 
 
-SHAPES = {"flux": Shape(3072, 24, 12288, 4096), "pixart": Shape(1152, 16, 4608, 4096)}
+SHAPES = {"pixart": Shape(1152, 16, 4608, 4096), "flux": Shape(3072, 24, 12288, 4096)}
 DRY_SHAPES = {"tiny": Shape(32, 2, 64, 24)}
 
 FORMATS = {  # name: (backend, format, Hadamard before every layer)
     "W8A8": (cuda_int8, "w8a8", False),
-    "W8A8 rotated": (cuda_int8, "w8a8", True),
     "FP8": (cuda_fp8, "fp8", False),
-    "FP8 rotated": (cuda_fp8, "fp8", True),
     "W4A8": (cuda_w4a8, "w4a8", False),
-    "W4A8 rotated": (cuda_w4a8, "w4a8", True),
-    "W4A4 (int8 cores)": (cuda_w4a4_on_int8, "w4a4", True),
     "W4A16": (cuda_w4a16, "w4a16", False),
+    "W8A8 rotated": (cuda_int8, "w8a8", True),
+    "FP8 rotated": (cuda_fp8, "fp8", True),
+    "W4A8 rotated": (cuda_w4a8, "w4a8", True),
+    "W4A4 rotated (int8 cores)": (cuda_w4a4_on_int8, "w4a4", True),
 }
 
 
@@ -86,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for a block's candidates to be made")
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *DRY_SHAPES])
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU; no times")
     options = parser.parse_args()
@@ -107,17 +110,25 @@ def main() -> None:
     }
     known = DRY_SHAPES if options.dry else SHAPES
     for name in options.shapes or known:
-        found["blocks"][name] = block_times(known[name], device, options.repeats, timed=not options.dry)
+        found["blocks"][name] = block_times(known[name], device, options.repeats, options.limit, timed=not options.dry)
+        write(found, options.out)
         if not options.dry:
             found["roofline"][name] = roofline(known[name], device)
-        (options.out / "gpu_blocks.json").write_text(json.dumps(found, indent=1))  # what is done is kept
-        (options.out / "gpu_blocks.md").write_text(table(found))
+            write(found, options.out)
     print(table(found))
 
 
+def write(found: dict[str, Any], out: Path) -> None:
+    """What is done is kept, whatever becomes of the rest."""
+    (out / "gpu_blocks.json").write_text(json.dumps(found, indent=1))
+    (out / "gpu_blocks.md").write_text(table(found))
+
+
 @torch.no_grad()
-def block_times(shape: Shape, device: torch.device, repeats: int, *, timed: bool) -> dict[str, dict[str, Any]]:
-    """{candidate: eager_ms, compiled_ms, bytes of its linear layers, error against bf16 (RMS, relative), failure}."""
+def block_times(
+    shape: Shape, device: torch.device, repeats: int, limit_s: float, *, timed: bool
+) -> dict[str, dict[str, Any]]:
+    """{candidate: eager_ms, compiled_ms, bytes of its linear layers, error against bf16 (RMS, relative)}, or what failed."""
     torch.manual_seed(0)
     block = Block(shape).to(device, torch.bfloat16).eval()
     x = torch.randn(1, shape.tokens, shape.width, dtype=torch.bfloat16).to(device)
@@ -126,18 +137,18 @@ def block_times(shape: Shape, device: torch.device, repeats: int, *, timed: bool
         makers[name] = lambda entry=entry: replaced(block, lambda linear: quantized(linear, *entry, device))
     makers |= torchao_makers(block) if device.type == "cuda" else {}
 
-    expected = block(x).float()
+    expected, started_s = block(x).float(), time.monotonic()
     found: dict[str, dict[str, Any]] = {}
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, make in makers.items():
+        if time.monotonic() - started_s > limit_s:
+            found[name] = {"failure": f"not reached in {limit_s:g} s"}
+            continue
         try:
             candidate = make()
             error = candidate(x).float() - expected
-            engine = "inductor" if timed else "aot_eager"
-            compiled = torch.compile(candidate, fullgraph=True, dynamic=False, backend=engine)
-            compiled(x)
         except Exception as failure:  # one candidate that cannot run must not cost the others their numbers
-            found[name] = {"failure": f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"}
+            found[name] = {"failure": short(failure)}
             continue
         found[name] = {
             "linear_bytes": resident_bytes(candidate),
@@ -145,11 +156,23 @@ def block_times(shape: Shape, device: torch.device, repeats: int, *, timed: bool
         }
         if timed:
             calls[name, "eager_ms"] = lambda candidate=candidate: candidate(x)
+        try:
+            engine = "inductor" if timed else "aot_eager"
+            compiled = torch.compile(candidate, fullgraph=True, dynamic=False, backend=engine)
+            compiled(x)
+        except Exception as failure:
+            found[name]["not_compiled"] = short(failure)
+            continue
+        if timed:
             calls[name, "compiled_ms"] = lambda compiled=compiled: compiled(x)
     times = interleaved(calls, repeats)
     for (name, kind), median in times.items():
         found[name][kind] = median
     return found
+
+
+def short(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')[:200]}"
 
 
 def quantized(linear: nn.Linear, backend: Any, label: str, rotated: bool, device: torch.device):
@@ -192,7 +215,8 @@ def torchao_makers(block: Block) -> dict[str, Callable[[], nn.Module]]:
             PerRow,
             quantize_,
         )
-    except ImportError:
+    except Exception as failure:  # not there, or not for this torch
+        print(f"without torchao: {failure}", file=sys.stderr)
         return {}
 
     def make(config: Any) -> nn.Module:
@@ -257,14 +281,21 @@ def roofline(shape: Shape, device: torch.device) -> dict[str, Any]:
     source = torch.empty(2**28, device=device, dtype=torch.int8)
     target = torch.empty_like(source)
     calls["copy"] = lambda: target.copy_(source)
-    times = interleaved(calls, repeats=20)
     found: dict[str, Any] = {}
+    for name, call in list(calls.items()):
+        try:
+            call()
+        except Exception as failure:
+            found[name] = {"failure": short(failure)}
+            del calls[name]
+    times = interleaved(calls, repeats=20)
     for name, ms in times.items():
         found[name] = {"ms": ms}
         if "product" in name:
             found[name]["TFLOP/s"] = 2 * m * c * o / ms / 1e9
-    found["copy"]["GB/s (read and written)"] = 2 * source.nbytes / times["copy"] / 1e6
-    found["rows to int8 (ours)"]["GB/s (read and written)"] = 3 * m * c / times["rows to int8 (ours)"] / 1e6
+    for name, moved in (("copy", 2 * source.nbytes), ("rows to int8 (ours)", 3 * m * c)):
+        if name in times:
+            found[name]["GB/s (read and written)"] = moved / times[name] / 1e6
     return found
 
 
@@ -283,14 +314,22 @@ def table(found: dict[str, Any]) -> str:
                 continue
             cells = [name]
             for kind in ("eager_ms", "compiled_ms"):
-                cells += [f"{row[kind]:.3f}", f"{base[kind] / row[kind]:.2f}"] if kind in row else ["–", "–"]
+                cells.append(f"{row[kind]:.3f}" if kind in row else "–")
+                cells.append(f"{base[kind] / row[kind]:.2f}" if kind in row and kind in base else "–")
             size = row["linear_bytes"]
-            cells += [f"{size / 1e6:.1f}", f"{base['linear_bytes'] / size:.2f}", f"{row['relative_rms_error']:.4f}"]
+            smaller = f"{base['linear_bytes'] / size:.2f}" if "linear_bytes" in base else "–"
+            cells += [f"{size / 1e6:.1f}", smaller, f"{row['relative_rms_error']:.4f}"]
             lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += [
+            "",
+            *(f"{name}, compiled: {row['not_compiled']}" for name, row in rows.items() if "not_compiled" in row),
+        ]
     for shape, rows in found["roofline"].items():
         lines += [f"| {shape}: one product, one copy | ms | reached |", "|---|--:|--:|"]
         for name, row in rows.items():
+            if "failure" in row:
+                lines.append(f"| {name} | {row['failure']} | |")
+                continue
             reached = next((f"{value:.0f} {unit}" for unit, value in row.items() if unit != "ms"), "–")
             lines.append(f"| {name} | {row['ms']:.4f} | {reached} |")
         lines.append("")

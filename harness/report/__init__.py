@@ -11,7 +11,6 @@ from ditbench.harness.common.files import atomic_path, disk_errors_explained
 from ditbench.harness.records.record import Record, experiment_folder, read_all
 from ditbench.harness.report import compare, paired, text
 from ditbench.harness.report.frame import frame
-from ditbench.harness.report.html import page
 from ditbench.harness.report.seeds import over_seeds
 
 FORMATS = ("md", "csv", "latex", "html")
@@ -49,6 +48,8 @@ def report(
     groups = compare.groups(records)
     headline = compare.headline(groups, metrics)
     if format == "html":
+        from ditbench.harness.report.html import page  # here, since only a page needs plotly and jinja2
+
         out = out or Path(results_dir) / (
             f"report-{experiment.replace('/', '-')}.html" if experiment else "report.html"
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare
 from ditbench.harness.report.compare import Group, value
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MIB = 2**20
 SIMULATED = "simulated"
@@ -17,6 +18,8 @@ SIMULATED = "simulated"
 
 def frame(groups: Sequence[Group]) -> pd.DataFrame:
     """One row per record, numbers as recorded. Per metric: value, interval, n, mark, inside_noise_floor, reason."""
+    import pandas as pd
+
     rows = []
     for group in groups:
         for index, (record, name) in enumerate(zip(group.records, group.run_names, strict=True)):

@@ -8,16 +8,54 @@ import pytest
 from ditbench.harness.common.paths import CONF
 
 
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(CONF.parent) + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=CONF.parent, capture_output=True, text=True
+    )
+
+
 def test_the_gpu_bench_runs_dry_with_every_format_compiled_in_one_graph(tmp_path):
     """Tiny, in Triton's interpreter; compiled without Inductor's code. It must time nothing."""
     pytest.importorskip("triton")
-    environment = os.environ | {"PYTHONPATH": str(CONF.parent) + os.pathsep + os.environ.get("PYTHONPATH", "")}
-    run = [sys.executable, "bench/gpu_blocks.py", "--dry", "--out", tmp_path]
-    found = subprocess.run(run, env=environment, cwd=CONF.parent, capture_output=True, text=True)
+    found = script("bench/gpu_blocks.py", "--dry", "--out", str(tmp_path))
     assert found.returncode == 0, found.stderr
     rows = json.loads((tmp_path / "gpu_blocks.json").read_text())["blocks"]["tiny"]
     assert {name: row["failure"] for name, row in rows.items() if "failure" in row} == {}
+    assert not any("not_compiled" in row for row in rows.values())
     assert len(rows) == 9 and not any(key.endswith("_ms") for row in rows.values() for key in row)
     assert 0 < rows["W8A8"]["relative_rms_error"] < rows["FP8"]["relative_rms_error"]
     assert rows["FP8"]["relative_rms_error"] < rows["W4A8"]["relative_rms_error"] < 0.2
-    assert "W4A4 (int8 cores)" in (tmp_path / "gpu_blocks.md").read_text()
+    assert "W4A4 rotated (int8 cores)" in (tmp_path / "gpu_blocks.md").read_text()
+
+
+def test_candidates_that_the_time_does_not_suffice_for_are_named_and_the_table_is_there(tmp_path):
+    pytest.importorskip("triton")
+    found = script("bench/gpu_blocks.py", "--dry", "--limit", "0", "--out", str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert "| W4A16 | not reached in 0 s |" in (tmp_path / "gpu_blocks.md").read_text()
+
+
+ABSENT = ("plotly", "jinja2", "markupsafe", "pandas", "sklearn", "wandb", "torch_fidelity", "cleanfid")
+BARE = f"""
+import importlib.machinery, sys
+
+finder = importlib.machinery.PathFinder
+found = finder.find_spec
+finder.find_spec = lambda name, *where: None if name.split(".")[0] in {ABSENT} else found(name, *where)
+import pathlib
+from ditbench.harness.cli import main
+
+folder = pathlib.Path(sys.argv[1])
+few = ["protocol.n=2", "protocol.steps=1", "calibration.n=2", "measure.repeats=1", "measure.warmup=0", "measure.samples=1"]
+few += ["metrics=fidelity", "metrics.resamples=2", "generate.noise_floor_seeds=0", "measure.layer_errors=false"]
+assert main(["run", "device=cpu", "tracker=none", f"results_dir={{folder}}", *few]) == 0
+assert main(["report", "--results-dir", str(folder), "--format", "md", "--out", str(folder / "table.md")]) == 0
+"""
+
+
+def test_a_run_and_its_table_need_no_package_of_pages_and_trackers(tmp_path):
+    """A machine with a GPU and no network: see bench/gpu.sh."""
+    found = script("-c", BARE, str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert "W8A8" in (tmp_path / "table.md").read_text()
