@@ -46,9 +46,9 @@ class _ClampWithEnds(torch.autograd.Function):
         return x.clamp(low, high)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = ctx.saved_tensors
-        return torch.where(inside, gradient, 0.0), None, None
+        return torch.where(inside, gradients[0], 0.0), None, None
 
 
 class AdaRound(nn.Module):
