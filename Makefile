@@ -4,6 +4,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Which torch: `make TORCH='torch==2.12.*' …` takes that one. Left to itself (auto), a machine without an NVIDIA GPU gets a CPU build
+# instead of gigabytes of CUDA, if pip sees one as it is configured or at PyTorch's own index. Otherwise pip chooses.
+TORCH ?= auto
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+newest_cpu_build = $(PIP) index versions torch $(1) 2>/dev/null | tr -s ' ,' '\n' | sed -n '/+cpu$$/{s/^/torch==/p;q}'
 
 .PHONY: demo test check install install-test format clean
 
@@ -29,12 +36,24 @@ install-test: $(VENV)/.installed-test
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e .
+# A constraint on torch for pip, or nothing; nothing as well where torch is installed already.
+$(VENV)/torch.txt: pyproject.toml | $(BIN)/python
+	@echo '$(filter-out auto,$(TORCH))' > $@.part
+	@if [ '$(TORCH)' = auto ] && ! nvidia-smi >/dev/null 2>&1 && ! $(PIP) show torch >/dev/null 2>&1; then \
+	  $(call newest_cpu_build,) > $@.part; \
+	  if [ ! -s $@.part ]; then \
+	    $(call newest_cpu_build,--index-url $(CPU_INDEX) --retries 0 --timeout 5) > $@.part; \
+	    [ ! -s $@.part ] || $(PIP) install -q --index-url $(CPU_INDEX) -c $@.part torch torchvision || : > $@.part; \
+	  fi; \
+	fi
+	@mv $@.part $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/torch.txt
+	$(PIP) install -q -c $(VENV)/torch.txt -e .
 	touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[test]"
+$(VENV)/.installed-test: pyproject.toml $(VENV)/torch.txt
+	$(PIP) install -q -c $(VENV)/torch.txt -e ".[test]"
 	touch $@ $(VENV)/.installed
 
 clean:

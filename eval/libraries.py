@@ -10,8 +10,10 @@ import contextlib
 import io
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+from scipy import linalg
 from torch import Tensor, nn
 
 from ditbench.eval.base import MetricSkipped
@@ -98,15 +100,13 @@ def torch_fidelity_prc(generated_NF: Tensor, reference_MF: Tensor) -> tuple[floa
 
 
 def clean_fid_fid(generated_NF: Tensor, reference_MF: Tensor, seed: int) -> Scored:
-    from cleanfid.fid import frechet_distance
+    from cleanfid import fid
 
     said = io.StringIO()  # clean-fid prints when it had to add to a singular covariance
     moments = [(x.numpy().mean(axis=0), np.cov(x.numpy(), rowvar=False)) for x in (generated_NF, reference_MF)]
     try:
-        with seeded(seed), contextlib.redirect_stdout(said):
-            value = frechet_distance(*moments[0], *moments[1])
-    except TypeError as error:  # scipy 1.18 removes sqrtm's `disp`, which clean-fid 0.1.35 passes
-        raise MetricSkipped(f"clean-fid does not run with this scipy ({error}); install 'scipy<1.18'") from error
+        with seeded(seed), contextlib.redirect_stdout(said), patch.object(fid, "linalg", _LinalgOfCleanFid):
+            value = fid.frechet_distance(*moments[0], *moments[1])
     except ValueError as error:
         raise MetricSkipped(
             f"clean-fid: no real square root of the covariances ({error}); generate more images"
@@ -145,6 +145,15 @@ def kid_subset_size(generated_NF: Tensor, reference_MF: Tensor) -> int:
 
 def is_splits(n: int) -> int:
     return IS_SPLITS if n >= IS_SPLITS * IS_MIN_PER_SPLIT else 1
+
+
+class _LinalgOfCleanFid:
+    """scipy.linalg as clean-fid 0.1.35 calls it: sqrtm(…, disp=False) → (root, error). scipy 1.18 has no `disp`."""
+
+    @staticmethod
+    def sqrtm(matrix: np.ndarray, disp: bool = True) -> Any:
+        root = linalg.sqrtm(matrix)
+        return root if disp else (root, None)
 
 
 class _Given(nn.Module):

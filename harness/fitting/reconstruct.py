@@ -72,6 +72,9 @@ class Reconstruction:
         for name in ("iterations", "batch_size", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{method}: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("scale_power", "sharpness_start", "sharpness_end"):  # at 1, |v|^power has a kink where v is 0
+            if getattr(self, name) <= 1:
+                raise ValueError(f"{method}: {name} must be above 1, got {getattr(self, name)}")
         for name in ("warmup", "input_prob", "act_prob"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{method}: {name} must be in [0, 1], got {getattr(self, name)}")

@@ -11,10 +11,22 @@
     δ, z     scale, zero_point   of the start, not learned
 
 `LearnedAct` is the same for a static activation quantizer: its scale is learned through the rounding as if that were the
-identity (LSQ, Esser et al. 2020, arXiv:1902.08153, without its gradient scale, which Adam takes out).
+identity (LSQ, Esser et al. 2020, arXiv:1902.08153, eqs. 3 and 5, without its gradient scale, which Adam takes out). With
+q = ⌊x/s⌉ + z:
+
+    ∂x̂/∂s = ⌊x/s⌉ − x/s  where q_min ≤ q ≤ q_max,  otherwise the end's code − z        ∂x̂/∂x = 1 there, otherwise 0
+
+Whether a value is inside is asked of its rounded code, as in the code of BRECQ and QDrop and in torch's own learnable
+quantizer; LSQ asks x/s itself, which differs for what lies less than half a step behind an end.
+
+Both ends of both clamps count as inside (`clamp_with_ends`). Many values lie exactly there: the largest weight of a row has
+h = 0, and every input near the end of its range gets the end's code. What autograd does with `Tensor.clamp` there is its own
+choice, and changed in torch 2.14.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +36,19 @@ from ditbench.harness.quant.spec import needs_integers
 
 STRETCH = (-0.1, 1.1)
 SCALE_FLOOR = 1e-3  # of the starting scale: a learned scale stays positive
+
+
+class _ClampWithEnds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        slack = torch.finfo(x.dtype).eps  # h of a weight on the grid is 0 but for the rounding of the sigmoid
+        ctx.save_for_backward((x >= low - slack) & (x <= high + slack))
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return torch.where(inside, gradients[0], 0.0), None, None
 
 
 class AdaRound(nn.Module):
@@ -56,7 +81,7 @@ class AdaRound(nn.Module):
         codes = self.floor_OGg + up_OGg
         if self.zero_point_OG is not None:
             codes = codes + self.zero_point_OG[..., None]
-        return codes.clamp(self.spec.quant_min, self.spec.quant_max)
+        return clamp_with_ends(codes, self.spec.quant_min, self.spec.quant_max)
 
     def _dequantize(self, up_OGg: Tensor) -> Tensor:
         zero_point = None if self.zero_point_OG is None else self.zero_point_OG[..., None]
@@ -84,7 +109,8 @@ class LearnedAct(nn.Module):
         zero_point = None if self.quant.zero_point is None else self.quant.zero_point.at(step)
         spec, codes = self.quant.spec, x / scale
         codes = codes + (codes.round() - codes).detach()  # rounding, with the gradient of the identity
-        codes = (codes if zero_point is None else codes + zero_point).clamp(spec.quant_min, spec.quant_max)
+        codes = codes if zero_point is None else codes + zero_point
+        codes = clamp_with_ends(codes, spec.quant_min, spec.quant_max)
         return from_codes(codes, scale, zero_point)
 
     @torch.no_grad()
@@ -107,7 +133,12 @@ class LearnedAct(nn.Module):
 def rectified_sigmoid(alpha: Tensor) -> Tensor:
     """h(α)."""
     low, high = STRETCH
-    return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
+    return clamp_with_ends(torch.sigmoid(alpha) * (high - low) + low, 0, 1)
+
+
+def clamp_with_ends(x: Tensor, low: float, high: float) -> Tensor:
+    """clamp(x, low, high); the gradient passes where low ≤ x ≤ high, both ends to within a rounding, and is 0 elsewhere."""
+    return _ClampWithEnds.apply(x, low, high)
 
 
 def alpha_of(up: Tensor) -> Tensor:

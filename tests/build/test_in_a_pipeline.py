@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -16,6 +21,7 @@ from ditbench.harness.models.base import ModelSpec, Sampler, load_model
 from ditbench.harness.models.calls import placed
 from ditbench.harness.samples.samples import Prompt
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "export.md"
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"))
 STEPS = 3
 SAMPLER = Sampler("ddim", STEPS, 2.0)
@@ -59,6 +65,26 @@ def call(pipe, model, steps=STEPS):
             output_type="latent",
             **model.adapter.call(model.pipe) | model.adapter.size,
         ).images
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="not a source checkout")
+def test_the_script_of_the_docs_runs_in_a_process_of_its_own(folder, model, write, tmp_path):
+    """With our small pipeline in place of the real one, on the CPU: nothing is imported before the script's first line."""
+    calibration = calibrate(model, SAMPLER, n=2, seed=0, prompts=PROMPTS)
+    write(tmp_path / "w4a8", model.target(), calibration, model, "rtn", DYNAMIC)
+    script = PAGE.read_text().partition("```python\n")[2].partition("```")[0]
+    for real, small in {
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": str(folder),
+        '"cuda"': '"cpu"',
+        "num_inference_steps=20": "num_inference_steps=2, use_resolution_binning=False",
+    }.items():
+        assert script.count(real) == 1
+        script = script.replace(real, small)
+    script += "print(image.size, type(pipe.transformer.transformer_blocks[0].ff.net[2]).__name__)"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["(16,", "16)", "QuantLinear"], done.stdout
 
 
 def test_a_plain_pipeline_draws_what_the_run_drew_bit_for_bit(export, ours, model, folder):

@@ -97,6 +97,14 @@ def test_three_libraries_agree_on_fid_in_the_judges_features(evidence):
     assert values == pytest.approx([values[0]] * 3, rel=1e-3)
 
 
+def test_clean_fid_runs_with_a_scipy_whose_square_root_takes_a_matrix_and_nothing_else(evidence, monkeypatch):
+    """scipy 1.18's: without the `disp` that clean-fid 0.1.35 passes."""
+    name, root = "clean_fid/fid_judge", linalg.sqrtm
+    before = evaluate([name], evidence)[name]["value"]
+    monkeypatch.setattr(linalg, "sqrtm", lambda matrix: root(matrix))
+    assert evaluate([name], evidence)[name]["value"] == before
+
+
 def test_three_libraries_agree_on_kid_within_its_interval(evidence):
     names = ["torchmetrics/kid_judge", "torch_fidelity/kid_judge", "clean_fid/kid_judge"]
     entries = evaluate(names, evidence)

@@ -58,6 +58,56 @@ def block_errors(target, calibration, recipe) -> list[float]:
     return list(errors.values())
 
 
+KINKED = {
+    "Clamp",
+    "ClampMin",
+    "ClampMax",
+    "Hardtanh",
+    "Relu",
+    "Threshold",
+    "Hardsigmoid",
+    "Hardswish",
+    "Maximum",
+    "Minimum",
+}
+KINKED |= {
+    "Max",
+    "Min",
+    "Amax",
+    "Amin",
+    "Aminmax",
+    "Quantile",
+    "Sort",
+    "Topk",
+    "Round",
+    "Floor",
+    "Ceil",
+    "Trunc",
+    "Sign",
+}
+
+
+def test_no_gradient_is_left_to_what_torch_does_at_a_kink(small_model, small_calibration, monkeypatch):
+    """Of what lies between the loss and what is learned, only `abs` has one, under a power above 1: smooth."""
+    target, seen = small_model.target(attention=True), set()
+    kept = torch.autograd.grad
+
+    def look(loss, parameters):
+        waiting = [loss.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [before for before, _ in node.next_functions]
+        return kept(loss, parameters)
+
+    monkeypatch.setattr(torch.autograd, "grad", look)
+    settings = replace(SHORT, iterations=3, warmup=0.0, input_prob=0.5, act_prob=0.5, scale_iterations=2)
+    learned(target, small_calibration, W4A8_STATIC, settings)
+    names = {node.name().partition("Backward")[0] for node in seen}
+    assert {"_ClampWithEnds", "Abs", "Softmax"} <= names and not names & KINKED, names
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """[(learner, samples)] of each block, with nothing learned."""
@@ -331,6 +381,8 @@ def test_the_error_is_summed_over_channels_and_averaged_over_the_rest(normal):
     [
         ({"reconstruct": "layer"}, "block or none, got 'layer'"),
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"scale_power": 1.0}, "scale_power must be above 1, got 1.0"),
+        ({"sharpness_end": 0.5}, "sharpness_end must be above 1, got 0.5"),
         ({"warmup": 1.5}, r"warmup must be in \[0, 1\], got 1.5"),
         ({"input_prob": -0.1}, r"input_prob must be in \[0, 1\]"),
     ],

@@ -51,6 +51,16 @@ def test_nothing_that_is_not_part_of_the_product_is_inside(names, wheel):
     assert wheel.stat().st_size < 20 * 2**20
 
 
+def test_the_license_is_inside_and_named(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE"))
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert archive.read(file) == (ROOT / "LICENSE").read_bytes()
+        assert {"License-Expression: Apache-2.0", "License-File: LICENSE"} <= set(
+            archive.read(metadata).decode().splitlines()
+        )
+
+
 def test_the_command_is_declared(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))

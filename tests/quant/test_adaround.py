@@ -8,7 +8,14 @@ import torch
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.rounding import act_quant
-from ditbench.harness.quant.adaround import SCALE_FLOOR, AdaRound, LearnedAct, alpha_of, rectified_sigmoid
+from ditbench.harness.quant.adaround import (
+    SCALE_FLOOR,
+    AdaRound,
+    LearnedAct,
+    alpha_of,
+    clamp_with_ends,
+    rectified_sigmoid,
+)
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight, static_quant
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.harness.quant.steps import StepTable
@@ -132,6 +139,85 @@ def test_the_gradient_of_a_static_scale_is_lsqs(symmetric, normal):
         assert float(by_scale) == pytest.approx(expected, abs=1e-9)
         assert float(by_x.sum()) == pytest.approx(float(inside))
     assert 10 < outside < 150
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_at_both_ends_of_its_range_the_gradient_of_a_static_scale_is_torchs_own_learnable_quantizers(symmetric):
+    """Codes that are an end exactly, or are rounded to one, or lie one behind it; x in thirds of a step."""
+    spec = replace(STATIC, symmetric=symmetric)
+    quant = static_quant(*(StepTable(torch.tensor([v])) for v in ((-1.0, 1.75) if symmetric else (-1.25, 2.5))), spec)
+    act, scale = LearnedAct(quant), quant.scale.rows.clone().requires_grad_()
+    assert float(quant.scale.rows) == 0.25  # so that x / scale is exact
+    zero = torch.zeros(1) if symmetric else quant.zero_point.rows
+    low, high = spec.quant_min - zero, spec.quant_max - zero
+    ratios = torch.cat([torch.arange(-6.0, 7.0) / 3 + float(end) for end in (low, high)])
+    x = (ratios * scale.detach()).requires_grad_()
+    with torch.enable_grad():
+        theirs = torch._fake_quantize_learnable_per_tensor_affine(
+            x, scale, zero.clone().requires_grad_(), spec.quant_min, spec.quant_max, 1.0
+        )
+        ours = act(x, None)
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        by_scale, by_x = torch.autograd.grad(mine, [act.scale_G, x], retain_graph=True)
+        torch.testing.assert_close(by_scale, torch.autograd.grad(other, scale, retain_graph=True)[0], rtol=0, atol=1e-5)
+        assert torch.equal(by_x, torch.autograd.grad(other, x, retain_graph=True)[0])
+    at_an_end = (ratios.round() == low) | (ratios.round() == high)
+    (passed,) = torch.autograd.grad(ours[at_an_end].sum(), x)
+    assert int(at_an_end.sum()) == 6 and bool((passed[at_an_end] == 1).all())
+
+
+def test_the_gradient_of_a_scale_is_the_slope_of_its_output_while_the_rounding_stays(normal):
+    """What LSQ's formula says: ⌊x/s⌉ − x/s is held, x̂(s) = s · clamp(x/s + what is held). Finite differences."""
+    x, step = torch.tensor([-6.9, -6.5001, -2.3, 0.2, 5.6, 7.3, 9.9], dtype=torch.float64) * 0.3, 1e-6
+    act = LearnedAct(
+        ActQuant(replace(STATIC, symmetric=True), StepTable.constant(torch.tensor(0.3, dtype=torch.float64)))
+    )
+    held, last = (x / 0.3).round() - x / 0.3, act.quant.spec.quant_max
+    with torch.enable_grad():
+        found = torch.stack([torch.autograd.grad(v, act.scale_G, retain_graph=True)[0][0] for v in act(x, None)])
+    sides = [
+        s * torch.where((x / 0.3).round().abs() > last, last * x.sign(), x / s + held) for s in (0.3 - step, 0.3 + step)
+    ]
+    torch.testing.assert_close(found, (sides[1] - sides[0]) / (2 * step), rtol=0, atol=1e-6)
+    assert float(found[0]) == pytest.approx(-0.1, abs=1e-9) and float(found[-1]) == last
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_on_the_grid_can_be_moved_off_it(dtype):
+    """h is 0 or 1 there, an end of its clamp: the slope is that of the side inside, by finite differences."""
+    low_end, high_end = alpha_of(torch.tensor([0.0, 1.0], dtype=dtype))
+    alpha, step = torch.stack([low_end, high_end]).requires_grad_(), 1e-4
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(rectified_sigmoid(alpha).sum(), alpha)
+    moved = alpha.detach().double() + step * torch.tensor([1.0, -1.0])
+    inside = (rectified_sigmoid(moved) - torch.tensor([0.0, 1.0])) / (step * torch.tensor([1.0, -1.0]))
+    torch.testing.assert_close(slope.double(), inside, rtol=0, atol=1e-3)
+    beyond = torch.tensor([-2.5, 2.5], dtype=dtype, requires_grad=True)
+    with torch.enable_grad():
+        assert torch.autograd.grad(rectified_sigmoid(beyond).sum(), beyond)[0].tolist() == [0, 0]
+
+
+def test_the_gradient_of_a_rounding_passes_where_its_code_fits_the_range_with_both_ends():
+    """Symmetric 3 bits, −3 … 3, in units of the scale: weights behind an end, on it, beside it and between."""
+    spec = QuantSpec(3, "per_channel", symmetric=True)
+    weight = torch.tensor([[-3.6, -3.0, -2.6, -0.5, 0.0, 2.4, 3.0, 3.4]], dtype=torch.float64)
+    start = replace(quantize_weight(weight, spec), scale_OG=torch.ones(1, 1, dtype=torch.float64))
+    rounding = AdaRound(weight, start)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(rounding.soft_OC().sum(), rounding.alpha_OGg)
+    sigmoid = torch.sigmoid(rounding.alpha_OGg.detach())
+    slope = 1.2 * sigmoid * (1 - sigmoid)
+    passes = torch.tensor([False, True, True, True, True, True, True, False])
+    torch.testing.assert_close(gradient.flatten(), torch.where(passes, slope.flatten(), 0.0), rtol=0, atol=1e-12)
+
+
+def test_a_clamp_with_its_ends_is_clamp_and_what_has_no_finite_gradient_outside_adds_nothing():
+    x = torch.tensor([-2.0, -1.0, 0.3, 4.0, 4.5, torch.inf], requires_grad=True)
+    with torch.enable_grad():
+        y = clamp_with_ends(x, -1, 4)
+        (gradient,) = torch.autograd.grad((y * torch.tensor([torch.inf, 2, 3, 5, 7, 11])).sum(), x)
+    assert y.tolist() == x.clamp(-1, 4).tolist() and gradient.tolist() == [0, 2, 3, 5, 0, 0]
 
 
 def test_gradients_pass_a_dynamic_quantizer_unchanged(normal):
