@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of, float_copy
@@ -23,6 +22,12 @@ from ditbench.harness.models.calls import FEW, MORE, Call, float_dtype, placed, 
 from ditbench.harness.samples.conditions import PROMPTS, Conditions
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.samples.seeds import sample_seeds
+
+
+class Estimate(NamedTuple):
+    """What a transformer gives, in the form of diffusers' outputs: by name or by place."""
+
+    sample: Tensor
 
 
 @dataclass(frozen=True)
@@ -224,4 +229,4 @@ def joined(outputs: list[Any]) -> Any:
     if len(outputs) == 1 and not isinstance(getattr(outputs[0], "sample", None), list):
         return outputs[0]
     samples = [torch.stack(each.sample) if isinstance(each.sample, list) else each.sample for each in outputs]
-    return Transformer2DModelOutput(sample=torch.cat(samples))
+    return Estimate(torch.cat(samples))
