@@ -15,7 +15,8 @@ from ditbench.harness.backends.base import AUTO, known_backends
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.type_checks import check_types
 from ditbench.harness.fitting import registry
-from ditbench.harness.models.base import ModelSpec, Sampler, family
+from ditbench.harness.models.base import ModelSpec, Sampler
+from ditbench.harness.models.loading import family
 from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.stages.prompt_sets import load_prompts
