@@ -83,6 +83,7 @@ def run(config: RunConfig) -> Record:
             "weights_sha256": model.fingerprint,
             "method_sha256": registry.source_sha256(config.method),
         }
+        values.env |= {"checkpoint_parts": model.parts} if model.parts else {}
         record.write(values, folder)
         track(config, values, folder)
     return record.attempts(config.results_dir, config.name, run_id)[-1]
@@ -105,6 +106,7 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     with peak_memory(config.device) as memory:
         with timer("calibrate"):
             recording = stage_calibrate(config, model)
+        target = target.without(recording.unreached)
         with timer("quantize"):
             if isinstance(config.bits, MixedBits):
                 recipe, state, quantized, plan = stage_mixed(config, model, target, recording)
@@ -112,7 +114,7 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
                 recipe, state, quantized = stage_quantize(config, target, recording)
                 plan = {}
     values.bits, size = stage_account(config, model, target, recipe)
-    values.bits |= plan
+    values.bits |= plan | unreached_layers(recording)
     with timer("generate"):
         images = stage_generate(config, model, quantized, state)
     with timer("reference"):
@@ -147,6 +149,11 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
         sample_values.Values(found, of_float, sample_values.drawn(images, config.seed)), folder / sample_values.FILE
     )
     values.artifacts["per_sample"] = sample_values.FILE
+
+
+def unreached_layers(recording: Calibration) -> dict[str, list[str]]:
+    """What the record's `bits` says of layers that nothing calls: they stay in float, whatever the protocol says."""
+    return {"unreached_layers": list(recording.unreached)} if recording.unreached else {}
 
 
 def fit_cost(timings_s: dict[str, float], recording: Calibration, memory: PeakMemory) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ from ditbench.harness.build.modulation import hang
 from ditbench.harness.quant.folds import block_folds
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.steps import StepClock, StepTable
-from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.target import Target, aliases
 from ditbench.harness.quant.transforms import Transform
 
 
@@ -142,12 +142,16 @@ def quant_layers(model: nn.Module, index: int | None = None) -> dict[str, QuantL
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    if child.isdigit():
-        owner[int(child)] = module  # type: ignore[operator]
-    else:
-        setattr(owner, child, module)
+    """Put a module in the place of the one that is there, under every name that it has."""
+    replaced = model.get_submodule(name)
+    for each, found in list(model.named_modules(remove_duplicate=False)):
+        if found is replaced:
+            parent, _, child = each.rpartition(".")
+            owner = model.get_submodule(parent)
+            if child.isdigit():
+                owner[int(child)] = module  # type: ignore[operator]
+            else:
+                setattr(owner, child, module)
 
 
 def _check_steps(model: nn.Module, recipe: ModelRecipe) -> None:
@@ -164,5 +168,9 @@ def _is_patch_part(model: nn.Module, name: str) -> bool:
 
 
 def copy_without(model: nn.Module, names: list[str]) -> nn.Module:
-    """A deep copy with empty places where the named layers are: they are replaced right after."""
-    return copy.deepcopy(model, memo={id(model.get_submodule(name)): nn.Identity() for name in names})
+    """A deep copy with empty places where the named layers are: they are replaced right after. A layer with several names
+    leaves one place, which has all of them.
+    """
+    places = {name: nn.Identity() for name in names}
+    places |= {other: places[name] for other, name in aliases(model).items() if name in places}
+    return copy.deepcopy(model, memo={id(model.get_submodule(name)): place for name, place in places.items()})

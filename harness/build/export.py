@@ -37,7 +37,7 @@ from ditbench.harness.quant.folds import block_folds
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.serialize import content_sha256, decode, encode
 from ditbench.harness.quant.steps import StepClock
-from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.target import Target, aliases
 
 FORMAT, VERSION = "ditbench quantized transformer", 1
 RECIPE, TENSORS = "recipe.json", "quantized.safetensors"
@@ -75,8 +75,9 @@ def save_quantized(
         },
         "attention": {name: encode(each, f"attention/{name}", tensors) for name, each in recipe.attention.items()},
     }
+    rebuilt = {*touched, *(other for other, name in aliases(target.transformer).items() if name in touched)}
     for key, tensor in target.transformer.state_dict().items():
-        if key.rpartition(".")[0] not in touched:
+        if key.rpartition(".")[0] not in rebuilt:
             kept = tensor.to(dtype_of(target.transformer, key, dtype)) if tensor.is_floating_point() else tensor
             tensors[f"float/{key}"] = kept.cpu().clone(memory_format=torch.contiguous_format)
     with atomic_path(folder) as part:

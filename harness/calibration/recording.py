@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of, float_copy
+from ditbench.harness.calibration.reached import unreached
 from ditbench.harness.common.code_identity import code_identity
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path, cached, canonical_sha256
@@ -35,7 +36,7 @@ class Calibration:
     per_step[s]: {argument name: tensor with one row per model-call row}, the steps in sampling order (high noise first);
     shapes[s]: what else the transformer is called with at that step. With guidance, each recorded call has conditional
     and unconditional rows, in the family's order. `key` is the content address; `cache` the folder where statistics
-    derived from it are kept (None: nowhere).
+    derived from it are kept (None: nowhere). unreached: linear layers that no call of the sampler reached.
     """
 
     per_step: tuple[dict[str, Tensor], ...]
@@ -44,6 +45,7 @@ class Calibration:
     cache: Path | None = None
     device: torch.device = torch.device("cpu")  # where models that are observed on it run
     saved_s: dict[str, float] = field(default_factory=dict, compare=False)  # seconds that the cache saved, by what
+    unreached: tuple[str, ...] = ()
 
     @property
     def num_steps(self) -> int:
@@ -109,13 +111,14 @@ def calibrate(
     device = torch.device(device)
     path = None if cache is None else cache / "calibration" / key / "inputs.safetensors"
     if path is not None and (kept := cached(path, _read)) is not None:
-        per_step, shapes = kept
-        return Calibration(per_step, key, shapes, path.parent, device, {"calibration": saved_seconds(path)})
+        per_step, shapes, silent = kept
+        return Calibration(per_step, key, shapes, path.parent, device, {"calibration": saved_seconds(path)}, silent)
 
     start_time = perf_counter()
     steps: list[list[tuple[dict[str, Tensor], Shape]]] = [[] for _ in range(sampler.steps)]
     transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device)
-    with torch.no_grad(), progress_bar(total=sampler.steps * -(-n // batch_size), desc="calibrate") as progress:
+    bar = progress_bar(total=sampler.steps * -(-n // batch_size), desc="calibrate")
+    with torch.no_grad(), unreached(transformer) as left, bar as progress:
 
         def record(step: int, arguments: dict[str, Any]) -> None:
             rows, shape = take_apart(arguments, len(arguments["hidden_states"]), model.adapter.SHARED)
@@ -134,9 +137,10 @@ def calibrate(
         raise UserError(
             f"model {model.spec.name}: NaN in the float model's own samples; check the checkpoint and sampler"
         )
+    silent = tuple(sorted(left))
     if path is not None:
-        _write(path, per_step, shapes, perf_counter() - start_time)
-    return Calibration(per_step, key, shapes, None if path is None else path.parent, device)
+        _write(path, per_step, shapes, silent, perf_counter() - start_time)
+    return Calibration(per_step, key, shapes, None if path is None else path.parent, device, unreached=silent)
 
 
 def conditions_for_calibration(model: LoadedModel, n: int, seed: int, prompts: Sequence[Prompt] = ()) -> Conditions:
@@ -160,7 +164,9 @@ def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) 
         for inputs, rows in zip(calibration.per_step, rows_of_step, strict=True)
     )
     key = canonical_sha256({"of": calibration.key, "chosen": chosen})
-    return Calibration(per_step, key, calibration.shapes, None, calibration.device, calibration.saved_s)
+    return Calibration(
+        per_step, key, calibration.shapes, None, calibration.device, calibration.saved_s, calibration.unreached
+    )
 
 
 def spread(length: int, wanted: int) -> Tensor:
@@ -174,25 +180,33 @@ def saved_seconds(path: Path) -> float:
         return float((file.metadata() or {}).get(SECONDS, 0.0))
 
 
-SHARED, SHAPES = "shared:", "shapes"  # in the file: prefix of tensors without rows; metadata
+SHARED, SHAPES, UNREACHED = "shared:", "shapes", "unreached"  # in the file: prefix of tensors without rows; metadata
 
 
-def _write(path: Path, per_step: tuple[dict[str, Tensor], ...], shapes: tuple[Shape, ...], seconds: float) -> None:
+def _write(
+    path: Path,
+    per_step: tuple[dict[str, Tensor], ...],
+    shapes: tuple[Shape, ...],
+    silent: tuple[str, ...],
+    seconds: float,
+) -> None:
     flat = {f"{s:04d}/{n}": t.contiguous() for s, inputs in enumerate(per_step) for n, t in inputs.items()}
     for step, shape in enumerate(shapes):
         flat |= {f"{step:04d}/{SHARED}{n}": t.contiguous().clone() for n, t in shape.shared.items()}
     metadata = {SECONDS: f"{seconds:.6f}", SHAPES: json.dumps([shape.tree for shape in shapes])}
+    metadata |= {UNREACHED: json.dumps(silent)}
     with atomic_path(path) as part:
         save_file(flat, part, metadata=metadata)
 
 
-def _read(path: Path) -> tuple[tuple[dict[str, Tensor], ...], tuple[Shape, ...]]:
+def _read(path: Path) -> tuple[tuple[dict[str, Tensor], ...], tuple[Shape, ...], tuple[str, ...]]:
     with safe_open(path, framework="pt") as file:
-        trees = json.loads(file.metadata()[SHAPES])
+        metadata = file.metadata()
+    trees, silent = json.loads(metadata[SHAPES]), tuple(json.loads(metadata[UNREACHED]))
     rows: list[dict[str, Tensor]] = [{} for _ in trees]
     shapes = [Shape(tree) for tree in trees]
     for key, tensor in load_file(path).items():
         step, name = key.split("/", 1)
         shared = name.startswith(SHARED)
         (shapes[int(step)].shared if shared else rows[int(step)])[name.removeprefix(SHARED)] = tensor
-    return tuple(rows), tuple(shapes)
+    return tuple(rows), tuple(shapes), silent

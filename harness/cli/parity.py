@@ -84,6 +84,7 @@ def rows_of(config: RunConfig) -> list[Row]:
     model = model_of(config.model)
     target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
     recording = stage_calibrate(config, model)
+    target = target.without(recording.unreached)
     recipe, state, simulated = stage_quantize(config, target, recording)
     expected = stage_generate(config, model, simulated, state).pixels
     step, rows = recording.num_steps // 2, []

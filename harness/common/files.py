@@ -122,9 +122,3 @@ def _errno(error: BaseException) -> int | None:
         return error.errno
     said = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     return int(said[1]) if said else None
-
-
-def pipeline_without(folder: str, part: str) -> dict[str, None]:
-    """{part: None} if the diffusers pipeline in a local folder says that it has none; for `from_pretrained`."""
-    index = Path(folder) / "model_index.json"
-    return {part: None} if index.exists() and json.loads(index.read_text()).get(part) == [None, None] else {}

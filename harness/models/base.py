@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import tensors_sha256
+from ditbench.harness.common.files import canonical_sha256, tensors_sha256
+from ditbench.harness.models.checkpoint import Checkpoint
+from ditbench.harness.models.layers import as_run, fused_layers, linear_names
+from ditbench.harness.models.lora import carries_adapters
 from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.quant.blocks import BlockCall
 from ditbench.harness.quant.target import Site, Target, is_linear_map
@@ -42,7 +45,11 @@ class Correction:
 class ModelSpec:
     """One file of conf/model/.
 
-    source: "zoo:<name>" (shipped), a local pipeline folder, or a hub id "<owner>/<name>" with `revision`.
+    source: "zoo:<name>" (shipped), a local pipeline folder, a .safetensors file, or a hub id "<owner>/<name>" with `revision`.
+    variant: of the weight files, such as fp16. config: of a source that is one file, the pipeline that it belongs to.
+    transformer: a folder, .safetensors file or hub id in place of the pipeline's transformer.
+    lora: adapters that are fused into the weights: a path, {path, scale, weight_name}, or a list of these.
+    fuse_qkv: q, k and v become one layer wherever diffusers can fuse them.
     random: instead of source, arguments of the family's transformer class; weights are drawn with `seed`.
     size: height, width, num_frames of what is drawn, where it is not the family's usual.
     stress: {channels, log2_factor, seed}: function-preserving rescaling that gives the activations outliers.
@@ -58,6 +65,11 @@ class ModelSpec:
     size: dict[str, int] | None = None
     stress: dict[str, Any] | None = None
     note: str = ""
+    variant: str | None = None
+    config: str | None = None
+    transformer: str | None = None
+    lora: str | list[Any] | dict[str, Any] | None = None
+    fuse_qkv: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class Adapter(Protocol):
     CONDITION: str  # LABELS | PROMPTS
     SHARED: tuple[str, ...]  # arguments of the transformer that have no row per sample
 
-    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any: ...
+    def load(self, checkpoint: Checkpoint) -> Any: ...
 
     def random_pipeline(self, arguments: dict[str, Any], dtype: torch.dtype) -> Any: ...
 
@@ -120,12 +132,16 @@ class Adapter(Protocol):
 
 @dataclass
 class LoadedModel:
-    """A pipeline in float, its adapter, and a hash of its weights."""
+    """A pipeline in float, its adapter, and a hash of its weights.
+
+    parts: hashes of what was put into the pipeline, such as another transformer's configuration or an adapter's file.
+    """
 
     spec: ModelSpec
     pipe: Any
     adapter: Adapter
     extras: dict[str, Path] = field(default_factory=dict)  # files beside the weights: the judge's folder
+    parts: dict[str, str] = field(default_factory=dict)
 
     @property
     def transformer(self) -> nn.Module:
@@ -133,9 +149,12 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all weights: transformer, and VAE and text encoders, if any."""
+        """SHA-256 of all weights: transformer, and VAE and text encoders, if any; and of `parts`, if any."""
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
-        return tensors_sha256({f"{name}.{n}": t for name, part in parts.items() for n, t in part.state_dict().items()})
+        weights = tensors_sha256(
+            {f"{name}.{n}": t for name, part in parts.items() for n, t in part.state_dict().items()}
+        )
+        return canonical_sha256({"weights": weights} | self.parts) if self.parts else weights
 
     def step_inputs(self, batch: int) -> dict[str, Any]:
         """Arguments of one transformer call on `batch` rows; one denoising step with guidance has twice the samples."""
@@ -143,7 +162,11 @@ class LoadedModel:
 
     def inject_outliers(self, channels: int, log2_factor: int, seed: int) -> None:
         """Give the activations outlier channels, in place; the output stays as it is (`harness.stress`)."""
-        inject_outliers(self.transformer, self.adapter.sites(self.transformer), channels, log2_factor, seed)
+        inject_outliers(self.transformer, self.sites(), channels, log2_factor, seed)
+
+    def sites(self) -> list[Site]:
+        """The family's, by the layers that run."""
+        return as_run(self.transformer, self.adapter.sites(self.transformer))
 
     def target(self, scope: str = "blocks", skip: Iterable[str] = (), attention: bool = False) -> Target:
         """What a protocol quantizes.
@@ -155,7 +178,12 @@ class LoadedModel:
             raise UserError(f"protocol.scope={scope!r}; expected blocks or all")
         blocks = tuple(self.adapter.blocks(self.transformer))
         in_float = re.compile(self.adapter.FLOAT_IN_BLOCKS or "(?!)")
-        names = [n for n, m in self.transformer.named_modules() if is_linear_map(m)]
+        if carries_adapters(self.transformer):
+            raise UserError(
+                f"model {self.spec.name}: its transformer carries LoRA adapters, of which a half would be quantized; fuse and "
+                "unload them first (pipe.fuse_lora(), pipe.unload_lora_weights()), or set model.lora"
+            )
+        names = [n for n in linear_names(self.transformer) if is_linear_map(self.transformer.get_submodule(n))]
         if scope == "blocks":
             places = [(n, next((f"{b}." for b in blocks if n.startswith(f"{b}.")), None)) for n in names]
             names = [n for n, block in places if block and not in_float.search(n.removeprefix(block))]
@@ -165,10 +193,14 @@ class LoadedModel:
             raise UserError(
                 f"model {self.spec.name}: protocol.scope={scope} and protocol.skip leave no layer to quantize"
             )
-        sites = self.adapter.sites(self.transformer)
+        sites = self.sites()
         known = {consumer for site in sites for consumer in site.consumers}
         sites += [Site(name, (name,)) for name in names if name not in known]
         operands = tuple(self.adapter.attention(self.transformer)) if attention else ()
+        if operands and fused_layers(self.transformer):
+            raise UserError(
+                f"model {self.spec.name}: attention operands of fused projections cannot be quantized; set model.fuse_qkv=false"
+            )
         if attention and not operands:
             raise UserError(
                 f"model {self.spec.name}: attention operands of family {self.spec.family} cannot be quantized; "

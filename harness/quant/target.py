@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -16,6 +17,20 @@ def is_linear_map(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.kernel_size == module.stride and not any(module.padding)
     return isinstance(module, nn.Linear)
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """{other name of a layer: its first}, where one layer can be reached under several names: as one module, or as modules
+    that share all their parameters.
+    """
+    first: dict[tuple, str] = {}
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QUANTIZABLE):
+            own = first.setdefault((type(module), id(module.weight), id(module.bias)), name)
+            if own != name:
+                found[name] = own
+    return found
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,18 @@ class Target:
             if layer in site.consumers:
                 return site
         raise KeyError(f"{layer} reads from no known site")
+
+    def without(self, names: Collection[str]) -> Target:
+        """The same without layers that no call reaches: they are neither quantized nor observed, and nothing is folded there."""
+        if not names:
+            return self
+        sites = []
+        for site in self.sites:
+            consumers = tuple(name for name in site.consumers if name not in names)
+            producers = () if any(getattr(each, "linear", "") in names for each in site.producers) else site.producers
+            if consumers:
+                sites.append(replace(site, consumers=consumers, producers=producers))
+        return replace(self, layers=tuple(name for name in self.layers if name not in names), sites=tuple(sites))
 
     def linear_sites(self) -> list[Site]:
         """Sites with at least one layer to quantize, all of whose consumers are linear."""
