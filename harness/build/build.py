@@ -17,7 +17,8 @@ from ditbench.harness.build.modulation import hang
 from ditbench.harness.quant.folds import block_folds
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.steps import StepClock, StepTable
-from ditbench.harness.quant.target import Target, aliases
+from ditbench.harness.quant.layer_names import aliases
+from ditbench.harness.quant.target import Target
 from ditbench.harness.quant.transforms import Transform
 
 

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ditbench.harness.quant.target import QUANTIZABLE, aliases
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.quant.layer_names import aliases, fused_layers
+from ditbench.harness.quant.target import QUANTIZABLE
 
 
 @contextmanager
@@ -26,3 +28,10 @@ def unreached(model: nn.Module) -> Iterator[set[str]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_fused(model: nn.Module, left: set[str]) -> None:
+    """Raise UserError where diffusers fused projections that the attention does not use: it runs those that were fused."""
+    for old, (fused, _) in fused_layers(model).items():
+        if fused in left and old not in left:
+            raise UserError(f"{fused} is fused, but diffusers runs {old} as before; set model.fuse_qkv=false")

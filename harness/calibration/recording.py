@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of, float_copy
-from ditbench.harness.calibration.reached import unreached
+from ditbench.harness.calibration.reached import check_fused, unreached
 from ditbench.harness.common.code_identity import code_identity
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path, cached, canonical_sha256
@@ -137,6 +137,7 @@ def calibrate(
         raise UserError(
             f"model {model.spec.name}: NaN in the float model's own samples; check the checkpoint and sampler"
         )
+    check_fused(transformer, left)
     silent = tuple(sorted(left))
     if path is not None:
         _write(path, per_step, shapes, silent, perf_counter() - start_time)

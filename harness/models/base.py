@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import canonical_sha256, tensors_sha256
 from ditbench.harness.models.checkpoint import Checkpoint
-from ditbench.harness.models.layers import as_run, fused_layers, linear_names
-from ditbench.harness.models.lora import carries_adapters
+from ditbench.harness.models.layers import as_run
 from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.quant.blocks import BlockCall
+from ditbench.harness.quant.layer_names import carries_adapters, fused_layers, linear_names
 from ditbench.harness.quant.target import Site, Target, is_linear_map
 from ditbench.harness.samples.conditions import Conditions
 

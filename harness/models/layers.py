@@ -1,8 +1,4 @@
-"""Which layers a transformer runs: where diffusers has fused q, k and v, and where one layer has several names.
-
-A family names its sites by the layers of its class. Fused projections stand beside the layers that they replace, which nothing
-calls any more; a layer with several names reads the tensors of several sites. `as_run` says the same sites of the layers that run.
-"""
+"""A family's sites by the layers that run: where diffusers has fused q, k and v, and where one layer has several names."""
 
 from __future__ import annotations
 
@@ -14,15 +10,10 @@ import torch
 from torch import nn
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.quant.target import QUANTIZABLE, AdaLNRows, Producer, Site, TableRows, ValueRows, aliases
+from ditbench.harness.quant.layer_names import aliases, fused_layers
+from ditbench.harness.quant.target import AdaLNRows, Producer, Site, TableRows, ValueRows
 
 T = TypeVar("T")
-FUSED = {  # by diffusers, one of: layer → the layers whose rows it has, in order
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "to_kv": ("to_k", "to_v"),
-    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-    "to_added_kv": ("add_k_proj", "add_v_proj"),
-}
 
 
 @torch.no_grad()
@@ -30,35 +21,18 @@ def fuse_qkv(transformer: nn.Module) -> None:
     """Let diffusers fuse what it can, in place.
 
     Raises:
-        UserError: there is nothing that it can fuse.
+        UserError: there is nothing that it can fuse, or what it fused cannot run.
     """
     if hasattr(transformer, "fuse_qkv_projections"):
         transformer.fuse_qkv_projections()
     if not fused_layers(transformer):
         raise UserError(f"diffusers fuses no projections of a {type(transformer).__name__}; set model.fuse_qkv=false")
-
-
-def fused_layers(transformer: nn.Module) -> dict[str, tuple[str, slice]]:
-    """{layer that is not called any more: (the fused layer, its rows there)}."""
-    found = {}
-    for prefix, module in transformer.named_modules():
-        if not getattr(module, "fused_projections", False):
-            continue
-        for fused, parts in FUSED.items():
-            if not isinstance(getattr(module, fused, None), nn.Linear):
-                continue
-            start = 0
-            for part in parts:
-                width = getattr(module, part).out_features
-                found[f"{prefix}.{part}"] = (f"{prefix}.{fused}", slice(start, start + width))
-                start += width
-    return found
-
-
-def linear_names(transformer: nn.Module) -> list[str]:
-    """Every Linear and Conv2d that runs, by one name each, in the order in which they were made."""
-    left_out = {*aliases(transformer), *fused_layers(transformer)}
-    return [n for n, m in transformer.named_modules() if isinstance(m, QUANTIZABLE) and n not in left_out]
+    for name, module in transformer.named_modules():
+        joint = "Joint" in type(getattr(module, "processor", None)).__name__
+        if joint and getattr(module, "add_q_proj", None) is None:
+            raise UserError(
+                f"diffusers cannot run {name} with fused projections: it reads no text; set model.fuse_qkv=false"
+            )
 
 
 def as_run(transformer: nn.Module, sites: Iterable[Site]) -> list[Site]:

@@ -31,8 +31,9 @@ from ditbench.harness.models.checkpoint import (
     locate,
 )
 from ditbench.harness.models.layers import fuse_qkv
-from ditbench.harness.models.lora import Lora, carries_adapters, files, fuse, loras
+from ditbench.harness.models.lora import Lora, files, fuse, loras
 from ditbench.harness.models.zoo import WEIGHTS
+from ditbench.harness.quant.layer_names import carries_adapters
 
 
 def family(name: str) -> Adapter:

@@ -75,15 +75,12 @@ def fuse(pipe: Any, lora: Lora, file: Path) -> None:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=NAME, local_files_only=True)
     except (ValueError, RuntimeError, LookupError, AttributeError, OSError) as error:
         first_line = str(error).strip().split("\n")[0][:300]
-        raise UserError(f"model.lora={lora.path} does not fit a {type(pipe).__name__}: {first_line}") from error
+        raise UserError(
+            f"model.lora={lora.path} cannot be loaded into a {type(pipe).__name__}: {first_line}"
+        ) from error
     _check_all_are_in(lora, state[0] if isinstance(state, tuple) else state, parts, type(pipe).__name__)
     pipe.fuse_lora(components=list(parts), lora_scale=lora.scale, adapter_names=[NAME])
     pipe.unload_lora_weights()
-
-
-def carries_adapters(module: nn.Module) -> bool:
-    """Whether a module has layers of peft in it, beside or around its own."""
-    return any(type(part).__module__.startswith("peft.") for part in module.modules())
 
 
 def _file(lora: Lora) -> Path:

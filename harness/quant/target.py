@@ -19,20 +19,6 @@ def is_linear_map(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def aliases(model: nn.Module) -> dict[str, str]:
-    """{other name of a layer: its first}, where one layer can be reached under several names: as one module, or as modules
-    that share all their parameters.
-    """
-    first: dict[tuple, str] = {}
-    found = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QUANTIZABLE):
-            own = first.setdefault((type(module), id(module.weight), id(module.bias)), name)
-            if own != name:
-                found[name] = own
-    return found
-
-
 @dataclass(frozen=True)
 class AdaLNRows:
     """The input is norm(x) · (1 + γ) + β; β and γ are these rows of the linear layer `linear` (adaLN-Zero and its kin)."""
