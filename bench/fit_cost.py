@@ -111,7 +111,7 @@ def fit(name: str, options: argparse.Namespace) -> dict:
             with timer("calibrate"):
                 recording = calibrate(model, config.protocol.sampler, options.samples, config.seed, cache=options.cache)
             with timer("quantize"):
-                quantize(config, model, target, recording)
+                quantize(config, model, target.without(recording.unreached), recording)
         except Exception as error:
             return found | {"status": "refused" if isinstance(error, UserError) else "error", "error": reason(error)}
     return found | fit_cost(timer.seconds, recording, memory) | {"cpu_s": process_time() - cpu_start_s}

@@ -23,7 +23,7 @@ from ditbench.harness.stages.generate import generate, save_artifacts
 from ditbench.harness.stages.identity import run_id, title
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.measure import layer_errors, measure, parity
-from ditbench.harness.stages.quantize import account, calibrate, fit_cost, quantize, target_of
+from ditbench.harness.stages.quantize import account, calibrate, fit_cost, quantize, target_of, unreached_layers
 
 
 def run(config: RunConfig) -> Record:
@@ -63,6 +63,7 @@ def run(config: RunConfig) -> Record:
             "weights_sha256": model.fingerprint,
             "method_sha256": registry.source_sha256(config.method),
         }
+        values.env |= {"checkpoint_parts": model.parts} if model.parts else {}
         record.write(values, folder)
         track(config, values, folder)
     return record.attempts(config.results_dir, config.name, its_id)[-1]
@@ -74,10 +75,11 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     with peak_memory(config.device) as memory:
         with timer("calibrate"):
             recording = calibrate(config, model)
+        target = target.without(recording.unreached)
         with timer("quantize"):
             quantized = quantize(config, model, target, recording)
     values.bits, size = account(config, model, target, quantized.recipe)
-    values.bits |= quantized.plan
+    values.bits |= quantized.plan | unreached_layers(recording)
     with timer("generate"):
         images = generate(config, model, quantized)
     with timer("reference"):

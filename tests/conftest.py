@@ -13,7 +13,8 @@ from torch import Tensor
 from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.common.files import tensors_sha256
 from ditbench.harness.fitting.conformance import SMALL_DIT
-from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.target import Target
 
 if not torch.cuda.is_available():

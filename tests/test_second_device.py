@@ -13,7 +13,8 @@ from operations import REPOSITORY, counted
 from small_pipelines import SIZES, SMALL
 from torch import Tensor, nn
 
-from ditbench.harness.models.base import ModelSpec, load_model
+from ditbench.harness.models.base import ModelSpec
+from ditbench.harness.models.loading import load_model
 
 MIXED = "Expected all tensors to be on the same device, but found at least two devices, second_device:0 and cpu!"
 

@@ -15,6 +15,7 @@ from ditbench.harness.build.modulation import hang
 from ditbench.harness.common.memory import trim
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.folds import block_folds
+from ditbench.harness.quant.layer_names import aliases
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe, to_device
 from ditbench.harness.quant.steps import StepClock, StepTable
 from ditbench.harness.quant.target import Target
@@ -144,12 +145,16 @@ def quant_layers(model: nn.Module, index: int | None = None) -> dict[str, QuantL
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    if child.isdigit():
-        owner[int(child)] = module  # type: ignore[operator]
-    else:
-        setattr(owner, child, module)
+    """Put a module in the place of the one that is there, under every name that it has."""
+    replaced = model.get_submodule(name)
+    for each, found in list(model.named_modules(remove_duplicate=False)):
+        if found is replaced:
+            parent, _, child = each.rpartition(".")
+            owner = model.get_submodule(parent)
+            if child.isdigit():
+                owner[int(child)] = module  # type: ignore[operator]
+            else:
+                setattr(owner, child, module)
 
 
 def _check_steps(model: nn.Module, recipe: ModelRecipe) -> None:
@@ -166,5 +171,9 @@ def _is_patch_part(model: nn.Module, name: str) -> bool:
 
 
 def copy_without(model: nn.Module, names: list[str]) -> nn.Module:
-    """A deep copy with empty places where the named layers are: they are replaced right after."""
-    return copy.deepcopy(model, memo={id(model.get_submodule(name)): nn.Identity() for name in names})
+    """A deep copy with empty places where the named layers are: they are replaced right after. A layer with several names
+    leaves one place, which has all of them.
+    """
+    places = {name: nn.Identity() for name in names}
+    places |= {other: places[name] for other, name in aliases(model).items() if name in places}
+    return copy.deepcopy(model, memo={id(model.get_submodule(name)): place for name, place in places.items()})

@@ -34,6 +34,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path, file_sha256
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.folds import block_folds
+from ditbench.harness.quant.layer_names import aliases, carries_adapters, fused_layers
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe, to_device
 from ditbench.harness.quant.serialize import content_sha256, decode, encode
 from ditbench.harness.quant.steps import StepClock
@@ -64,6 +65,7 @@ def save_quantized(
         "ditbench": ditbench.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "transformer": architecture(target.transformer),
+        "fused_projections": bool(fused_layers(target.transformer)),
         "num_steps": recipe.num_steps,
         "starts": list(recipe.starts),
         **about,
@@ -75,8 +77,10 @@ def save_quantized(
         },
         "attention": {name: encode(each, f"attention/{name}", tensors) for name, each in recipe.attention.items()},
     }
+    elsewhere = {*touched, *fused_layers(target.transformer)}
+    elsewhere |= {other for other, name in aliases(target.transformer).items() if name in elsewhere}
     for key, tensor in target.transformer.state_dict().items():
-        if key.rpartition(".")[0] not in touched:
+        if key.rpartition(".")[0] not in elsewhere:
             kept = tensor.to(dtype_of(target.transformer, key, dtype)) if tensor.is_floating_point() else tensor
             tensors[f"float/{key}"] = kept.cpu().clone(memory_format=torch.contiguous_format)
     with atomic_path(folder) as part:
@@ -245,7 +249,7 @@ def _assembled(
     clock = StepClock(described["num_steps"], tuple(described.get("starts", (0,)))).to(device)
     model = copy_without(transformer, list(described["layers"]))
     cast(model, dtype, device)
-    model.load_state_dict({key.removeprefix("float/"): t for key, t in tensors.items() if key.startswith("float/")})
+    _fill(model, {key.removeprefix("float/"): t for key, t in tensors.items() if key.startswith("float/")})
     for name, parts in described["layers"].items():
         variants = [
             _decode_variant(each, tensors, clock=clock, dtype=dtype, device=device, backend=backend)
@@ -259,6 +263,17 @@ def _assembled(
         set_processor(model, name, QuantAttnProcessor(to_device(decode(each, tensors), device), clock))
     model.clock = clock  # type: ignore[assignment]
     return model.eval().requires_grad_(False)
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise RuntimeError for names or shapes that do not fit; what has been fused into another layer is not stored."""
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    fused = fused_layers(model)
+    missing = [key for key in missing if key.rpartition(".")[0] not in fused]
+    if missing or unexpected:
+        raise RuntimeError(
+            f"{len(missing)} tensors missing and {len(unexpected)} too many, {(*missing, *unexpected)[0]}"
+        )
 
 
 def _decode_variant(
@@ -292,6 +307,11 @@ def _check_architecture(folder: Path, described: dict[str, Any], transformer: nn
         raise UserError(f"{folder} is an export of a {wanted['class']}, this pipeline has a {found['class']}")
     if hasattr(transformer, "clock"):
         raise UserError(f"{folder}: this pipeline's transformer is quantized already; load the float pipeline again")
+    if carries_adapters(transformer):
+        raise UserError(f"{folder}: this pipeline carries LoRA adapters, which an export replaces; unload them first")
+    if described.get("fused_projections", False) != bool(fused_layers(transformer)):
+        call = "unfuse_qkv_projections" if fused_layers(transformer) else "fuse_qkv_projections"
+        raise UserError(f"{folder}: its projections are not fused as this pipeline's; call transformer.{call}() first")
     for key, ours in wanted["config"].items():  # a newer diffusers may have more
         theirs = found["config"].get(key)
         if ours != theirs:

@@ -24,6 +24,7 @@ from ditbench.harness.models.calls import Call, RowDims, Rows, Shape, count_rows
 
 SECONDS = "seconds"  # metadata of cached files
 CALLS = "calls"  # metadata: per step a list of calls
+UNREACHED = "unreached"  # metadata: names of layers
 
 Steps = tuple[tuple[Call, ...], ...]
 
@@ -97,7 +98,7 @@ def content_sha256(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, steps: Steps, tensors: Tensors, seconds: float) -> None:
+def write(path: Path, steps: Steps, tensors: Tensors, seconds: float, unreached: tuple[str, ...]) -> None:
     def named(rows: Rows) -> Any:
         return tensors.name(rows) if isinstance(rows, Tensor) else [tensors.name(each) for each in rows]
 
@@ -113,19 +114,21 @@ def write(path: Path, steps: Steps, tensors: Tensors, seconds: float) -> None:
         ]
         for calls in steps
     ]
+    metadata = {SECONDS: f"{seconds:.6f}", CALLS: json.dumps(index), UNREACHED: json.dumps(unreached)}
     with atomic_path(path) as part:
-        save_file(tensors.by_hash, part, metadata={SECONDS: f"{seconds:.6f}", CALLS: json.dumps(index)})
+        save_file(tensors.by_hash, part, metadata=metadata)
 
 
-def read(path: Path) -> Steps:
+def read(path: Path) -> tuple[Steps, tuple[str, ...]]:
+    """The calls of every step, and the layers that none of them reached."""
     with safe_open(path, framework="pt") as file:
-        index = json.loads(file.metadata()[CALLS])
+        index, unreached = (json.loads(file.metadata()[each]) for each in (CALLS, UNREACHED))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
 
     def of(named: Any) -> Rows:
         return tensors[named] if isinstance(named, str) else [tensors[each] for each in named]
 
-    return tuple(
+    steps = tuple(
         tuple(
             Call(
                 {path: of(named) for path, named in call["rows"].items()},
@@ -135,6 +138,7 @@ def read(path: Path) -> Steps:
         )
         for calls in index
     )
+    return steps, tuple(unreached)
 
 
 def saved_seconds(path: Path) -> float:

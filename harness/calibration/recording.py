@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of, float_copy
+from ditbench.harness.calibration.reached import check_fused, unreached
 from ditbench.harness.calibration.recorder import Recorder, read, saved_seconds, write
 from ditbench.harness.common.code_identity import code_identity
 from ditbench.harness.common.errors import UserError
@@ -38,6 +39,7 @@ class Calibration:
     first). With guidance there are conditional and unconditional rows, in one call or in two, in the family's order. A row
     of a step counts through its calls; calls that are alike are put side by side when they are read. `key` is the content
     address; `cache` the folder where statistics derived from it are kept (None: nowhere).
+    unreached: linear layers that no call of the sampler reached.
     """
 
     steps: tuple[tuple[Call, ...], ...]
@@ -45,6 +47,7 @@ class Calibration:
     cache: Path | None = None
     device: torch.device = torch.device("cpu")  # where models that are observed on it run
     saved_s: dict[str, float] = field(default_factory=dict, compare=False)  # seconds that the cache saved, by what
+    unreached: tuple[str, ...] = ()
 
     @property
     def num_steps(self) -> int:
@@ -128,7 +131,8 @@ def calibrate(
     device = torch.device(device)
     path = None if cache is None else cache / "calibration" / key / "inputs.safetensors"
     if path is not None and (kept := cached(path, read)) is not None:
-        return Calibration(kept, key, path.parent, device, {"calibration": saved_seconds(path)})
+        steps, silent = kept
+        return Calibration(steps, key, path.parent, device, {"calibration": saved_seconds(path)}, silent)
 
     start_time = perf_counter()
     recorder = Recorder(
@@ -136,7 +140,8 @@ def calibrate(
     )
     transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device)
     starts = range(0, n, batch_size)
-    with torch.no_grad(), progress_bar(total=sampler.steps * len(starts), desc="calibrate") as progress:
+    bar = progress_bar(total=sampler.steps * len(starts), desc="calibrate")
+    with torch.no_grad(), unreached(transformer) as left, bar as progress:
         for batch, start in enumerate(starts):
 
             def record(step: int, arguments: Mapping[str, Any], before: int = batch * sampler.steps) -> None:
@@ -150,9 +155,11 @@ def calibrate(
         raise UserError(
             f"model {model.spec.name}: NaN in the float model's own samples; check the checkpoint and sampler"
         )
+    check_fused(transformer, left)
+    silent = tuple(sorted(left))
     if path is not None:
-        write(path, steps, recorder.tensors, perf_counter() - start_time)
-    return Calibration(steps, key, None if path is None else path.parent, device)
+        write(path, steps, recorder.tensors, perf_counter() - start_time, silent)
+    return Calibration(steps, key, None if path is None else path.parent, device, unreached=silent)
 
 
 def conditions_for_calibration(model: LoadedModel, n: int, seed: int, prompts: Sequence[Prompt] = ()) -> Conditions:
@@ -173,7 +180,8 @@ def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) 
     """
     steps = tuple(tuple(picked(calls, rows)) for calls, rows in zip(calibration.steps, rows_of_step, strict=True))
     key = canonical_sha256({"of": calibration.key, "chosen": chosen})
-    return Calibration(steps, key, None, calibration.device, calibration.saved_s)
+    saved_s, silent = calibration.saved_s, calibration.unreached
+    return Calibration(steps, key, None, calibration.device, saved_s, silent)
 
 
 def spread(length: int, wanted: int) -> Tensor:

@@ -22,7 +22,7 @@ from ditbench.harness.records import record
 from ditbench.harness.records.record import Record
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
-from ditbench.harness.stages.quantize import account, calibrate, planned, target_of
+from ditbench.harness.stages.quantize import account, calibrate, planned, target_of, unreached_layers
 from ditbench.harness.sweep.compose import composed
 
 
@@ -65,8 +65,10 @@ def export(wanted: list[str], out: Path, results_dir: Path) -> list[Exported]:
 def export_config(config: RunConfig, out: Path) -> Exported:
     """Calibrate, quantize, write; nothing is drawn or recorded."""
     model, target = _model_and_target(config)
-    recipe, _, plan = planned(config, model, target, calibrate(config, model))
-    return _written(config, model, target, recipe, out, run_id=None, plan=plan)
+    recording = calibrate(config, model)
+    target = target.without(recording.unreached)
+    recipe, _, plan = planned(config, model, target, recording)
+    return _written(config, model, target, recipe, out, run_id=None, plan=plan | unreached_layers(recording))
 
 
 def export_run(run: Record, out: Path) -> Exported:
@@ -78,10 +80,12 @@ def export_run(run: Record, out: Path) -> Exported:
         raise UserError(f"{where}: its model's weights are not those of model={config.model.name} here; run it again")
     if run.env.get("method_sha256") != registry.source_sha256(config.method):
         raise UserError(f"{where}: method {config.method} was edited since; run it again")
+    target = target.without(run.bits.get("unreached_layers", ()))
     assert run.folder is not None
     state = load_file(run.folder / run.artifacts["state"]) if "state" in run.artifacts else {}
     recipe = recipe_of(config, target, state, run.bits.get("mixed"))
     plan = {key: run.bits[key] for key in ("label", "mixed") if "mixed" in run.bits}
+    plan |= {key: run.bits[key] for key in ("unreached_layers",) if key in run.bits}
     return _written(config, model, target, recipe, out, run_id=run.run_id, plan=plan)
 
 

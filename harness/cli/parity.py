@@ -83,8 +83,8 @@ def rows_of(config: RunConfig) -> list[Row]:
     if not able:
         return []
     model = model_of(config.model)
-    target = target_of(config, model)
     recording = calibrate(config, model)
+    target = target_of(config, model).without(recording.unreached)
     simulated = quantize(config, model, target, recording)
     expected = generate(config, model, simulated).pixels
     step, rows = recording.num_steps // 2, []

@@ -26,8 +26,9 @@ from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import tensors_sha256
 from ditbench.harness.fitting import registry
-from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
 from ditbench.harness.models.calls import placed
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.target import Target

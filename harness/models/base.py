@@ -1,4 +1,4 @@
-"""What the harness asks of a model family, and how a model is loaded.
+"""What the harness asks of a model family, and what it sees of a model.
 
 Everything particular to a family (pipeline class, blocks, where a transform can be folded, sampling loop, decoding) is in
 its adapter, `harness/models/<family>.py`, found by file name. The rest of the harness sees `LoadedModel` only.
@@ -6,11 +6,9 @@ its adapter, `harness/models/<family>.py`, found by file name. The rest of the h
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, is_dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.common.devices import CPU
-from ditbench.harness.common.errors import UserError, unknown_name
-from ditbench.harness.common.files import tensors_sha256
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import canonical_sha256, tensors_sha256
 from ditbench.harness.models.calls import RowDims
+from ditbench.harness.models.checkpoint import Checkpoint
+from ditbench.harness.models.layers import as_run
 from ditbench.harness.models.macs import count_macs
 from ditbench.harness.models.stress import inject_outliers
-from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.quant.blocks import BlockCall
+from ditbench.harness.quant.layer_names import carries_adapters, fused_layers, linear_names
 from ditbench.harness.quant.target import Site, Target, is_linear_map
 from ditbench.harness.samples.conditions import Conditions
 
@@ -48,7 +48,11 @@ class Correction:
 class ModelSpec:
     """One file of conf/model/.
 
-    source: "zoo:<name>" (shipped), a local pipeline folder, or a hub id "<owner>/<name>" with `revision`.
+    source: "zoo:<name>" (shipped), a local pipeline folder, a .safetensors file, or a hub id "<owner>/<name>" with `revision`.
+    variant: of the weight files, such as fp16. config: of a source that is one file, the pipeline that it belongs to.
+    transformer: a folder, .safetensors file or hub id in place of the pipeline's transformer.
+    lora: adapters that are fused into the weights: a path, {path, scale, weight_name}, or a list of these.
+    fuse_qkv: q, k and v become one layer wherever diffusers can fuse them.
     random: instead of source, arguments of the family's transformer class; weights are drawn with `seed`.
     size: height, width, num_frames of what is drawn, where it is not the family's usual.
     stress: {channels, log2_factor, seed}: function-preserving rescaling that gives the activations outliers.
@@ -64,6 +68,11 @@ class ModelSpec:
     size: dict[str, int] | None = None
     stress: dict[str, Any] | None = None
     note: str = ""
+    variant: str | None = None
+    config: str | None = None
+    transformer: str | None = None
+    lora: str | list[Any] | dict[str, Any] | None = None
+    fuse_qkv: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class Adapter(Protocol):
     CONDITION: str  # LABELS | PROMPTS
     ROWS: RowDims  # where an argument of the transformer has its rows, if that cannot be inferred (`row_dims`)
 
-    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any: ...
+    def load(self, checkpoint: Checkpoint) -> Any: ...
 
     def random_pipeline(self, arguments: dict[str, Any], dtype: torch.dtype) -> Any: ...
 
@@ -129,12 +138,16 @@ class Adapter(Protocol):
 
 @dataclass
 class LoadedModel:
-    """A pipeline in float, its adapter, and a hash of its weights."""
+    """A pipeline in float, its adapter, and a hash of its weights.
+
+    parts: hashes of what was put into the pipeline, such as another transformer's configuration or an adapter's file.
+    """
 
     spec: ModelSpec
     pipe: Any
     adapter: Adapter
     extras: dict[str, Path] = field(default_factory=dict)  # files beside the weights: the judge's folder
+    parts: dict[str, str] = field(default_factory=dict)
 
     @property
     def transformer(self) -> nn.Module:
@@ -142,9 +155,12 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all weights: transformer, and VAE and text encoders, if any."""
+        """SHA-256 of all weights: transformer, and VAE and text encoders, if any; and of `parts`, if any."""
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
-        return tensors_sha256({f"{name}.{n}": t for name, part in parts.items() for n, t in part.state_dict().items()})
+        weights = tensors_sha256(
+            {f"{name}.{n}": t for name, part in parts.items() for n, t in part.state_dict().items()}
+        )
+        return canonical_sha256({"weights": weights} | self.parts) if self.parts else weights
 
     @cached_property
     def macs(self) -> dict[str, int]:
@@ -160,7 +176,11 @@ class LoadedModel:
 
     def inject_outliers(self, channels: int, log2_factor: int, seed: int) -> None:
         """Give the activations outlier channels, in place; the output stays as it is (`harness.stress`)."""
-        inject_outliers(self.transformer, self.adapter.sites(self.transformer), channels, log2_factor, seed)
+        inject_outliers(self.transformer, self.sites(), channels, log2_factor, seed)
+
+    def sites(self) -> list[Site]:
+        """The family's, by the layers that run."""
+        return as_run(self.transformer, self.adapter.sites(self.transformer))
 
     def target(self, scope: str = "blocks", skip: Iterable[str] = (), attention: bool = False) -> Target:
         """What a protocol quantizes.
@@ -172,7 +192,12 @@ class LoadedModel:
             raise UserError(f"protocol.scope={scope!r}; expected blocks or all")
         blocks = tuple(self.adapter.blocks(self.transformer))
         in_float = re.compile(self.adapter.FLOAT_IN_BLOCKS or "(?!)")
-        names = [n for n, m in self.transformer.named_modules() if is_linear_map(m)]
+        if carries_adapters(self.transformer):
+            raise UserError(
+                f"model {self.spec.name}: its transformer carries LoRA adapters, of which a half would be quantized; fuse and "
+                "unload them first (pipe.fuse_lora(), pipe.unload_lora_weights()), or set model.lora"
+            )
+        names = [n for n in linear_names(self.transformer) if is_linear_map(self.transformer.get_submodule(n))]
         if scope == "blocks":
             places = [(n, next((f"{b}." for b in blocks if n.startswith(f"{b}.")), None)) for n in names]
             names = [n for n, block in places if block and not in_float.search(n.removeprefix(block))]
@@ -182,10 +207,14 @@ class LoadedModel:
             raise UserError(
                 f"model {self.spec.name}: protocol.scope={scope} and protocol.skip leave no layer to quantize"
             )
-        sites = self.adapter.sites(self.transformer)
+        sites = self.sites()
         known = {consumer for site in sites for consumer in site.consumers}
         sites += [Site(name, (name,)) for name in names if name not in known]
         operands = tuple(self.adapter.attention(self.transformer)) if attention else ()
+        if operands and fused_layers(self.transformer):
+            raise UserError(
+                f"model {self.spec.name}: attention operands of fused projections cannot be quantized; set model.fuse_qkv=false"
+            )
         if attention and not operands:
             raise UserError(
                 f"model {self.spec.name}: attention operands of family {self.spec.family} cannot be quantized; "
@@ -194,147 +223,3 @@ class LoadedModel:
         return Target(
             self.transformer, tuple(names), tuple(sites), operands, blocks, self.adapter.block_call(self.transformer)
         )
-
-
-def family(name: str) -> Adapter:
-    import ditbench.harness.models.families as package
-
-    families = {m.name for m in pkgutil.iter_modules(package.__path__)}
-    if name not in families:
-        raise unknown_name("model family", name, families)
-    module = importlib.import_module(f"ditbench.harness.models.families.{name}")
-    return getattr(module, "FAMILY", module)  # type: ignore[return-value]
-
-
-def load_model(spec: ModelSpec) -> LoadedModel:
-    """Load (or draw) a model, check its weights, apply the stress rescaling if asked for.
-
-    Raises:
-        UserError: no such weights, unreadable or truncated weights, another architecture, NaN in the weights.
-    """
-    quiet_libraries()
-    adapter = family(spec.family)
-    if spec.size:
-        if not is_dataclass(adapter):
-            raise UserError(f"model {spec.name}: family {spec.family} draws one size; leave model.size out")
-        adapter = replace(adapter, size=spec.size)
-    dtype = getattr(torch, spec.dtype)
-    extras: dict[str, Path] = {}
-    if spec.random is not None:
-        with _private_seed(spec.seed):
-            pipe = adapter.random_pipeline(dict(spec.random), dtype)
-    else:
-        folder = _source_folder(spec, getattr(adapter, "INDEX", "model_index.json"))
-        pipe = _load_pipeline(adapter, spec, folder, dtype)
-        if (Path(folder) / "judge").is_dir():
-            extras["judge"] = Path(folder) / "judge"
-    _only_one_denoises(spec, pipe)
-    pipe.transformer.eval().requires_grad_(False)
-    for part in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
-        for name, tensor in part.state_dict().items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise UserError(
-                    f"model {spec.name}: NaN or infinity in {name}; the checkpoint is damaged, fetch it again"
-                )
-    model = LoadedModel(spec, pipe, adapter, extras)
-    if spec.stress:
-        model.inject_outliers(**spec.stress)
-    return model
-
-
-def _only_one_denoises(spec: ModelSpec, pipe: Any) -> None:
-    """Raise UserError if the pipeline denoises with more networks than the one that would be quantized (Wan 2.2, Ideogram 4)."""
-    parts = pipe.components.items()
-    others = [
-        name for name, part in parts if "transformer" in name and isinstance(part, nn.Module) and name != "transformer"
-    ]
-    if others:
-        raise UserError(
-            f"model {spec.name}: a {type(pipe).__name__} with two denoising networks, transformer and {' and '.join(others)}; "
-            "only transformer would be quantized and the samples would be half the float model's, so it is refused"
-        )
-
-
-def quiet_libraries() -> None:
-    """No progress bars of diffusers and transformers among ours."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _source_folder(spec: ModelSpec, index: str) -> str:
-    assert spec.source is not None, "a model has a source or random weights"
-    if spec.source.startswith("zoo:"):
-        folder = WEIGHTS / spec.source.removeprefix("zoo:")
-        if not (folder / "model_index.json").exists():
-            raise UserError(f"model {spec.name}: {folder} is missing; make it with `ditbench zoo train {folder.name}`")
-        return str(folder)
-    local = Path(spec.source).expanduser()
-    if local.is_dir():
-        if not (local / index).exists():
-            raise UserError(f"model {spec.name}: {local} is no diffusers pipeline folder (no {index} in it)")
-        return str(local)
-    if local.is_absolute() or spec.source.startswith((".", "~")):
-        raise UserError(f"model {spec.name}: no folder {local}; set model.source to a diffusers pipeline folder")
-    if spec.source.count("/") != 1:
-        raise UserError(f"model {spec.name}: no folder {local}, and a hub id has the form owner/name")
-    return spec.source
-
-
-def _load_pipeline(adapter: Adapter, spec: ModelSpec, folder: str, dtype: torch.dtype) -> Any:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from safetensors import SafetensorError
-
-    where = f"model {spec.name} ({folder})"
-    try:
-        return adapter.load(folder, spec.revision, dtype)
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        raise _missing_weights(spec) from error
-    except (OSError, SafetensorError) as error:
-        unreadable = next((each for each in _with_causes(error) if isinstance(each, SafetensorError)), None)
-        if unreadable is not None:  # diffusers says OSError, "Unable to load weights", and where, but not why
-            raise UserError(
-                f"{where}: weights cannot be read ({unreadable}); the file is corrupt or truncated, fetch it again: "
-                f"{_first_line(error)}"
-            ) from error
-        if not Path(folder).is_dir():
-            raise _missing_weights(spec) from error
-        raise UserError(f"{where}: {_first_line(error)}") from error
-    except (ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{where}: not a checkpoint of family {spec.family!r}: {_first_line(error)}; choose the matching model="
-        ) from error
-
-
-def _missing_weights(spec: ModelSpec) -> UserError:
-    folder = f"./weights/{str(spec.source).rsplit('/', 1)[-1]}"
-    return UserError(
-        f"model {spec.name}: {spec.source} is no folder here, and cannot be downloaded from the hub now.\n"
-        f"Where there is a network: `hf download {spec.source} --local-dir {folder}`; then add model.source={folder}"
-    )
-
-
-def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]
-
-
-class _private_seed:
-    """Seeds torch inside the block and gives the global random state back after it."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.state = torch.get_rng_state()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_rng_state(self.state)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from ditbench.harness.build.build import clock_of
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
 from ditbench.harness.models.calls import RowDims, float_dtype, placed
+from ditbench.harness.models.checkpoint import Checkpoint
 from ditbench.harness.models.parts import replaced, running_on
 from ditbench.harness.models.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
 from ditbench.harness.models.transformer_only import TransformerOnly, random_transformer
@@ -66,12 +66,8 @@ class PipelineFamily:
     size: dict[str, int] = field(default_factory=dict)
     INDEX: str = "model_index.json"
 
-    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
-        from ditbench.harness.common.files import pipeline_without
-
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, revision=revision, dtype=dtype, **pipeline_without(folder, "vae")
-        )
+    def load(self, checkpoint: Checkpoint) -> Any:
+        pipe = checkpoint.pipeline()
         self._check(pipe)
         return pipe
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.quant.effective import effective_linear, touched_layers
+from ditbench.harness.quant.layer_names import aliases, fused_layers, linear_names
 from ditbench.harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.serialize import content_sha256
 from ditbench.harness.quant.spec import FLOAT_BITS
-from ditbench.harness.quant.target import QUANTIZABLE, TableRows, Target, weight_matrix
+from ditbench.harness.quant.target import TableRows, Target, weight_matrix
 from ditbench.harness.quant.transforms import Transform
 
 FLOAT_BYTES = FLOAT_BITS // 8
@@ -37,14 +38,25 @@ def account(
     """
     shares = {name: recipe.shares(name) for name in recipe.layers}
     quantized = {name for name, share in shares.items() if any(layer.weight or layer.act for layer, _ in share)}
-    layers = [n for n, m in target.transformer.named_modules() if isinstance(m, QUANTIZABLE)]
+    same, fused = aliases(target.transformer), fused_layers(target.transformer)
+    macs = dict(macs)
+    for other, name in same.items():  # one layer that is called under two names
+        macs[name] += macs.pop(other, 0)
+    layers = linear_names(target.transformer)
     weights = {name: weight_matrix(target.module(name)).numel() for name in layers}
     bytes_of = {name: layer_bytes(target, recipe, name) for name in touched_layers(target, recipe)}
     weight_bytes = {name: bytes_of[name][0] if name in bytes_of else weights[name] * FLOAT_BYTES for name in layers}
 
-    baseline_bytes = sum(p.numel() for p in target.transformer.parameters()) * FLOAT_BYTES
-    replaced = sum(sum(p.numel() for p in target.module(name).parameters()) * FLOAT_BYTES for name in bytes_of)
-    model_bytes = baseline_bytes - replaced + sum(weight + other for weight, other in bytes_of.values())
+    rebuilt = {*bytes_of, *(other for other, name in same.items() if name in bytes_of)}
+    stored: dict[str, dict[int, int]] = {"all": {}, "kept": {}}  # each parameter once, whatever its names
+    for name, parameter in target.transformer.named_parameters(remove_duplicate=False):
+        layer = name.rpartition(".")[0]
+        if layer not in fused:
+            stored["all"][id(parameter)] = parameter.numel()
+        if layer not in fused and layer not in rebuilt:
+            stored["kept"][id(parameter)] = parameter.numel()
+    baseline_bytes, model_bytes = (sum(stored[which].values()) * FLOAT_BYTES for which in ("all", "kept"))
+    model_bytes += sum(weight + other for weight, other in bytes_of.values())
     model_bytes += sum(_range_bytes(quant) for each in recipe.attention.values() for quant in vars(each).values())
     float_bytes_quantized = sum(
         sum(p.numel() for p in target.module(name).parameters()) * FLOAT_BYTES for name in quantized

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -124,6 +125,18 @@ class Target:
             if layer in site.consumers:
                 return site
         raise KeyError(f"{layer} reads from no known site")
+
+    def without(self, names: Collection[str]) -> Target:
+        """The same without layers that no call reaches: they are neither quantized nor observed, and nothing is folded there."""
+        if not names:
+            return self
+        sites = []
+        for site in self.sites:
+            consumers = tuple(name for name in site.consumers if name not in names)
+            producers = () if any(getattr(each, "linear", "") in names for each in site.producers) else site.producers
+            if consumers:
+                sites.append(replace(site, consumers=consumers, producers=producers))
+        return replace(self, layers=tuple(name for name in self.layers if name not in names), sites=tuple(sites))
 
     def linear_sites(self) -> list[Site]:
         """Sites with at least one layer to quantize, all of whose consumers are linear."""

@@ -16,7 +16,9 @@ from ditbench.harness.common.devices import pick_device
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.type_checks import check_types
 from ditbench.harness.fitting import registry
-from ditbench.harness.models.base import ModelSpec, Sampler, family
+from ditbench.harness.models.base import ModelSpec, Sampler
+from ditbench.harness.models.loading import family
+from ditbench.harness.models.lora import loras
 from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.stages.prompt_sets import load_prompts
@@ -121,6 +123,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     protocol, calibration_prompts = raw["protocol"], raw["calibration"]["prompts"]
     model = {key: value for key, value in raw["model"].items() if key != "usual"}
     check_types(ModelSpec, model, "model")
+    loras(model.get("lora"))
     if model["source"] is None and model["random"] is None:
         raise UserError("model.source is null; name a folder or a hub id, or set model.random for random weights")
     return RunConfig(

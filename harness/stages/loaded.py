@@ -17,7 +17,8 @@ from ditbench.eval.judges import load_judge
 from ditbench.eval.reference import load_reference
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import tensor_sums
-from ditbench.harness.models.base import LoadedModel, ModelSpec, load_model
+from ditbench.harness.models.base import LoadedModel, ModelSpec
+from ditbench.harness.models.loading import load_model
 
 
 def model_of(spec: ModelSpec) -> LoadedModel:

@@ -110,6 +110,11 @@ def account(
     return account_of(target, recipe, model.macs, config.bits.label)
 
 
+def unreached_layers(recording: Calibration) -> dict[str, list[str]]:
+    """What the record's `bits` says of layers that nothing calls: they stay in float, whatever the protocol says."""
+    return {"unreached_layers": list(recording.unreached)} if recording.unreached else {}
+
+
 def fit_cost(timings_s: dict[str, float], recording: Calibration, memory: PeakMemory) -> dict[str, float | None]:
     """Seconds of calibration and quantization as if nothing had been cached (what the cache saved is added), and the
     most memory that was held meanwhile.

@@ -21,7 +21,7 @@ def scores_of(name: str, folder: Path, metrics: list[str], n: int) -> dict[str, 
     from ditbench.eval.base import Evidence, evaluate
     from ditbench.harness.build.build import float_copy
     from ditbench.harness.generation.generate import conditions, generate
-    from ditbench.harness.models.base import load_model
+    from ditbench.harness.models.loading import load_model
     from ditbench.harness.stages.config import parse
     from ditbench.harness.sweep.compose import composed
 

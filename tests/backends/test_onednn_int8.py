@@ -268,7 +268,8 @@ def test_an_operator_that_returns_wrong_values_is_not_used(monkeypatch):
 @needs_int8
 def test_a_whole_transformer_agrees_with_its_simulation():
     from ditbench.harness.build.build import build, quant_layers
-    from ditbench.harness.models.base import ModelSpec, load_model
+    from ditbench.harness.models.base import ModelSpec
+    from ditbench.harness.models.loading import load_model
     from ditbench.methods import rtn
 
     shape = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 1, "out_channels": 2, "num_layers": 2}

@@ -13,7 +13,8 @@ from ditbench.harness.build.export import RECIPE, TENSORS, load_quantized
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import file_sha256
 from ditbench.harness.fitting.conformance import DYNAMIC, SMALL_DIT
-from ditbench.harness.models.base import ModelSpec, load_model
+from ditbench.harness.models.base import ModelSpec
+from ditbench.harness.models.loading import load_model
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from ditbench.harness.build.build import quant_layers
 from ditbench.harness.build.export import TENSORS, load_quantized, save_quantized
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import DYNAMIC, SMALL_DIT, STATIC
-from ditbench.harness.models.base import ModelSpec, load_model
+from ditbench.harness.models.base import ModelSpec
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec, bits_of
 from ditbench.harness.quant.transforms import Rotation, Transform

@@ -17,8 +17,9 @@ from ditbench.harness.build.export import TENSORS, load_quantized
 from ditbench.harness.calibration.recording import calibrate
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.harness.generation.generate import conditions, generate
-from ditbench.harness.models.base import ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import ModelSpec, Sampler
 from ditbench.harness.models.calls import placed
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.samples.samples import Prompt
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "export.md"

@@ -9,7 +9,8 @@ from torch import nn
 
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.models import parts
-from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.models.parts import forget_prompts, placed_on, replaced, running_on
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.samples import Prompt

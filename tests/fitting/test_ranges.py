@@ -19,7 +19,8 @@ from ditbench.harness.fitting.conformance import DYNAMIC, SMALL_DIT, STATIC
 from ditbench.harness.measurement import latency
 from ditbench.harness.measurement.layer_errors import error_atlas, layer_table
 from ditbench.harness.measurement.parity import layer_parity
-from ditbench.harness.models.base import ModelSpec, load_model
+from ditbench.harness.models.base import ModelSpec
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.accounting import account, layer_bytes, stored_bytes
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import Bits

@@ -15,7 +15,8 @@ import pytest
 from ditbench.harness.calibration.recording import calibrate
 from ditbench.harness.fitting import conformance
 from ditbench.harness.fitting.conformance import SMALL_DIT, Case
-from ditbench.harness.models.base import ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import ModelSpec, Sampler
+from ditbench.harness.models.loading import load_model
 
 # What `apply_saved` is run in: a process that has fitted nothing. Importing diffusers takes seconds, so there is one for
 # all methods, started before it is needed; `ditbench check-method` starts one per method.

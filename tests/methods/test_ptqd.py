@@ -12,8 +12,9 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.conformance import DYNAMIC
 from ditbench.harness.fitting.conformance import relative_error as error_of
 from ditbench.harness.generation.generate import conditions, generate
-from ditbench.harness.models.base import Correction, LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import Correction, LoadedModel, ModelSpec, Sampler
 from ditbench.harness.models.families.dit import CorrectedDDPM
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.samples.samples import Prompt

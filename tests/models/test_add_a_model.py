@@ -14,7 +14,8 @@ from ditbench.harness.calibration.recording import calibrate
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.generation.generate import conditions
 from ditbench.harness.models import families
-from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.smoothing import place
 from ditbench.harness.quant.steps import StepTable

@@ -12,7 +12,8 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from ditbench.harness.common.paths import CONF
-from ditbench.harness.models.base import ModelSpec, family
+from ditbench.harness.models.base import ModelSpec
+from ditbench.harness.models.loading import family
 from ditbench.harness.samples.conditions import PROMPTS
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.sweep import compose

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import SMALL_DIT, relative_error
-from ditbench.harness.models.base import Correction, ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import Correction, ModelSpec, Sampler
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.samples.conditions import Conditions
 
 LABELS, SEEDS = (7, 0, 999, 7), (11, 12, 13, 14)

@@ -12,7 +12,8 @@ from ditbench.harness.calibration.block_stream import BlockStream
 from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import conditions, generate
-from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.blocks import NotInLine
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.smoothing import place

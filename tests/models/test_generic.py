@@ -18,8 +18,9 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.measurement.layer_errors import error_atlas
-from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
 from ditbench.harness.models.families.generic import FAMILY
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.samples.samples import Prompt, Samples
 from ditbench.methods import rtn, smoothquant
 

@@ -14,7 +14,8 @@ from ditbench.harness.build.build import float_copy
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import SMALL_DIT
 from ditbench.harness.generation.generate import conditions, generate
-from ditbench.harness.models.base import ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import ModelSpec, Sampler
+from ditbench.harness.models.loading import load_model
 
 TRANSFORMER = Path("transformer") / "diffusion_pytorch_model.safetensors"
 

@@ -14,9 +14,10 @@ from small_pipelines import SIZES, SMALL, SMALL_STDIT3, SMALL_VAE
 from torch import Tensor
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.models.base import ModelSpec, load_model
+from ditbench.harness.models.base import ModelSpec
 from ditbench.harness.models.families.opensora import checkpoint
 from ditbench.harness.models.families.opensora.vae import OpenSoraVAE
+from ditbench.harness.models.loading import load_model
 
 
 @pytest.fixture

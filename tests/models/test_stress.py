@@ -11,7 +11,8 @@ from small_pipelines import SIZES, SMALL
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.calibration.channel_statistics import channel_stats
 from ditbench.harness.calibration.recording import Calibration, calibrate
-from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.target import TableRows, Target
 from ditbench.harness.samples.samples import Prompt
 

@@ -17,7 +17,8 @@ from small_pipelines import SIZES, SMALL
 from torch import nn
 
 from ditbench.harness.cli import main
-from ditbench.harness.models.base import LoadedModel, ModelSpec, load_model
+from ditbench.harness.models.base import LoadedModel, ModelSpec
+from ditbench.harness.models.loading import load_model
 
 CONFIGURATIONS = {
     "pixart": "pixart-alpha-xl-2-512", "sd3": "sd3.5-medium", "flux": "flux.1-dev", "sana": "sana-1600m-1024",

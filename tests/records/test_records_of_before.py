@@ -21,7 +21,8 @@ from ditbench.harness.build.export import load_quantized
 from ditbench.harness.cli import main
 from ditbench.harness.cli.command_line import COMMANDS
 from ditbench.harness.fitting.conformance import SMALL_DIT
-from ditbench.harness.models.base import ModelSpec, load_model
+from ditbench.harness.models.base import ModelSpec
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.records.record import read_all
 from ditbench.harness.sweep.compose import composed
 

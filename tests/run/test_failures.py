@@ -16,7 +16,8 @@ import pytest
 import ditbench
 from ditbench.eval.base import known_metrics
 from ditbench.harness import run as running
-from ditbench.harness.stages.loaded import forget_models
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.stages.loaded import forget_models, left_alone
 
 QUICK = ("metrics=fidelity", "generate.noise_floor_seeds=0")
 WORKING = '''"""Flaky: rounds to nearest when it is in the mood."""
@@ -143,6 +144,16 @@ def test_a_method_that_breaks_the_contract_is_told_how_before_anything_is_genera
     (failed,) = read_records(tmp_path).values()
     assert words in failed["error"]
     assert "generate" not in failed["timings_s"]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_method_that_only_reorders_a_weight_of_the_float_model_is_noticed_too(own_model, dim):
+    weight = own_model.transformer.transformer_blocks[0].attn1.to_q.weight
+    with (
+        pytest.raises(UserError, match=r"method sloppy: changed the float model \(.*attn1.to_q.weight, 1 in all\)"),
+        left_alone(own_model.transformer, "sloppy"),
+    ):
+        weight.copy_(weight.flip(dim))
 
 
 def test_a_method_that_changes_the_float_model_fails_and_the_next_run_has_the_model_as_it_was(

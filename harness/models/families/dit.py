@@ -15,9 +15,9 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import pipeline_without
 from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
 from ditbench.harness.models.calls import RowDims
+from ditbench.harness.models.checkpoint import Checkpoint
 from ditbench.harness.models.parts import placed_on
 from ditbench.harness.models.samplers import CorrectedDDPM
 from ditbench.harness.quant.blocks import OneStream
@@ -31,8 +31,8 @@ CONDITION = LABELS
 ROWS: RowDims = {}  # inferred
 
 
-def load(folder: str, revision: str | None, dtype: torch.dtype) -> DiTPipeline:
-    pipe = DiTPipeline.from_pretrained(folder, revision=revision, dtype=dtype, **pipeline_without(folder, "vae"))
+def load(checkpoint: Checkpoint) -> DiTPipeline:
+    pipe = checkpoint.pipeline()
     if not isinstance(pipe.transformer, DiTTransformer2DModel):
         raise TypeError(f"its transformer is a {type(pipe.transformer).__name__}, not a DiTTransformer2DModel")
     return pipe

@@ -12,10 +12,10 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.models.checkpoint import Checkpoint
 from ditbench.harness.models.prompted import PipelineFamily
 from ditbench.harness.quant.blocks import NotInLine
 from ditbench.harness.quant.target import is_linear_map
@@ -27,8 +27,8 @@ ONLY_TILED = ("AutoencoderKLAllegro",)  # VAEs that decode tiles and no whole vi
 
 @dataclass(frozen=True)
 class GenericFamily(PipelineFamily):
-    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
-        pipe = super().load(folder, revision, dtype)
+    def load(self, checkpoint: Checkpoint) -> Any:
+        pipe = super().load(checkpoint)
         if type(getattr(pipe, "vae", None)).__name__ in ONLY_TILED:
             self._tile(pipe.vae)
         return pipe

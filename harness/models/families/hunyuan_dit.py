@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from ditbench.harness.models.checkpoint import Checkpoint
 from ditbench.harness.models.prompted import PipelineFamily
 from ditbench.harness.models.sites import QKV, reads
 from ditbench.harness.quant.blocks import NotInLine
@@ -20,8 +20,8 @@ from ditbench.harness.quant.target import Site
 
 @dataclass(frozen=True)
 class HunyuanDiT(PipelineFamily):
-    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
-        pipe = super().load(folder, revision, dtype)
+    def load(self, checkpoint: Checkpoint) -> Any:
+        pipe = super().load(checkpoint)
         pipe.transformer.time_extra_emb.register_forward_pre_hook(in_the_models_dtype, with_kwargs=True)
         return pipe
 

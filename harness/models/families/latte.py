@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import torch
 from torch import Tensor, nn
 
+from ditbench.harness.models.checkpoint import Checkpoint
 from ditbench.harness.models.families.pixart import sites as pixart_sites
 from ditbench.harness.models.prompted import PipelineFamily
 from ditbench.harness.models.sites import QKV, reads, table, values
@@ -69,8 +69,8 @@ class LattePipeline(diffusers.LattePipeline):
 
 @dataclass(frozen=True)
 class Latte(PipelineFamily):
-    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> Any:
-        return LattePipeline(**super().load(folder, revision, dtype).components)
+    def load(self, checkpoint: Checkpoint) -> Any:
+        return LattePipeline(**super().load(checkpoint).components)
 
 
 def stream(transformer: nn.Module) -> FramesAndPlaces:

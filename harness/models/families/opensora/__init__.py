@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.models.checkpoint import Checkpoint
 from ditbench.harness.models.families.opensora.checkpoint import CONFIG, TEXT_ENCODER, VAE, WEIGHTS, pipeline_of
 from ditbench.harness.models.families.opensora.pipeline import OpenSoraPipeline
 from ditbench.harness.models.prompted import PipelineFamily
@@ -55,14 +55,19 @@ def call(pipe: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OpenSoraFamily(PipelineFamily):
-    def load(self, folder: str, revision: str | None, dtype: torch.dtype) -> OpenSoraPipeline:
-        if (Path(folder) / "model_index.json").exists():
+    def load(self, checkpoint: Checkpoint) -> OpenSoraPipeline:
+        if not checkpoint.plain:
+            raise UserError(
+                "Open-Sora is read from its three folders only; leave model.variant and model.transformer out"
+            )
+        folder, dtype = Path(checkpoint.source.where), checkpoint.dtype
+        if (folder / "model_index.json").exists():
             pipe = OpenSoraPipeline.from_pretrained(folder, dtype=dtype)
             self._check(pipe)
             return pipe
-        if Path(folder).is_dir():
-            return pipeline_of(*_parts(Path(folder)), dtype)
-        return pipeline_of(*_downloaded(folder, revision), dtype)
+        if checkpoint.source.local:
+            return pipeline_of(*_parts(folder), dtype)
+        return pipeline_of(*_downloaded(checkpoint.source.where, checkpoint.revision), dtype)
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -1,0 +1,292 @@
+"""How a model is loaded: its family by name, its weights from the zoo, a folder or the hub, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditbench.harness.build.export import architecture
+from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.files import canonical_sha256, file_sha256
+from ditbench.harness.models.base import Adapter, LoadedModel, ModelSpec
+from ditbench.harness.models.checkpoint import (
+    CONFIG,
+    FILE,
+    FLOAT_NEEDED,
+    FOLDER,
+    INDEX,
+    Checkpoint,
+    Place,
+    already_quantized,
+    locate,
+)
+from ditbench.harness.models.layers import fuse_qkv
+from ditbench.harness.models.lora import Lora, files, fuse, loras
+from ditbench.harness.models.zoo import WEIGHTS
+from ditbench.harness.quant.layer_names import carries_adapters
+
+
+def family(name: str) -> Adapter:
+    import ditbench.harness.models.families as package
+
+    families = {m.name for m in pkgutil.iter_modules(package.__path__)}
+    if name not in families:
+        raise unknown_name("model family", name, families)
+    module = importlib.import_module(f"ditbench.harness.models.families.{name}")
+    return getattr(module, "FAMILY", module)  # type: ignore[return-value]
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """Load (or draw) a model, fuse what is to be fused, check its weights, apply the stress rescaling if asked for.
+
+    Raises:
+        UserError: no such weights, unreadable, truncated or already quantized weights, another architecture, NaN in the weights.
+    """
+    quiet_libraries()
+    adapter = family(spec.family)
+    if spec.size:
+        if not is_dataclass(adapter):
+            raise UserError(f"model {spec.name}: family {spec.family} draws one size; leave model.size out")
+        adapter = replace(adapter, size=spec.size)
+    dtype = getattr(torch, spec.dtype)
+    extras: dict[str, Path] = {}
+    parts: dict[str, str] = {}
+    with _of_model(spec.name):
+        if spec.random is not None:
+            _refuse_of_random(spec)
+            with _private_seed(spec.seed):
+                pipe = adapter.random_pipeline(dict(spec.random), dtype)
+        else:
+            checkpoint = _found(spec, getattr(adapter, "INDEX", INDEX), dtype)
+            wanted = loras(spec.lora)
+            adapters = list(zip(wanted, files(wanted), strict=True))
+            pipe = _load_pipeline(adapter, spec, checkpoint)
+            if (Path(checkpoint.source.where) / "judge").is_dir():
+                extras["judge"] = Path(checkpoint.source.where) / "judge"
+            _check_pipeline(pipe)
+            parts = _put_in(pipe, spec, adapters)
+        if spec.fuse_qkv:
+            fuse_qkv(pipe.transformer)
+        _only_one_denoises(pipe)
+        pipe.transformer.eval().requires_grad_(False)
+        _check_values(pipe)
+    model = LoadedModel(spec, pipe, adapter, extras, parts)
+    if spec.stress:
+        model.inject_outliers(**spec.stress)
+    return model
+
+
+def quiet_libraries() -> None:
+    """No progress bars of diffusers and transformers among ours."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def _of_model(name: str) -> Iterator[None]:
+    """Says in every error which model it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(error).startswith("model ") else UserError(f"model {name}: {error}") from error
+
+
+def _refuse_of_random(spec: ModelSpec) -> None:
+    """Raise UserError for what only a checkpoint can have."""
+    for option in ("variant", "config", "transformer", "lora"):
+        if getattr(spec, option) is not None:
+            raise UserError(f"model.{option} needs weights to load, and this model draws random ones; set model.source")
+
+
+def _found(spec: ModelSpec, index: str, dtype: torch.dtype) -> Checkpoint:
+    """Where the weights are, looked at.
+
+    index: the file by which the family knows a folder.
+    """
+    assert spec.source is not None, "a model has a source or random weights"
+    if spec.source.startswith("zoo:"):
+        folder = WEIGHTS / spec.source.removeprefix("zoo:")
+        if not (folder / INDEX).exists():
+            raise UserError(f"{folder} is missing; make it with `ditbench zoo train {folder.name}`")
+        source = Place(FOLDER, str(folder))
+    else:
+        source = locate(spec.source, "model.source", "a diffusers pipeline folder")
+    config = spec.config and locate(spec.config, "model.config", "the pipeline folder that the file belongs to")
+    if source.kind == FILE and not config:
+        raise UserError(
+            f"{source.where} is one file: set model.config to the folder or hub id of the pipeline that it belongs to, or, if it "
+            "holds a transformer only, model.transformer to it and model.source to the pipeline"
+        )
+    if config and source.kind != FILE:
+        raise UserError("model.config belongs to a model.source that is one .safetensors file; leave it out")
+    transformer = spec.transformer and locate(spec.transformer, "model.transformer", "a transformer's folder")
+    checkpoint = Checkpoint(source, dtype, spec.revision, spec.variant, config or None, transformer or None)
+    if checkpoint.base.kind == FOLDER and not (Path(checkpoint.base.where) / index).exists():
+        raise UserError(
+            f"{checkpoint.base.where} is no diffusers pipeline folder (no {index} in it){_lone_model(checkpoint.base)}"
+        )
+    checkpoint.check()
+    return checkpoint
+
+
+def _lone_model(place: Place) -> str:
+    """What to do with a transformer's folder that was given for a pipeline's."""
+    if not (Path(place.where) / CONFIG).is_file():
+        return ""
+    return f"; if it is a transformer's, set model.transformer={place.where} and model.source to the pipeline"
+
+
+def _put_in(pipe: Any, spec: ModelSpec, adapters: list[tuple[Lora, Path]]) -> dict[str, str]:
+    """Fuse the adapters → hashes of what the pipeline has beside its own weights; the weights are in the fingerprint."""
+    parts = {}
+    if spec.transformer or spec.config:
+        parts["transformer_config"] = canonical_sha256(architecture(pipe.transformer))
+    for index, (lora, file) in enumerate(adapters):
+        fuse(pipe, lora, file)
+        parts[f"lora.{index}"] = file_sha256(file)
+    return parts
+
+
+def _check_pipeline(pipe: Any) -> None:
+    """Raise UserError if a library made weights that are not whole numbers of floats, or left an adapter beside them."""
+    for name, part in pipe.components.items():
+        if not isinstance(part, nn.Module):
+            continue
+        if config := getattr(getattr(part, "config", None), "quantization_config", None):
+            raise already_quantized(name, config)
+        if carries_adapters(part):
+            raise UserError(
+                f"its {name} carries LoRA adapters that are not fused; take the plain weights and set model.lora"
+            )
+        missing = [n for n, tensor in part.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise UserError(
+                f"its {name} has no weights for {missing[0]}, {len(missing)} in all; the checkpoint is not whole, or of another model"
+            )
+
+
+def _only_one_denoises(pipe: Any) -> None:
+    """Raise UserError if the pipeline denoises with more networks than the one that would be quantized (Wan 2.2, Ideogram 4)."""
+    parts = pipe.components.items()
+    others = [
+        name for name, part in parts if "transformer" in name and isinstance(part, nn.Module) and name != "transformer"
+    ]
+    if others:
+        raise UserError(
+            f"a {type(pipe).__name__} with two denoising networks, transformer and {' and '.join(others)}; "
+            "only transformer would be quantized and the samples would be half the float model's, so it is refused"
+        )
+
+
+def _check_values(pipe: Any) -> None:
+    for part in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
+        for name, tensor in part.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise UserError(f"NaN or infinity in {name}; the checkpoint is damaged, fetch it again")
+
+
+def _load_pipeline(adapter: Adapter, spec: ModelSpec, checkpoint: Checkpoint) -> Any:
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from huggingface_hub.errors import HfHubHTTPError
+    from safetensors import SafetensorError
+
+    where = f"model {spec.name} ({checkpoint.source.where})"
+    try:
+        with _nothing_made_up(where):
+            return adapter.load(checkpoint)
+    except ImportError as error:  # of the package that the weights were quantized with, mostly
+        raise UserError(f"{where}: {_first_line(error)}; if its weights are quantized: {FLOAT_NEEDED}") from error
+    except (OSError, HfHubHTTPError, SafetensorError) as error:
+        unreadable = next((each for each in _with_causes(error) if isinstance(each, SafetensorError)), None)
+        if unreadable is not None:  # diffusers says OSError, "Unable to load weights", and where, but not why
+            raise UserError(
+                f"{where}: weights cannot be read ({unreadable}); the file is corrupt or truncated, fetch it again: "
+                f"{_first_line(error)}"
+            ) from error
+        for option in ("transformer", "source", "config"):
+            place = getattr(checkpoint, option)
+            if place is not None and not place.local and (option != "transformer" or place.where in str(error)):
+                raise _missing_weights(spec, option, place.where) from error
+        raise UserError(f"{where}: {_first_line(error)}") from error
+    except (SingleFileComponentError, ValueError, RuntimeError, AttributeError, TypeError, LookupError) as error:
+        raise UserError(
+            f"{where}: not a checkpoint of family {spec.family!r}: {_first_line(error)}; choose the matching model="
+            f"{_lone_file(checkpoint)}"
+        ) from error
+
+
+def _lone_file(checkpoint: Checkpoint) -> str:
+    if checkpoint.source.kind != FILE:
+        return ""
+    return (
+        f", or, if the file holds a transformer only, set model.transformer={checkpoint.source.where} and "
+        f"model.source={checkpoint.base.where}"
+    )
+
+
+@contextmanager
+def _nothing_made_up(where: str) -> Iterator[None]:
+    """Raise UserError where a library draws weights that a checkpoint lacks: both say so in their logs only."""
+    said: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda entry: said.append(entry.getMessage())  # type: ignore[method-assign]
+    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for library in libraries:
+        library.addHandler(listener)
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.removeHandler(listener)
+    for text in said:
+        if "newly initialized" in text:
+            first = re.search(r"'([\w.]+)'\]|(\S+)\s*\|\s*MISSING|\['([\w.]+)'", text)
+            name = next((each for each in first.groups() if each), "some") if first else "some"
+            raise UserError(
+                f"{where}: no weights for {name}, which would be random; the checkpoint is not whole, or of another model"
+            )
+
+
+def _missing_weights(spec: ModelSpec, option: str, hub_id: str) -> UserError:
+    folder = f"./weights/{hub_id.rsplit('/', 1)[-1]}"
+    return UserError(
+        f"model {spec.name}: {hub_id} is no folder here, and cannot be downloaded from the hub now.\n"
+        f"Where there is a network: `hf download {hub_id} --local-dir {folder}`; then add model.{option}={folder}"
+    )
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+class _private_seed:
+    """Seeds torch inside the block and gives the global random state back after it."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_rng_state(self.state)
