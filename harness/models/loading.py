@@ -77,7 +77,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             parts = _put_in(pipe, spec, adapters)
         if spec.fuse_qkv:
             fuse_qkv(pipe.transformer)
-        _only_one_denoises(pipe)
+        check_only_one_denoises(pipe)
         pipe.transformer.eval().requires_grad_(False)
         _check_values(pipe)
     model = LoadedModel(spec, pipe, adapter, extras, parts)
@@ -178,7 +178,7 @@ def _check_pipeline(pipe: Any) -> None:
             )
 
 
-def _only_one_denoises(pipe: Any) -> None:
+def check_only_one_denoises(pipe: Any) -> None:
     """Raise UserError if the pipeline denoises with more networks than the one that would be quantized (Wan 2.2, Ideogram 4)."""
     parts = pipe.components.items()
     others = [

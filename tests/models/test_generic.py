@@ -5,25 +5,31 @@ Prompts of unequal length, so that conditional and null calls differ where the p
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
 from generic_pipelines import GENERIC, GENERIC_SIZES
 from small_pipelines import SMALL
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.calibration.recording import Calibration, calibrate, conditions_for_calibration
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.paths import CONF
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.measurement.layer_errors import error_atlas
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
+from ditbench.harness.models.calls import count_rows, row_dims
 from ditbench.harness.models.families.generic import FAMILY
-from ditbench.harness.models.loading import load_model
+from ditbench.harness.models.loading import check_only_one_denoises, load_model
 from ditbench.harness.samples.samples import Prompt, Samples
 from ditbench.methods import rtn, smoothquant
 
+PAGE = CONF.parent / "docs" / "models.md"
 PROMPTS = (
     Prompt("a red circle"),
     Prompt(
@@ -197,6 +203,31 @@ def test_videos_smaller_than_a_tile_of_their_vae_are_refused(tmp_path):
         UserError, match="24 frames of 128×128; model.size has height=64, of which it would decode nothing"
     ):
         load_model(ModelSpec("allegro", "generic", source=str(tmp_path), size=size))
+
+
+def test_any_second_denoising_network_is_refused_whatever_it_is_called():
+    parts = {
+        "transformer": nn.Linear(1, 1),
+        "unconditional_transformer": nn.Linear(1, 1),
+        "text_encoder": nn.Linear(1, 1),
+    }
+    with pytest.raises(UserError, match="two denoising networks, transformer and unconditional_transformer"):
+        check_only_one_denoises(SimpleNamespace(components=parts))
+    check_only_one_denoises(SimpleNamespace(components=parts | {"unconditional_transformer": None}))
+
+
+def test_one_sample_is_one_row_of_a_call_without_guidance(model):
+    """What is measured and counted; Z-Image guides at every scale above 0."""
+    dims = row_dims(model.step_inputs(2), model.step_inputs(3), model.adapter.ROWS)
+    assert [count_rows(model.step_inputs(batch), dims) for batch in (1, 4)] == [1, 4]
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="not a source checkout")
+def test_the_page_of_models_says_that_all_of_these_run():
+    rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    runs = [re.sub(r"\W", "", row[1]).lower() for row in rows if row[2].strip() == "runs"]
+    assert len(runs) == len(GENERIC)
+    assert all(any(found.startswith(name.replace("_", "")) for found in runs) for name in GENERIC)
 
 
 def test_experts_that_belong_to_no_layer_are_refused():

@@ -127,15 +127,17 @@ def test_what_is_equal_at_all_steps_is_held_and_stored_once(tmp_path):
         for one, other in zip(first, calls, strict=True):
             assert one["text"] is other["text"] and one["latents"] is not other["latents"]
             assert one.shape.shared["ids"] is first[0].shape.shared["ids"]
-    write(tmp_path / "inputs.safetensors", steps, recorder.tensors, 1.5)
+    write(tmp_path / "inputs.safetensors", steps, recorder.tensors, 1.5, ("a.b",))
     with safe_open(tmp_path / "inputs.safetensors", framework="pt") as file:
         assert len(list(file.keys())) == 4 * 5 + 4 + 1, "latents of every call, four texts, one table"
 
 
 def test_a_file_gives_back_every_call(tmp_path):
     recorder = recorded()
-    write(tmp_path / "inputs.safetensors", recorder.finished(), recorder.tensors, 1.5)
-    for ours, theirs in zip(recorder.finished(), read(tmp_path / "inputs.safetensors"), strict=True):
+    write(tmp_path / "inputs.safetensors", recorder.finished(), recorder.tensors, 1.5, ("a.b",))
+    kept, unreached = read(tmp_path / "inputs.safetensors")
+    assert unreached == ("a.b",)
+    for ours, theirs in zip(recorder.finished(), kept, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one.is_like(other) and all(torch.equal(one[name], other[name]) for name in one)
 

@@ -79,7 +79,7 @@ class GenericFamily(PipelineFamily):
             raise UserError(
                 f"a {type(pipe).__name__} takes its guidance neither as {' nor as '.join(GUIDANCE)}; set protocol.guidance=1"
             )
-        guided = {} if name is None else {name: guidance}
+        guided: dict[str, Any] = {} if name is None else {name: guidance}
         if name == "true_cfg_scale" and guidance > 1:
             guided["negative_prompt"] = [NO_CONCEPT] * samples
         plain = {"clean_caption": False} if "clean_caption" in known else {}  # it cleans if certain libraries are there
