@@ -145,7 +145,7 @@ class LoadedModel:
         return self.adapter.step_inputs(self.pipe, batch)
 
     def inject_outliers(self, channels: int, log2_factor: int, seed: int) -> None:
-        """Give the activations outlier channels, in place; the output stays as it is (`harness.stress`)."""
+        """Give the activations outlier channels, in place; the output stays as it is (`harness.models.stress`)."""
         inject_outliers(self.transformer, self.adapter.sites(self.transformer), channels, log2_factor, seed)
 
     def target(self, scope: str = "blocks", skip: Iterable[str] = (), attention: bool = False) -> Target:

@@ -4,7 +4,7 @@ Counted per quantized layer: packed codes, scales, zero points, online transform
 ranges, bias tables, and what a fold into adaLN-single adds (to the first reader of its site). Float weights, biases, folds
 and low-rank factors count at 16 bits, scales and transforms at 32, indices at 16. Constants that can be built again
 (Hadamard matrices) do not count. A layer whose recipe changes with the range of steps counts all that its recipes hold,
-equal parts once. It is what an export takes (`harness.export`), to the byte, but for parameters that their class keeps in
+equal parts once. It is what an export takes (`build.export`), to the byte, but for parameters that their class keeps in
 float32 (norms, tables and time embedding of Wan): they count at 16 bits like all others.
 """
 
