@@ -1,5 +1,6 @@
 """The tables in docs/ are those of the recorded results, and every method has its section."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -26,9 +27,11 @@ def test_every_method_has_a_section():
 
 
 def test_every_module_and_file_that_is_named_exists():
-    """In pages and docstrings: `harness.quant.spec`, `ditbench.eval.base.metric`, harness/quant/spec.py."""
+    """In pages and docstrings: `harness.quant.spec`, `ditbench.eval.base.metric`, harness/quant/spec.py. The changelog names
+    what there was.
+    """
     missing = []
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))]:
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))]:
         text = page.read_text()
         for name in re.findall(r"(?:`|ditbench\.)((?:harness|methods|eval)(?:\.\w+)+)", text):
             if not named(name.split(".")):
@@ -39,6 +42,16 @@ def test_every_module_and_file_that_is_named_exists():
             if not (ROOT / path).exists():
                 missing.append(f"{page.relative_to(ROOT)}: {path}")
     assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("page", ["add-a-method.md", "add-a-metric.md"])
+def test_what_a_plugin_may_import_can_be_imported(page):
+    rows = re.findall(r"^\| (`(?:harness|eval)\.[^|]+) \| ([^|]+) \|", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    assert len(rows) >= 9
+    for modules, names in rows:
+        found = [importlib.import_module(f"ditbench.{module}") for module in re.findall(r"`([\w.]+)`", modules)]
+        for name in re.findall(r"`(\w+)`", names):
+            assert any(hasattr(module, name) for module in found), f"{modules} has no {name}"
 
 
 def named(parts: list[str]) -> bool:
