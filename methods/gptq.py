@@ -3,7 +3,7 @@
     H = 2/n Σ x xᵀ + damp · mean(diag H) · I;  each column's rounding error is spread over the columns not yet rounded
 
     paper      here         meaning
-    H          second moment of the layer's input over samples, tokens and denoising steps (`harness.blockwise`)
+    H          second moment of the layer's input over samples, tokens and denoising steps (`harness.fitting.blockwise`)
     percdamp   damp         0.01
     act-order  act_order    columns in the order of falling diag(H)
 

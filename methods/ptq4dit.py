@@ -17,7 +17,7 @@ SSC (Eq. 10–11): activation salience as a mean over timesteps, weighted toward
 
 Re-parameterisation (Eq. 13, 18–21): folded into adaLN rows for q, k, v and the first FFN layer, into the V rows for the
 output projection; none for the second FFN layer. Weight ranges by the percentile search of the release ("mse"). Then
-block reconstruction: AdaRound, and learned scales of static activations (`harness.reconstruct`).
+block reconstruction: AdaRound, and learned scales of static activations (`harness.fitting.reconstruct`).
 
 Departs from the paper: 100 iterations per block at a learning rate of 3e-2 instead of 20,000 at 1e-3 (`iterations`,
 `learning_rate`), and the reported numbers depend on reconstruction; only the blocks are reconstructed, layers outside

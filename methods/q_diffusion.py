@@ -10,7 +10,7 @@ learned step sizes of static activations (LSQ):
     Ŵ = δ · clamp(⌊W/δ⌋ + h(α) + z),   x̂ = δ_X · (clamp(round(x/δ_X) + z) − z)
 
     paper   here                     meaning
-    α       alpha_OGg                learned rounding (`harness.quant.adaround`, `harness.reconstruct`)
+    α       alpha_OGg                learned rounding (`harness.quant.adaround`, `harness.fitting.reconstruct`)
     λ, b    regulariser, sharpness   0.01; 20 → 2 after a warm-up of 20 %
     δ_X     scale_G                  learned after α in `scale_iterations`, at `scale_learning_rate`
     p       scale_power              2.4, the power of the error while δ_X is learned

@@ -14,8 +14,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ditbench.harness.backends.base import known_backends
-from ditbench.harness.bench.timing import synchronize
 from ditbench.harness.build.build import quant_layers
+from ditbench.harness.measurement.timing import synchronize
 from ditbench.harness.models.base import LoadedModel, Sampler
 from ditbench.harness.samples.conditions import Conditions
 

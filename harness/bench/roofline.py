@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ditbench.harness.bench.timing import interleaved
+from ditbench.harness.measurement.timing import interleaved
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices multiplied
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**30}

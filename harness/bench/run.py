@@ -15,13 +15,13 @@ from ditbench.harness.bench.candidates import BASELINE, COMPILED, EAGER, Candida
 from ditbench.harness.bench.others import OTHERS
 from ditbench.harness.bench.parts import by_component, shares
 from ditbench.harness.bench.roofline import roofline
-from ditbench.harness.bench.timing import interleaved
 from ditbench.harness.build.build import quant_layers
 from ditbench.harness.common.errors import reason
 from ditbench.harness.common.files import write_json
 from ditbench.harness.common.timer import say
 from ditbench.harness.generation.generate import conditions
 from ditbench.harness.measurement.latency import peak_memory_bytes, quantiles
+from ditbench.harness.measurement.timing import interleaved
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
 from ditbench.harness.records.environment import environment

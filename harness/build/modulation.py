@@ -55,7 +55,7 @@ class FoldedModulation(nn.Module):
 
 
 def hang(model: nn.Module, folds: dict[str, BlockFolds], clock: StepClock, device: torch.device) -> None:
-    """Hang the folds at the doors of the blocks of model."""
+    """Hang the folds at the inputs of the blocks of model."""
     for name, of_block in folds.items():
         block = model.get_submodule(name)
         modulation = FoldedModulation(of_block, clock, list(inspect.signature(block.forward).parameters)).to(device)

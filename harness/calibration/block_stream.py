@@ -191,7 +191,7 @@ class BlockStream:
             raise _Entered
 
         first = self.model.get_submodule(self.blocks[0])
-        handle = first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)  # before any fold at the door
+        handle = first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)  # before any fold at its input
         try:
             self.calibration.call(self.model, step, inputs)
         except _Entered:

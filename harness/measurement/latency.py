@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ditbench.harness.build.build import clock_of, float_copy
 from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.common.devices import device_name, memory_of, synchronize
-from ditbench.harness.common.progress import progress
+from ditbench.harness.measurement.timing import in_turns
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
 from ditbench.harness.quant.target import Target
@@ -73,12 +74,11 @@ def measure(
     baseline = float_copy(target, dtype=torch.bfloat16, device=device)
     step_inputs = model.step_inputs(2 * samples, device)
     baseline_inputs, inputs = (placed(step_inputs, wanted, device) for wanted in (torch.bfloat16, dtype))
-    times: dict[str, list[float]] = {"baseline": [], "quantized": []}
-    for repeat in progress(range(warmup + repeats), desc="measure"):
-        for name, candidate, its_inputs in (("baseline", baseline, baseline_inputs), ("quantized", quantized, inputs)):
-            elapsed = _mean_call(candidate, its_inputs, device)
-            if repeat >= warmup:
-                times[name].append(1000 * elapsed)
+    calls = {
+        "baseline": partial(_mean_call, baseline, baseline_inputs, device),
+        "quantized": partial(_mean_call, quantized, inputs, device),
+    }
+    times = in_turns(calls, repeats=repeats, warmup=warmup, title="measure")
     found["latency_ms"] = quantiles(times["quantized"])
     found["baseline_latency_ms"] = quantiles(times["baseline"])
     found["speedup"] = found["baseline_latency_ms"]["median"] / found["latency_ms"]["median"]

@@ -175,7 +175,7 @@ class LoadedModel:
         return self.adapter.step_inputs(self.pipe, batch, device)
 
     def inject_outliers(self, channels: int, log2_factor: int, seed: int) -> None:
-        """Give the activations outlier channels, in place; the output stays as it is (`harness.stress`)."""
+        """Give the activations outlier channels, in place; the output stays as it is (`harness.models.stress`)."""
         inject_outliers(self.transformer, self.sites(), channels, log2_factor, seed)
 
     def sites(self) -> list[Site]:

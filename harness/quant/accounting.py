@@ -181,7 +181,7 @@ def _is_folded(target: Target, recipe: ModelRecipe, name: str) -> bool:
 
 
 def _fold_bytes(transform: Transform, producers: int) -> int:
-    """Of the rows that adaLN-single is given at a block's door (`modulation.RowFold`), for each producer."""
+    """Of the rows that adaLN-single is given at the input of a block (`folds.RowFold`), for each producer."""
     if not producers:
         return 0
     if transform.shift is None:

@@ -4,7 +4,7 @@ Folding a site's shift z and scale s into its producer (DiT's `modulate` with 1 
 
     adaLN rows   W_β ← W_β / s,  b_β ← (b_β − z) / s;   W_γ ← W_γ / s,  b_γ ← (b_γ + 1) / s − 1
     V rows       W_v ← W_v / s,  b_v ← (b_v − z) / s     (softmax rows sum to one, so the shift passes through)
-    table rows   see `harness.quant.modulation`
+    table rows   see `harness.quant.folds`
 
 Consumers take W ← W · diag(s) · R and b ← b + W z. Row operations on a producer commute with the column operations that
 the same layer undergoes as a consumer; the bias is built consumer first. Everything is computed in float64 on the target's

@@ -1,7 +1,7 @@
 """Folding into adaLN-single: blocks that add their own table to an embedding that all blocks share.
 
 A block of PixArt, Latte, SANA, Wan or LTX computes (β, γ, …) = table + e and reads norm(x) · (1 + γ) + β. What follows is to
-read ((norm(x) · (1 + γ) + β) − z) / s instead, so at the block's door e becomes
+read ((norm(x) · (1 + γ) + β) − z) / s instead, so at the input of the block e becomes
 
     e_β ← (e_β + table_β − z) / s − table_β        e_γ ← (e_γ + table_γ + 1) / s − 1 − table_γ
 

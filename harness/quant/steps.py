@@ -3,7 +3,7 @@
 A step-dependent quantity (shift, bias, activation range) is a small table with one row per group of steps. Layers read
 the step from a tensor and pick their row by index, so a compiled model does not recompile from step to step.
 
-A plan by ranges of steps (`harness.quant.plan`) changes a layer's codes or formats, which are no rows of a table. The range
+A plan by ranges of steps (`harness.fitting.mixed_precision`) changes a layer's codes or formats, which are no rows of a table. The range
 is a plain int: a compiled model is compiled once for each.
 """
 

@@ -34,7 +34,7 @@ class AdaLNRows:
 class TableRows:
     """The input is norm(x) · (1 + γ) + β with (β, γ, …) = the table of `block` + its argument e (adaLN-single).
 
-    e is shared by all blocks, so what is folded is added to e at this block's door. e is (…, rows · C) or (…, rows, C).
+    e is shared by all blocks, so what is folded is added to e at the input of this block. e is (…, rows · C) or (…, rows, C).
     """
 
     block: str

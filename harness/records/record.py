@@ -4,7 +4,7 @@
     <results_dir>/runs/<experiment>/<run_id>.2/record.json    again (after a failure, or with --force)
     …/<run_id>/metrics/<metric>.json                          a metric that was computed later (ditbench vbench)
 
-`run_id` is the hash of everything that can change a number (`harness.run.identity`). Fields get added, never renamed;
+`run_id` is the hash of everything that can change a number (`harness.stages.identity`). Fields get added, never renamed;
 old records stay readable.
 """
 

@@ -132,7 +132,7 @@ def step_heatmaps(group: Group) -> dict[str, dict[str, Any]]:
 
 
 def _atlas(record: Record) -> dict[str, Any] | None:
-    """The error atlas beside a record (`harness.layer_error`), if there is a readable one."""
+    """The error atlas beside a record (`harness.measurement.layer_errors`), if there is a readable one."""
     if record.folder is None or "layer_errors" not in record.artifacts:
         return None
     try:

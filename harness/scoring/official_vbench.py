@@ -4,7 +4,7 @@
     1. makes, once, a virtual environment with the old packages that PyPI's vbench needs (transformers 4.33.2, numpy < 2);
     2. writes a run's videos as `<prompt>-<index>.mp4`, the names vbench looks for: H.264 in RGB, without loss;
     3. runs vbench there, a dimension at a time (`vbench evaluate` itself would lose the exit code of what it starts);
-    4. files each score beside the record (`harness.record.add_metric`) as `vbench/<dimension>`.
+    4. files each score beside the record (`harness.records.record.add_metric`) as `vbench/<dimension>`.
 
 Of VBench's own prompts (they carry `dimension`) each dimension takes those that list it; other prompts are judged in
 vbench's mode `custom_input`. What it does not do: VBench's static filter before temporal_flickering.

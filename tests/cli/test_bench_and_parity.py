@@ -12,10 +12,10 @@ import torch
 from ditbench.harness.backends import onednn_int8, vnni
 from ditbench.harness.backends.base import choose
 from ditbench.harness.backends.matrix import example_recipe
-from ditbench.harness.bench.timing import interleaved
 from ditbench.harness.cli import main
 from ditbench.harness.cli.parity import Row, worst_psnr_db
 from ditbench.harness.measurement.parity import differences
+from ditbench.harness.measurement.timing import interleaved
 
 CPU = torch.device("cpu")
 needs_real = pytest.mark.skipif(choose(example_recipe("w8a8"), CPU).KIND != "measured", reason="no int8 kernel here")

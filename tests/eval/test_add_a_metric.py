@@ -71,7 +71,9 @@ def test_editing_a_plugin_makes_new_runs_of_it_and_of_no_others(package):
 
 def test_a_plugin_cannot_take_the_name_of_a_metric_that_is_there(package):
     package(example().replace('@metric("contrast"', '@metric("psnr"'))
-    with pytest.raises(UserError, match="'psnr' of mine_contrast has the name of one of eval.fidelity; rename it"):
+    with pytest.raises(
+        UserError, match="'psnr' of mine_contrast has the name of one of ditbench.eval.fidelity; rename it"
+    ):
         known_metrics()
 
 

@@ -11,26 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkout import ROOT, checked
 
-ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv", "__pycache__", ".*_cache", "runs", "cache", "dist", "node_modules", ".zoo-checkpoints"
 )
 
 
-def checked(command: list[str], **kwargs) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, **kwargs)
-    assert done.returncode == 0, f"{command[:6]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the checkout, without what was made in it."""
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("copy") / "tree", ignore=NOT_COPIED, symlinks=True))
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
-    pytest.importorskip("build")
-    pytest.importorskip("hatchling")
+def wheel(tree, tmp_path_factory) -> Path:
+    """Built from the tree itself."""
     work = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, work / "tree", ignore=NOT_COPIED, symlinks=True)
-    checked([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work), str(work / "tree")])
+    checked([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work), str(tree)])
     (built,) = work.glob("ditbench-*.whl")
     return built
 
@@ -57,8 +57,8 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def python(installed, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """python("code", "argument", …) in an empty folder, seeing `extra` and the installed wheel but not the checkout.
+def interpreter(installed, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """interpreter("-m", "ditbench", …): Python in an empty folder, seeing `extra` and the installed wheel but not the checkout.
 
     -S leaves out `site`, and with it the .pth file that makes the checkout importable; the dependencies are put on the
     path by hand, after the wheel.
@@ -66,11 +66,11 @@ def python(installed, tmp_path) -> Callable[..., subprocess.CompletedProcess[str
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 
-    def call(code: str, *arguments: str, extra: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+    def call(*arguments: str, extra: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
         path = [*map(str, extra), str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "WANDB"))}
         return subprocess.run(
-            [sys.executable, "-S", "-c", code, *arguments],
+            [sys.executable, "-S", *arguments],
             cwd=elsewhere,
             env=environment | {"PYTHONPATH": os.pathsep.join(path)},
             capture_output=True,
@@ -78,6 +78,12 @@ def python(installed, tmp_path) -> Callable[..., subprocess.CompletedProcess[str
         )
 
     return call
+
+
+@pytest.fixture
+def python(interpreter) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """python("code", "argument", …) by `interpreter`."""
+    return lambda code, *arguments, **kwargs: interpreter("-c", code, *arguments, **kwargs)
 
 
 @pytest.fixture

@@ -1,0 +1,43 @@
+"""Wall times of several calls that take turns, so that a busy moment of the machine falls on all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ditbench.harness.common.devices import synchronize
+from ditbench.harness.common.progress import progress
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int, warmup: int
+) -> dict[str, list[float]]:
+    """{name: milliseconds of each counted call}. Warm-up calls, compilation among them, are not counted."""
+
+    def timed(call: Callable[[], object]) -> Callable[[], float]:
+        def seconds() -> float:
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            return time.perf_counter() - start
+
+        return seconds
+
+    return in_turns({name: timed(call) for name, call in calls.items()}, repeats=repeats, warmup=warmup, title="bench")
+
+
+@torch.no_grad()
+def in_turns(
+    calls: Mapping[str, Callable[[], float]], *, repeats: int, warmup: int, title: str
+) -> dict[str, list[float]]:
+    """calls: each says how many seconds it took → {name: milliseconds of each counted turn}."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in progress(range(warmup + repeats), desc=title):
+        for name, seconds in calls.items():
+            elapsed = seconds()
+            if turn >= warmup:
+                times[name].append(1e3 * elapsed)
+    return times
