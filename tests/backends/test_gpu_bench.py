@@ -8,6 +8,7 @@ import pytest
 from harness.paths import CONF
 
 
+@pytest.mark.usefixtures("e4m3_rows")
 def test_the_gpu_bench_runs_dry_with_every_format_compiled_in_one_graph(tmp_path):
     """Tiny, in Triton's interpreter; compiled without Inductor's code. It must time nothing."""
     pytest.importorskip("triton")
