@@ -15,6 +15,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.usefixtures("e4m3_rows")
 def test_the_gpu_bench_runs_dry_with_every_format_compiled_in_one_graph(tmp_path):
     """Tiny, in Triton's interpreter; compiled without Inductor's code. It must time nothing."""
     pytest.importorskip("triton")

@@ -41,12 +41,13 @@ def folder(tmp_path_factory):
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = small | {"vocab_size": len(vocabulary), "max_position_embeddings": 12}
     text |= {"bos_token_id": 1, "pad_token_id": 2, "eos_token_id": 3}
+    vision = small | {"image_size": 32, "patch_size": 8}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vision = small | {"image_size": 32, "patch_size": 8}
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-        for parameter in model.parameters():
-            parameter.data.mul_(8.0) if parameter.ndim > 1 else None  # so that images and texts differ
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # large enough that images and texts differ, and not transformers' own start
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
