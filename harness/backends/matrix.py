@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ditbench.harness.backends.base import known_backends
+from ditbench.harness.common.devices import kinds_here
 from ditbench.harness.common.text_table import table
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import LayerRecipe
@@ -14,11 +15,10 @@ from ditbench.harness.quant.spec import FORMATS, bits_of
 
 
 def format_matrix() -> str:
-    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     rows: list[Sequence[str]] = []
     for label in FORMATS:
         recipe = example_recipe(label)
-        for device in devices:
+        for device in kinds_here():
             real = [(b, b.unsupported(recipe, device)) for b in known_backends().values() if b.KIND == "measured"]
             able = [b.NAME for b, why in real if why is None]
             why = "; ".join(reason for _, reason in real if reason)  # each begins with the backend's name

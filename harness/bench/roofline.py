@@ -8,13 +8,14 @@ import torch
 
 from ditbench.harness.measurement.timing import interleaved
 
-SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices multiplied
-COPIED_BYTES = {"cpu": 2**28, "cuda": 2**30}
+SIDE, SIDE_ON_CPU = 8192, 2048  # of the square matrices multiplied
+COPIED_BYTES, COPIED_BYTES_ON_CPU = 2**30, 2**28
 
 
 def roofline(device: torch.device, repeats: int) -> dict[str, float]:
     """{"bf16 TFLOP/s", "int8 TOP/s", "fp8 TFLOP/s", "copy GB/s"}: best of the repeats; what the device lacks is absent."""
-    side, copied = SIDE[device.type], COPIED_BYTES[device.type]
+    on_cpu = device.type == "cpu"
+    side, copied = (SIDE_ON_CPU, COPIED_BYTES_ON_CPU) if on_cpu else (SIDE, COPIED_BYTES)
     source = torch.empty(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     calls = products(device, side) | {"copy GB/s": lambda: target.copy_(source)}
@@ -33,6 +34,7 @@ def products(device: torch.device, side: int) -> dict[str, Callable[[], object]]
         if torch.cuda.get_device_capability(device) >= (8, 9):
             small, one = a.to(torch.float8_e4m3fn), torch.ones((), device=device)
             found["fp8 TFLOP/s"] = lambda: torch._scaled_mm(small, small.T, one, one, out_dtype=torch.bfloat16)
+    if device.type != "cpu":
         return found
     from ditbench.harness.backends import onednn_int8
 

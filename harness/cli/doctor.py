@@ -13,7 +13,7 @@ import yaml
 
 from ditbench.harness.backends.matrix import format_matrix
 from ditbench.harness.common.code_identity import PACKAGES, package_version
-from ditbench.harness.common.devices import device_name
+from ditbench.harness.common.devices import AUTO, device_name, kinds_here, pick_device
 from ditbench.harness.common.paths import options
 from ditbench.harness.common.text_table import table
 from ditbench.harness.models.zoo import WEIGHTS
@@ -34,11 +34,16 @@ def examine(results_dir: Path) -> str:
 
 
 def _device() -> str:
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-        return f"cuda: {device_name(torch.device('cuda'))}, {memory / 2**30:.0f} GiB; device=auto takes it"
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"cpu: {device_name(torch.device('cpu'))}, {capability}; no CUDA device"
+    taken = pick_device(AUTO)
+    lines = []
+    for device in kinds_here():
+        about = [f"{device.type}: {device_name(device)}"]
+        if device.type == "cpu":
+            about.append(torch.backends.cpu.get_cpu_capability())
+        if device.type == "cuda":
+            about.append(f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB")
+        lines.append(", ".join(about) + f"; device={AUTO if device.type == taken.type else device.type} takes it")
+    return "\n".join(lines)
 
 
 def _weights(path: Path) -> str:

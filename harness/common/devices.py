@@ -39,7 +39,22 @@ def known_here() -> list[str]:
     found = [AUTO, "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     found += ["mps"] if torch.backends.mps.is_available() else []
     found += [f"xpu:{index}" for index in range(torch.xpu.device_count())] if torch.xpu.is_available() else []
+    other = accelerator()
+    if other is not None and other.type not in ("cuda", "mps", "xpu"):  # one that whoever imports it has registered
+        found += [f"{other.type}:{index}" for index in range(torch.accelerator.device_count())]
     return found
+
+
+def kinds_here() -> list[torch.device]:
+    """One device of each kind: the CPU, and cuda and what else this machine has."""
+    found = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    other = accelerator()
+    return [*found, torch.device(other.type)] if other is not None and other.type != "cuda" else found
+
+
+def accelerator() -> torch.device | None:
+    """The one that torch knows here; a registered out-of-tree one before cuda."""
+    return torch.accelerator.current_accelerator(check_available=True)
 
 
 def functions_of(device: torch.device) -> ModuleType | None:
