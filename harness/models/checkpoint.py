@@ -1,7 +1,7 @@
 """Where a model's weights are (a folder, one file, the hub), what is seen of them before anything is loaded, and how they are loaded.
 
 Diffusers loads; this file finds what it is given, in the forms in which people have checkpoints, and refuses in a line what would
-otherwise be a traceback, a silent download or a model that is not what its files say. docs/models.md has the table of forms.
+otherwise be a traceback, a silent download or a model that is not what its files say. docs/checkpoints.md has the table of forms.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.loaders import FromOriginalModelMixin
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -108,14 +109,24 @@ class Checkpoint:
         Raises:
             UserError: weights that are already quantized; only files of a variant that was not asked for, or none of one that was.
         """
-        replaced = {TRANSFORMER} if self.transformer or self.source.kind == FILE else set()
         if self.base.kind == FOLDER:
-            _check_parts(Path(self.base.where), self.variant, replaced)
+            _check_parts(Path(self.base.where), self.variant, self._replaced())
         for place in (self.source, self.transformer):
             if place is not None and place.kind == FILE:
                 _refuse_rounded(Path(place.where))
         if self.transformer is not None and self.transformer.kind == FOLDER:
             _check_part(_model_folder(Path(self.transformer.where)), self._variant_of(self.transformer))
+
+    def check_cached(self) -> None:
+        """The same of what the hub's cache has of the pipeline by now."""
+        index = (
+            try_to_load_from_cache(self.base.where, INDEX, revision=self.revision) if self.base.kind == HUB else None
+        )
+        if isinstance(index, str):
+            _check_parts(Path(index).parent, self.variant, self._replaced())
+
+    def _replaced(self) -> set[str]:
+        return {TRANSFORMER} if self.transformer or self.source.kind == FILE else set()
 
     def pipeline(self) -> Any:
         """The diffusers pipeline, by the class that its index names.

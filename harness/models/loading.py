@@ -200,32 +200,41 @@ def _check_values(pipe: Any) -> None:
 
 def _load_pipeline(adapter: Adapter, spec: ModelSpec, checkpoint: Checkpoint) -> Any:
     from diffusers.loaders.single_file_utils import SingleFileComponentError
-    from huggingface_hub.errors import HfHubHTTPError
     from safetensors import SafetensorError
 
     where = f"model {spec.name} ({checkpoint.source.where})"
+    unreadable = (OSError, SafetensorError, ImportError, SingleFileComponentError)
+    no_fit = (ValueError, RuntimeError, AttributeError, TypeError, LookupError)
     try:
         with _nothing_made_up(where):
             return adapter.load(checkpoint)
-    except ImportError as error:  # of the package that the weights were quantized with, mostly
-        raise UserError(f"{where}: {_first_line(error)}; if its weights are quantized: {FLOAT_NEEDED}") from error
-    except (OSError, HfHubHTTPError, SafetensorError) as error:
-        unreadable = next((each for each in _with_causes(error) if isinstance(each, SafetensorError)), None)
-        if unreadable is not None:  # diffusers says OSError, "Unable to load weights", and where, but not why
-            raise UserError(
-                f"{where}: weights cannot be read ({unreadable}); the file is corrupt or truncated, fetch it again: "
+    except (*unreadable, *no_fit) as error:
+        checkpoint.check_cached()  # may know better why
+        raise _explained(error, where, spec, checkpoint) from error
+
+
+def _explained(error: Exception, where: str, spec: ModelSpec, checkpoint: Checkpoint) -> UserError:
+    """What a library could not read, in a line."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, ImportError):  # of the package that the weights were quantized with, mostly
+        return UserError(f"{where}: {_first_line(error)}; if its weights are quantized: {FLOAT_NEEDED}")
+    if isinstance(error, OSError | SafetensorError):
+        damaged = next((each for each in _with_causes(error) if isinstance(each, SafetensorError)), None)
+        if damaged is not None:  # diffusers says OSError, "Unable to load weights", and where, but not why
+            return UserError(
+                f"{where}: weights cannot be read ({damaged}); the file is corrupt or truncated, fetch it again: "
                 f"{_first_line(error)}"
-            ) from error
+            )
         for option in ("transformer", "source", "config"):
             place = getattr(checkpoint, option)
             if place is not None and not place.local and (option != "transformer" or place.where in str(error)):
-                raise _missing_weights(spec, option, place.where) from error
-        raise UserError(f"{where}: {_first_line(error)}") from error
-    except (SingleFileComponentError, ValueError, RuntimeError, AttributeError, TypeError, LookupError) as error:
-        raise UserError(
-            f"{where}: not a checkpoint of family {spec.family!r}: {_first_line(error)}; choose the matching model="
-            f"{_lone_file(checkpoint)}"
-        ) from error
+                return _missing_weights(spec, option, place.where)
+        return UserError(f"{where}: {_first_line(error)}")
+    return UserError(
+        f"{where}: not a checkpoint of family {spec.family!r}: {_first_line(error)}; choose the matching model="
+        f"{_lone_file(checkpoint)}"
+    )
 
 
 def _lone_file(checkpoint: Checkpoint) -> str:
