@@ -12,7 +12,7 @@ from ditbench.harness.records.record import Record, experiment_folder, read_all
 from ditbench.harness.report import compare, paired, text
 from ditbench.harness.report.frame import frame
 from ditbench.harness.report.html import page
-from ditbench.harness.report.seeds import over_seeds
+from ditbench.harness.report.over_seeds import over_seeds
 
 FORMATS = ("md", "csv", "latex", "html")
 
