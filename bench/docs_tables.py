@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ditbench.harness.report.seeds import t_interval
+from ditbench.harness.report.over_seeds import t_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("methods", "backends", "mixed-precision")]

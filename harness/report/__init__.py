@@ -11,7 +11,7 @@ from ditbench.harness.common.files import atomic_path, disk_errors_explained
 from ditbench.harness.records.record import Record, experiment_folder, read_all
 from ditbench.harness.report import compare, paired, text
 from ditbench.harness.report.frame import frame
-from ditbench.harness.report.seeds import over_seeds
+from ditbench.harness.report.over_seeds import over_seeds
 
 FORMATS = ("md", "csv", "latex", "html")
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ditbench.eval.base import PerSample
-from ditbench.eval.paired import Difference, differences, holm
+from ditbench.eval.paired_differences import Difference, differences, holm
 from ditbench.eval.passport import scored_alike
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import UNREADABLE

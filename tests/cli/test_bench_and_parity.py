@@ -76,7 +76,7 @@ def test_a_view_of_the_time_that_fails_costs_no_latency(ditbench, tmp_path, monk
     def fails(*_):
         raise RuntimeError("the profiler saw no time of the step")
 
-    monkeypatch.setattr("ditbench.harness.bench.run.shares", fails)
+    monkeypatch.setattr("ditbench.harness.bench.benchmark.shares", fails)
     outcome = ditbench(
         "bench", *SMALL, f"results_dir={tmp_path}", "--formats", "w8a8", "--modes", "eager", "--repeats", "1"
     )

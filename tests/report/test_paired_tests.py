@@ -11,7 +11,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.records import sample_values
 from ditbench.harness.records.record import experiment_folder, read_all, write
 from ditbench.harness.report import compare, comparisons, paired, report
-from ditbench.harness.report.seeds import over_seeds
+from ditbench.harness.report.over_seeds import over_seeds
 
 N = 64
 NOISE_N = np.random.default_rng(0).normal(0, 1, N)

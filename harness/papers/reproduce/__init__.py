@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.text_table import table as text_table
 from ditbench.harness.papers.reported import EMPTY, Reproduce, Table
-from ditbench.harness.papers.reproduce.needs import notes, plan, reference
+from ditbench.harness.papers.reproduce.requirements import notes, plan, reference
 from ditbench.harness.papers.reproduce.rows import Line, configurations, parsed, plan_lines, reproducible
 from ditbench.harness.papers.reproduce.verdicts import Judged, judged_row
 from ditbench.harness.records.record import Record

@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 
 from ditbench.harness.report import report
-from ditbench.harness.report.seeds import CI_METHOD, over_seeds, t_interval
+from ditbench.harness.report.over_seeds import CI_METHOD, over_seeds, t_interval
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ RESULTS = {
 
 @pytest.fixture(autouse=True)
 def data(monkeypatch, tmp_path):
+    monkeypatch.setenv("DITBENCH_OFFLINE", "1")
     monkeypatch.setenv("DITBENCH_DATA", str(tmp_path / "data"))
     return tmp_path / "data"
 

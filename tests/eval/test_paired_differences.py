@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ditbench.eval import paired
+from ditbench.eval import paired_differences
 from ditbench.eval.base import PerSample
 
 
@@ -19,27 +19,29 @@ def outcomes(text, strata=None):
 
 
 def one(first, second):
-    (difference,) = paired.differences([(first, second)])
+    (difference,) = paired_differences.differences([(first, second)])
     return difference
 
 
 def test_the_sign_test_counts_binomial_tails():
-    assert paired.sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert paired.sign_test(2, 8) == paired.sign_test(8, 2)
-    assert paired.sign_test(0, 0) == 1.0
+    assert paired_differences.sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert paired_differences.sign_test(2, 8) == paired_differences.sign_test(8, 2)
+    assert paired_differences.sign_test(0, 0) == 1.0
 
 
 def test_yes_no_outcomes_get_mcnemars_exact_test_whose_concordant_pairs_do_not_count():
     found = one(outcomes("yyyyyy" + "n" + "yyyy" + "nnn"), outcomes("nnnnnn" + "y" + "yyyy" + "nnn"))
     assert found.value == pytest.approx(5 / 14) and found.n == 14
     assert found.p == pytest.approx(2 * (1 + 7) / 2**7)
-    assert (found.test, found.ci_method) == (paired.SIGN_TEST, paired.AGRESTI_MIN)
+    assert (found.test, found.ci_method) == (paired_differences.SIGN_TEST, paired_differences.AGRESTI_MIN)
 
 
 def test_few_sign_flips_are_all_counted():
-    assert paired.sign_flip_p(np.array([[1.0, 2.0, 3.0]]))[0] == 2 / 8  # only +++ and −−− reach 6
-    assert paired.sign_flip_p(np.array([[1.0, 2.0, -3.0, 0.0]]))[0] == 1.0  # the sum is 0, as near as it gets
-    assert paired.sign_flip_p(np.array([[3.0, 2.0, -1.0]]))[0] == 4 / 8  # ±6 and ±4
+    assert paired_differences.sign_flip_p(np.array([[1.0, 2.0, 3.0]]))[0] == 2 / 8  # only +++ and −−− reach 6
+    assert (
+        paired_differences.sign_flip_p(np.array([[1.0, 2.0, -3.0, 0.0]]))[0] == 1.0
+    )  # the sum is 0, as near as it gets
+    assert paired_differences.sign_flip_p(np.array([[3.0, 2.0, -1.0]]))[0] == 4 / 8  # ±6 and ±4
 
 
 def test_sign_flips_of_a_few_agree_with_scipys_exact_permutation_test():
@@ -47,25 +49,25 @@ def test_sign_flips_of_a_few_agree_with_scipys_exact_permutation_test():
     expected = stats.permutation_test(
         (delta_N,), lambda x, axis: x.sum(axis=axis), permutation_type="samples", vectorized=True, n_resamples=np.inf
     )
-    assert paired.sign_flip_p(delta_N[None])[0] == pytest.approx(expected.pvalue, abs=1e-12)
+    assert paired_differences.sign_flip_p(delta_N[None])[0] == pytest.approx(expected.pvalue, abs=1e-12)
 
 
 def test_many_random_sign_flips_agree_with_scipys_and_their_p_is_never_zero():
     random = np.random.default_rng(5)
     delta_PN = np.stack([random.normal(shift, 1.0, 120) for shift in (0.0, 0.1, 0.2, 3.0)])
-    ours = paired.sign_flip_p(delta_PN, seed=1)
+    ours = paired_differences.sign_flip_p(delta_PN, seed=1)
     for p, delta_N in zip(ours[:3], delta_PN[:3], strict=True):
         expected = stats.permutation_test(
             (delta_N,), lambda x, axis: x.sum(axis=axis), permutation_type="samples", vectorized=True,
             n_resamples=9999, rng=np.random.default_rng(0),
         ).pvalue  # fmt: skip
         assert p == pytest.approx(expected, abs=0.02)
-    assert ours[3] == 1 / (paired.FLIPS + 1)
+    assert ours[3] == 1 / (paired_differences.FLIPS + 1)
 
 
 def test_p_is_uniform_when_nothing_differs():
     random = np.random.default_rng(6)
-    p_P = paired.sign_flip_p(random.normal(0.0, 1.0, (400, 40)), seed=2)
+    p_P = paired_differences.sign_flip_p(random.normal(0.0, 1.0, (400, 40)), seed=2)
     assert 0.02 <= (p_P < 0.05).mean() <= 0.08 and 0.42 <= (p_P < 0.5).mean() <= 0.58
 
 
@@ -78,7 +80,10 @@ def test_numbers_get_their_mean_difference_with_the_bootstrap_interval_of_the_pa
     half = 1.96 * delta_N.std(ddof=1) / np.sqrt(300)
     assert found.value == pytest.approx(delta_N.mean())
     assert found.ci95 == pytest.approx((found.value - half, found.value + half), abs=0.15 * half)
-    assert found.p < 0.001 and (found.test, found.ci_method) == (paired.FLIP_TEST, paired.PAIRED_PERCENTILE)
+    assert found.p < 0.001 and (found.test, found.ci_method) == (
+        paired_differences.FLIP_TEST,
+        paired_differences.PAIRED_PERCENTILE,
+    )
     assert stats.ttest_ind(first, second).pvalue > 0.1  # unpaired, nothing could be told
 
 
@@ -113,22 +118,22 @@ def test_pairs_of_runs_with_other_samples_missing_have_each_their_own_interval()
     nan, random = np.nan, np.random.default_rng(3)
     first = [numbers(*random.normal(size=20)) for _ in range(3)]
     second = [numbers(*random.normal(size=19), nan), numbers(nan, *random.normal(size=19)), numbers(*[0.0] * 20)]
-    together = paired.differences(list(zip(first, second, strict=True)))
+    together = paired_differences.differences(list(zip(first, second, strict=True)))
     assert [each.ci95 for each in together] == [one(*pair).ci95 for pair in zip(first, second, strict=True)]
 
 
 def test_agresti_and_mins_interval_is_their_formula_and_has_a_width_where_runs_agree():
     middle, half = 7 / 52, 1.959963984540054 * np.sqrt(14 - 49 / 52) / 52
-    assert paired.agresti_min(10, 3, 50) == pytest.approx((middle - half, middle + half))
-    low, high = paired.agresti_min(0, 0, 50)
+    assert paired_differences.agresti_min(10, 3, 50) == pytest.approx((middle - half, middle + half))
+    low, high = paired_differences.agresti_min(0, 0, 50)
     assert low == -high and high == pytest.approx(1.959963984540054 / 52)
-    assert paired.agresti_min(20, 0, 20)[1] == 1.0 and one(outcomes("yy"), outcomes("yy")).p == 1.0
+    assert paired_differences.agresti_min(20, 0, 20)[1] == 1.0 and one(outcomes("yy"), outcomes("yy")).p == 1.0
 
 
 def test_agresti_and_mins_interval_covers_the_true_difference():
     random = np.random.default_rng(8)
     counts = random.multinomial(40, [0.2, 0.08, 0.72], size=1000)
-    covered = [low <= 0.12 <= high for low, high in (paired.agresti_min(a, b, 40) for a, b, _ in counts)]
+    covered = [low <= 0.12 <= high for low, high in (paired_differences.agresti_min(a, b, 40) for a, b, _ in counts)]
     assert 0.93 <= np.mean(covered) <= 0.98
 
 
@@ -137,20 +142,23 @@ def test_a_mean_of_categories_is_compared_as_one():
     found = one(outcomes("yyyynnnn", strata), outcomes("nnnnnnyn", strata))
     assert found.value == pytest.approx((4 / 6 - 1 / 2) / 2)
     # Weights of the pairs that differ: 1/12 four times, 3/12 once. No swap brings ±1 ±1 ±1 ±1 ±3 nearer to 0 than 1.
-    assert found.p == 1.0 and (found.test, found.ci_method) == (paired.FLIP_TEST, paired.AGRESTI_MIN_OF_GROUPS)
-    (low_0, high_0), (low_1, high_1) = paired.agresti_min(4, 0, 6), paired.agresti_min(0, 1, 2)
+    assert found.p == 1.0 and (found.test, found.ci_method) == (
+        paired_differences.FLIP_TEST,
+        paired_differences.AGRESTI_MIN_OF_GROUPS,
+    )
+    (low_0, high_0), (low_1, high_1) = paired_differences.agresti_min(4, 0, 6), paired_differences.agresti_min(0, 1, 2)
     below, above = np.hypot(4 / 6 - low_0, -1 / 2 - low_1) / 2, np.hypot(high_0 - 4 / 6, high_1 + 1 / 2) / 2
     assert found.ci95 == pytest.approx((1 / 12 - below, 1 / 12 + above))
 
 
 def test_outcomes_without_categories_would_get_the_same_p_from_sign_flips():
     delta_N = np.array([1.0] * 7 + [-1.0] * 3)
-    assert paired.sign_flip_p(delta_N[None])[0] == pytest.approx(paired.sign_test(7, 3))
+    assert paired_differences.sign_flip_p(delta_N[None])[0] == pytest.approx(paired_differences.sign_test(7, 3))
 
 
 def test_holms_adjustment_by_hand():
-    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert paired.holm([0.5, 0.9]) == [1.0, 1.0] and paired.holm([]) == []
+    assert paired_differences.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert paired_differences.holm([0.5, 0.9]) == [1.0, 1.0] and paired_differences.holm([]) == []
 
 
 def test_runs_of_different_sizes_do_not_pair():
