@@ -15,7 +15,7 @@ COMPUTING = (
     *("fitting", "generation", "measurement", "stages"),
 )
 TELLERS = frozenset(
-    ["conformance.py", "export.py", "needs.py", "paired.py"]
+    ["conformance.py", "export.py", "needs.py", "paired_differences.py"]
 )  # of these rooms and of eval, those that tell
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelity", "clean-fid", "numpy", "scipy")
 
