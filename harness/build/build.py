@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,6 +94,9 @@ def build_layer(
     target = target.on(device)
     folded = {consumer for site in target.sites if site.name in recipe.folded for consumer in site.consumers}
     layer = to_device(recipe.layers.get(name, LayerRecipe()), target.device)
+    layer = replace(
+        layer, act=copy.deepcopy(layer.act)
+    )  # its tables move with the model; the recipe's stay where they are
     return QuantLinear(
         layer,
         effective_linear(target, name, _transforms(recipe), recipe.folded),

@@ -166,7 +166,7 @@ class _RangeWatch:
     They stay where the tensors are until the end; ranges are searched on `device`, and the state lies on the CPU.
     """
 
-    def __init__(self, group_of_layer: dict[str, Tensor], device: torch.device) -> None:
+    def __init__(self, group_of_layer: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
         self.group_of_layer, self.device, self.step = group_of_layer, device, 0
         self.low: dict[tuple[str, int], Tensor] = {}
         self.high: dict[tuple[str, int], Tensor] = {}
