@@ -25,7 +25,8 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.measurement.layer_errors import error_atlas
-from ditbench.harness.models.base import ModelSpec, Sampler, load_model
+from ditbench.harness.models.base import ModelSpec, Sampler
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.quantizers import QuantizedWeight, quantize_weight
 from ditbench.harness.quant.recipe import ModelRecipe, to_device
