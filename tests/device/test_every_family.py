@@ -19,9 +19,8 @@ from ditbench.harness.common.errors import UserError
 RELOADED = ("rtn", "svdquant")  # exported and loaded: plain codes; folds and a low-rank branch
 # Of a stage's floating-point operations, what has to run on the second device. Nothing counts that only moves or draws.
 LEAST = dict.fromkeys(STAGES, 0.99)
-ALMOST = {
-    ("hunyuan_video", "quarot", "quantize"): 0.98
-}  # so narrow that making its Hadamard matrices is 1.3 % of fit and build
+# So narrow that making its Hadamard matrices is 1.3 % of fit and build.
+ALMOST = {("hunyuan_video", "quarot", "quantize"): 0.98}
 
 
 @pytest.fixture(scope="module")
