@@ -73,7 +73,7 @@ def _network(device: torch.device) -> tuple[torch.jit.ScriptModule, str]:
 @cache
 def _load(path: Path, sha256: str, device: torch.device) -> torch.jit.ScriptModule:
     try:
-        return torch.jit.load(path, map_location="cpu").eval().to(device)
+        return torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise MetricSkipped(f"{path}: not a TorchScript file; delete it and fetch {I3D} again") from error
 

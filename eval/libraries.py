@@ -1,6 +1,7 @@
 """FID, KID, IS, precision and recall by three libraries' own code, on features that are already there.
 
-Each function gives the value and the settings that made it. Imports are inside: together the libraries take seconds,
+Each function gives the value and the settings that made it. They compute on the CPU, whatever the run's device: sums in float64
+and roots of matrices, little beside the networks whose features they are of. Imports are inside: together the libraries take seconds,
 and listing metrics should not.
 """
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from both_devices import same_there
 from scipy.linalg import sqrtm
 from torch import nn
 
@@ -124,3 +125,8 @@ def test_what_it_cannot_look_at_is_skipped_with_the_reason(given, reason, instal
 def test_a_file_that_is_no_torchscript_is_skipped_with_what_to_do(installed):
     installed.write_bytes(b"<html>404</html>")
     assert "delete it" in entry_of(evidence())["reason"]
+
+
+def test_i3d_looks_on_the_runs_device(second, installed):
+    """A few numbers per video make up this small network; the distance, on the CPU, is most of the arithmetic."""
+    same_there(["fvd_to_float"], evidence(), second, least=0.5)

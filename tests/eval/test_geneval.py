@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from both_devices import same_there
 
 from ditbench.eval import geneval, geneval_detector
 from ditbench.eval.base import Evidence, evaluate, known_metrics
@@ -372,3 +373,7 @@ def test_the_shapes_world_goes_by_the_same_rules_with_its_exact_reader():
     given = Evidence(Samples(torch.from_numpy(pixels), prompts=prompts), resamples=10)
     entries = evaluate(["geneval_shapes/overall", *(f"geneval_shapes/{kind}" for kind in KINDS)], given)
     assert all(entry["value"] == 1.0 for entry in entries.values())
+
+
+def test_detector_and_clip_look_on_the_runs_device(second, installed):
+    same_there(["geneval/overall"], painted(), second)

@@ -1,8 +1,10 @@
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from both_devices import same_there
 from torch import nn
 
 from ditbench.eval import lpips
@@ -148,3 +150,8 @@ def test_loading_leaves_the_global_random_state_alone(installed):
     lpips.load_network.cache_clear()
     lpips.load_network("alex", installed, "0", CPU)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_computes_on_the_runs_device(second, installed, pairs):
+    few = [Samples(samples.pixels[:2]) for samples in (pairs.generated, pairs.float_model)]
+    same_there(["lpips_alex"], replace(pairs, generated=few[0], float_model=few[1]), second)

@@ -1,0 +1,67 @@
+"""Every family on the second device, from calibration to the reloaded export, with five methods: the CPU's numbers, and there.
+
+The way is `device_chain.chain`; run as a script it prints the shares that are held here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from device_chain import FAMILIES, METHODS, REFUSED, STAGES, Recordings, chain, config_of, judges_at
+from operations import counted
+
+from ditbench.harness.common.errors import UserError
+
+RELOADED = ("rtn", "svdquant")  # exported and loaded: plain codes; folds and a low-rank branch
+# Of a stage's floating-point operations, what has to run on the second device. Nothing counts that only moves or draws.
+LEAST = dict.fromkeys(STAGES, 0.99)
+# So narrow that making its Hadamard matrices is 1.3 % of fit and build.
+ALMOST = {("hunyuan_video", "quarot", "quantize"): 0.98}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("chains")
+    with judges_at(folder / "judges"):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def recordings() -> Recordings:
+    return {}
+
+
+def least_of(family: str, method: str, stage: str) -> float:
+    return ALMOST.get((family, method, stage), LEAST.get(stage, 0.0))
+
+
+@pytest.mark.parametrize(("family", "method"), [(family, method) for family in FAMILIES for method in METHODS])
+def test_a_family_with_a_method_runs_on_the_device_with_the_cpus_numbers(
+    family, method, second, folder, recordings, tmp_path
+):
+    far_config = config_of(family, method, "second_device", folder)
+    if (family, method) in REFUSED:
+        with pytest.raises(UserError, match=REFUSED[family, method]):
+            chain(far_config, recordings, counted())
+        return
+    near = chain(config_of(family, method, "cpu", folder), recordings, counted())
+    with counted() as ops:
+        far = chain(far_config, recordings, ops, tmp_path / "export" if method in RELOADED else None)
+
+    assert near.codes and near.codes.keys() == far.codes.keys()
+    assert all(torch.equal(codes, far.codes[name]) for name, codes in near.codes.items())
+    torch.testing.assert_close(far.latents, near.latents, rtol=0, atol=1e-5)
+    assert int((far.pixels.int() - near.pixels.int()).abs().max()) <= 1 and near.pixels.float().std() > 1
+    assert far.values == pytest.approx(near.values, rel=1e-4, abs=1e-5)
+    np.testing.assert_allclose(far.errors, near.errors, rtol=1e-4)
+    if far.reloaded is not None:
+        torch.testing.assert_close(far.reloaded, near.latents, rtol=0, atol=1e-5)
+    assert far.efficiency["kind"] == "simulated"
+    assert (far.efficiency["device"], far.efficiency["threads"]) == ("a second device made of the CPU", None)
+    for stage in ops.stages():
+        assert ops.share_on_second_device(stage) >= least_of(family, method, stage), f"{stage}\n{ops.report()}"
+    assert ops.stages() >= {"quantize", "generate", "evaluate", "layer errors"}

@@ -1,0 +1,78 @@
+"""`ditbench run device=second_device`, called in the process that registered the device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from device_chain import saved
+
+from ditbench.harness.cli import main
+
+TINY = (
+    "bits=w4a8", "backend=simulate", "generate.dtype=float32", "generate.reference_dtype=float32", "protocol.n=4",
+    "protocol.steps=2", "calibration.n=2", "metrics.resamples=5", "measure.samples=1", "tracker=none",
+)  # fmt: skip
+DIGITS = (
+    "model=tiny-dit", "generate.noise_floor_seeds=1", "metrics.names=[psnr,sqnr,accuracy,torchmetrics/fid_judge,collapse]",
+)  # fmt: skip
+
+
+def run(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The record that was written last."""
+    code = main(["run", *TINY, f"results_dir={folder}", *arguments])
+    paths = sorted(folder.glob("runs/*/*/record.json"), key=lambda path: path.stat().st_mtime_ns)
+    record = json.loads(paths[-1].read_text())
+    assert code == 0 and record["status"] == "ok", record["error"]
+    return record
+
+
+def values(record: dict[str, Any]) -> dict[str, float]:
+    entries = record["metrics"].items()
+    found = {f"{name} {each}": entry[each] for name, entry in entries for each in ("value", "noise_floor")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def about(record: dict[str, Any]) -> Any:
+    return pytest.approx(values(record), rel=0.02, abs=0.01)
+
+
+def test_a_run_on_it_has_the_cpus_metrics_and_layer_errors_and_names_it(second, tmp_path):
+    near, far = run(tmp_path, *DIGITS, "device=cpu"), run(tmp_path, *DIGITS, "device=second_device")
+    assert values(far) == about(near) and all(entry["status"] == "ok" for entry in far["metrics"].values())
+    for name, layer in near["layers"].items():
+        assert far["layers"][name]["sqnr_db"] == pytest.approx(layer["sqnr_db"], abs=1e-3)
+    assert far["env"]["device"] == far["efficiency"]["device"] == "a second device made of the CPU"
+    assert far["efficiency"]["kind"] == "simulated" and far["efficiency"]["latency_ms"] is None
+    assert far["run_id"] != near["run_id"]
+
+
+def test_its_index_makes_no_other_run(second, tmp_path, capsys):
+    first = run(tmp_path, "model=tiny-dit", "metrics.names=[psnr]", "device=second_device")
+    capsys.readouterr()
+    assert (
+        run(tmp_path, "model=tiny-dit", "metrics.names=[psnr]", "device=second_device:0")["run_id"] == first["run_id"]
+    )
+    assert "already recorded" in capsys.readouterr().err
+
+
+def test_the_float_model_alone_is_timed_on_it(second, tmp_path):
+    record = run(tmp_path, "model=tiny-dit", "method=fp", "metrics.names=[psnr]", "device=second_device")
+    assert record["efficiency"]["kind"] == "measured" and record["efficiency"]["latency_ms"]["median"] > 0
+
+
+def test_runs_of_a_sweep_share_a_pipeline_and_do_not_disturb_each_other(second, tmp_path):
+    """On the second device, then on the CPU, then there again: each is what it is alone."""
+    checkpoint = saved("pixart", tmp_path)
+    model = (
+        "model=pixart-alpha-xl-2-512", f"model.source={checkpoint}", "model.revision=null", "model.dtype=float32",
+        "protocol.prompts=shapes", "calibration.prompts=shapes-calibration", "generate.noise_floor_seeds=0",
+        "metrics.names=[psnr,sqnr]",
+    )  # fmt: skip
+    far, near, again = (
+        run(tmp_path / name, *model, f"device={device}")
+        for name, device in (("far", "second_device"), ("near", "cpu"), ("again", "second_device"))
+    )
+    assert values(again) == values(far) == about(near)
