@@ -160,7 +160,7 @@ def _put_in(pipe: Any, spec: ModelSpec, adapters: list[tuple[Lora, Path]]) -> di
 
 
 def _check_pipeline(pipe: Any) -> None:
-    """Raise UserError if a library made weights that are not whole numbers of floats, or left an adapter beside them."""
+    """Raise UserError if a library made weights that are codes, left some without a value, or left an adapter beside them."""
     for name, part in pipe.components.items():
         if not isinstance(part, nn.Module):
             continue
