@@ -35,6 +35,8 @@ from ditbench.harness.models.lora import Lora, files, fuse, loras
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.quant.layer_names import carries_adapters
 
+NOT_WHOLE = "the checkpoint lacks weights: it is not whole, or of another model"
+
 
 def family(name: str) -> Adapter:
     import ditbench.harness.models.families as package
@@ -161,7 +163,7 @@ def _put_in(pipe: Any, spec: ModelSpec, adapters: list[tuple[Lora, Path]]) -> di
 
 
 def _check_pipeline(pipe: Any) -> None:
-    """Raise UserError if a library made weights that are not whole numbers of floats, or left an adapter beside them."""
+    """Raise UserError if a library made weights that are codes, or left an adapter beside them."""
     for name, part in pipe.components.items():
         if not isinstance(part, nn.Module):
             continue
@@ -170,11 +172,6 @@ def _check_pipeline(pipe: Any) -> None:
         if carries_adapters(part):
             raise UserError(
                 f"its {name} carries LoRA adapters that are not fused; take the plain weights and set model.lora"
-            )
-        missing = [n for n, tensor in part.state_dict().items() if tensor.is_meta]
-        if missing:
-            raise UserError(
-                f"its {name} has no weights for {missing[0]}, {len(missing)} in all; the checkpoint is not whole, or of another model"
             )
 
 
@@ -231,6 +228,8 @@ def _explained(error: Exception, where: str, spec: ModelSpec, checkpoint: Checkp
             if place is not None and not place.local and (option != "transformer" or place.where in str(error)):
                 return _missing_weights(spec, option, place.where)
         return UserError(f"{where}: {_first_line(error)}")
+    if "meta tensor" in str(error):  # diffusers, of a file that leaves some of its model's weights without a value
+        return UserError(f"{where}: {NOT_WHOLE}{_lone_file(checkpoint)}")
     return UserError(
         f"{where}: not a checkpoint of family {spec.family!r}: {_first_line(error)}; choose the matching model="
         f"{_lone_file(checkpoint)}"
@@ -264,9 +263,7 @@ def _nothing_made_up(where: str) -> Iterator[None]:
         if "newly initialized" in text:
             first = re.search(r"'([\w.]+)'\]|(\S+)\s*\|\s*MISSING|\['([\w.]+)'", text)
             name = next((each for each in first.groups() if each), "some") if first else "some"
-            raise UserError(
-                f"{where}: no weights for {name}, which would be random; the checkpoint is not whole, or of another model"
-            )
+            raise UserError(f"{where}: no weights for {name}, which would be random; {NOT_WHOLE}")
 
 
 def _missing_weights(spec: ModelSpec, option: str, hub_id: str) -> UserError:
