@@ -18,14 +18,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from second_device import NAME
+from second_device import NAME, leaves
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 
 def operations(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     """The floating-point operations of one ATen call."""
-    floats = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and _is_float(t)]
+    floats = [t for t in leaves((args, *kwargs.values())) if isinstance(t, Tensor) and _is_float(t)]
     packet = func.overloadpacket
     if not floats:
         return 0
@@ -98,7 +98,7 @@ def operations(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     if func.is_view or packet.__name__ in MOVES or (torch.Tag.nondeterministic_seeded in func.tags):
         return 0
-    floats += [t for t in tree_leaves(out) if isinstance(t, Tensor) and _is_float(t)]
+    floats += [t for t in leaves((out,)) if isinstance(t, Tensor) and _is_float(t)]
     return max(t.numel() for t in floats)
 
 
@@ -149,7 +149,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket not in FORMULAS and func.overloadpacket not in flop_registry:
+        if _is_composed(func) and func.overloadpacket not in FORMULAS and func.overloadpacket not in flop_registry:
             with self:  # under inference_mode operators come whole (linear, attention): count what they are made of
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
@@ -157,12 +157,19 @@ class Operations(TorchDispatchMode):
         out = func(*args, **kwargs)
         count = operations(func, args, kwargs, out)
         if count:
-            tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
+            tensors = [each for each in leaves((args, *kwargs.values(), out)) if isinstance(each, Tensor)]
             device = NAME if any(each.device.type == NAME for each in tensors) else tensors[0].device.type
             self.by_stage[self._stage, device] += count
             if device == "cpu":
                 self.on_cpu[self._stage, func.overloadpacket.__name__, _place()] += count
         return out
+
+
+@cache
+def _is_composed(func: Any) -> bool:
+    """Whether torch has it as a composition of others only."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return key in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
 
 def counted() -> Operations:

@@ -105,10 +105,11 @@ def _changed(value: Any, change: Any) -> Any:
     return type(value)([_changed(each, change) for each in value]) if isinstance(value, list | tuple) else value
 
 
-def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+def leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """What an operator takes or gives, without the lists around it."""
     for value in values:
         if isinstance(value, list | tuple):
-            yield from _leaves(value)
+            yield from leaves(value)
         else:
             yield value
 
@@ -118,7 +119,7 @@ def _refuse_mixing(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     takes_numbers = torch.Tag.pointwise in op.tags or name in _TAKES_CPU_NUMBER
     if name in _TAKES_CPU_INDICES:
         args = (args[0], *args[2:])
-    for leaf in _leaves((args, *kwargs.values())):
+    for leaf in leaves((args, *kwargs.values())):
         if isinstance(leaf, torch.Generator):
             raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{leaf.device.type}'")
         if isinstance(leaf, Tensor) and not on_second(leaf) and not (takes_numbers and leaf.dim() == 0):
