@@ -94,9 +94,7 @@ def build_layer(
     target = target.on(device)
     folded = {consumer for site in target.sites if site.name in recipe.folded for consumer in site.consumers}
     layer = to_device(recipe.layers.get(name, LayerRecipe()), target.device)
-    layer = replace(
-        layer, act=copy.deepcopy(layer.act)
-    )  # its tables move with the model; the recipe's stay where they are
+    layer = replace(layer, act=copy.deepcopy(layer.act))  # tables move with the model, and the recipe stays where it is
     return QuantLinear(
         layer,
         effective_linear(target, name, _transforms(recipe), recipe.folded),

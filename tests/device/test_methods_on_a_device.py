@@ -188,6 +188,18 @@ def test_an_accelerator_without_float64_is_told_from_one_with(second):
     devices._has_float64.cache_clear()
 
 
+def test_a_model_is_built_on_its_device_from_a_recipe_that_stays_where_it_is(dit, second):
+    """Of a target whose algebra is elsewhere too; and a model that moves later takes nothing with it."""
+    case = case_of("smoothquant", dit)
+    here = run(case, dit, "cpu", counted())
+    with counted() as ops:
+        build(dit.target, here.recipe, dtype=torch.float32, device=second)
+    assert ops.share_on_second_device() >= LEAST_SHARE, ops.report()
+    stays_on_the_cpu(here)
+    build(dit.target, here.recipe, dtype=torch.float32).to(second)
+    stays_on_the_cpu(here)
+
+
 def test_a_method_written_as_the_docs_show_is_on_the_device_without_knowing_of_it(
     family, second, tmp_path, monkeypatch
 ):
