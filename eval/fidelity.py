@@ -14,7 +14,7 @@ from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
 from ditbench.eval.features import need_float_model, together
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.per_sample import mean_or_share
-from ditbench.harness.common.devices import with_float64
+from ditbench.harness.common.devices import float64_device
 
 CAP_DB = 100.0  # what identical samples count as; their true value is infinite
 SSIM_SIGMA, SSIM_KERNEL = 1.5, 11
@@ -27,7 +27,7 @@ def psnr(evidence: Evidence) -> Measurement:
     error_N = torch.cat(
         [
             (ours.double() - theirs.double()).square().flatten(1).mean(dim=1).cpu() / 255.0**2
-            for ours, theirs in pairs_on(with_float64(evidence.device), pixels_N, float_N)
+            for ours, theirs in pairs_on(float64_device(evidence.device), pixels_N, float_N)
         ]
     )
     settings = {"averaged": "per sample (not over the set's MSE)", "peak": 255, "cap_db": CAP_DB, "dtype": "float64"}
@@ -64,7 +64,7 @@ def sqnr(evidence: Evidence) -> Measurement:
     if not (latents_N.isfinite().all() and float_NChw.isfinite().all()):
         raise MetricSkipped("some latents are not finite; the sampler diverged")
     signals, noises = [], []
-    for ours, theirs in pairs_on(with_float64(evidence.device), latents_N, float_NChw):
+    for ours, theirs in pairs_on(float64_device(evidence.device), latents_N, float_NChw):
         signals.append(theirs.double().square().flatten(1).sum(dim=1).cpu())
         noises.append((ours.double() - theirs.double()).square().flatten(1).sum(dim=1).cpu())
     signal_N, noise_N = torch.cat(signals), torch.cat(noises)

@@ -101,15 +101,6 @@ def memory_of(device: torch.device) -> ModuleType | None:
     return functions if all(hasattr(functions, each) for each in told) else None
 
 
-def with_float64(device: torch.device) -> torch.device:
-    """The device, or the CPU for one that has no float64 (mps, some of Intel's)."""
-    try:
-        torch.ones(1, dtype=torch.float64, device=device)
-    except (RuntimeError, TypeError):
-        return CPU
-    return device
-
-
 def device_name(device: torch.device) -> str:
     """The hardware: "NVIDIA H100 80GB HBM3", or the CPU's model and the number of threads."""
     functions = functions_of(device)
