@@ -33,7 +33,7 @@ def test_kernels_and_doctor_speak_of_it(second, tmp_path):
 
 
 def test_a_device_without_float64_leaves_such_sums_to_the_cpu(second, monkeypatch):
-    assert devices.with_float64(second) == second
+    assert devices.float64_device(second) == second
     ones = torch.ones
 
     def without(*size, dtype=None, device=None):
@@ -42,7 +42,7 @@ def test_a_device_without_float64_leaves_such_sums_to_the_cpu(second, monkeypatc
         return ones(*size, dtype=dtype, device=device)
 
     monkeypatch.setattr(torch, "ones", without)
-    assert devices.with_float64(second) == devices.CPU
+    assert devices.float64_device(second) == devices.CPU
 
 
 def test_its_peaks_are_measured_and_where_its_time_goes_is_refused_in_a_line(second, monkeypatch):
