@@ -108,7 +108,11 @@ def judge_folders(tmp_path_factory):
         for name, width in ((CLIP, 16), (CLIP_LARGE, 12)):
             vision = sizes | {"image_size": 24, "patch_size": 8}
             config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
-            CLIPModel(config).save_pretrained(root / name)
+            clip, generator = CLIPModel(config), torch.Generator().manual_seed(width)
+            for parameter in clip.parameters():
+                if parameter.ndim > 1:  # large enough that texts differ, and not transformers' own start
+                    parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+            clip.save_pretrained(root / name)
             tokenizer.save_pretrained(root / name)
     return root
 
