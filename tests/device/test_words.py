@@ -32,19 +32,6 @@ def test_kernels_and_doctor_speak_of_it(second, tmp_path):
     assert "second_device: a second device made of the CPU; device=second_device takes it" in examine(tmp_path)
 
 
-def test_a_device_without_float64_leaves_such_sums_to_the_cpu(second, monkeypatch):
-    assert devices.float64_device(second) == second
-    ones = torch.ones
-
-    def without(*size, dtype=None, device=None):
-        if device == second and dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        return ones(*size, dtype=dtype, device=device)
-
-    monkeypatch.setattr(torch, "ones", without)
-    assert devices.float64_device(second) == devices.CPU
-
-
 def test_its_peaks_are_measured_and_where_its_time_goes_is_refused_in_a_line(second, monkeypatch):
     monkeypatch.setattr("ditbench.harness.bench.roofline.SIDE", 64)
     monkeypatch.setattr("ditbench.harness.bench.roofline.COPIED_BYTES", 2**16)
