@@ -72,6 +72,18 @@ def second() -> Iterator[torch.device]:
         yield device
 
 
+@pytest.fixture
+def learns(second: torch.device) -> torch.device:
+    """The second device, where autograd knows it: torch counts the devices at a process's first backward and never again."""
+    try:
+        torch.ones(1, device=second, requires_grad=True).sum().backward()
+    except RuntimeError:
+        pytest.skip(
+            "this process went backward before it knew the device; tests/device/test_learning.py runs this in a fresh one"
+        )
+    return second
+
+
 @pytest.fixture(scope="session")
 def e4m3_rows() -> None:
     """Skips where torch multiplies e4m3 on the CPU with one scale a tensor only (2.9 and 2.10 do); a GPU has scales by row."""

@@ -147,8 +147,8 @@ def trained(device: str | torch.device) -> list[Tensor]:
     return [each.detach().cpu() for each in model.state_dict().values()]
 
 
-def test_training_is_the_cpus_bit_for_bit(second):
-    assert all(map(torch.equal, trained(second), trained("cpu")))
+def test_training_is_the_cpus_bit_for_bit(learns):
+    assert all(map(torch.equal, trained(learns), trained("cpu")))
 
 
 def attention_gradient(device: str | torch.device) -> Tensor:
@@ -157,8 +157,8 @@ def attention_gradient(device: str | torch.device) -> Tensor:
     return heads.grad.cpu()
 
 
-def test_the_gradient_of_attention_is_the_cpus(second):
-    assert torch.equal(attention_gradient(second), attention_gradient("cpu"))
+def test_the_gradient_of_attention_is_the_cpus(learns):
+    assert torch.equal(attention_gradient(learns), attention_gradient("cpu"))
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart", "wan", "hunyuan_video"])

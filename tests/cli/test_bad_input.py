@@ -66,7 +66,7 @@ REFUSALS = [
     ("metrics.names=psnr", "metrics.names must be a list", "metrics.names=[psnr]"),
     ("metrics=fid", "no metrics 'fid'", "known: fidelity, inception, judge"),
     ("backend=onednn", "no backend 'onednn'", "did you mean 'onednn_int8'?"),
-    ("device=gpu", "device='gpu'", "expected auto, cuda or cpu"),
+    ("device=gpu", "device='gpu'", "known here: auto, cpu"),
     ("bits.weight.granularity=per_row", "'per_row'", "per_channel"),
     ("bits.weight.granularity=per_group", "group_size goes with granularity per_group", "group_size None"),
     ("bits.weight.bits=four", "bits.weight.bits must be a whole number, got 'four'"),

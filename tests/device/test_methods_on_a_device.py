@@ -35,6 +35,7 @@ from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.samples.samples import Prompt
 
+LEARNING = ("ptq4dit", "ptq4dm", "q_diffusion")  # by gradients
 METHODS = [name for name in registry.known_methods() if name != registry.FLOAT]
 LEAST_SHARE = 0.99
 QUICK: dict[str, dict[str, Any]] = {  # what takes long, taken short: less of the same
@@ -126,9 +127,14 @@ def tensors_of(recipe: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in LEARNING])
 def test_a_method_computes_on_the_device_what_it_computes_on_the_cpu(name, family, second):
     compare(case_of(name, family), family, second)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_method_that_learns_does_so_too(name, family, learns):
+    compare(case_of(name, family), family, learns)
 
 
 def compare(case: Case, family: Family, second: torch.device) -> None:
