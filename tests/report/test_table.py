@@ -202,7 +202,7 @@ def test_an_interval_is_a_half_width_only_when_it_is_symmetric(ci95, text):
 
 
 def test_csv_comes_back_as_the_recorded_numbers(sweep):
-    read = pd.read_csv(io.StringIO(report(sweep, None, "csv").text))
+    read = pd.read_csv(io.StringIO(report(sweep, None, "csv").text), float_precision="round_trip")
     records = {record.run_id: record for record in read_all(sweep)}
     assert len(read) == len(records) == 20
     for row in read.to_dict("records"):
