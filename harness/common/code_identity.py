@@ -14,9 +14,8 @@ COMPUTING = (
     *("samples", "quant", "backends", "build", "models", "calibration"),
     *("fitting", "generation", "measurement", "stages"),
 )
-TELLERS = frozenset(
-    ["conformance.py", "export.py", "needs.py", "paired_differences.py"]
-)  # of these rooms and of eval, those that tell
+# Of these rooms and of eval, the files that only tell.
+TELLERS = frozenset(["conformance.py", "export.py", "needs.py", "paired_differences.py"])
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelity", "clean-fid", "numpy", "scipy")
 
 
