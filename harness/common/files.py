@@ -100,20 +100,29 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
         if _errno(error) in NO_ROOM:
             raise UserError(
-                f"{folder}: no room to write ({why}); free some, or set results_dir=… and cache_dir=… to "
+                f"{folder}: no room to write ({why(error)}); free some, or set results_dir=… and cache_dir=… to "
                 "another disk. Records already written are kept."
             ) from error
-        if _errno(error) in NOT_WRITABLE:
-            raise UserError(f"{folder}: cannot be written ({why}); set results_dir=…") from error
+        if not_writable(error):
+            raise UserError(f"{folder}: cannot be written ({why(error)}); set results_dir=…") from error
         raise
 
 
 def is_disk_error(error: BaseException) -> bool:
     """Whether nothing can be written any more (as against a file that somebody's code misses)."""
     return _errno(error) in (*NO_ROOM, *NOT_WRITABLE)
+
+
+def not_writable(error: BaseException) -> bool:
+    """Whether somebody may not write there, or nobody may."""
+    return _errno(error) in NOT_WRITABLE
+
+
+def why(error: BaseException) -> str:
+    """What the system says of a disk error."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _errno(error: BaseException) -> int | None:

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
 class OtherKind(Exception):
     """Images were asked for where there are videos, or the other way round; a metric of them is skipped with this reason."""
+
+
+class Rows(Protocol):
+    """Values of samples, one row each, read some at a time: a tensor, or rows of a store on disk (`samples/store.py`)."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def __getitem__(self, wanted: int | slice | Sequence[int] | Tensor) -> Tensor: ...
+
+    def split(self, size: int) -> Iterable[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -22,15 +45,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Samples:
-    """What was generated, as it is saved.
+    """What was generated, in memory or on disk: whoever reads them takes batches of rows, never the set.
 
     pixels: uint8 0–255, images (N, H, W, 3) or videos (N, F, H, W, 3). labels_N: int64. latents: float32 (N, …).
     prompts: one per sample, or none. fps: frames per second of videos.
     """
 
-    pixels: Tensor
+    pixels: Rows
     labels_N: Tensor | None = None
-    latents: Tensor | None = None
+    latents: Rows | None = None
     prompts: tuple[Prompt, ...] = ()
     fps: float = 8.0
 
@@ -42,14 +65,14 @@ class Samples:
         return self.pixels.ndim == 5
 
     @property
-    def images_NHWC(self) -> Tensor:
+    def images_NHWC(self) -> Rows:
         """Raises OtherKind: these are videos."""
         if self.is_video:
             raise OtherKind("a metric of images; these are videos")
         return self.pixels
 
     @property
-    def videos_NFHWC(self) -> Tensor:
+    def videos_NFHWC(self) -> Rows:
         """Raises OtherKind: these are images, or videos of one frame."""
         if not self.is_video or self.pixels.shape[1] < 2:
             raise OtherKind("a metric of videos; these are images" if not self.is_video else "videos of one frame")

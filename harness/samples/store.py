@@ -1,0 +1,271 @@
+"""The store of samples: a folder that is filled piece by piece, by one process or by several, and read in batches.
+
+    <cache>/samples/<key>/store.json      what is asked for: n, rows of a piece, kind of files, whether latents are kept
+    <cache>/samples/<key>/samples.jsonl   one line a sample: its file, label or prompt, seed
+    <cache>/samples/<key>/000000.png      one image a sample; a video is 000000.mkv, H.264 without loss in RGB
+    <cache>/samples/<key>/latents/0.safetensors   of a piece, where latents are kept
+    <cache>/samples/<key>/pieces/0.json   a piece is drawn: size and SHA-256 of its files, the batch it was drawn in, seconds
+
+A piece counts once its own .json is there, which is written last. Who draws it holds its claim, which ends with the process. Files
+are checked against their SHA-256 as they are read; a piece with a damaged file is named, and drawn again by the next run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import Timeout
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ditbench.harness.common.artifacts import (
+    FORMAT,
+    Address,
+    Damaged,
+    check,
+    check_bytes,
+    claimed,
+    entry_of,
+    lock_of,
+    read_manifest,
+    tell,
+    write_manifest,
+)
+from ditbench.harness.common.files import atomic_path
+from ditbench.harness.samples.conditions import Conditions
+from ditbench.harness.samples.pixels import ENDINGS, decoded, encoded
+from ditbench.harness.samples.samples import Prompt, Samples
+
+KIND = "samples"
+INDEX, LINES, PIECES, LATENTS = "store.json", "samples.jsonl", "pieces", "latents"
+THREADS = 4  # that encode and decode at once
+
+
+@dataclass(frozen=True)
+class Piece:
+    number: int
+    rows: range
+
+
+class SampleStore:
+    """Made or continued by `open_store`; `found_store` is for readers."""
+
+    def __init__(self, folder: Path, index: Mapping[str, Any], lock_folder: Path) -> None:
+        self.folder, self.index, self._cache = folder, index, lock_folder
+
+    def __len__(self) -> int:
+        return int(self.index["n"])
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    @property
+    def pieces(self) -> list[Piece]:
+        size = self.index["piece"]
+        return [Piece(start // size, range(start, min(start + size, len(self)))) for start in range(0, len(self), size)]
+
+    def has(self, piece: Piece) -> bool:
+        return self._note(piece).exists()
+
+    def missing(self) -> list[Piece]:
+        return [piece for piece in self.pieces if not self.has(piece)]
+
+    @contextmanager
+    def claim(self, piece: Piece) -> Iterator[bool]:
+        """Whether the piece is ours to draw: nobody else draws it, and nobody has."""
+        lock = lock_of(self._cache, f"{KIND}-{self.key}-{piece.number}")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield not self.has(piece)
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def publish(self, piece: Piece, pixels_N: Tensor, latents_N: Tensor | None, fps: float, **how: Any) -> None:
+        """Write the piece's samples, then its note. pixels_N: uint8, images (B, H, W, 3) or videos (B, F, H, W, 3), on the CPU.
+
+        how: what else its note says of how it was drawn, such as batch and seconds.
+        """
+        kind = "video" if pixels_N.ndim == 5 else "image"
+        names = [f"{row:06d}{ENDINGS[kind]}" for row in piece.rows]
+
+        def write(name: str, pixels: Tensor) -> None:
+            with atomic_path(self.folder / name) as part:
+                encoded(pixels, fps, part)
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(write, names, pixels_N))
+        if self.index["latents"]:
+            assert latents_N is not None
+            names.append(f"{LATENTS}/{piece.number}.safetensors")
+            with atomic_path(self.folder / names[-1]) as part:
+                part.write_bytes(save({"latents": latents_N.float().contiguous()}))
+        note = self._note(piece)
+        note.parent.mkdir(exist_ok=True)
+        shape = list(pixels_N.shape[1:])
+        latent_shape = None if latents_N is None else list(latents_N.shape[1:])
+        write_manifest(
+            note,
+            {"format": FORMAT, "shape": shape, "latent_shape": latent_shape, "fps": fps}
+            | how
+            | {"files": {name: entry_of(self.folder / name) for name in names}},
+        )
+
+    def note(self, piece: Piece) -> dict[str, Any]:
+        """What is written of a drawn piece. Raises Damaged."""
+        return read_manifest(self._note(piece))
+
+    def drop_damaged(self) -> int:
+        """Take back every piece that is not what was written, and say which file it was; how many."""
+        dropped = 0
+        for piece in self.pieces:
+            try:
+                for name, entry in self.note(piece)["files"].items():
+                    check(self.folder / name, entry)
+            except FileNotFoundError:
+                continue
+            except Damaged as damage:
+                tell(f"{damage}; samples {piece.rows.start}–{piece.rows.stop - 1} are drawn again")
+                self._note(piece).unlink(missing_ok=True)
+                dropped += 1
+        return dropped
+
+    def samples(self) -> Samples:
+        """All of them, read when they are asked for.
+
+        Raises:
+            FileNotFoundError: a piece is not drawn yet. Damaged: the index is.
+        """
+        first = self.note(self.pieces[0])
+        lines = self._lines()
+        labels = [line["label"] for line in lines]
+        return Samples(
+            StoredRows(self, tuple(first["shape"]), torch.uint8, self._pixels_of),
+            None if labels[0] is None else torch.tensor(labels),
+            StoredRows(self, tuple(first["latent_shape"]), torch.float32, self._latents_of)
+            if self.index["latents"]
+            else None,
+            tuple(Prompt(**line["prompt"]) for line in lines) if lines[0]["prompt"] is not None else (),
+            first["fps"],
+        )
+
+    def _lines(self) -> list[dict[str, Any]]:
+        content = check_bytes(self.folder / LINES, self.index["lines"])
+        return [json.loads(line) for line in content.decode().splitlines()]
+
+    def _note(self, piece: Piece) -> Path:
+        return self.folder / PIECES / f"{piece.number}.json"
+
+    def _pixels_of(self, piece: Piece, rows: Sequence[int]) -> Tensor:
+        files = [(name, entry) for name, entry in self.note(piece)["files"].items() if not name.startswith(LATENTS)]
+
+        def read(row: int) -> Tensor:
+            name, entry = files[row - piece.rows.start]
+            return decoded(check_bytes(self.folder / name, entry), self.folder / name)
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return torch.stack(list(pool.map(read, rows)))
+
+    def _latents_of(self, piece: Piece, rows: Sequence[int]) -> Tensor:
+        name = f"{LATENTS}/{piece.number}.safetensors"
+        latents_N = load(check_bytes(self.folder / name, self.note(piece)["files"][name]))["latents"]
+        return latents_N[[row - piece.rows.start for row in rows]]
+
+
+class StoredRows:
+    """Rows of a store, read as a tensor's are: by index, slice or list, one by one, or with `split`; uint8 pixels or float32 latents.
+
+    Whatever asks for all of them at once gets them, and has to hold them.
+    """
+
+    def __init__(self, store: SampleStore, shape: tuple[int, ...], dtype: torch.dtype, read: Any) -> None:
+        self.store, self.shape, self.dtype, self._read = store, torch.Size((len(store), *shape)), dtype, read
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for part in self.split(max(1, self.store.index["piece"])):
+            yield from part
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Batches of `size` rows, the last perhaps smaller."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def __getitem__(self, wanted: int | slice | Sequence[int] | Tensor) -> Tensor:
+        if isinstance(wanted, int):
+            return self[[wanted]][0]
+        if isinstance(wanted, Tensor):
+            wanted = (wanted.nonzero().flatten() if wanted.dtype == torch.bool else wanted).tolist()
+        rows = range(len(self))[wanted] if isinstance(wanted, slice) else [range(len(self))[row] for row in wanted]
+        if not len(rows):
+            return torch.zeros((0, *self.shape[1:]), dtype=self.dtype)
+        size, parts, start = self.store.index["piece"], [], 0
+        while start < len(rows):  # one piece after the other
+            stop = start
+            while stop < len(rows) and rows[stop] // size == rows[start] // size:
+                stop += 1
+            parts.append(self._read(self.store.pieces[rows[start] // size], rows[start:stop]))
+            start = stop
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def open_store(address: Address, wanted: Conditions, piece: int, latents: bool) -> SampleStore:
+    """The store at that address, made if it is not there; one that is there keeps the size of its pieces.
+
+    Raises:
+        UserError: it is not there and the cache cannot be written.
+    """
+    index = address.folder / INDEX
+    if not _whole(index):
+        with claimed(address):
+            if not _whole(index):
+                address.folder.mkdir(parents=True, exist_ok=True)
+                lines = address.folder / LINES
+                with atomic_path(lines) as part:
+                    part.write_text("".join(json.dumps(line) + "\n" for line in _described(wanted)))
+                values = {"format": FORMAT, "kind": KIND, "key": address.key, "title": address.title, "n": len(wanted)}
+                values |= {"made_from": dict(address.made_from), "piece": piece, "latents": latents}
+                write_manifest(index, values | {"lines": entry_of(lines)})
+    return found_store(address.folder, address.cache)
+
+
+def found_store(folder: Path, cache: Path | None = None) -> SampleStore:
+    """A store that is there. Raises FileNotFoundError, Damaged."""
+    return SampleStore(folder, read_manifest(folder / INDEX), cache or folder.parents[1])
+
+
+def _whole(index: Path) -> bool:
+    try:
+        values = read_manifest(index)
+        check(index.parent / LINES, values["lines"])
+        return True
+    except FileNotFoundError:
+        return False
+    except Damaged as damage:
+        tell(f"{damage}; written again")
+        return False
+
+
+def _described(wanted: Conditions) -> Iterator[dict[str, Any]]:
+    for row, seed in enumerate(wanted.seeds):
+        label = None if wanted.labels_N is None else int(wanted.labels_N[row])
+        prompt = asdict(wanted.prompts[row]) if wanted.prompts else None
+        yield {"sample": row, "label": label, "prompt": prompt, "seed": seed}
