@@ -53,7 +53,7 @@ def ssim(evidence: Evidence) -> Measurement:
     return paired_measurement(evidence, "torchmetrics ssim", "torchmetrics", values_N, settings)
 
 
-@metric("sqnr", better="higher", paired=True, unit="dB")
+@metric("sqnr", better="higher", paired=True, unit="dB", asks=("latents",))
 def sqnr(evidence: Evidence) -> Measurement:
     """Signal-to-quantization-noise ratio of the latents: signal is the float model's, noise the difference to it."""
     need_samples(evidence, 1)

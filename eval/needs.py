@@ -15,6 +15,7 @@ from ditbench.eval.weights import Upstream, weights_folder
 
 ASKS = {
     "judge": "the model comes without a judge; take Inception's metrics (metrics=inception)",
+    "latents": "no latents were kept with the samples; set generate.keep_latents=true",
     "labels": "the model is not class-conditional, and its samples carry no labels; leave the metric out",
     "reference": "there are no reference images; set metrics.reference to a set (`ditbench data list`), an .npz or a folder",
     "prompts": "the model is not told by prompts; leave the metric out",
@@ -28,6 +29,7 @@ def offered(evidence: Evidence) -> frozenset[str]:
     prompts = evidence.generated.prompts
     has = {
         "judge": evidence.judge is not None,
+        "latents": evidence.generated.latents is not None,
         "labels": evidence.generated.labels_N is not None,
         "reference": evidence.reference is not None,
         "prompts": bool(prompts),

@@ -18,8 +18,7 @@ from ditbench.harness.records.environment import environment
 from ditbench.harness.records.record import Record
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.evaluate import add_noise_floor, evaluate, refuse_skipped_metrics
-from ditbench.harness.stages.float_model import float_images
-from ditbench.harness.stages.generate import generate, save_artifacts
+from ditbench.harness.stages.generate import float_samples, generate, save_artifacts
 from ditbench.harness.stages.identity import run_id, title
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.measure import layer_errors, measure, parity
@@ -72,6 +71,8 @@ def run(config: RunConfig) -> Record:
 def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Path) -> None:
     """Fill the record, stage by stage; what is filled stays if a later stage fails."""
     timer, target = Timer(values.timings_s), target_of(config, model)
+    with timer("reference"):
+        float_model = float_samples(config, model, seed=config.seed)
     with peak_memory(config.device) as memory:
         with timer("calibrate"):
             recording = calibrate(config, model)
@@ -81,11 +82,10 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     values.bits, size = account(config, model, target, quantized.recipe)
     values.bits |= quantized.plan | unreached_layers(recording)
     with timer("generate"):
-        images = generate(config, model, quantized)
-    with timer("reference"):
-        float_model = float_images(config, model, seed=config.seed)
+        samples = generate(config, model, quantized, recording.key)
+    values.made_from = {"recording": recording.key, "samples": samples.key, "float_samples": float_model.key}
     with timer("evaluate"):
-        values.metrics, per_sample = evaluate(config, model, images, float_model)
+        values.metrics, per_sample = evaluate(config, model, samples, float_model)
     with timer("noise_floor"):
         add_noise_floor(config, model, values.metrics)
     with timer("measure"):
@@ -95,8 +95,8 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     with timer("layer_errors"):
         atlas = layer_errors(config, target, quantized, recording)
         values.layers = layer_table(quantized.model, atlas)
-    values.cost = fit_cost(values.timings_s, recording, memory)
-    values.artifacts = save_artifacts(images, float_model, per_sample, atlas, quantized.state, folder)
+    values.cost = fit_cost(values.timings_s, recording, memory) | samples.how
+    values.artifacts = save_artifacts(samples, float_model, per_sample, atlas, quantized.state, folder)
 
 
 def track(config: RunConfig, values: Record, folder: Path) -> None:

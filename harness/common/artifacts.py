@@ -72,11 +72,15 @@ class Kept(Generic[T]):
 
 
 def obtain(
-    address: Address | None, make: Callable[[], T], write: Callable[[T, Path], None], read: Callable[[Path], T]
+    address: Address | None,
+    make: Callable[[], T],
+    write: Callable[[T, Path], None],
+    read: Callable[[Path], T],
+    keep: Callable[[T], bool] = lambda value: True,
 ) -> Kept[T]:
     """The artifact, read if it is there and whole, else made, written and returned. Without an address nothing is kept.
 
-    write: the value, a new folder → its files. read: the folder → the value. Where there is no room to keep what was made, that
+    write: the value, a new folder → its files. read: the folder → the value. keep: whether a value is worth keeping. Where there is no room to keep what was made, that
     is said and the value is returned.
 
     Raises:
@@ -93,6 +97,8 @@ def obtain(
             shutil.rmtree(stale, ignore_errors=True)
         start = perf_counter()
         value = make()
+        if not keep(value):
+            return Kept(value)
         try:
             publish(address, lambda part: write(value, part), perf_counter() - start)
         except Exception as error:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path
 from ditbench.harness.common.progress import progress as progress_bar
 from ditbench.harness.models.base import Correction, LoadedModel, Sampler
 from ditbench.harness.samples.conditions import PROMPTS, Conditions
-from ditbench.harness.samples.samples import Prompt, Samples
+from ditbench.harness.samples.samples import FPS, Prompt, Samples
 from ditbench.harness.samples.seeds import sample_seeds
+from ditbench.harness.samples.store import Piece, SampleStore
+
+WAIT_S = 0.5  # between looks at what others draw
 
 
 def conditions(
@@ -50,7 +56,6 @@ def conditions(
     return Conditions(seeds, drawn)
 
 
-@torch.no_grad()
 def generate(
     model: LoadedModel,
     transformer: nn.Module,
@@ -61,29 +66,96 @@ def generate(
     correct: Correction | None = None,
     title: str = "generate",
 ) -> Samples:
-    """Draw all samples with the given transformer (float or quantized), on its device; they are kept on the CPU.
+    """Draw a few samples with the given transformer (float or quantized), on its device; all are held on the CPU.
 
     Raises:
         UserError: the samples contain NaN or infinity.
     """
-    latents, pixels = [], []
+    parts = []
     with progress_bar(total=len(wanted) * sampler.steps, desc=title, unit="img·step") as progress:
         for start in range(0, len(wanted), batch_size):
-            part = wanted.rows(start, min(start + batch_size, len(wanted)))
-            drawn = model.adapter.sample(
-                model.pipe,
-                transformer,
-                part,
-                sampler,
-                on_call=lambda step, inputs, rows=len(part): progress.update(rows),
-                correct=correct,
+            rows = range(start, min(start + batch_size, len(wanted)))
+            parts.append(_drawn(model, transformer, wanted, rows, sampler, correct, title, progress.update))
+    pixels, latents = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Samples(pixels, wanted.labels_N, latents, wanted.prompts)
+
+
+def draw(
+    model: LoadedModel,
+    transformer: Callable[[], nn.Module],
+    wanted: Conditions,
+    sampler: Sampler,
+    store: SampleStore,
+    *,
+    correct: Correction | None = None,
+    title: str = "generate",
+) -> None:
+    """Draw what the store lacks, a piece at a time, beside whoever else draws into it; returns when nothing is missing.
+
+    transformer: gives the model to draw with; not asked where nothing is missing.
+
+    Raises:
+        UserError: the samples contain NaN or infinity.
+    """
+    store.drop_damaged()
+    total = len(wanted) * sampler.steps
+    with progress_bar(total=total, desc=title, unit="img·step") as progress:
+        while missing := store.missing():
+            progress.n = total - sum(len(piece.rows) for piece in missing) * sampler.steps
+            ours = sum(
+                _draw_piece(model, transformer, wanted, sampler, store, piece, correct, title, progress)
+                for piece in missing
             )
-            if not bool(drawn.latents.isfinite().all()):
-                raise UserError(f"{title}: NaN or infinity in the samples {start}–{start + len(part) - 1}")
-            assert drawn.pixels is not None, "sample decodes unless told not to"
-            latents.append(drawn.latents.cpu())
-            pixels.append(to_uint8(drawn.pixels).cpu())
-    return Samples(torch.cat(pixels), wanted.labels_N, torch.cat(latents), wanted.prompts)
+            if not ours:
+                progress.refresh()
+                sleep(WAIT_S)  # others draw what is left
+
+
+def _draw_piece(
+    model: LoadedModel,
+    transformer: Callable[[], nn.Module],
+    wanted: Conditions,
+    sampler: Sampler,
+    store: SampleStore,
+    piece: Piece,
+    correct: Correction | None,
+    title: str,
+    progress: tqdm,
+) -> bool:
+    """Whether it was ours to draw."""
+    with store.claim(piece) as ours:
+        if ours:
+            start = perf_counter()
+            pixels, latents = _drawn(model, transformer(), wanted, piece.rows, sampler, correct, title, progress.update)
+            seconds = perf_counter() - start
+            store.publish(piece, pixels, latents, FPS, batch=len(piece.rows), seconds=seconds)
+        return ours
+
+
+@torch.no_grad()
+def _drawn(
+    model: LoadedModel,
+    transformer: nn.Module,
+    wanted: Conditions,
+    rows: range,
+    sampler: Sampler,
+    correct: Correction | None,
+    title: str,
+    seen: Callable[[int], Any],
+) -> tuple[Tensor, Tensor]:
+    """One batch → uint8 pixels and float32 latents, on the CPU. seen: told of the rows of each call."""
+    drawn = model.adapter.sample(
+        model.pipe,
+        transformer,
+        wanted.rows(rows.start, rows.stop),
+        sampler,
+        on_call=lambda step, inputs: seen(len(rows)),
+        correct=correct,
+    )
+    if not bool(drawn.latents.isfinite().all()):
+        raise UserError(f"{title}: NaN or infinity in the samples {rows.start}–{rows.stop - 1}")
+    assert drawn.pixels is not None, "sample decodes unless told not to"
+    return to_uint8(drawn.pixels).cpu(), drawn.latents.cpu()
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+FPS = 8.0  # frames per second of videos
+
 
 class OtherKind(Exception):
     """Images were asked for where there are videos, or the other way round; a metric of them is skipped with this reason."""
@@ -55,7 +57,7 @@ class Samples:
     labels_N: Tensor | None = None
     latents: Rows | None = None
     prompts: tuple[Prompt, ...] = ()
-    fps: float = 8.0
+    fps: float = FPS
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -46,6 +46,7 @@ FLAGS = (
     "bits.act.symmetric",
     "bits.act.dynamic",
     "measure.layer_errors",
+    "generate.keep_latents",
     "strict",
 )
 TEXTS = ("name", "device", "results_dir", "cache_dir")

@@ -1,68 +1,97 @@
-"""Score samples with the run's metrics, the float model's own samples beside them."""
+"""Score samples with the run's metrics, the float model's own samples beside them; each metric's values are kept by what made them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ditbench.eval.base import Evidence, PerSample, evaluate_samples, known_metrics
 from ditbench.eval.needs import lacking, offered
+from ditbench.harness.common.artifacts import obtain
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import read_json, write_json
 from ditbench.harness.common.timer import say
-from ditbench.harness.generation.generate import conditions
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.records import sample_values
 from ditbench.harness.samples.samples import Samples
 from ditbench.harness.stages.config import RunConfig
-from ditbench.harness.stages.float_model import float_values, noise_floor
-from ditbench.harness.stages.identity import evaluator_identity, title
+from ditbench.harness.stages.generate import Drawn, float_samples
+from ditbench.harness.stages.identity import title
+from ditbench.harness.stages.keys import keeps_latents, values_address, wanted
 from ditbench.harness.stages.loaded import judge_in, reference_of
+
+SEED_STRIDE = 1_000_003  # seeds of the noise floor lie far from those that users give
+ENTRY, PER_SAMPLE = "entry.json", "per_sample.npz"
+
+Scored = tuple[dict[str, Any], PerSample | None]  # the record's entry of one metric, and its values per sample
 
 
 def evaluate(
-    config: RunConfig, model: LoadedModel, images: Samples, float_model: Samples
+    config: RunConfig, model: LoadedModel, samples: Drawn, float_model: Drawn
 ) -> tuple[dict[str, Any], sample_values.Values]:
     """The record's `metrics`, and the values per sample of the run and of the float model."""
-    entries, found = scored(config, model, images, float_model)
-    of_float = float_values(
-        config,
-        model,
-        {name: entries[name] for name in found if not entries[name]["paired"]},
-        evaluate=lambda names: scored(config, model, float_model, float_model, names)[1],
-        evaluator=evaluator_identity(config, model),
-    )
-    return entries, sample_values.Values(found, of_float, sample_values.drawn(images, config.seed))
+    entries, found = scored(config, model, samples, float_model)
+    unpaired = [name for name in found if not entries[name]["paired"]]
+    of_float = scored(config, model, float_model, float_model, unpaired)[1]
+    return entries, sample_values.Values(found, of_float, sample_values.drawn(samples.samples, config.seed))
 
 
 def add_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, Any]) -> None:
-    """How far apart two seeds of the float model are, into each entry that is not paired with it."""
-    noise_floor(
-        config,
-        model,
-        metrics,
-        evaluate=lambda ours, theirs: scored(config, model, ours, theirs)[0],
-        evaluator=evaluator_identity(config, model),
-    )
+    """Write into each unpaired metric the largest difference between any two seeds of the 16-bit float model.
+
+    Paired metrics have none: their noise is their interval. With fewer than one extra seed nothing is written.
+    """
+    section = config.section("generate")
+    extra, dtype = section["noise_floor_seeds"], section["dtype"]
+    unpaired = [name for name, entry in metrics.items() if not entry["paired"] and entry["status"] == "ok"]
+    if extra < 1 or not unpaired:
+        return
+    replicates = []
+    for seed in (config.seed + SEED_STRIDE * k for k in range(extra + 1)):
+        drawn = float_samples(config, model, seed, dtype)
+        replicates.append(scored(config, model, drawn, drawn, unpaired)[0])
+    for name in unpaired:
+        metrics[name]["noise_floor"] = spread([each[name]["value"] for each in replicates])
+
+
+def spread(values: list[float | None]) -> float | None:
+    """The range; None if the metric could not run on one of the replicates."""
+    known = [value for value in values if value is not None]
+    return max(known) - min(known) if len(known) == len(values) else None
 
 
 def scored(
-    config: RunConfig, model: LoadedModel, images: Samples, float_model: Samples, names: Iterable[str] | None = None
+    config: RunConfig, model: LoadedModel, samples: Drawn, float_model: Drawn, names: Iterable[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, PerSample]]:
-    """The record's `metrics`, and the values per sample; names: of some of the run's metrics only."""
-    evidence = evidence_of(config, model, images, float_model)
-    entries, samples = evaluate_samples(config.section("metrics")["names"] if names is None else names, evidence)
-    for name, entry in entries.items():
+    """The record's `metrics`, and the values per sample; names: of some metrics only, not of all that the run asks for.
+
+    A metric that was computed on the same samples before is read; one that failed or was skipped is tried again.
+    """
+    evidence = evidence_of(config, model, samples.samples, float_model.samples)
+    entries, values = {}, {}
+    for name in config.section("metrics")["names"] if names is None else names:
+        entry, per_sample = obtain(
+            values_address(config, model, name, samples.key, float_model.key),
+            lambda name=name: _of_one(name, evidence),
+            _write,
+            _read,
+            keep=lambda scored: scored[0]["status"] == "ok",
+        ).value
         if entry["status"] == "failed":
             say(f"{title(config)}: {name} FAILED: {entry['reason']}")
-    return entries, samples
+        entries[name] = entry
+        if per_sample is not None:
+            values[name] = per_sample
+    return entries, values
 
 
-def evidence_of(config: RunConfig, model: LoadedModel, images: Samples, float_model: Samples | None) -> Evidence:
+def evidence_of(config: RunConfig, model: LoadedModel, samples: Samples, float_model: Samples | None) -> Evidence:
     section = config.section("metrics")
     return Evidence(
-        generated=images,
+        generated=samples,
         float_model=float_model,
         reference=reference_of(section["reference"]),
         judge=judge_in(model.extras.get("judge"), config.device),
@@ -76,10 +105,29 @@ def refuse_skipped_metrics(config: RunConfig, model: LoadedModel) -> None:
     """Raise UserError, a line per metric that lacks something which can be known before the run; nothing is calibrated or
     generated.
     """
-    wanted = conditions(model, 1, config.seed, config.protocol.labels, config.protocol.prompts)
-    unseen = Samples(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), wanted.labels_N, prompts=config.protocol.prompts)
+    asked = wanted(config, model, config.seed).rows(0, 1)
+    latents = torch.zeros(1, 1) if keeps_latents(config) else None
+    unseen = Samples(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), asked.labels_N, latents, config.protocol.prompts)
     has = offered(evidence_of(config, model, unseen, None))
     problems = {name: lacking(known_metrics()[name], has) for name in config.section("metrics")["names"]}
     skipped = "\n".join(f"  {name}: {'; '.join(found)}" for name, found in problems.items() if found)
     if skipped:
         raise UserError(f"--strict: {config.model.name}: these metrics would be skipped\n{skipped}")
+
+
+def _of_one(name: str, evidence: Evidence) -> Scored:
+    entries, values = evaluate_samples([name], evidence)
+    return entries[name], values.get(name)
+
+
+def _write(scored: Scored, folder: Path) -> None:
+    entry, per_sample = scored
+    write_json(folder / ENTRY, entry)
+    if per_sample is not None:
+        sample_values.save(sample_values.Values({"metric": per_sample}, {}, ""), folder / PER_SAMPLE)
+
+
+def _read(folder: Path) -> Scored:
+    path = folder / PER_SAMPLE
+    entry = read_json(folder / ENTRY)
+    return entry, next(iter(sample_values.load(path).run.values())) if path.exists() else None

@@ -2,48 +2,113 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ditbench.harness.build.build import float_copy
+from ditbench.harness.common.artifacts import Address
+from ditbench.harness.common.files import disk_errors_explained
 from ditbench.harness.fitting import registry
-from ditbench.harness.generation.generate import conditions, save_animation, save_grid, save_samples
-from ditbench.harness.generation.generate import generate as drawn_with
+from ditbench.harness.generation.generate import draw, save_animation, save_grid
 from ditbench.harness.measurement.layer_errors import ErrorAtlas
-from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.models.base import Correction, LoadedModel
 from ditbench.harness.records import sample_values
 from ditbench.harness.samples.samples import Samples
+from ditbench.harness.samples.store import SampleStore, open_store
 from ditbench.harness.stages.config import RunConfig
-from ditbench.harness.stages.identity import title
+from ditbench.harness.stages.keys import keeps_latents, quantized_key, samples_address, wanted
+from ditbench.harness.stages.loaded import samples_in
 from ditbench.harness.stages.quantize import Quantized
 
 
-def generate(config: RunConfig, model: LoadedModel, quantized: Quantized) -> Samples:
-    return drawn_with(
+@dataclass(frozen=True)
+class Drawn:
+    """Samples in a store, and the store's key. how: of the record's `cost`, what drawing took, whenever that was."""
+
+    samples: Samples
+    key: str
+    folder: Path
+    how: dict[str, Any]
+
+
+def generate(config: RunConfig, model: LoadedModel, quantized: Quantized, recording: str) -> Drawn:
+    """The run's samples: those that the store holds already, and the others drawn now, beside whoever does the same run."""
+    of = quantized_key(config, model, recording, quantized.plan)
+    dtype = config.section("generate")["dtype"]
+    return drawn(
+        config,
         model,
-        quantized.model,
-        conditions(model, config.protocol.n, config.seed, config.protocol.labels, config.protocol.prompts),
-        config.protocol.sampler,
-        batch_size=config.section("generate")["batch_size"],
+        lambda: quantized.model,
+        samples_address(config, model, seed=config.seed, dtype=dtype, of=of, recording=recording),
+        seed=config.seed,
         correct=registry.correction(config.method, quantized.state, config.params),
-        title=f"generate {title(config)}",
     )
 
 
+def float_samples(config: RunConfig, model: LoadedModel, seed: int, dtype: str | None = None) -> Drawn:
+    """The float model's samples with the labels and noise of a run with this seed: the reference of every paired metric and,
+    with other seeds, the measure of each metric's noise floor.
+    """
+    dtype = dtype or config.section("generate")["reference_dtype"]
+    return drawn(
+        config,
+        model,
+        cache(lambda: float_copy(model.target(), dtype=getattr(torch, dtype), device=config.device)),
+        samples_address(config, model, seed=seed, dtype=dtype),
+        seed=seed,
+    )
+
+
+def drawn(
+    config: RunConfig,
+    model: LoadedModel,
+    transformer: Callable[[], nn.Module],
+    address: Address,
+    *,
+    seed: int,
+    correct: Correction | None = None,
+) -> Drawn:
+    conditions = wanted(config, model, seed)
+    store = open_store(address, conditions, config.section("generate")["batch_size"], keeps_latents(config))
+    with disk_errors_explained(config.cache_dir):
+        draw(
+            model,
+            transformer,
+            conditions,
+            config.protocol.sampler,
+            store,
+            correct=correct,
+            title=f"generate {address.title}",
+        )
+    return Drawn(samples_in(store.folder), address.key, store.folder, _how(store))
+
+
+def _how(store: SampleStore) -> dict[str, Any]:
+    notes = [store.note(piece) for piece in store.pieces]
+    return {"draw_s": sum(note["seconds"] for note in notes), "draw_batch": max(note["batch"] for note in notes)}
+
+
 def save_artifacts(
-    images: Samples,
-    float_model: Samples,
+    drawn: Drawn,
+    float_drawn: Drawn,
     per_sample: sample_values.Values,
     atlas: ErrorAtlas | None,
     state: dict[str, Tensor],
     folder: Path,
 ) -> dict[str, str]:
     """Everything but the record → the record's `artifacts`: {what it is: file in the run's folder}."""
-    save_samples(images, folder / "images.npz")
+    images, float_model = drawn.samples, float_drawn.samples
     save_grid(images, folder / "grid.png")
     save_grid(float_model, folder / "float_grid.png")
-    saved = {"images": "images.npz", "grid": "grid.png", "float_grid": "float_grid.png"}
+    saved = {"samples": os.path.relpath(drawn.folder, folder), "grid": "grid.png", "float_grid": "float_grid.png"}
     if images.is_video:
         save_animation(images, folder / "animation.gif")
         save_animation(float_model, folder / "float_animation.gif")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -19,6 +19,10 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import tensor_sums
 from ditbench.harness.models.base import LoadedModel, ModelSpec
 from ditbench.harness.models.loading import load_model
+from ditbench.harness.samples.samples import Samples
+from ditbench.harness.samples.store import found_store
+
+KEPT_SETS = 4  # of samples: a run's own, the float model's, and those of its noise floor
 
 
 def model_of(spec: ModelSpec) -> LoadedModel:
@@ -38,6 +42,12 @@ def judge_in(folder: Path | None, device: torch.device) -> FeatureModel | None:
 @cache
 def reference_of(name: str | None) -> Reference | None:
     return None if name is None else load_reference(name)
+
+
+@lru_cache(maxsize=KEPT_SETS)
+def samples_in(folder: Path) -> Samples:
+    """What a whole store holds, read when asked for: one object, so that what networks saw in it is known to the next run."""
+    return found_store(folder).samples()
 
 
 @contextmanager
