@@ -87,7 +87,7 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     with timer("evaluate"):
         values.metrics, per_sample = evaluate(config, model, samples, float_model)
     with timer("noise_floor"):
-        add_noise_floor(config, model, values.metrics)
+        values.made_from["noise_samples"] = add_noise_floor(config, model, values.metrics)
     with timer("measure"):
         values.efficiency = measure(config, model, target, quantized) | size
     with timer("parity"):

@@ -26,6 +26,8 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench bench model=dit-xl-2-256-random                       latency and memory against bf16, in one process
   ditbench check-method NAME                                     does a method keep the contract?
   ditbench data list|fetch NAME|verify [NAME]                    prompt sets, reference batches and judges of others
+  ditbench evaluate EXPERIMENT --metrics NAME …                  other metrics of finished runs, without drawing again
+  ditbench cache ls|size|verify|prune                            what runs keep so that nothing is made twice
   ditbench vbench RUN_FOLDER|EXPERIMENT                          official VBench on recorded videos, beside the record
   ditbench doctor                                                what this machine can do, and what is missing
   ditbench zoo train tiny-dit                                    train an embedded model again

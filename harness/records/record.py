@@ -57,7 +57,7 @@ class Record:
     cost: dict[str, Any] = field(default_factory=dict)
     env: dict[str, Any] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)  # name → path relative to the record's folder
-    made_from: dict[str, str] = field(default_factory=dict)  # kind of artifact → its key in the cache
+    made_from: dict[str, Any] = field(default_factory=dict)  # artifact → its key in the cache, or a list of keys
     folder: Path | None = None  # where it was read from; not stored
 
 

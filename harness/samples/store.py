@@ -72,6 +72,10 @@ class SampleStore:
         size = self.index["piece"]
         return [Piece(start // size, range(start, min(start + size, len(self)))) for start in range(0, len(self), size)]
 
+    @property
+    def lines_file(self) -> str:
+        return LINES
+
     def has(self, piece: Piece) -> bool:
         return self._note(piece).exists()
 

@@ -63,7 +63,7 @@ def score(target: str, dimensions: Sequence[str] | None, results_dir: Path) -> O
     """
     import torch
 
-    from ditbench.harness.generation.generate import load_samples
+    from ditbench.harness.records.drawn_samples import samples_of
 
     for name in dimensions or ():
         if name not in DIMENSIONS:
@@ -75,7 +75,7 @@ def score(target: str, dimensions: Sequence[str] | None, results_dir: Path) -> O
     lines, failed = [], False
     for record in records:
         assert record.folder is not None, "it was read from a folder"
-        samples = load_samples(record.folder / record.artifacts["images"])
+        samples = samples_of(record)
         with tempfile.TemporaryDirectory() as scratch:
             videos = Path(scratch) / "videos"
             export_videos(samples, videos)

@@ -39,22 +39,32 @@ def evaluate(
     return entries, sample_values.Values(found, of_float, sample_values.drawn(samples.samples, config.seed))
 
 
-def add_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, Any]) -> None:
-    """Write into each unpaired metric the largest difference between any two seeds of the 16-bit float model.
-
-    Paired metrics have none: their noise is their interval. With fewer than one extra seed nothing is written.
-    """
+def add_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, Any]) -> list[str]:
+    """Write each unpaired metric's noise floor into its entry → the keys of the samples that it rests on."""
     section = config.section("generate")
-    extra, dtype = section["noise_floor_seeds"], section["dtype"]
-    unpaired = [name for name, entry in metrics.items() if not entry["paired"] and entry["status"] == "ok"]
-    if extra < 1 or not unpaired:
+    if section["noise_floor_seeds"] < 1 or not _unpaired(metrics):
+        return []
+    seeds = [config.seed + SEED_STRIDE * k for k in range(section["noise_floor_seeds"] + 1)]
+    drawn = [float_samples(config, model, seed, section["dtype"]) for seed in seeds]
+    write_noise_floor(config, model, metrics, drawn)
+    return [each.key for each in drawn]
+
+
+def write_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, Any], drawn: list[Drawn]) -> None:
+    """The noise floor of an unpaired metric: its largest difference between any two seeds of the 16-bit float model.
+
+    Paired metrics have none: their noise is their interval. With one seed nothing is written.
+    """
+    unpaired = _unpaired(metrics)
+    if len(drawn) < 2 or not unpaired:
         return
-    replicates = []
-    for seed in (config.seed + SEED_STRIDE * k for k in range(extra + 1)):
-        drawn = float_samples(config, model, seed, dtype)
-        replicates.append(scored(config, model, drawn, drawn, unpaired)[0])
+    replicates = [scored(config, model, each, each, unpaired)[0] for each in drawn]
     for name in unpaired:
         metrics[name]["noise_floor"] = spread([each[name]["value"] for each in replicates])
+
+
+def _unpaired(metrics: dict[str, Any]) -> list[str]:
+    return [name for name, entry in metrics.items() if not entry["paired"] and entry["status"] == "ok"]
 
 
 def spread(values: list[float | None]) -> float | None:
