@@ -1,0 +1,149 @@
+"""The store of samples: written in pieces by one process or several, continued after a kill, read in batches."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+
+import drawing
+import numpy as np
+import pytest
+import torch
+from drawing import draw_all, painted, process_that_draws, store_in
+from PIL import Image
+
+from ditbench.harness.common.artifacts import Address, Damaged
+from ditbench.harness.samples.conditions import Conditions
+from ditbench.harness.samples.samples import Prompt
+from ditbench.harness.samples.store import found_store, open_store
+
+N = 7  # three pieces of two, one of one
+
+
+@pytest.fixture
+def whole(tmp_path):
+    store = store_in(tmp_path, N)
+    draw_all(store, N)
+    return store
+
+
+def test_samples_are_read_as_they_were_drawn(whole):
+    samples = whole.samples()
+    expected = painted(tuple(range(N)))
+    assert samples.pixels.shape == (N, 8, 8, 3) and samples.pixels.dtype == torch.uint8 and len(samples) == N
+    assert [int(image[0, 0, 0]) for image in samples.pixels] == list(range(N))
+    torch.testing.assert_close(torch.cat(list(samples.latents.split(3))), expected.latents)
+    assert samples.labels_N.tolist() == [0, 1, 2, 0, 1, 2, 0] and samples.prompts == ()
+
+
+@pytest.mark.parametrize("rows", [[6, 0, 3], [2], [], [-1]])
+def test_any_rows_are_read_in_the_order_asked_for(whole, rows):
+    expected = [range(N)[row] for row in rows]
+    assert whole.samples().pixels[rows][:, 0, 0, 0].tolist() == expected
+    assert whole.samples().pixels[torch.tensor(rows, dtype=torch.int64)][:, 0, 0, 0].tolist() == expected
+
+
+def test_a_mask_a_slice_and_one_row_are_read(whole):
+    pixels = whole.samples().pixels
+    assert pixels[torch.arange(N) % 3 == 1][:, 0, 0, 0].tolist() == [1, 4]
+    assert pixels[1:6:2][:, 0, 0, 0].tolist() == [1, 3, 5] and int(pixels[4][0, 0, 0]) == 4
+    assert [len(batch) for batch in pixels.split(3)] == [3, 3, 1]
+
+
+@pytest.mark.parametrize("shape", [(16, 24, 3), (5, 16, 24, 3), (3, 15, 17, 3)], ids=["image", "video", "odd video"])
+def test_images_and_videos_are_kept_without_loss(tmp_path, shape):
+    pixels = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prompts = tuple(Prompt(f"prompt {row}", {"tag": row}) for row in range(3))
+    store = open_store(
+        Address(tmp_path, "samples", "c" * 32, "noise"), Conditions((1, 2, 3), prompts=prompts), 2, False
+    )
+    for piece in store.missing():
+        store.publish(piece, pixels[piece.rows.start : piece.rows.stop], None, 12.5)
+    samples = store.samples()
+    assert torch.equal(samples.pixels[:], pixels)
+    assert samples.prompts == prompts and samples.latents is None and samples.fps == 12.5
+
+
+def test_other_tools_read_it_without_us(whole):
+    images = sorted(whole.folder.glob("*.png"))
+    assert len(images) == N and np.array(Image.open(images[5])).shape == (8, 8, 3)
+    lines = [json.loads(line) for line in (whole.folder / "samples.jsonl").read_text().splitlines()]
+    assert lines[5] == {"sample": 5, "label": 2, "prompt": None, "seed": 5}
+
+
+def test_a_store_that_is_there_keeps_the_size_of_its_pieces(tmp_path, monkeypatch):
+    store_in(tmp_path, N)
+    monkeypatch.setattr(drawing, "PIECE", 5)
+    assert [len(piece.rows) for piece in store_in(tmp_path, N).pieces] == [2, 2, 2, 1]
+
+
+def test_a_piece_is_claimed_by_one_only_and_never_once_it_is_drawn(tmp_path):
+    store, other = store_in(tmp_path, N), store_in(tmp_path, N)
+    first = store.pieces[0]
+    with store.claim(first) as ours, other.claim(first) as theirs:
+        assert ours and not theirs
+    with other.claim(first) as theirs:
+        assert theirs, "it was given up without being drawn"
+    draw_all(store, N)
+    with other.claim(first) as theirs:
+        assert not theirs
+
+
+@pytest.mark.parametrize("name", ["000003.png", "latents/1.safetensors", "pieces/1.json"])
+def test_a_flipped_bit_is_named_and_only_its_piece_drawn_again(whole, tmp_path, name, capsys):
+    path = whole.folder / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Damaged, match=path.name):
+        list(whole.samples().pixels), list(whole.samples().latents)
+    log = tmp_path / "log"
+    draw_all(whole, N, log)
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["1"]
+    assert f"{path.name}" in capsys.readouterr().err
+    assert [int(image[0, 0, 0]) for image in whole.samples().pixels] == list(range(N))
+
+
+@pytest.mark.parametrize("name", ["store.json", "samples.jsonl"])
+def test_a_damaged_index_is_named_and_written_again_and_the_pieces_stay(whole, tmp_path, name, capsys):
+    (whole.folder / name).write_text("{")
+    with pytest.raises(Damaged, match=name):
+        found_store(whole.folder).samples()
+    log = tmp_path / "log"
+    draw_all(store_in(tmp_path, N), N, log)
+    assert not log.exists() and name in capsys.readouterr().err
+
+
+def test_ten_kills_cost_at_most_a_piece_each(tmp_path):
+    n, drawn = 60, random.Random(0)
+    log = tmp_path / "log"
+    log.touch()
+    for _ in range(10):
+        before = len(log.read_text().splitlines())
+        process = process_that_draws(tmp_path, n, log)
+        while len(log.read_text().splitlines()) < before + 2 and process.is_alive():
+            time.sleep(0.01)
+        time.sleep(drawn.uniform(0, drawing.SECONDS))
+        process.kill()
+        process.join()
+    process = process_that_draws(tmp_path, n, log)
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    times = Counter(line.split()[0] for line in log.read_text().splitlines())
+    assert len(times) == n // drawing.PIECE and sum(times.values()) <= n // drawing.PIECE + 10
+    assert [int(image[0, 0, 0]) for image in store_in(tmp_path, n).samples().pixels] == list(range(n))
+    assert list((tmp_path / "samples" / ("b" * 32)).glob("**/*.part*")) == []
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_that_draw_the_same_share_the_pieces(tmp_path, count):
+    n = 40
+    processes = [process_that_draws(tmp_path, n, tmp_path / "log") for _ in range(count)]
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0] * count
+    drawn = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert Counter(piece for piece, _ in drawn) == {str(piece): 1 for piece in range(n // drawing.PIECE)}
+    assert [int(image[0, 0, 0]) for image in store_in(tmp_path, n).samples().pixels] == list(range(n))
