@@ -32,8 +32,7 @@ from ditbench.harness.generation.generate import conditions
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.evaluate import evaluate
-from ditbench.harness.stages.float_model import float_images
-from ditbench.harness.stages.generate import generate
+from ditbench.harness.stages.generate import Drawn, few, float_samples
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.measure import layer_errors, measure
 from ditbench.harness.stages.quantize import Quantized, calibrate, quantize, target_of
@@ -148,11 +147,16 @@ def chain(config: RunConfig, recordings: Recordings, ops: Operations, export: Pa
     with ops.stage("quantize"), torch.enable_grad():
         quantized = quantize(config, model, target, recording)
     with ops.stage("generate"):
-        images = generate(config, model, quantized)
-        float_model = float_images(config, model, seed=config.seed)
+        images = few(config, model, quantized)
+        float_model = float_samples(config, model, seed=config.seed)
     features._outputs.clear()  # as in a process of its own: what the judge saw of the reference is not known yet
     with ops.stage("evaluate"):
-        entries, _ = evaluate(config, model, images, float_model)
+        entries, _ = evaluate(
+            config,
+            model,
+            Drawn(images, f"{quantized.recipe}"[:0] + str(config.raw["bits"]) + config.method, config.cache_dir, {}),
+            float_model,
+        )
     with ops.stage("measure"):
         efficiency = measure(config, model, target, quantized)
     with ops.stage("layer errors"):

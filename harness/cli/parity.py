@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ditbench.harness.backends.base import known_backends
 from ditbench.harness.backends.matrix import example_recipe
@@ -19,8 +18,9 @@ from ditbench.harness.fitting.registry import formats_of
 from ditbench.harness.measurement.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
 from ditbench.harness.models.calls import float_dtype
 from ditbench.harness.quant.spec import FP8
+from ditbench.harness.samples.samples import Rows
 from ditbench.harness.stages.config import RunConfig, parse
-from ditbench.harness.stages.generate import generate
+from ditbench.harness.stages.generate import few
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.quantize import calibrate, quantize, target_of
 from ditbench.harness.sweep.compose import composed
@@ -86,7 +86,7 @@ def rows_of(config: RunConfig) -> list[Row]:
     recording = calibrate(config, model)
     target = target_of(config, model).without(recording.unreached)
     simulated = quantize(config, model, target, recording)
-    expected = generate(config, model, simulated).pixels
+    expected = few(config, model, simulated).pixels
     step, rows = recording.num_steps // 2, []
     for backend in able:
         integer = build(
@@ -96,14 +96,14 @@ def rows_of(config: RunConfig) -> list[Row]:
             target, simulated.recipe, integer, lambda m: recording.call(m, step, recording.rows(step, ROWS))
         )
         relative, largest = (max(getattr(each, name) for each in layers.values()) for name in ("relative", "largest"))
-        worst_db = worst_psnr_db(generate(config, model, replace(simulated, model=integer)).pixels, expected)
+        worst_db = worst_psnr_db(few(config, model, replace(simulated, model=integer)).pixels, expected)
         rows.append(Row(config.bits.label, backend.NAME, len(layers), relative, largest, worst_db))
     return rows
 
 
-def worst_psnr_db(pixels: Tensor, expected: Tensor) -> float:
+def worst_psnr_db(pixels: Rows, expected: Rows) -> float:
     """The least PSNR of uint8 samples (N, …) against others; infinite where all are the same."""
-    error_N = (pixels.double() - expected.double()).square().flatten(1).mean(1)
+    error_N = (pixels[:].double() - expected[:].double()).square().flatten(1).mean(1)
     return float(-10 * torch.log10(error_N.max() / 255**2))
 
 

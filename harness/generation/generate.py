@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -163,20 +162,10 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
 
 
-def save_samples(samples: Samples, path: Path) -> None:
-    """ADM's .npz format (arr_0: uint8 NHWC or NFHWC, arr_1: labels), with latents and prompts beside them."""
-    arrays = {
-        "arr_0": samples.pixels.numpy(),
-        "arr_1": np.zeros(0) if samples.labels_N is None else samples.labels_N.numpy(),
-        "latents": np.zeros(0) if samples.latents is None else samples.latents.numpy(),
-        "prompts": np.array([json.dumps(asdict(prompt)) for prompt in samples.prompts], dtype=np.str_),
-        "fps": np.float64(samples.fps),
-    }
-    with atomic_path(path) as part, part.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
 def load_samples(path: Path) -> Samples:
+    """An images.npz, in which records were given their samples before there was a store: ADM's format (arr_0: uint8 NHWC or
+    NFHWC, arr_1: labels), with latents, prompts and fps beside them.
+    """
     with np.load(path) as arrays:
         pixels, labels, latents = (torch.from_numpy(arrays[name]) for name in ("arr_0", "arr_1", "latents"))
         prompts = tuple(Prompt(**json.loads(line)) for line in arrays["prompts"].tolist())

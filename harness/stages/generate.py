@@ -18,12 +18,14 @@ from ditbench.harness.common.artifacts import Address
 from ditbench.harness.common.files import disk_errors_explained
 from ditbench.harness.fitting import registry
 from ditbench.harness.generation.generate import draw, save_animation, save_grid
+from ditbench.harness.generation.generate import generate as held
 from ditbench.harness.measurement.layer_errors import ErrorAtlas
 from ditbench.harness.models.base import Correction, LoadedModel
 from ditbench.harness.records import sample_values
 from ditbench.harness.samples.samples import Samples
 from ditbench.harness.samples.store import SampleStore, open_store
 from ditbench.harness.stages.config import RunConfig
+from ditbench.harness.stages.identity import title
 from ditbench.harness.stages.keys import keeps_latents, quantized_key, samples_address, wanted
 from ditbench.harness.stages.loaded import samples_in
 from ditbench.harness.stages.quantize import Quantized
@@ -50,6 +52,19 @@ def generate(config: RunConfig, model: LoadedModel, quantized: Quantized, record
         samples_address(config, model, seed=config.seed, dtype=dtype, of=of, recording=recording),
         seed=config.seed,
         correct=registry.correction(config.method, quantized.state, config.params),
+    )
+
+
+def few(config: RunConfig, model: LoadedModel, quantized: Quantized) -> Samples:
+    """The run's samples, held in memory and kept nowhere: for commands that compare a few."""
+    return held(
+        model,
+        quantized.model,
+        wanted(config, model, config.seed),
+        config.protocol.sampler,
+        batch_size=config.section("generate")["batch_size"],
+        correct=registry.correction(config.method, quantized.state, config.params),
+        title=f"generate {title(config)}",
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
+import torch
 
 from ditbench.harness.build.export import RECIPE, TENSORS, load_quantized
 from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.records.drawn_samples import samples_of
+from ditbench.harness.records.record import read
 from ditbench.harness.stages.config import parse
-from ditbench.harness.stages.generate import generate
+from ditbench.harness.stages.generate import few
 from ditbench.harness.stages.loaded import forget_models, model_of
 from ditbench.harness.stages.quantize import Quantized
 
@@ -27,7 +29,7 @@ def drawn_again(folder, run_folder):
     config = parse(json.loads((run_folder / "record.json").read_text())["config"])
     forget_models()
     model = model_of(config.model)
-    return generate(config, model, Quantized(ModelRecipe({}), {}, load_quantized(folder, model.transformer)))
+    return few(config, model, Quantized(ModelRecipe({}), {}, load_quantized(folder, model.transformer)))
 
 
 def test_the_export_of_a_run_draws_the_images_that_the_run_saved(ditbench, smoothed, tmp_path):
@@ -40,10 +42,10 @@ def test_the_export_of_a_run_draws_the_images_that_the_run_saved(ditbench, smoot
     assert described["tensors"]["bytes"] == record["efficiency"]["model_bytes"]
     assert f"{record['efficiency']['compression']:.2f}× smaller" in done.out
     assert (described["method"], described["run_id"]) == ("smoothquant", record["run_id"])
-    saved = np.load(smoothed / "images.npz")
+    saved = samples_of(read(smoothed / "record.json"))
     again = drawn_again(out, smoothed)
-    assert np.array_equal(saved["arr_0"], again.pixels.numpy())
-    assert np.array_equal(saved["latents"], again.latents.numpy())
+    assert torch.equal(saved.pixels[:], again.pixels)
+    assert torch.equal(saved.latents[:], again.latents)
 
 
 def test_a_configuration_is_exported_as_its_run_would_be(ditbench, smoothed, tmp_path):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from old_samples import save_samples
 from PIL import Image
 
-from ditbench.harness.generation.generate import load_samples, save_animation, save_grid, save_samples
+from ditbench.harness.generation.generate import load_samples, save_animation, save_grid
 from ditbench.harness.samples.samples import Prompt, Samples
 
 FRAMES, SIDE = 6, 8

@@ -19,6 +19,8 @@ from torch import nn
 from ditbench.harness.cli import main
 from ditbench.harness.models.base import LoadedModel, ModelSpec
 from ditbench.harness.models.loading import load_model
+from ditbench.harness.records.drawn_samples import samples_of
+from ditbench.harness.records.record import read
 
 CONFIGURATIONS = {
     "pixart": "pixart-alpha-xl-2-512", "sd3": "sd3.5-medium", "flux": "flux.1-dev", "sana": "sana-1600m-1024",
@@ -133,10 +135,10 @@ def test_effective_bits_lie_between_the_label_and_float(eight, four):
 
 def test_samples_have_their_shape_and_prompts(family, eight, four):
     for done in (eight, four):
-        with np.load(done.folder / "images.npz") as arrays:
-            pixels, prompts = arrays["arr_0"], arrays["prompts"]
+        samples = samples_of(read(done.folder / "record.json"))
+        pixels = samples.pixels[:].numpy()
         assert pixels.shape == (N, *DRAWN[family], 3) and pixels.dtype == np.uint8 and pixels.std() > 1
-        assert len({json.loads(line)["text"] for line in prompts.tolist()}) == N
+        assert len({prompt.text for prompt in samples.prompts}) == N
         animated = {"animation", "float_animation"} if len(DRAWN[family]) == 3 else set()
         assert animated == {name for name in done.record["artifacts"] if "animation" in name}
         assert all((done.folder / name).stat().st_size > 0 for name in done.record["artifacts"].values())

@@ -13,6 +13,8 @@ from ditbench.harness.build.export import RECIPE, TENSORS
 from ditbench.harness.cli import main
 from ditbench.harness.fitting import mixed_precision
 from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.records.drawn_samples import samples_of
+from ditbench.harness.records.record import read
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.loaded import model_of
 from ditbench.methods import rtn
@@ -27,7 +29,7 @@ def mixed_run(tmp_path_factory, tiny):
         name = f"name=run{len(list(folder.glob('runs/*')))}"
         assert main(["run", *tiny, f"results_dir={folder}", name, "generate.noise_floor_seeds=0", *arguments]) == 0
         home = next(folder.glob(f"runs/{name.removeprefix('name=')}/*/record.json"))
-        return json.loads(home.read_text()), np.load(home.parent / "images.npz")["latents"], home.parent
+        return json.loads(home.read_text()), samples_of(read(home)).latents[:].numpy(), home.parent
 
     return do
 

@@ -6,12 +6,14 @@ import math
 import re
 import shutil
 
-import numpy as np
 import pytest
+import torch
 
 import ditbench
 from ditbench.harness.backends.base import choose
 from ditbench.harness.backends.matrix import example_recipe
+from ditbench.harness.records.drawn_samples import samples_of
+from ditbench.harness.records.record import read
 
 FIELDS = {
     "schema": int,
@@ -137,12 +139,12 @@ def test_timings_and_environment_are_there(first):
 
 def test_the_artifacts_lie_beside_the_record(twice, first):
     folder = twice / "runs" / "default" / first["run_id"]
-    assert set(first["artifacts"]) >= {"images", "grid", "float_grid"}
+    assert set(first["artifacts"]) >= {"samples", "grid", "float_grid"}
     for name in first["artifacts"].values():
         assert (folder / name).stat().st_size > 0
-    with np.load(folder / "images.npz") as arrays:
-        assert arrays["arr_0"].shape == (4, 16, 16, 3) and arrays["arr_0"].dtype == np.uint8
-        assert arrays["arr_1"].tolist() == [0, 1, 2, 3]
+    samples = samples_of(read(folder / "record.json"))
+    assert samples.pixels.shape == (4, 16, 16, 3) and samples.pixels.dtype == torch.uint8
+    assert samples.labels_N.tolist() == [0, 1, 2, 3]
 
 
 def test_force_makes_a_second_attempt_beside_the_first(twice, read_records):
@@ -152,12 +154,10 @@ def test_force_makes_a_second_attempt_beside_the_first(twice, read_records):
 
 def test_a_repeated_run_gives_the_same_images_and_values_bit_for_bit(twice, read_records):
     one, two = read_records(twice).values()
-    with (
-        np.load(twice / "runs/default" / one["run_id"] / "images.npz") as before,
-        np.load(twice / "runs/default" / f"{two['run_id']}.2" / "images.npz") as after,
-    ):
-        for name in ("arr_0", "arr_1", "latents"):
-            assert before[name].tobytes() == after[name].tobytes()
+    names = one["run_id"], f"{two['run_id']}.2"
+    before, after = (samples_of(read(twice / "runs/default" / name / "record.json")) for name in names)
+    assert before.pixels.store.folder != after.pixels.store.folder, "drawn twice"
+    assert torch.equal(before.pixels[:], after.pixels[:]) and torch.equal(before.latents[:], after.latents[:])
     assert one["metrics"] == two["metrics"]
     assert one["layers"] == two["layers"] and one["bits"] == two["bits"]
 
@@ -190,11 +190,10 @@ def test_images_do_not_depend_on_the_batch_size_beyond_bf16_rounding(twice, firs
     assert (
         run("bits=w4a4", f"generate.batch_size={batch_size}", "metrics=fidelity", "generate.noise_floor_seeds=0") == 0
     )
-    (other,) = tmp_path.glob("runs/default/*/images.npz")
-    with np.load(twice / "runs/default" / first["run_id"] / "images.npz") as ours, np.load(other) as theirs:
-        difference = ours["latents"].astype(float) - theirs["latents"].astype(float)
-        relative = np.linalg.norm(difference) / np.linalg.norm(ours["latents"])
-    assert relative < 0.05, "a row of noise or a label moved"
+    (other,) = tmp_path.glob("runs/default/*/record.json")
+    records = twice / "runs/default" / first["run_id"] / "record.json", other
+    ours, theirs = (samples_of(read(path)).latents for path in records)
+    assert (ours[:] - theirs[:]).norm() / ours[:].norm() < 0.05, "a row of noise or a label moved"
 
 
 def _of(results_dir, read_records, method, label):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from ditbench.harness.records import sample_values
 from ditbench.harness.records.record import read_all
 from ditbench.harness.samples.samples import Prompt, Samples
 from ditbench.harness.stages import evaluate as stage
-from ditbench.harness.stages import float_model as float_images
 
 SWEEP = ("method=rtn,smoothquant", "bits=w4a4", "metrics.names=[psnr,accuracy,torchmetrics/fid_judge]", "name=two")
 
@@ -96,20 +94,14 @@ def videos(seed):
     ],
 )
 def test_the_noise_floor_of_text_to_image_and_video_metrics_is_the_spread_over_seeds(
-    make, names, expected, monkeypatch, tmp_path
+    make, names, expected, monkeypatch
 ):
-    seeds = {0: 0, float_images.SEED_STRIDE: 1, 2 * float_images.SEED_STRIDE: 2}
-    monkeypatch.setattr(float_images, "float_images", lambda config, model, seed, dtype: make(seeds[seed]))
-    monkeypatch.setattr(float_images, "_key", lambda *_: "key")
-    config = SimpleNamespace(
-        section=lambda _: {"noise_floor_seeds": 2, "dtype": "bfloat16"}, seed=0, cache_dir=tmp_path
-    )
-
-    def scored(ours, theirs):
+    def scored(names, ours, theirs):
         return evaluate(names, Evidence(ours, theirs, resamples=5))
 
-    metrics = scored(make(0), make(0))
-    float_images.noise_floor(config, None, metrics, scored, {})
+    monkeypatch.setattr(stage, "scored", lambda config, model, ours, theirs, names: (scored(names, ours, theirs), {}))
+    metrics = scored(names, make(0), make(0))
+    stage.write_noise_floor(None, None, metrics, [make(seed) for seed in range(3)])
     assert metrics["psnr"]["noise_floor"] is None
     for name, floor in expected.items():
         assert metrics[name]["noise_floor"] == pytest.approx(floor)
@@ -118,4 +110,4 @@ def test_the_noise_floor_of_text_to_image_and_video_metrics_is_the_spread_over_s
 
 
 def test_a_metric_that_cannot_run_on_every_seed_has_no_noise_floor():
-    assert float_images._range([1.0, None, 3.0]) is None and float_images._range([1.0, 5.0, 3.0]) == 4.0
+    assert stage.spread([1.0, None, 3.0]) is None and stage.spread([1.0, 5.0, 3.0]) == 4.0

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from old_samples import save_samples
 
 from ditbench.eval.statistics import WILSON
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.generation.generate import save_samples
 from ditbench.harness.records.record import Record, add_metric, read, write
 from ditbench.harness.samples.samples import Prompt, Samples
 from ditbench.harness.scoring import official_vbench

@@ -17,6 +17,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import conditions
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.loading import family, load_model
+from ditbench.harness.records.drawn_samples import samples_of
 from ditbench.harness.records.record import Record
 from ditbench.harness.run import run
 from ditbench.harness.stages.config import RunConfig, parse
@@ -69,8 +70,7 @@ def test_an_export_contains_the_adapter(config, done, folders, tmp_path):
     plain = drawn(pipe, config)
     fuse_qkv(pipe.transformer)
     load_quantized(exported.folder, pipe)
-    with np.load(done.folder / "images.npz") as arrays:
-        expected = arrays["arr_0"]
+    expected = samples_of(done).pixels[:].numpy()
     assert np.array_equal(drawn(pipe, config), expected)
     assert np.abs(plain.astype(int) - expected).mean() > 2  # far more than eight bits round
 
