@@ -28,6 +28,7 @@ from ditbench.eval import features
 from ditbench.eval.video_judges import CLIP
 from ditbench.harness.build.export import load_quantized, save_quantized
 from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.files import tensors_sha256
 from ditbench.harness.generation.generate import conditions
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.stages.config import RunConfig, parse
@@ -154,7 +155,7 @@ def chain(config: RunConfig, recordings: Recordings, ops: Operations, export: Pa
         entries, _ = evaluate(
             config,
             model,
-            Drawn(images, f"{quantized.recipe}"[:0] + str(config.raw["bits"]) + config.method, config.cache_dir, {}),
+            Drawn(images, tensors_sha256({"pixels": images.pixels}), config.cache_dir, {}),
             float_model,
         )
     with ops.stage("measure"):

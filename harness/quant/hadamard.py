@@ -35,6 +35,12 @@ def hadamard(order: int) -> Tensor:
 
 
 @cache
+def orthonormal(order: int) -> Tensor:
+    """H / √order, float64; the same tensor each time, not to be changed. Raises ValueError as `hadamard` does."""
+    return hadamard(order) / order**0.5
+
+
+@cache
 def is_admissible(order: int) -> bool:
     if order == 1:
         return True

@@ -66,8 +66,8 @@ class Hadamard(Rotation):
         a, b = orders.balanced_factors(block_size)
         self.register_buffer("signs_C", None if signs_C is None else signs_C.to(torch.int8))
         # Constants that anyone can build again: not part of what has to be stored.
-        self.register_buffer("left_aa", orders.hadamard(a) / a**0.5, persistent=False)
-        self.register_buffer("right_bb", orders.hadamard(b) / b**0.5, persistent=False)
+        self.register_buffer("left_aa", orders.orthonormal(a), persistent=False)
+        self.register_buffer("right_bb", orders.orthonormal(b), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.signs_C is not None:
