@@ -14,6 +14,8 @@ PICTURE = ROOT / "docs" / "architecture.md"
 pytestmark = pytest.mark.skipif(not PICTURE.exists(), reason="not a source checkout")
 FOLDERS = ("harness", "methods", "eval")
 MOST_LINES = 400
+MODULE = re.compile(r"ditbench\.[a-z_.]+")
+PLUGINS = ("ditbench.methods", "ditbench.eval")  # folders that are listed by who looks for plugins, whatever is in them
 
 
 def floors() -> list[tuple[str, ...]]:
@@ -43,13 +45,61 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file names, also inside functions and for type checkers only."""
+    """Every module of ours that a file names: imported, also inside functions and for type checkers only, or as text, for
+    importlib. Whole rooms that are imported as one name could be climbed through by attributes: that is no way to import.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            named = [alias.name for alias in node.names]
+            assert "ditbench.harness" not in named, f"{path}: name what is imported"
+            yield from named
         elif isinstance(node, ast.ImportFrom):
             assert node.module and not node.level, f"{path}: imports are written out from ditbench"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert not {f"ditbench.{folder}" for folder in FOLDERS} & set(named), f"{path}: name what is imported"
+            yield from named
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from [node.value.rstrip(".")] if MODULE.fullmatch(node.value) else []
+        elif isinstance(node, ast.Attribute):
+            whole = ast.unparse(node)
+            assert not re.match(r"ditbench\.(harness|methods|eval)\b", whole), f"{path}: {whole} is not imported"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import ditbench.harness as h",
+        "from ditbench import harness",
+        "import ditbench.harness.common.errors\nditbench.harness.report.html",
+    ],
+)
+def test_rooms_cannot_be_climbed_through_by_attributes(line, tmp_path):
+    (tmp_path / "module.py").write_text(line)
+    with pytest.raises(AssertionError, match=r"module\.py"):
+        list(imports(tmp_path / "module.py"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import ditbench.harness.report.html",
+        "from ditbench.harness import report",
+        "from ditbench.harness.report import *",
+        "def f():\n    import ditbench.harness.report",
+        "importlib.import_module('ditbench.harness.report.html')",
+        "__import__('ditbench.harness.report')",
+    ],
+)
+def test_an_import_is_seen_in_whatever_form(line, tmp_path):
+    (tmp_path / "module.py").write_text(line)
+    assert "report" in {room_of(name) for name in imports(tmp_path / "module.py")}
+
+
+def test_the_packages_above_the_rooms_import_nothing_and_no_folder_is_imported_from_the_top():
+    for name, path in modules():
+        named = list(imports(path))
+        assert not {each.partition(".")[0] for each in named} & set(FOLDERS), path
+        assert room_of(name) or not [each for each in named if room_of(each)], f"{path} belongs to no room"
 
 
 def test_every_room_stands_in_the_picture():
@@ -61,6 +111,8 @@ def test_no_room_imports_from_one_above_or_beside_it():
     ranks, wrong = rank(), []
     for name, path in modules():
         for imported in imports(path):
+            if imported in PLUGINS and "registry" in name:
+                continue
             ours, theirs = room_of(name), room_of(imported)
             if ours and theirs and ours != theirs and ranks[theirs] >= ranks[ours]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {imported}")
