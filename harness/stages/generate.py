@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ditbench.harness.common.tensor_files import save_hashed
 from ditbench.harness.fitting import registry
 from ditbench.harness.generation.generate import conditions, save_animation, save_grid, save_samples
 from ditbench.harness.generation.generate import generate as drawn_with
@@ -49,8 +49,7 @@ def save_artifacts(
         save_animation(float_model, folder / "float_animation.gif")
         saved |= {"animation": "animation.gif", "float_animation": "float_animation.gif"}
     if state:
-        # cloned: entries may be one tensor under several names, which safetensors refuses
-        save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "state.safetensors")
+        save_hashed(state, folder / "state.safetensors")
         saved["state"] = "state.safetensors"
     if atlas is not None:
         atlas.save(folder / "layer_errors.npz")

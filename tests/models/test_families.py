@@ -14,6 +14,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
 from ditbench.harness.models.loading import load_model
+from ditbench.harness.models.schedule import schedule_of
 from ditbench.harness.quant.blocks import NotInLine
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.smoothing import place
@@ -50,6 +51,13 @@ def calibration(model, sampler) -> Calibration:
 def output(model: LoadedModel, transformer, dtype: torch.dtype, calibration: Calibration, step: int = 1) -> Tensor:
     with torch.no_grad():
         return calibration.call(transformer, step, calibration.per_step[step])[0].to(dtype)
+
+
+def test_the_schedule_is_what_the_transformer_was_told_in_a_run(model, sampler, calibration):
+    schedule = schedule_of(model, sampler)
+    told = [{float(value) for call in calls for value in call[schedule.argument]} for calls in calibration.steps]
+    assert told == [{timestep} for timestep in schedule.timesteps]
+    assert not hasattr(model.transformer, "clock") and "forward" not in vars(model.transformer)
 
 
 def test_every_layer_of_the_blocks_reads_a_known_site_once(model):
