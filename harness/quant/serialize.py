@@ -78,8 +78,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor], where: str = "") -> Any:
     """The inverse of `encode`; lists become tuples. where: what messages call the value.
 
     Raises:
-        ValueError: not what `encode` writes, an argument of another type, or a tensor is missing.
-        UserError, TypeError: what the class itself says of its arguments.
+        ValueError: not what `encode` writes, an argument of another type or value, or a tensor is missing.
     """
     if isinstance(value, list):
         return tuple(decode(each, tensors, f"{where}/{index}") for index, each in enumerate(value))
@@ -99,7 +98,18 @@ def decode(value: Any, tensors: Mapping[str, Tensor], where: str = "") -> Any:
     needed = {name for name, each in inspect.signature(CLASSES[kind]).parameters.items() if each.default is each.empty}
     optional = {name: hint for name, hint in hints.items() if name not in needed}
     check_types(where, arguments, {name: hints[name] for name in hints if name in needed}, optional)
-    return CLASSES[kind](**arguments)
+    try:
+        made = CLASSES[kind](**arguments)
+    except (UserError, ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if isinstance(made, QuantizedWeight | LookupWeight) and (codes := value["codes_OC"]).get("packed"):
+        bits, least = _code_layout(made)
+        if (codes["bits"], codes["least"]) != (bits, least):
+            raise ValueError(
+                f"{where}/codes_OC: codes of this weight have {bits} bits from {least}; these are said to have "
+                f"{codes['bits']} bits from {codes['least']}"
+            )
+    return made
 
 
 def check_types(where: str, values: Any, needed: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> None:
@@ -174,9 +184,7 @@ def _encode_tensor(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> dic
 def _encode_codes(weight: QuantizedWeight | LookupWeight, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if not isinstance(weight, LookupWeight) and weight.spec.number == E4M3:
         return _encode_tensor(weight.codes_OC, name, tensors)
-    bits, least = (
-        (weight.code_bits, 0) if isinstance(weight, LookupWeight) else (weight.spec.bits, weight.spec.quant_min)
-    )
+    bits, least = _code_layout(weight)
     codes_OC = weight.codes_OC.detach().cpu()
     tensors[name] = pack(codes_OC.to(torch.int16) - least, bits).contiguous()
     return {
@@ -186,6 +194,11 @@ def _encode_codes(weight: QuantizedWeight | LookupWeight, name: str, tensors: di
         "least": least,
         "unsigned": codes_OC.dtype == torch.uint8,
     }
+
+
+def _code_layout(weight: QuantizedWeight | LookupWeight) -> tuple[int, int]:
+    """(bits of a packed code, the code that is packed as 0)."""
+    return (weight.code_bits, 0) if isinstance(weight, LookupWeight) else (weight.spec.bits, weight.spec.quant_min)
 
 
 def _decode_codes(value: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tensor:
