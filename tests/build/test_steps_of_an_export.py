@@ -195,6 +195,20 @@ def test_a_transformer_that_was_loaded_alone_finds_its_step_in_any_pipeline(fitt
     assert seen.steps == [0, 1, 2, 3]
 
 
+def test_without_a_schedule_steps_are_counted_from_where_the_scheduler_begins(fitted, watch, tmp_path):
+    """As exports of format version 1 are: image to image is followed, a pipeline with another scheduler is refused."""
+    made = fitted.export
+    save_quantized(tmp_path / "x", made.target, made.recipe, dtype=torch.float32, about={})
+    pipe = quiet(DiffusionPipeline.from_pretrained(fitted.folder))
+    seen = watch(load_quantized(tmp_path / "x", pipe))
+    draw(quiet(IMG2IMG[fitted.model.spec.family](**pipe.components)), image=fitted.image, strength=0.5)
+    draw(pipe)
+    assert seen.steps == [2, 3, 0, 1, 2, 3]
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="written without its timesteps.*; does another pipeline call its transformer"):
+        draw(quiet(type(pipe)(**pipe.components | {"scheduler": scheduler})))
+
+
 def finder(*timesteps: float) -> StepFinder:
     return StepFinder(Schedule("timestep", timesteps), StepClock(len(timesteps)))
 
