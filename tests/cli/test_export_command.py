@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from ditbench.harness.build.export import RECIPE, TENSORS, load_quantized
+from ditbench.harness.build.export import RECIPE, TENSORS, load_quantized, read_recipe
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.generate import generate
@@ -54,6 +54,18 @@ def test_a_configuration_is_exported_as_its_run_would_be(ditbench, smoothed, tmp
     assert ditbench("export", *values, "--out", str(by_values)).code == 0
     assert (by_run / TENSORS).read_bytes() == (by_values / TENSORS).read_bytes()
     assert not (tmp_path / "none" / "runs").exists()
+
+
+def test_tables_by_step_are_exported_with_the_timesteps_of_their_run(ditbench, run, tmp_path):
+    assert run("method=htg", "bits=w8a8", "name=steps").code == 0
+    folder, out = next(tmp_path.glob("runs/steps/*/record.json")).parent, tmp_path / "export"
+    assert ditbench("export", str(folder), "--out", str(out)).code == 0
+    described = read_recipe(out)
+    assert described["num_steps"] == 2
+    assert described["schedule"] == {"argument": "timestep", "timesteps": [500.0, 0.0]}
+    assert described["sampler"] == {"kind": "ddim", "steps": 2, "guidance": 1.5}
+    saved, again = np.load(folder / "images.npz"), drawn_again(out, folder)
+    assert np.array_equal(saved["arr_0"], again.pixels.numpy())
 
 
 def test_an_experiment_is_one_folder_per_run_and_the_float_model_is_none(ditbench, run, tmp_path):

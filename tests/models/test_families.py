@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.calibration.block_stream import BlockStream
+from ditbench.harness.build.step_finder import StepFinder
 from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import conditions, generate
@@ -21,6 +22,7 @@ from ditbench.harness.quant.smoothing import place
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Target
 from ditbench.harness.quant.transforms import Transform
+from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.samples.samples import Prompt
 
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"), Prompt("a cross above a white triangle"))
@@ -58,6 +60,14 @@ def test_the_schedule_is_what_the_transformer_was_told_in_a_run(model, sampler, 
     told = [{float(value) for call in calls for value in call[schedule.argument]} for calls in calibration.steps]
     assert told == [{timestep} for timestep in schedule.timesteps]
     assert not hasattr(model.transformer, "clock") and "forward" not in vars(model.transformer)
+
+
+def test_an_export_would_find_every_step_of_a_run(model, sampler, calibration):
+    transformer, clock = float_copy(model.target(), dtype=torch.float32), StepClock(STEPS)
+    StepFinder(schedule_of(model, sampler), clock).attach(transformer)
+    for step in reversed(range(STEPS)):
+        output(model, transformer, torch.float32, calibration, step)
+        assert int(clock.step) == step
 
 
 def test_every_layer_of_the_blocks_reads_a_known_site_once(model):
