@@ -8,8 +8,8 @@ from small_pipelines import SIZES, SMALL
 from torch import Tensor
 
 from ditbench.harness.build.build import build, float_copy
-from ditbench.harness.calibration.block_stream import BlockStream
 from ditbench.harness.build.step_finder import StepFinder
+from ditbench.harness.calibration.block_stream import BlockStream
 from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import conditions, generate
@@ -19,10 +19,9 @@ from ditbench.harness.models.schedule import schedule_of
 from ditbench.harness.quant.blocks import NotInLine
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.smoothing import place
-from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.steps import StepClock, StepTable
 from ditbench.harness.quant.target import Target
 from ditbench.harness.quant.transforms import Transform
-from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.samples.samples import Prompt
 
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"), Prompt("a cross above a white triangle"))
