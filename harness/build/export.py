@@ -4,7 +4,8 @@ The folder holds the whole transformer: packed codes with all that belongs to th
 low-rank branches, tables over the denoising steps, look-up levels), the rewritten producers of folded transforms, and
 everything that stays in float, in the dtype it ran in. Nothing in it is a backend's own layout, so any backend can run it.
 The float weights and the calibration are not needed again: the model that it is loaded into lends its code and its
-configuration only.
+configuration only. recipe.json carries the SHA-256 of itself and of the tensors' file, and the timesteps that tables by denoising
+step were made for (`build.step_finder`).
 
     tensors "layers/<layer>/…" or, where it changes with the range of denoising steps, "layers/<layer>/<range>/…", "folds/<block>/…", "attention/<module>/…": see `quant.serialize`
     tensors "float/<parameter>": the transformer's parameters and buffers that no recipe touches
@@ -13,25 +14,43 @@ configuration only.
 from __future__ import annotations
 
 import copy
-import functools
 import json
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ditbench
 from ditbench.harness.backends.base import AUTO
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.build import cast, clock_of, copy_without, dtype_of, set_submodule
+from ditbench.harness.build.export_checks import (
+    ABOUT,
+    OF_VERSION_2,
+    check_attention,
+    check_finite,
+    check_folds,
+    check_layer,
+    check_place,
+    check_recipe,
+    expect,
+    find,
+)
 from ditbench.harness.build.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
+from ditbench.harness.build.step_finder import Schedule, StepCounter, StepFinder
+from ditbench.harness.common.artifacts import write_manifest
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import atomic_path, file_sha256
+from ditbench.harness.common.files import atomic_path, canonical_sha256, file_sha256
+from ditbench.harness.common.tensor_files import save_tensors
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.folds import block_folds
 from ditbench.harness.quant.layer_names import aliases, carries_adapters, fused_layers
@@ -40,22 +59,32 @@ from ditbench.harness.quant.serialize import content_sha256, decode, encode
 from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.quant.target import Target
 
-FORMAT, VERSION = "ditbench quantized transformer", 1
+FORMAT, VERSION = "ditbench quantized transformer", 2
+VERSIONS = (1, 2)  # that can be read; 1 has no hash of recipe.json and no schedule
 RECIPE, TENSORS = "recipe.json", "quantized.safetensors"
 
 
 def save_quantized(
-    folder: Path, target: Target, recipe: ModelRecipe, *, dtype: torch.dtype, about: dict[str, Any]
+    folder: Path,
+    target: Target,
+    recipe: ModelRecipe,
+    *,
+    dtype: torch.dtype,
+    about: dict[str, Any],
+    schedule: Schedule | None = None,
 ) -> dict[str, Any]:
     """Write the folder, which appears whole or not at all → what is in its recipe.json.
 
-    dtype: of what is not quantized. about: what recipe.json says beside (method, params, bits, model, …).
+    dtype: of what is not quantized. about: what recipe.json says beside (method, params, bits, model, …; see
+    `export_checks.ABOUT`). schedule: of the steps that the recipe's tables were made for; without it, whoever samples sets the
+    loaded model's clock.
 
     Raises:
         UserError: the folder exists, or the recipe has a part that files cannot make.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; an export overwrites nothing, choose another --out")
+    assert set(about) <= {*ABOUT, *OF_VERSION_2}, f"recipe.json has no place for {set(about) - {*ABOUT, *OF_VERSION_2}}"
     tensors: dict[str, Tensor] = {}
     transforms = {name: layer.transform for name, layer in recipe.layers.items()}
     touched = touched_layers(target, recipe)
@@ -68,6 +97,7 @@ def save_quantized(
         "fused_projections": bool(fused_layers(target.transformer)),
         "num_steps": recipe.num_steps,
         "starts": list(recipe.starts),
+        "schedule": None if schedule is None or recipe.num_steps is None else asdict(schedule),
         **about,
         "folded": sorted(recipe.folded),
         "layers": {name: _encode_layer(target, recipe, name, dtype, tensors) for name in touched},
@@ -85,22 +115,23 @@ def save_quantized(
             tensors[f"float/{key}"] = kept.cpu().clone(memory_format=torch.contiguous_format)
     with atomic_path(folder) as part:
         part.mkdir()
-        save_file(tensors, part / TENSORS)
+        save_tensors(tensors, part / TENSORS)
         described["tensors"] = {
             "bytes": sum(tensor.nbytes for tensor in tensors.values()),
             "file_bytes": (part / TENSORS).stat().st_size,
             "sha256": file_sha256(part / TENSORS),
         }
-        (part / RECIPE).write_text(json.dumps(described, indent=1, allow_nan=False) + "\n")
+        write_manifest(part / RECIPE, json.loads(json.dumps(described)))  # as it will be read: its hash is of that
     return described
 
 
-def load_quantized(folder: str | Path, pipeline: Any, *, backend: str = AUTO) -> nn.Module:
+def load_quantized(folder: str | Path, pipeline: Any, *, backend: str = AUTO, nearest: bool = False) -> nn.Module:
     """The quantized transformer of an export, on the device of the one that it stands for.
 
-    pipeline: a diffusers pipeline, which gets it as its transformer and publishes the denoising step to it; or the
-        transformer alone, which is left as it is: then whoever samples a recipe with step tables calls
-        `model.clock.set(step, num_steps)` before each step. Put it on its device before, not after.
+    pipeline: a diffusers pipeline, which gets it as its transformer; or the transformer alone, which is left as it is. Put it on
+        its device before, not after. Whatever pipeline calls the result, tables by denoising step are read at the step that
+        was fitted at the call's timestep; a call at another timestep is a ValueError.
+    nearest: such a call takes the nearest step, so that other schedulers, numbers of steps and sizes can be tried.
 
     Raises:
         UserError: no export, damaged, of another version, or of another model.
@@ -110,83 +141,89 @@ def load_quantized(folder: str | Path, pipeline: Any, *, backend: str = AUTO) ->
     transformer = pipeline if isinstance(pipeline, nn.Module) else pipeline.transformer
     _check_architecture(folder, described, transformer)
     tensors = _read_tensors(folder, described)
-    try:
+    with _explained(folder):
+        if schedule := described.get("schedule"):
+            expect(
+                schedule["argument"] in signature(transformer.forward).parameters,
+                "schedule/argument",
+                "an argument of the transformer",
+                schedule["argument"],
+            )
+        check_finite(tensors)
         model = _assembled(transformer, described, tensors, backend)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{folder}: {RECIPE} does not fit its tensors ({_first_line(error)}); export again") from error
+    clock = clock_of(model)
+    if schedule:
+        found = Schedule(schedule["argument"], tuple(schedule["timesteps"]))
+        StepFinder(found, clock, nearest=nearest).attach(model)
     if not isinstance(pipeline, nn.Module):
         pipeline.transformer = model
-        if described["num_steps"] is not None:
-            StepCounter(pipeline, clock_of(model)).attach(model)
+        if clock.num_steps is not None and not schedule:
+            StepCounter(pipeline, clock).attach(model)
     return model
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """What recipe.json says.
+    """What recipe.json says, but for its own hash.
 
     Raises:
         UserError: there is none, it is damaged, or it is of another version.
     """
     path = folder / RECIPE
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_bytes(), parse_constant=_no_number)
+        is_ours = isinstance(described, dict) and described.get("format") == FORMAT
+        if is_ours and described.get("version") == VERSION:
+            is_whole = described.pop("sha256", None) == canonical_sha256(described)
     except OSError as error:
         raise UserError(f"{folder} is no export: {RECIPE} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON ({_first_line(error)}); export again") from error
-    if not isinstance(described, dict) or described.get("format") != FORMAT:
+    if not is_ours:
         raise UserError(f"{path}: not a ditbench export")
-    if described.get("version") != VERSION:
+    if described.get("version") not in VERSIONS or isinstance(described["version"], bool):
         raise UserError(
-            f"{path}: format version {described.get('version')}, this ditbench reads {VERSION}; "
-            "export again, or use the ditbench that wrote it"
+            f"{path}: format version {str(described.get('version'))[:40]}, this ditbench reads "
+            f"{' and '.join(map(str, VERSIONS))}; export again, or use the ditbench that wrote it"
         )
-    missing = {"dtype", "transformer", "num_steps", "layers", "folds", "attention", "tensors"} - set(described)
-    if missing:
-        raise UserError(f"{path}: {', '.join(sorted(missing))} missing; export again")
+    if described["version"] == VERSION and not is_whole:
+        raise UserError(
+            f"{path}: damaged or edited, it does not have the SHA-256 that it was written with; copy it again, or export again"
+        )
+    try:
+        check_recipe(str(path), described)
+    except ValueError as error:
+        raise UserError(f"{error}; export again") from error
     return described
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong while a model is put together from files is said in one line."""
+    try:
+        yield
+    except (
+        UserError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
+        said = str(error) if type(error) in (UserError, ValueError) else f"{type(error).__name__}: {error}"
+        line = said.strip().split("\n")[0][:300]
+        raise UserError(f"{folder}: {RECIPE} does not fit its tensors ({line}); export again") from error
 
 
 def architecture(transformer: nn.Module) -> dict[str, Any]:
     """Class and configuration of a diffusers model, as JSON has them; private keys (where it came from) left out."""
     config = {key: value for key, value in getattr(transformer, "config", {}).items() if not key.startswith("_")}
     return {"class": type(transformer).__name__, "config": json.loads(json.dumps(config, default=str, sort_keys=True))}
-
-
-class StepCounter:
-    """Tells a transformer's clock the denoising step inside a plain diffusers pipeline, by counting its scheduler's."""
-
-    def __init__(self, pipeline: Any, clock: StepClock) -> None:
-        self.pipeline, self.clock = pipeline, clock
-        self.scheduler: Any = None
-        self.step = 0
-
-    def attach(self, model: nn.Module) -> None:
-        self.watch()
-        model.register_forward_pre_hook(self.enter)
-
-    def watch(self) -> None:
-        """Count the pipeline's scheduler's steps from here on."""
-        self.scheduler, self.step = self.pipeline.scheduler, 0
-        set_timesteps, step = self.scheduler.set_timesteps, self.scheduler.step
-
-        @functools.wraps(set_timesteps)  # pipelines look at its signature
-        def restart(*args: Any, **kwargs: Any) -> Any:
-            self.step = 0
-            return set_timesteps(*args, **kwargs)
-
-        @functools.wraps(step)
-        def count(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            self.step += 1
-            return result
-
-        self.scheduler.set_timesteps, self.scheduler.step = restart, count
-
-    def enter(self, model: nn.Module, args: tuple) -> None:
-        if self.pipeline.scheduler is not self.scheduler:  # put in after the export was loaded
-            self.watch()
-        self.clock.set(self.step, len(self.scheduler.timesteps))
 
 
 def _encode_layer(
@@ -247,20 +284,29 @@ def _assembled(
 ) -> nn.Module:
     device, dtype = next(transformer.parameters()).device, getattr(torch, described["dtype"])
     clock = StepClock(described["num_steps"], tuple(described.get("starts", (0,)))).to(device)
+    for name, parts in described["layers"].items():
+        for each in parts.get("variants", [parts]):
+            check_place(f"layers/{name}", each, transformer, name)
     model = copy_without(transformer, list(described["layers"]))
     cast(model, dtype, device)
     _fill(model, {key.removeprefix("float/"): t for key, t in tensors.items() if key.startswith("float/")})
     for name, parts in described["layers"].items():
         variants = [
-            _decode_variant(each, tensors, clock=clock, dtype=dtype, device=device, backend=backend)
+            _decode_variant(f"layers/{name}", each, tensors, clock=clock, dtype=dtype, device=device, backend=backend)
             for each in parts.get("variants", [parts])
         ]
         linear = RangedLinear(variants, parts["of_range"]) if "variants" in parts else variants[0]
         original = transformer.get_submodule(name)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
-    hang(model, {name: decode(folds, tensors) for name, folds in described["folds"].items()}, clock, device)
+    folds = {name: decode(each, tensors, f"folds/{name}") for name, each in described["folds"].items()}
+    for name, of_block in folds.items():
+        check_folds(f"folds/{name}", of_block, find(f"folds/{name}", transformer, name), clock.num_steps)
+    hang(model, folds, clock, device)
     for name, each in described["attention"].items():
-        set_processor(model, name, QuantAttnProcessor(to_device(decode(each, tensors), device), clock))
+        attention = decode(each, tensors, f"attention/{name}")
+        check_attention(f"attention/{name}", attention, clock.num_steps)
+        find(f"attention/{name}", transformer, name)
+        set_processor(model, name, QuantAttnProcessor(to_device(attention, device), clock))
     model.clock = clock  # type: ignore[assignment]
     return model.eval().requires_grad_(False)
 
@@ -277,6 +323,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _decode_variant(
+    where: str,
     parts: dict[str, Any],
     tensors: dict[str, Tensor],
     *,
@@ -285,7 +332,8 @@ def _decode_variant(
     device: torch.device,
     backend: str,
 ) -> QuantLinear:
-    stored = {part: decode(value, tensors) for part, value in parts.items()}
+    stored = {part: decode(value, tensors, f"{where}/{part}") for part, value in parts.items()}
+    check_layer(where, stored, clock.num_steps)
     recipe = stored["recipe"]
     return QuantLinear(
         recipe,
@@ -316,7 +364,8 @@ def _check_architecture(folder: Path, described: dict[str, Any], transformer: nn
         theirs = found["config"].get(key)
         if ours != theirs:
             raise UserError(
-                f"{folder} is an export of another {wanted['class']}: {key} is {ours!r} there and {theirs!r} here"
+                f"{folder} is an export of another {wanted['class']}: {key} is {reprlib.repr(ours)} there and "
+                f"{reprlib.repr(theirs)} here"
             )
 
 

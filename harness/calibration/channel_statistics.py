@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from time import perf_counter
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
@@ -20,6 +20,7 @@ from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path, cached, canonical_sha256
 from ditbench.harness.common.progress import progress
+from ditbench.harness.common.tensor_files import save_tensors
 from ditbench.harness.models.calls import float_dtype
 from ditbench.harness.quant.recipe import to_device
 from ditbench.harness.quant.target import Site, Target
@@ -81,7 +82,7 @@ def channel_stats(target: Target, calibration: Calibration) -> dict[str, Channel
         if path is not None:
             flat = {f"{s}/{f.name}": getattr(stats, f.name) for s, stats in by_site.items() for f in fields(stats)}
             with atomic_path(path) as part:
-                save_file(flat, part, metadata={SECONDS: f"{perf_counter() - start_time:.6f}"})
+                save_tensors(flat, part, metadata={SECONDS: f"{perf_counter() - start_time:.6f}"})
     return {consumer: by_site[site.name] for site in sites for consumer in site.consumers}
 
 

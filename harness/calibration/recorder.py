@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path
+from ditbench.harness.common.tensor_files import save_tensors
 from ditbench.harness.models.calls import Call, RowDims, Rows, Shape, count_rows, take_apart
 
 SECONDS = "seconds"  # metadata of cached files
@@ -116,7 +116,7 @@ def write(path: Path, steps: Steps, tensors: Tensors, seconds: float, unreached:
     ]
     metadata = {SECONDS: f"{seconds:.6f}", CALLS: json.dumps(index), UNREACHED: json.dumps(unreached)}
     with atomic_path(path) as part:
-        save_file(tensors.by_hash, part, metadata=metadata)
+        save_tensors(tensors.by_hash, part, metadata=metadata)
 
 
 def read(path: Path) -> tuple[Steps, tuple[str, ...]]:

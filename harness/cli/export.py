@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ditbench.harness.build.export import save_quantized
+from ditbench.harness.common.artifacts import Damaged
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.tensor_files import load_hashed
 from ditbench.harness.fitting import mixed_precision, registry
 from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.models.schedule import schedule_of
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.target import Target
@@ -59,7 +64,7 @@ def export(wanted: list[str], out: Path, results_dir: Path) -> list[Exported]:
     if len(found) == 1 and isinstance(found[0], Record):
         return [export_run(found[0], out)]
     runs = [run for each in found for run in ([each] if isinstance(each, Record) else each)]
-    return [export_run(run, out / f"{run.model}-{run.method}-{_label(run)}-{run.run_id}") for run in runs]
+    return [export_run(run, out / folder_name(run)) for run in runs]
 
 
 def export_config(config: RunConfig, out: Path) -> Exported:
@@ -73,20 +78,43 @@ def export_config(config: RunConfig, out: Path) -> Exported:
 
 def export_run(run: Record, out: Path) -> Exported:
     """Write what a recorded run had quantized, from the state that it saved."""
-    config = parse(run.config | {"device": "cpu"})  # nothing is run, wherever the run was
-    model, target = _model_and_target(config)
     where = f"run {run.run_id} ({run.method}, {run.model})"
+    with _of_a_record(run):
+        _check_fields(run)
+        config = parse(run.config | {"device": "cpu"})  # nothing is run, wherever the run was
+    model, target = _model_and_target(config)
     if run.env.get("weights_sha256") != model.fingerprint:
         raise UserError(f"{where}: its model's weights are not those of model={config.model.name} here; run it again")
     if run.env.get("method_sha256") != registry.source_sha256(config.method):
         raise UserError(f"{where}: method {config.method} was edited since; run it again")
-    target = target.without(run.bits.get("unreached_layers", ()))
-    assert run.folder is not None
-    state = load_file(run.folder / run.artifacts["state"]) if "state" in run.artifacts else {}
-    recipe = recipe_of(config, target, state, run.bits.get("mixed"))
+    with _of_a_record(run):
+        target = target.without(run.bits.get("unreached_layers", ()))
+        recipe = recipe_of(config, target, state_of(run), run.bits.get("mixed"))
     plan = {key: run.bits[key] for key in ("label", "mixed") if "mixed" in run.bits}
     plan |= {key: run.bits[key] for key in ("unreached_layers",) if key in run.bits}
     return _written(config, model, target, recipe, out, run_id=run.run_id, plan=plan)
+
+
+def state_of(run: Record) -> dict[str, Tensor]:
+    """What the method learned, as the run saved it.
+
+    Raises:
+        UserError: the file is damaged, or the record names one outside its folder.
+    """
+    name = run.artifacts.get("state")
+    if name is None:
+        return {}
+    assert run.folder is not None
+    if Path(name).name != name:
+        raise UserError(
+            f"{run.folder}: its record names the state {name!r}, which is no file of that folder; run it again"
+        )
+    try:
+        return load_hashed(run.folder / name)
+    except Damaged as damage:
+        raise UserError(
+            f"{damage}; what the method learned cannot be told from it, run it again with --force"
+        ) from damage
 
 
 def recipe_of(config: RunConfig, target: Target, state: dict[str, Tensor], plan: dict[str, Any] | None) -> ModelRecipe:
@@ -128,9 +156,11 @@ def _written(
         "model": asdict(config.model),
         "weights_sha256": model.fingerprint,
         "notes": notes,
+        "sampler": asdict(config.protocol.sampler),
     }
+    schedule = None if recipe.num_steps is None else schedule_of(model, config.protocol.sampler)
     dtype = getattr(torch, config.section("generate")["dtype"])
-    described = save_quantized(out, target, recipe, dtype=dtype, about=about)
+    described = save_quantized(out, target, recipe, dtype=dtype, about=about, schedule=schedule)
     stored = described["tensors"]["bytes"]
     title = f"{config.model.name} {config.method} {bits['label']}"
     return Exported(out, title, stored, size["baseline_model_bytes"] / stored, tuple(notes))
@@ -166,8 +196,32 @@ def _ok(run: Record) -> Record:
     return run
 
 
-def _label(run: Record) -> str:
-    return str(run.bits["label"]).lower()
+def folder_name(run: Record) -> str:
+    """The run's subfolder of --out: one name, whatever its record says."""
+    parts = (run.model, run.method, str(run.bits.get("label")).lower(), run.run_id)
+    return "-".join(re.sub(r"[^\w.+-]+", "_", str(part))[:60].lstrip(".-") or "_" for part in parts)
+
+
+def _check_fields(run: Record) -> None:
+    """What is read of a record has the types that it is read as; more is not asked."""
+    of = {"config": run.config, "bits": run.bits, "env": run.env, "artifacts": run.artifacts}
+    for name, value in of.items():
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} is a {type(value).__name__}, not a section")
+    if not all(isinstance(each, str) for each in (*run.artifacts.values(), run.bits.get("label"))):
+        raise ValueError("bits.label, and every file among its artifacts, is a text")
+
+
+@contextmanager
+def _of_a_record(run: Record) -> Iterator[None]:
+    """Whatever a record says that no run can have said is one line."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        line = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"{run.folder}: its record or state cannot be used ({type(error).__name__}: {line}); run it again"
+        ) from error
 
 
 def command(arguments: list[str]) -> int:

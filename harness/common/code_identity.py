@@ -15,7 +15,8 @@ COMPUTING = (
     *("fitting", "generation", "measurement", "stages"),
 )
 # Of these rooms and of eval, the files that only tell.
-TELLERS = frozenset(["conformance.py", "export.py", "needs.py", "paired_differences.py"])
+TELLERS = frozenset(["conformance.py", "export.py", "export_checks.py", "needs.py", "paired_differences.py"])
+TELLERS |= {"schedule.py", "step_finder.py"}
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelity", "clean-fid", "numpy", "scipy")
 
 

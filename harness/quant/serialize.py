@@ -8,8 +8,12 @@ narrowest integers that hold them. `CLASSES` is all that can be written, and all
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import canonical_sha256, tensors_sha256
 from ditbench.harness.quant.folds import BlockFolds, RowFold
-from ditbench.harness.quant.packing import pack, unpack
+from ditbench.harness.quant.packing import CODES_PER_WORD, pack, unpack
 from ditbench.harness.quant.quantizers import ActQuant, Levels, LogSqrt2Quant, LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank
 from ditbench.harness.quant.rotations import BlockRotation
@@ -70,24 +74,101 @@ def content_sha256(value: Any) -> str:
         return f"object {id(value)}"
 
 
-def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `encode`; lists become tuples.
+def decode(value: Any, tensors: Mapping[str, Tensor], where: str = "") -> Any:
+    """The inverse of `encode`; lists become tuples. where: what messages call the value.
 
     Raises:
-        KeyError, TypeError, ValueError: not what `encode` writes, or a tensor is missing.
+        ValueError: not what `encode` writes, an argument of another type or value, or a tensor is missing.
     """
     if isinstance(value, list):
-        return tuple(decode(each, tensors) for each in value)
+        return tuple(decode(each, tensors, f"{where}/{index}") for index, each in enumerate(value))
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        tensor = tensors[value["tensor"]]
+        check_types(where, value, {"tensor": str}, {"index": bool})
+        tensor = _named(value["tensor"], tensors, where)
         return tensor.long() if value.get("index") else tensor
     if "packed" in value:
-        codes_OC = unpack(tensors[value["packed"]], value["bits"], value["width"])
-        return (codes_OC.to(torch.int16) + value["least"]).to(torch.uint8 if value["unsigned"] else torch.int8)
-    arguments = {key: decode(each, tensors) for key, each in value.items() if key != "type"}
-    return CLASSES[value["type"]](**arguments)
+        return _decode_codes(value, tensors, where)
+    kind = value.get("type")
+    if not isinstance(kind, str) or kind not in CLASSES:
+        raise ValueError(f"{where}: no class {kind!r}; known: {', '.join(CLASSES)}")
+    arguments = {key: decode(each, tensors, f"{where}/{key}") for key, each in value.items() if key != "type"}
+    hints = _argument_types(CLASSES[kind])
+    needed = {name for name, each in inspect.signature(CLASSES[kind]).parameters.items() if each.default is each.empty}
+    optional = {name: hint for name, hint in hints.items() if name not in needed}
+    check_types(where, arguments, {name: hints[name] for name in hints if name in needed}, optional)
+    try:
+        made = CLASSES[kind](**arguments)
+    except (UserError, ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if isinstance(made, QuantizedWeight | LookupWeight) and (codes := value["codes_OC"]).get("packed"):
+        bits, least = _code_layout(made)
+        if (codes["bits"], codes["least"]) != (bits, least):
+            raise ValueError(
+                f"{where}/codes_OC: codes of this weight have {bits} bits from {least}; these are said to have "
+                f"{codes['bits']} bits from {codes['least']}"
+            )
+    return made
+
+
+def check_types(where: str, values: Any, needed: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> None:
+    """That a mapping has these fields, of these types, and no others. Types are as annotations write them; an int is a float,
+    a bool is no int, and floats are finite.
+
+    Raises:
+        ValueError: it has not.
+    """
+    known = {**needed, **(optional or {})}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected {{{', '.join(known)}}}, got {_told(values)}")
+    if unknown := [str(name) for name in values if name not in known]:
+        raise ValueError(f"{where}: unknown field {unknown[0][:40]!r}; known: {', '.join(known)}")
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{where}: {', '.join(missing)} missing")
+    for name, value in values.items():
+        if not _fits(value, known[name]):
+            raise ValueError(f"{where}/{name}: expected {_type_name(known[name])}, got {_told(value)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(_fits(each, arguments[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(each, arguments[1]) for each in value.values())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _type_name(hint: Any) -> str:
+    return (
+        "nothing" if hint is NoneType else hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    )
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {tuple(value.shape)}"
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return repr(value)[:40] if plain else f"a {type(value).__name__}"
+
+
+@cache
+def _argument_types(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind if is_dataclass(kind) else vars(kind)["__init__"])
+    return {name: hints[name] for name in inspect.signature(kind).parameters}
+
+
+def _named(name: str, tensors: Mapping[str, Tensor], where: str) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"{where}: tensor {name[:120]!r} is missing")
+    return tensors[name]
 
 
 def _encode_tensor(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -103,9 +184,7 @@ def _encode_tensor(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> dic
 def _encode_codes(weight: QuantizedWeight | LookupWeight, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if not isinstance(weight, LookupWeight) and weight.spec.number == E4M3:
         return _encode_tensor(weight.codes_OC, name, tensors)
-    bits, least = (
-        (weight.code_bits, 0) if isinstance(weight, LookupWeight) else (weight.spec.bits, weight.spec.quant_min)
-    )
+    bits, least = _code_layout(weight)
     codes_OC = weight.codes_OC.detach().cpu()
     tensors[name] = pack(codes_OC.to(torch.int16) - least, bits).contiguous()
     return {
@@ -115,3 +194,22 @@ def _encode_codes(weight: QuantizedWeight | LookupWeight, name: str, tensors: di
         "least": least,
         "unsigned": codes_OC.dtype == torch.uint8,
     }
+
+
+def _code_layout(weight: QuantizedWeight | LookupWeight) -> tuple[int, int]:
+    """(bits of a packed code, the code that is packed as 0)."""
+    return (weight.code_bits, 0) if isinstance(weight, LookupWeight) else (weight.spec.bits, weight.spec.quant_min)
+
+
+def _decode_codes(value: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tensor:
+    check_types(where, value, {"packed": str, "bits": int, "width": int, "least": int, "unsigned": bool})
+    packed, bits, width = _named(value["packed"], tensors, where), value["bits"], value["width"]
+    if not 1 <= bits <= 8 or width < 0 or not -128 <= value["least"] <= 0:
+        raise ValueError(f"{where}: no codes of {bits} bits from {value['least']}, {width} in a row")
+    columns = width if bits == 8 else -(-width // CODES_PER_WORD) * bits
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != columns:
+        raise ValueError(
+            f"{where}: {width} codes of {bits} bits are uint8 (O, {columns}), got {packed.dtype} {tuple(packed.shape)}"
+        )
+    codes_OC = unpack(packed, bits, width)
+    return (codes_OC.to(torch.int16) + value["least"]).to(torch.uint8 if value["unsigned"] else torch.int8)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.common.artifacts import Address
 from ditbench.harness.common.files import disk_errors_explained
+from ditbench.harness.common.tensor_files import save_hashed
 from ditbench.harness.fitting import registry
 from ditbench.harness.generation.generate import draw, save_animation, save_grid
 from ditbench.harness.generation.generate import generate as held
@@ -129,8 +129,7 @@ def save_artifacts(
         save_animation(float_model, folder / "float_animation.gif")
         saved |= {"animation": "animation.gif", "float_animation": "float_animation.gif"}
     if state:
-        # cloned: entries may be one tensor under several names, which safetensors refuses
-        save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "state.safetensors")
+        save_hashed(state, folder / "state.safetensors")
         saved["state"] = "state.safetensors"
     if atlas is not None:
         atlas.save(folder / "layer_errors.npz")

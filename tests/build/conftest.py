@@ -18,6 +18,7 @@ from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting import registry
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import LoadedModel, Sampler
+from ditbench.harness.models.schedule import schedule_of
 from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits
@@ -43,10 +44,13 @@ class Written:
 def write_export(
     folder: Path, target: Target, calibration: Calibration, model: LoadedModel, method: str, bits: Bits, **params: Any
 ) -> Written:
+    """sampler, among params: the one that was calibrated with, whose schedule is exported."""
     module, dtype = registry.method(method), getattr(torch, params.pop("dtype", "bfloat16"))
+    sampler = params.pop("sampler", None)
+    schedule = None if sampler is None else schedule_of(model, sampler)
     state = module.fit(target, calibration, bits, module.Params(**params))
     recipe = module.apply(target, state, bits, module.Params(**params))
-    described = save_quantized(folder, target, recipe, dtype=dtype, about={"method": method})
+    described = save_quantized(folder, target, recipe, dtype=dtype, about={"method": method}, schedule=schedule)
     _, size = account(target, recipe, model.macs, bits.label)
     return Written(target, recipe, folder, described, size, dtype)
 

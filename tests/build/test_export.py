@@ -10,7 +10,8 @@ from ditbench.harness.build.build import quant_layers
 from ditbench.harness.build.export import TENSORS, load_quantized, save_quantized
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import DYNAMIC, SMALL_DIT, STATIC
-from ditbench.harness.models.base import ModelSpec
+from ditbench.harness.models.base import ModelSpec, Sampler
+from ditbench.harness.models.calls import placed
 from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec, bits_of
@@ -36,6 +37,7 @@ CASES = [
     ("svdquant", DYNAMIC, "blocks", {}),
     ("htg", STATIC, "blocks", {"groups": 2}),
     ("htg", STATIC, "all", {"groups": 3}),
+    ("htg", STATIC, "blocks", {"groups": 4, "sampler": Sampler("ddim", 4, 1.5)}),  # finds its steps itself
     ("lrq_dit", DYNAMIC, "blocks", {}),
     ("lrq_dit", DYNAMIC, "blocks", {"tlq": "code"}),
     ("ptq4dit", STATIC, "all", {"iterations": 20}),
@@ -45,7 +47,7 @@ CASES = [
 ]
 HEADER = 8  # bytes of the header's length, which comes before it
 every_case = pytest.mark.parametrize(
-    ("method", "bits", "scope", "params"), CASES, ids=[f"{c[0]}-{c[1].label}-{c[2]}-{len(c[3])}" for c in CASES]
+    ("method", "bits", "scope", "params"), CASES, ids=[f"{c[0]}-{c[1].label}-{c[2]}-{'-'.join(c[3])}" for c in CASES]
 )
 
 
@@ -74,6 +76,19 @@ def test_the_file_holds_what_the_record_counts(written, method, bits, scope, par
     assert tensors["file_bytes"] == path.stat().st_size == tensors["bytes"] + header + HEADER
     if export.dtype == torch.bfloat16:  # the record counts floats at 16 bits
         assert tensors["bytes"] == export.size["model_bytes"]
+
+
+def test_class_conditional_exports_find_their_step_as_well(written, drawn, small_model, small_sampler, another):
+    """Integers, one a row; the clock is set by nobody else."""
+    loaded = load_quantized(written("htg", STATIC, groups=4, sampler=small_sampler).folder, another)
+    steps = []
+    loaded.register_forward_hook(lambda module, args, output: steps.append(int(module.clock.step)))
+    inputs = small_model.step_inputs(2)
+    for timestep in (500, 0, 750, 250):
+        loaded(**placed(inputs | {"timestep": torch.full((2,), timestep)}, torch.bfloat16, "cpu"))
+    assert steps == [1, 3, 0, 2]
+    with pytest.raises(ValueError, match="was called at 499"):
+        loaded(**placed(inputs | {"timestep": torch.full((2,), 499)}, torch.bfloat16, "cpu"))
 
 
 def test_an_export_runs_on_any_backend(written, drawn, small_model, another):

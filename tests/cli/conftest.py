@@ -55,6 +55,13 @@ def finished_once(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smoothed_once(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("smoothed")
+    assert main(["run", *TINY, f"results_dir={folder}", "method=smoothquant", "bits=w4a8", "name=smooth"]) == 0
+    return folder
+
+
 @pytest.fixture
 def finished(finished_once, tmp_path) -> Path:
     """A results folder of one's own with one record, made by `run()` without further arguments."""

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from ditbench.harness.build.export import RECIPE, TENSORS, load_quantized
+from ditbench.harness.build.export import RECIPE, TENSORS, load_quantized, read_recipe
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.records.drawn_samples import samples_of
 from ditbench.harness.records.record import read
@@ -56,6 +56,17 @@ def test_a_configuration_is_exported_as_its_run_would_be(ditbench, smoothed, tmp
     assert ditbench("export", *values, "--out", str(by_values)).code == 0
     assert (by_run / TENSORS).read_bytes() == (by_values / TENSORS).read_bytes()
     assert not (tmp_path / "none" / "runs").exists()
+
+
+def test_tables_by_step_are_exported_with_the_timesteps_of_their_run(ditbench, run, tmp_path):
+    assert run("method=htg", "bits=w8a8", "name=steps").code == 0
+    folder, out = next(tmp_path.glob("runs/steps/*/record.json")).parent, tmp_path / "export"
+    assert ditbench("export", str(folder), "--out", str(out)).code == 0
+    described = read_recipe(out)
+    assert described["num_steps"] == 2
+    assert described["schedule"] == {"argument": "timestep", "timesteps": [500.0, 0.0]}
+    assert described["sampler"] == {"kind": "ddim", "steps": 2, "guidance": 1.5}
+    assert drawn_again(out, folder).pixels.shape[0] == 4
 
 
 def test_an_experiment_is_one_folder_per_run_and_the_float_model_is_none(ditbench, run, tmp_path):

@@ -8,16 +8,18 @@ from small_pipelines import SIZES, SMALL
 from torch import Tensor
 
 from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.build.step_finder import StepFinder
 from ditbench.harness.calibration.block_stream import BlockStream
 from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
 from ditbench.harness.models.loading import load_model
+from ditbench.harness.models.schedule import schedule_of
 from ditbench.harness.quant.blocks import NotInLine
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.smoothing import place
-from ditbench.harness.quant.steps import StepTable
+from ditbench.harness.quant.steps import StepClock, StepTable
 from ditbench.harness.quant.target import Target
 from ditbench.harness.quant.transforms import Transform
 from ditbench.harness.samples.samples import Prompt
@@ -50,6 +52,21 @@ def calibration(model, sampler) -> Calibration:
 def output(model: LoadedModel, transformer, dtype: torch.dtype, calibration: Calibration, step: int = 1) -> Tensor:
     with torch.no_grad():
         return calibration.call(transformer, step, calibration.per_step[step])[0].to(dtype)
+
+
+def test_the_schedule_is_what_the_transformer_was_told_in_a_run(model, sampler, calibration):
+    schedule = schedule_of(model, sampler)
+    told = [{float(value) for call in calls for value in call[schedule.argument]} for calls in calibration.steps]
+    assert told == [{timestep} for timestep in schedule.timesteps]
+    assert not hasattr(model.transformer, "clock") and "forward" not in vars(model.transformer)
+
+
+def test_an_export_would_find_every_step_of_a_run(model, sampler, calibration):
+    transformer, clock = float_copy(model.target(), dtype=torch.float32), StepClock(STEPS)
+    StepFinder(schedule_of(model, sampler), clock).attach(transformer)
+    for step in reversed(range(STEPS)):
+        output(model, transformer, torch.float32, calibration, step)
+        assert int(clock.step) == step
 
 
 def test_every_layer_of_the_blocks_reads_a_known_site_once(model):

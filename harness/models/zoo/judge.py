@@ -9,8 +9,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ditbench.harness.common.tensor_files import save_tensors
 
 FEATURE_WIDTH = 64
 
@@ -43,7 +45,9 @@ class Judge(nn.Module):
 
 def save(judge: Judge, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, folder / "model.safetensors")
+    save_tensors(
+        {name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps({"num_classes": judge.num_classes}) + "\n")
 
 
