@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
+from ditbench.eval.batches import together
+from ditbench.eval.fidelity import PSNR_HELD
 from ditbench.harness.backends.base import known_backends
 from ditbench.harness.backends.matrix import example_recipe
 from ditbench.harness.build.build import build
@@ -19,6 +20,7 @@ from ditbench.harness.fitting.registry import formats_of
 from ditbench.harness.measurement.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
 from ditbench.harness.models.calls import float_dtype
 from ditbench.harness.quant.spec import FP8
+from ditbench.harness.samples.samples import Rows
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.generate import generate
 from ditbench.harness.stages.loaded import model_of
@@ -101,10 +103,12 @@ def rows_of(config: RunConfig) -> list[Row]:
     return rows
 
 
-def worst_psnr_db(pixels: Tensor, expected: Tensor) -> float:
+def worst_psnr_db(pixels: Rows, expected: Rows) -> float:
     """The least PSNR of uint8 samples (N, …) against others; infinite where all are the same."""
-    error_N = (pixels.double() - expected.double()).square().flatten(1).mean(1)
-    return float(-10 * torch.log10(error_N.max() / 255**2))
+    at_once = together(pixels, PSNR_HELD)
+    pairs = zip(pixels.split(at_once), expected.split(at_once), strict=True)
+    errors = [(ours.double() - theirs.double()).square().flatten(1).mean(1) for ours, theirs in pairs]
+    return float(-10 * torch.log10(torch.cat(errors).max() / 255**2))
 
 
 def command(arguments: list[str]) -> int:
