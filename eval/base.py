@@ -21,20 +21,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ditbench.eval.batches import diverged
 from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.errors import UserError, reason, unknown_name
 from ditbench.harness.common.files import is_disk_error
-from ditbench.harness.samples.samples import OtherKind, Samples
+from ditbench.harness.samples.samples import OtherKind, Rows, Samples
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images that generated ones are compared with. sha256 is that of images_NHWC's bytes."""
+    """Real images that generated ones are compared with, uint8 (N, H, W, 3). sha256 is that of images_NHWC's bytes."""
 
     name: str
-    images_NHWC: Tensor
+    images_NHWC: Rows
     sha256: str
 
 
@@ -52,8 +53,8 @@ class FeatureModel:
 class Evidence:
     """Everything a metric may look at. `float_model` has the same noise and labels as `generated`, row by row.
 
-    device: where the run computes, and with it the metric's networks and what it does with pixels; samples and reference are
-    on the CPU, and so is what a metric gives back.
+    device: where the run computes, and with it the metric's networks and what it does with pixels; rows of samples and of the
+    reference are read onto the CPU, and what a metric gives back is there too.
     """
 
     generated: Samples
@@ -100,7 +101,7 @@ class MetricSkipped(Exception):
 class Metric:
     """better: one of BETTER; paired: compares with the float model sample by sample (has no noise floor).
 
-    asks, needs: what the metric cannot do without, of the run and of this machine (see `metric`).
+    asks, needs: what the metric cannot do without, of the run and of this machine; of_diverged: see `metric`.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Metric:
     summary: str
     asks: tuple[str, ...] = ()
     needs: tuple[Need, ...] = ()
+    of_diverged: bool = False
 
 
 ENTRY_POINTS = "ditbench.metrics"
@@ -128,11 +130,13 @@ def metric(
     unit: str = "",
     asks: tuple[str, ...] = (),
     needs: tuple[Need, ...] = (),
+    of_diverged: bool = False,
 ) -> Callable:
     """Register a function of Evidence under name; the first line of its docstring is its summary.
 
     asks: what a run has to have for it, keys of eval.needs.ASKS. needs: what this machine has to have. Without them the
-    metric still works, but is not announced as one that will be skipped.
+    metric still works, but is not announced as one that will be skipped. of_diverged: it also looks at samples with latents
+    that are not finite, whose pixels are no picture; the others are skipped.
     """
     if better not in BETTER:
         raise ValueError(f"metric {name}: better must be one of {', '.join(BETTER)}, got {better!r}")
@@ -141,7 +145,7 @@ def metric(
         if name in _METRICS and (other := _METRICS[name].compute.__module__) != compute.__module__:
             raise UserError(f"metric {name!r} of {compute.__module__} has the name of one of {other}; rename it")
         summary = (compute.__doc__ or "").strip().split("\n")[0]
-        _METRICS[name] = Metric(name, compute, better, paired, unit, summary, asks, needs)
+        _METRICS[name] = Metric(name, compute, better, paired, unit, summary, asks, needs, of_diverged)
         return compute
 
     return register
@@ -203,6 +207,9 @@ def evaluate_samples(
 def _evaluated(metric: Metric, evidence: Evidence) -> tuple[dict[str, Any], PerSample | None]:
     """The entry of one metric. Whatever breaks in it, a full GPU or a plugin, must not cost what others found already."""
     try:
+        if not metric.of_diverged:
+            _need_finite(evidence.generated, "generated")
+            _need_finite(evidence.float_model if metric.paired else None, "the float model's")
         result = metric.compute(evidence)
         entry = _entry(metric, result)
         json.dumps(entry, allow_nan=False)  # as the record is written
@@ -213,6 +220,12 @@ def _evaluated(metric: Metric, evidence: Evidence) -> tuple[dict[str, Any], PerS
         if is_disk_error(error):
             raise
         return _without_value(metric, "failed", reason(error)), None
+
+
+def _need_finite(samples: Samples | None, whose: str) -> None:
+    if rows := diverged(samples):
+        some = ", ".join(map(str, rows[:3])) + (" …" if len(rows) > 3 else "")
+        raise MetricSkipped(f"{whose} latents of {len(rows)} samples are not finite ({some}); the sampler diverged")
 
 
 def _entry(metric: Metric, result: Measurement) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ditbench.eval.base import MetricSkipped, Need
-from ditbench.eval.features import channels_first, device_of, full_precision, remembered
+from ditbench.eval.batches import remembered
+from ditbench.eval.features import channels_first, device_of, full_precision
 from ditbench.eval.video_judges import judge_folder
 from ditbench.eval.weights import stored_sha256
 from ditbench.harness.common.devices import CPU
-from ditbench.harness.samples.samples import Samples
+from ditbench.harness.samples.samples import Rows, Samples
 
 HUB = {
     "b32": "openai/clip-vit-base-patch32",
@@ -79,7 +80,7 @@ def load_clip(name_or_folder: str, device: torch.device) -> Clip:
     )
 
 
-def embed_images(clip: Clip, images_NHWC: Tensor, *, crop_first: bool = False) -> Tensor:
+def embed_images(clip: Clip, images_NHWC: Rows, *, crop_first: bool = False) -> Tensor:
     """Unit vectors (N, width), float32 on the CPU."""
 
     def embed() -> Tensor:

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from ditbench.eval.base import Evidence, Measurement, metric
+from ditbench.eval.batches import batches, neighbours, one_by_one, remembered
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.per_sample import mean_or_share
 from ditbench.eval.statistics import share_with_ci
 from ditbench.harness.common.devices import CPU
-from ditbench.harness.samples.samples import Samples
+from ditbench.harness.samples.samples import Rows, Samples
 
 # Each threshold, and what the float model's own sample has to be clear of.
 BLANK_STD, BLANK_STD_FLOAT = 2.0, 4.0  # grey levels; rounding a flat field gives up to 0.5, photographs 90
@@ -29,8 +30,10 @@ SATURATED_SHARE, SATURATED_SHARE_FLOAT = 0.5, 0.4  # of one channel's values; a 
 FROZEN_CHANGE, FROZEN_CHANGE_FLOAT = 0.1, 0.2  # grey levels between frames; 0.1 is one pixel in ten off by one level
 NOISE_RATIO, NOISE_RATIO_FLOAT = 0.75, 0.5  # white noise has 1, photographs 0.01 to 0.05 at every scale
 NON_FINITE_SHARE = 0.0  # a single one is too many
+NON_FINITE = "non-finite latents"
 ALARM_SHARE = 0.1  # of the samples; below, single bad draws are a matter for the metrics
 
+HELD = 28  # bytes per value of a frame, measured
 NOISE_SCALES = (1, 2, 4, 8)  # latent noise is white only once the VAE's 8× upsampling is averaged away
 NOISE_SIDE = 16  # pixels left a side; with fewer, the ratio of a good thumbnail comes near that of noise
 
@@ -47,7 +50,7 @@ def alarmed(found: dict[str, dict[str, Any]]) -> list[str]:
     return [name for name, alarm in found.items() if alarm["share"] > ALARM_SHARE]
 
 
-@metric("collapse", better="lower")
+@metric("collapse", better="lower", of_diverged=True)
 def collapse(evidence: Evidence) -> Measurement:
     """Share of samples that are blank, saturated, frozen, noise or not finite while the float model's are not."""
     need_samples(evidence, 1)
@@ -75,72 +78,101 @@ def raised(samples: Samples, float_model: Samples | None = None, device: torch.d
             f"collapse: generated {tuple(samples.pixels.shape)} and float model {tuple(float_model.pixels.shape)} must "
             "pair row by row; generate both with the same seeds"
         )
+    ours = numbers(samples, device)
+    theirs = {} if float_model is None else numbers(float_model, device)
     hits = {}
-    for name, alarm in ALARMS.items():
-        if alarm.applies(samples):
-            hit_N = alarm.beyond(alarm.threshold, samples, device)
-            if float_model is not None and alarm.applies(float_model):
-                hit_N &= ~alarm.beyond(alarm.float_threshold, float_model, device)
-            hits[name] = hit_N
+    for name, value_N in ours.items():
+        alarm = ALARMS[name]
+        hits[name] = alarm.beyond(alarm.threshold, value_N)
+        if name in theirs:
+            hits[name] &= ~alarm.beyond(alarm.float_threshold, theirs[name])
     return hits
+
+
+def numbers(samples: Samples, device: torch.device = CPU) -> dict[str, Tensor]:
+    """{alarm: the number of each sample (N,)} of the alarms that apply; one pass over pixels and one over latents, remembered."""
+    names = [name for name, alarm in ALARMS.items() if alarm.applies(samples)]
+
+    def of_rows(rows: Rows, chosen: list[str], frames_of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        def all_rows() -> dict[str, Tensor]:
+            found: dict[str, list[Tensor]] = {name: [] for name in chosen}
+            for row in one_by_one(rows):
+                seen = frames_of(row).to(device)
+                for name, values in found.items():
+                    values.append(ALARMS[name].measure(seen).cpu())
+            return {name: torch.stack(values) for name, values in found.items()}
+
+        return remembered(rows, numbers, f"{chosen} on {device}", all_rows)
+
+    found = of_rows(
+        samples.pixels,
+        [name for name in names if name != NON_FINITE],
+        lambda pixels: pixels if samples.is_video else pixels[None],
+    )
+    if samples.latents is None:
+        return found
+    return {**found, **of_rows(samples.latents, [NON_FINITE], lambda latent: latent)}
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """measure: Samples, device → one number per sample (on the CPU), bad below the threshold (`low`) or above it."""
+    """measure: a sample's frames (F, H, W, 3) or its latents, on the device → a number, bad below the threshold (`low`) or above it."""
 
     what: str
-    measure: Callable[[Samples, torch.device], Tensor]
+    measure: Callable[[Tensor], Tensor]
     threshold: float
     float_threshold: float
     low: bool
     applies: Callable[[Samples], bool] = lambda samples: True
 
-    def beyond(self, threshold: float, samples: Samples, device: torch.device) -> Tensor:
+    def beyond(self, threshold: float, value_N: Tensor) -> Tensor:
         """bool (N,)"""
-        value_N = self.measure(samples, device)
         return value_N < threshold if self.low else value_N > threshold
 
 
-def spread(samples: Samples, device: torch.device = CPU) -> Tensor:
+def spread(frames_FHWC: Tensor) -> Tensor:
     """Standard deviation over a frame's pixels of its liveliest channel, grey levels; the median over frames."""
-    return _over_frames(samples, _channel_std, device).median(dim=1).values
+    return _over_frames(frames_FHWC, _channel_std).median()
 
 
-def saturation(samples: Samples, device: torch.device = CPU) -> Tensor:
+def saturation(frames_FHWC: Tensor) -> Tensor:
     """Share of values at 0 or 255 in the channel that has most of them, over all frames."""
 
-    def share(frames_FHWC: Tensor) -> Tensor:
-        return ((frames_FHWC == 0) | (frames_FHWC == 255)).float().mean(dim=(1, 2))
+    def share(frames_BHWC: Tensor) -> Tensor:
+        return ((frames_BHWC == 0) | (frames_BHWC == 255)).float().mean(dim=(1, 2))
 
-    return _over_frames(samples, share, device).mean(dim=1).amax(dim=-1)
+    return _over_frames(frames_FHWC, share).mean(dim=0).amax()
 
 
-def change(samples: Samples, device: torch.device = CPU) -> Tensor:
+def change(frames_FHWC: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring frames, grey levels."""
-    return torch.stack([video.to(device).float().diff(dim=0).abs().mean().cpu() for video in samples.videos_NFHWC])
+    return torch.cat(
+        [
+            (after.float() - before.float()).abs().flatten(1).mean(dim=1)
+            for before, after in neighbours(frames_FHWC, HELD)
+        ]
+    ).mean()
 
 
-def noisiness(samples: Samples, device: torch.device = CPU) -> Tensor:
+def noisiness(frames_FHWC: Tensor) -> Tensor:
     """Energy of the differences of neighbouring pixels over twice the variance, which is 1 for white noise.
 
     Of the frame averaged over 1, 2, 4 or 8 pixels a side, whichever looks most like noise; the median over frames.
     """
 
-    def ratio(frames_FHWC: Tensor) -> Tensor:
-        frames_F3HW = frames_FHWC.permute(0, 3, 1, 2).float()
-        side = min(frames_F3HW.shape[-2:])
+    def ratio(frames_BHWC: Tensor) -> Tensor:
+        frames_B3HW = frames_BHWC.permute(0, 3, 1, 2).float()
+        side = min(frames_B3HW.shape[-2:])
         scales = [scale for scale in NOISE_SCALES if scale == 1 or side // scale >= NOISE_SIDE]
-        ratio_F = torch.stack([_neighbour_ratio(avg_pool2d(frames_F3HW, scale)) for scale in scales]).amax(dim=0)
-        return ratio_F * (_channel_std(frames_FHWC) >= BLANK_STD)  # what rounding leaves of a blank frame is noise too
+        ratio_B = torch.stack([_neighbour_ratio(avg_pool2d(frames_B3HW, scale)) for scale in scales]).amax(dim=0)
+        return ratio_B * (_channel_std(frames_BHWC) >= BLANK_STD)  # what rounding leaves of a blank frame is noise too
 
-    return _over_frames(samples, ratio, device).median(dim=1).values
+    return _over_frames(frames_FHWC, ratio).median()
 
 
-def non_finite(samples: Samples, device: torch.device = CPU) -> Tensor:
+def non_finite(latent: Tensor) -> Tensor:
     """Share of a sample's latent values that are infinite or no number."""
-    assert samples.latents is not None
-    return (~samples.latents.isfinite()).flatten(1).float().mean(dim=1)
+    return (~latent.isfinite()).float().mean()
 
 
 def _described(hits: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -157,11 +189,9 @@ def _described(hits: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _over_frames(samples: Samples, measure: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-    """measure (F, H, W, 3) → (F, …) of every sample, (N, F, …); an image is one frame."""
-    return torch.stack(
-        [measure((sample if samples.is_video else sample[None]).to(device)).cpu() for sample in samples.pixels]
-    )
+def _over_frames(frames_FHWC: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """measure (B, H, W, 3) → (B, …) of some frames at a time, (F, …) on the CPU."""
+    return torch.cat([measure(some).cpu() for some in batches(frames_FHWC, HELD)])
 
 
 def _channel_std(frames_FHWC: Tensor) -> Tensor:
@@ -196,7 +226,7 @@ ALARMS = {
         NOISE_RATIO_FLOAT,
         low=False,
     ),
-    "non-finite latents": Alarm(
+    NON_FINITE: Alarm(
         "above: share of latent values that are not finite",
         non_finite,
         NON_FINITE_SHARE,

@@ -1,7 +1,7 @@
 """What a network sees in a set of images: computed once per set, then shared by every metric that asks.
 
-A sweep scores many runs against one reference, so results are remembered by the identity of the image tensor and of
-the network, and forgotten with them. A tensor changed in place is computed anew.
+A sweep scores many runs against one reference, so results are remembered by the identity of the images and of the
+network, and forgotten with them (`remembered`, eval/batches.py).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ditbench.eval.base import Evidence, FeatureModel, MetricSkipped, Reference
+from ditbench.eval.batches import BATCH, frames
+from ditbench.eval.batches import remembered as remembered  # plugins know it here
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.reference import images_sha256
 from ditbench.harness.common.devices import CPU
-from ditbench.harness.samples.samples import Samples
+from ditbench.harness.samples.samples import Rows, Samples
 
-BATCH = 512
-VALUES = 2**24  # of pixels at once: 128 MiB in float64
+SEEN = 32  # bytes per value of the images that a network is given, as they are prepared for it; most make them smaller
 
-_outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # images_NHWC → {network: {output's name: (version, tensor)}}
 _pairs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # evidence → {network: Pair}
 _against_float: WeakIdKeyDictionary = WeakIdKeyDictionary()  # evidence → the same with the float model as reference
 
@@ -50,13 +50,13 @@ def judge_pair(evidence: Evidence) -> Pair:
     """The judge's features of the generated and the reference images."""
     judge = need_judge(evidence)
 
-    def features(images_NHWC: Tensor) -> Tensor:
+    def features(images_NHWC: Rows) -> Tensor:
         return outputs(images_NHWC, judge.module, "features")
 
     return pair_of(evidence, judge.module, features)
 
 
-def pair_of(evidence: Evidence, network: object, features: Callable[[Tensor], Tensor]) -> Pair:
+def pair_of(evidence: Evidence, network: object, features: Callable[[Rows], Tensor]) -> Pair:
     """features(images_NHWC) of both sets; the same Pair each time the same evidence and network come."""
     need_samples(evidence, 2)
     reference = need_reference(evidence)
@@ -66,7 +66,7 @@ def pair_of(evidence: Evidence, network: object, features: Callable[[Tensor], Te
     return known[network]
 
 
-def outputs(images_NHWC: Tensor, judge: nn.Module, name: str) -> Tensor:
+def outputs(images_NHWC: Rows, judge: nn.Module, name: str) -> Tensor:
     """The judge's "features" (N, width) or "logits" (N, num_classes) of uint8 images, float32 on the CPU."""
     compute = {"features": judge.features, "logits": judge}[name]
     device = device_of(judge)
@@ -82,31 +82,14 @@ def outputs(images_NHWC: Tensor, judge: nn.Module, name: str) -> Tensor:
     return remembered(images_NHWC, judge, name, all_batches)
 
 
-def remembered(images_NHWC: Tensor, network: object, name: str, compute: Callable[[], Any]) -> Any:
-    """compute() without gradients, unless this network's output of these very images is known already."""
-    by_name = _outputs.setdefault(images_NHWC, WeakIdKeyDictionary()).setdefault(network, {})
-    now = 0 if images_NHWC.is_inference() else images_NHWC._version  # inference tensors do not count their changes
-    version, output = by_name.get(name, (None, None))
-    if version != now:
-        with torch.no_grad():
-            output = compute()
-        by_name[name] = (now, output)
-    return output
-
-
-def channels_first(images_NHWC: Tensor, batch: int) -> Iterator[Tensor]:
-    """uint8 batches (B, 3, H, W)."""
-    for images in images_NHWC.split(batch):
+def channels_first(pixels_N: Rows, most: int, held: int = SEEN) -> Iterator[Tensor]:
+    """uint8 batches (B, 3, H, W) of images or of the frames of videos, `most` of them or as many as fit (eval/batches.py)."""
+    for images in frames(pixels_N, held, most):
         yield images.permute(0, 3, 1, 2).contiguous()
 
 
 def device_of(network: nn.Module) -> torch.device:
     return next((tensor.device for tensor in network.parameters()), CPU)
-
-
-def together(pixels_N: Tensor) -> int:
-    """How many of these samples are computed with at once: VALUES of theirs, BATCH samples at most, one at least."""
-    return max(1, min(BATCH, VALUES // max(1, pixels_N[0].numel())))
 
 
 def need_judge(evidence: Evidence) -> FeatureModel:

@@ -11,25 +11,29 @@ import torch
 from torch import Tensor
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
-from ditbench.eval.features import need_float_model, together
+from ditbench.eval.batches import BATCH, frames, together
+from ditbench.eval.features import need_float_model
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.per_sample import mean_or_share
 from ditbench.harness.common.devices import float64_device
+from ditbench.harness.samples.samples import Rows
 
 CAP_DB = 100.0  # what identical samples count as; their true value is infinite
 SSIM_SIGMA, SSIM_KERNEL = 1.5, 11
+PSNR_HELD, SSIM_HELD, SQNR_HELD = 26, 120, 32  # bytes per value of a sample while it is compared, measured
 
 
 @metric("psnr", better="higher", paired=True, unit="dB")
 def psnr(evidence: Evidence) -> Measurement:
     """Peak signal-to-noise ratio to the float model's image or video, mean of the per-sample values."""
     pixels_N, float_N = pixel_pairs(evidence)
-    error_N = torch.cat(
-        [
-            (ours.double() - theirs.double()).square().flatten(1).mean(dim=1).cpu() / 255.0**2
-            for ours, theirs in pairs_on(float64_device(evidence.device), pixels_N, float_N)
-        ]
-    )
+    device, values = float64_device(evidence.device), pixels_N.shape[1:].numel()
+    squares = [
+        (ours.double() - theirs.double()).square().flatten(1).sum(dim=1).cpu()
+        for ours, theirs in frame_pairs(device, pixels_N, float_N, held=PSNR_HELD)
+    ]
+    # Sums of whole numbers, exact in float64: a video's is that of its frames whatever is added to what.
+    error_N = _of_samples(squares, len(pixels_N)).sum(dim=1) / values / 255.0**2
     settings = {"averaged": "per sample (not over the set's MSE)", "peak": 255, "cap_db": CAP_DB, "dtype": "float64"}
     return paired_measurement(evidence, "ditbench psnr", "ditbench", _decibel(1.0 / error_N), settings)
 
@@ -40,16 +44,15 @@ def ssim(evidence: Evidence) -> Measurement:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     pixels_N, float_N = pixel_pairs(evidence)
-    images_NHWC, float_NHWC = (pixels.reshape(-1, *pixels.shape[-3:]) for pixels in (pixels_N, float_N))
-    sigma, kernel = _ssim_window(min(images_NHWC.shape[1:3]))
+    sigma, kernel = _ssim_window(min(pixels_N.shape[-3:-1]))
     values = [
         structural_similarity_index_measure(
             unit_range(batch), unit_range(float_batch), sigma=sigma, data_range=1.0, reduction="none"
         ).cpu()
-        for batch, float_batch in pairs_on(evidence.device, images_NHWC, float_NHWC)
+        for batch, float_batch in frame_pairs(evidence.device, pixels_N, float_N, held=SSIM_HELD)
     ]
     settings = {"data_range": 1.0, "gaussian_sigma": sigma, "kernel_size": kernel, "dtype": "float32"}
-    values_N = torch.cat(values).reshape(len(pixels_N), -1).mean(dim=1)
+    values_N = _of_samples(values, len(pixels_N)).mean(dim=1)
     return paired_measurement(evidence, "torchmetrics ssim", "torchmetrics", values_N, settings)
 
 
@@ -61,10 +64,10 @@ def sqnr(evidence: Evidence) -> Measurement:
     if latents_N is None or float_NChw is None:
         raise MetricSkipped("no latents were kept with the samples")
     _same_shape(latents_N, float_NChw)
-    if not (latents_N.isfinite().all() and float_NChw.isfinite().all()):
-        raise MetricSkipped("some latents are not finite; the sampler diverged")
-    signals, noises = [], []
-    for ours, theirs in pairs_on(float64_device(evidence.device), latents_N, float_NChw):
+    device, signals, noises = float64_device(evidence.device), [], []
+    at_once = together(latents_N, held=SQNR_HELD)
+    for ours, theirs in zip(latents_N.split(at_once), float_NChw.split(at_once), strict=True):
+        ours, theirs = ours.to(device), theirs.to(device)
         signals.append(theirs.double().square().flatten(1).sum(dim=1).cpu())
         noises.append((ours.double() - theirs.double()).square().flatten(1).sum(dim=1).cpu())
     signal_N, noise_N = torch.cat(signals), torch.cat(noises)
@@ -103,7 +106,7 @@ def _ssim_window(side: int) -> tuple[float, int]:
     return half / 3.5, 2 * half + 1
 
 
-def pixel_pairs(evidence: Evidence) -> tuple[Tensor, Tensor]:
+def pixel_pairs(evidence: Evidence) -> tuple[Rows, Rows]:
     """Generated and float pixels, row by row: images (N, H, W, 3) or videos (N, F, H, W, 3)."""
     need_samples(evidence, 1)
     pixels_N, float_N = evidence.generated.pixels, need_float_model(evidence).pixels
@@ -111,14 +114,20 @@ def pixel_pairs(evidence: Evidence) -> tuple[Tensor, Tensor]:
     return pixels_N, float_N
 
 
-def pairs_on(device: torch.device, ours_N: Tensor, theirs_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows of both at a time, on the device."""
-    at_once = together(ours_N)
-    for ours, theirs in zip(ours_N.split(at_once), theirs_N.split(at_once), strict=True):
+def frame_pairs(
+    device: torch.device, ours_N: Rows, theirs_N: Rows, held: int, most: int = BATCH
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some images, or frames of videos, of both at a time, (B, H, W, 3) on the device."""
+    for ours, theirs in zip(frames(ours_N, held, most), frames(theirs_N, held, most), strict=True):
         yield ours.to(device), theirs.to(device)
 
 
-def _same_shape(samples: Tensor, float_samples: Tensor) -> None:
+def _of_samples(of_frames: list[Tensor], n: int) -> Tensor:
+    """One value per image or frame → (N, F), F = 1 for images."""
+    return torch.cat(of_frames).reshape(n, -1)
+
+
+def _same_shape(samples: Rows, float_samples: Rows) -> None:
     if samples.shape != float_samples.shape:
         raise ValueError(
             f"fidelity: generated {tuple(samples.shape)} and float model {tuple(float_samples.shape)} must pair row by "

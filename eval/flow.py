@@ -10,6 +10,7 @@ Two estimators, the first that is here is used and the passport names it; their 
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate, pad
 
+from ditbench.eval import batches
 from ditbench.eval.base import MetricSkipped
 from ditbench.eval.features import full_precision
 from ditbench.eval.weights import stored_sha256, weights_folder
@@ -30,7 +32,7 @@ RAFT_FILE = "raft_large_C_T_V1-22a6c225.pth"
 RAFT_URL = f"https://download.pytorch.org/models/{RAFT_FILE}"
 RAFT_UPDATES = 20  # VBench's
 RAFT_SIDE = 128  # torchvision's RAFT takes no smaller frames
-RAFT_PAIRS = 4  # pairs at once: correlations of 720p frames take gigabytes
+RAFT_PAIRS = 4  # pairs at once, if their correlations fit: those of one pair of 720p frames take 1.1 GB
 
 WORK_SIDE = 64  # block matching works on frames of this short side: fine enough for small videos, fast for large
 REACH = 8  # largest displacement searched, in working pixels: an eighth of the short side
@@ -72,8 +74,8 @@ def raft(weights: Path, device: torch.device) -> Flow:
         height, width = before_PHWC.shape[1:3]
         scale = max(1.0, RAFT_SIDE / min(height, width))
         size = tuple(max(RAFT_SIDE, round(side * scale)) for side in (height, width))
-        flows = []
-        for pair in zip(before_PHWC.split(RAFT_PAIRS), after_PHWC.split(RAFT_PAIRS), strict=True):
+        flows, at_once = [], max(1, min(RAFT_PAIRS, batches.BYTES // correlation_bytes(*size)))
+        for pair in zip(before_PHWC.split(at_once), after_PHWC.split(at_once), strict=True):
             before, after = (_padded_to_8(_resized(_channels_first(x) / 127.5 - 1.0, size)) for x in pair)
             with full_precision():
                 flow_P2HW = network(before, after, num_flow_updates=RAFT_UPDATES)[-1][..., : size[0], : size[1]]
@@ -82,6 +84,12 @@ def raft(weights: Path, device: torch.device) -> Flow:
 
     origin = {"flow": f"torchvision raft_large, {weights.name}", "flow_updates": RAFT_UPDATES}
     return Flow("torchvision", estimate, origin | {"weights_sha256": stored_sha256(weights)}, device)
+
+
+def correlation_bytes(height: int, width: int) -> int:
+    """Of one pair in RAFT: every eighth pixel with every eighth, float32, and three levels above of a quarter each."""
+    places = math.ceil(height / 8) * math.ceil(width / 8)
+    return 4 * places**2 * 4 // 3
 
 
 @cache

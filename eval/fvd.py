@@ -20,13 +20,16 @@ from torch import Tensor
 
 from ditbench.eval import distribution
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.batches import batches, remembered
 from ditbench.eval.data import find_data
-from ditbench.eval.features import Pair, device_of, full_precision, need_float_model, remembered
+from ditbench.eval.features import Pair, device_of, full_precision, need_float_model
 from ditbench.eval.passport import FLOAT_MODEL, need_samples
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.samples.samples import Rows
 
 I3D = "i3d-kinetics400"  # in eval/data.yaml
 BATCH = 4
+HELD = 16  # bytes per value of a video, as it is made float32 and smaller
 LEAST_FRAMES = 10  # fewer do not last through I3D's pooling over time
 
 
@@ -45,12 +48,12 @@ def fvd_to_float(evidence: Evidence) -> Measurement:
     )
 
 
-def i3d_features(videos_NFHWC: Tensor, network: torch.jit.ScriptModule) -> Tensor:
+def i3d_features(videos_NFHWC: Rows, network: torch.jit.ScriptModule) -> Tensor:
     """(N, 400), float32 on the CPU."""
 
     def all_batches() -> Tensor:
         with full_precision():
-            return torch.cat([_seen(batch, network) for batch in videos_NFHWC.split(BATCH)])
+            return torch.cat([_seen(batch, network) for batch in batches(videos_NFHWC, HELD, BATCH)])
 
     return remembered(videos_NFHWC, network, "i3d", all_batches)
 

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ditbench.eval import shapes
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, PerSample, metric
-from ditbench.eval.features import remembered
+from ditbench.eval.batches import one_by_one, remembered
 from ditbench.eval.passport import passport
 from ditbench.eval.statistics import WILSON, WILSON_OF_GROUPS, mean_of_shares_with_ci
 from ditbench.harness.models.zoo.shapes import KINDS
+from ditbench.harness.samples.samples import Rows
 
 POSITION_MARGIN = 0.1
 LEAST_SHARE = 0.5  # of the offset's length along the relation's axis
@@ -78,7 +78,7 @@ def relations(one: Found, other: Found) -> set[str]:
     return {name for name, holds in checks.items() if holds}
 
 
-def need_objects(evidence: Evidence) -> tuple[Tensor, list[dict[str, Any]]]:
+def need_objects(evidence: Evidence) -> tuple[Rows, list[dict[str, Any]]]:
     """The pictures, and what each one's prompt says is to be seen."""
     images_NHWC, prompts = evidence.generated.images_NHWC, evidence.generated.prompts
     if not prompts or not all({"tag", "include"} <= set(prompt.about) for prompt in prompts):
@@ -91,7 +91,8 @@ def judged(evidence: Evidence, read: Reader) -> dict[str, np.ndarray]:
     images_NHWC, abouts = need_objects(evidence)
 
     def all_pictures() -> list[bool]:
-        return [follows(read(image, about), about) for image, about in zip(images_NHWC.numpy(), abouts, strict=True)]
+        pictures = zip(one_by_one(images_NHWC), abouts, strict=True)
+        return [follows(read(image.numpy(), about), about) for image, about in pictures]
 
     results = np.array(remembered(images_NHWC, read, "geneval", all_pictures))
     tags = np.array([about["tag"] for about in abouts])

@@ -99,6 +99,8 @@ def instances(network: Any, image_HWC: np.ndarray) -> list[Instance]:
     pixels_13HW, (height, width) = prepare(image_HWC, device_of(network))
     with full_precision():
         output = network(pixel_values=pixels_13HW)
+    if not bool(output.class_queries_logits.isfinite().all()):
+        raise ValueError("NaN or infinity in what the detector makes of a picture")
     scores_QK = output.class_queries_logits[0].float().softmax(-1)[:, :-1]  # the last is "nothing"
     scores_M, pairs_M = scores_QK.flatten().topk(min(MOST_PER_IMAGE, scores_QK.numel()))
     pairs_M = pairs_M[scores_M > CERTAIN]  # a mask can only make it less certain

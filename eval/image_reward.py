@@ -15,12 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.batches import one_by_one
 from ditbench.eval.clip import need_prompts
 from ditbench.eval.features import full_precision
 from ditbench.eval.needs import package
 from ditbench.eval.passport import need_samples
 from ditbench.eval.per_sample import mean_or_share
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.samples.samples import Rows
 
 PACKAGE = "ImageReward"
 HUB = "THUDM/ImageReward"
@@ -59,9 +61,9 @@ def image_reward(evidence: Evidence) -> Measurement:
     )  # fmt: skip
 
 
-def rewards(scorer: Scorer, images_NHWC: Tensor, texts: tuple[str, ...]) -> Tensor:
+def rewards(scorer: Scorer, images_NHWC: Rows, texts: tuple[str, ...]) -> Tensor:
     """One score per image and its prompt, float64."""
-    images = (Image.fromarray(image.cpu().numpy()) for image in images_NHWC)
+    images = (Image.fromarray(image.cpu().numpy()) for image in one_by_one(images_NHWC))
     with torch.no_grad(), full_precision():
         scores = [float(scorer(text, image)) for text, image in zip(texts, images, strict=True)]
     return torch.tensor(scores, dtype=torch.float64)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.eval.base import Evidence, MetricSkipped, Need
+from ditbench.eval.batches import remembered
 from ditbench.eval.distribution import View, register
 from ditbench.eval.features import (
     Pair,
@@ -30,12 +31,12 @@ from ditbench.eval.features import (
     full_precision,
     need_reference,
     pair_of,
-    remembered,
     seeded,
 )
 from ditbench.eval.needs import weights as weights_here
 from ditbench.eval.passport import need_samples
 from ditbench.eval.weights import Upstream, find_weights
+from ditbench.harness.samples.samples import Rows
 
 BATCH = 32
 LAYERS = ["2048", "logits_unbiased"]  # pooled features, and class scores without bias as IS wants them
@@ -138,7 +139,7 @@ def inception_view(
     return View(pair, logits, origin, needs=(here,))
 
 
-def _output(images_NHWC: Tensor, network: nn.Module, index: int) -> Tensor:
+def _output(images_NHWC: Rows, network: nn.Module, index: int) -> Tensor:
     """Output number `index` (features 0, logits 1); one pass over the images computes all of them."""
 
     def all_outputs() -> tuple[Tensor, ...]:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, Need, metric
 from ditbench.eval.features import full_precision, seeded
-from ditbench.eval.fidelity import paired_measurement, pixel_pairs, unit_range
+from ditbench.eval.fidelity import frame_pairs, paired_measurement, pixel_pairs, unit_range
 from ditbench.eval.needs import weights as weights_here
 from ditbench.eval.weights import Upstream, local_weights, weights_folder
+from ditbench.harness.samples.samples import Rows
 
 Backbone = Literal["alex", "vgg"]
 
@@ -30,6 +31,8 @@ SMALLEST: dict[Backbone, int] = {
     "alex": 31,
     "vgg": 16,
 }  # pixels a side: below, the backbone's last pooling has nothing left to pool
+
+HELD: dict[Backbone, int] = {"alex": 95, "vgg": 860}  # bytes per value of an image while it is compared, measured
 
 Network = Callable[[Tensor, Tensor], Tensor]  # two batches (B, 3, H, W) in [−1, 1] → B distances, of any shape
 
@@ -63,18 +66,18 @@ def lpips(evidence: Evidence, backbone: Backbone) -> Measurement:
     if side < smallest:
         raise MetricSkipped(f"LPIPS with {backbone} needs images of {smallest} pixels or more a side, got {side}")
     path, sha256 = _weights(backbone)
-    values_N = distances(load_network(backbone, path, sha256, evidence.device), pixels_N, float_N, evidence.device)
+    network = load_network(backbone, path, sha256, evidence.device)
+    values_N = distances(network, pixels_N, float_N, evidence.device, HELD[backbone])
     settings = {"weights_sha256": sha256, "dtype": "float32", "backbone": f"{backbone} {path.name}", "heads": "v0.1"}
     return paired_measurement(evidence, f"torchmetrics lpips {backbone}", "torchmetrics", values_N, settings)
 
 
-def distances(network: Network, pixels_N: Tensor, float_N: Tensor, device: torch.device) -> Tensor:
+def distances(network: Network, pixels_N: Rows, float_N: Rows, device: torch.device, held: int = HELD["vgg"]) -> Tensor:
     """One distance per row of uint8 images (N, H, W, 3), or the mean over frames of videos (N, F, H, W, 3)."""
-    images_NHWC, float_NHWC = (pixels.reshape(-1, *pixels.shape[-3:]) for pixels in (pixels_N, float_N))
     values = []
     with torch.no_grad(), full_precision():
-        for batch, float_batch in zip(images_NHWC.split(BATCH), float_NHWC.split(BATCH), strict=True):
-            ours, theirs = (2 * unit_range(images.to(device)) - 1 for images in (batch, float_batch))
+        for batch, float_batch in frame_pairs(device, pixels_N, float_N, held, BATCH):
+            ours, theirs = 2 * unit_range(batch) - 1, 2 * unit_range(float_batch) - 1
             values.append(network(ours, theirs).flatten().cpu())
     return torch.cat(values).reshape(len(pixels_N), -1).mean(dim=1)
 

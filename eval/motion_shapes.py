@@ -13,6 +13,7 @@ import numpy as np
 
 from ditbench.eval import shapes
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.batches import one_by_one
 from ditbench.eval.per_sample import mean_or_share
 from ditbench.harness.models.zoo.shapes import DIRECTIONS, SPEEDS
 
@@ -69,10 +70,11 @@ def has_the_scene(video_FHWC: np.ndarray, about: dict) -> bool:
 
 
 def _measure(evidence: Evidence, check: Callable[[np.ndarray, dict], bool]) -> Measurement:
-    videos, prompts = evidence.generated.videos_NFHWC.numpy(), evidence.generated.prompts
+    videos_NFHWC, prompts = evidence.generated.videos_NFHWC, evidence.generated.prompts
     if not prompts or not all("direction" in prompt.about for prompt in prompts):
         raise MetricSkipped("needs prompts of the shapes world's videos; set protocol.prompts=shapes-video")
-    holds_N = np.array([check(video, prompt.about) for video, prompt in zip(videos, prompts, strict=True)], bool)
+    pairs = zip(one_by_one(videos_NFHWC), prompts, strict=True)
+    holds_N = np.array([check(video.numpy(), prompt.about) for video, prompt in pairs], bool)
     return mean_or_share(evidence, holds_N, "ditbench motion, exact reader", "ditbench", dtype="uint8")
 
 

@@ -1,29 +1,34 @@
-"""Reference sets: the real images that a generated set is compared with."""
+"""Reference sets: the real images that a generated set is compared with, read when they are looked at."""
 
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ditbench.eval.base import Reference
+from ditbench.eval.batches import batches, remembered
 from ditbench.eval.data import REFERENCE, names_of, need_file
+from ditbench.eval.reference_files import folder_rows, npz_rows
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import atomic_path
+from ditbench.harness.samples.samples import Rows
 
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 DIGITS = "digits-1797"
 
 
 def load_reference(name_or_path: str | Path | None) -> Reference | None:
-    """A known or fetched set by its name, an ADM-style .npz (`arr_0`: uint8 (N, H, W, 3)) or a folder of images; None for none."""
+    """A known or fetched set by its name, an ADM-style .npz (`arr_0`: uint8 (N, H, W, 3)) or a folder of images; None for none.
+
+    Every image is looked at once, for the set's hash, and read again by who needs it; an .npz stays where it is until then.
+
+    Raises:
+        UserError: there is none, or an image or the array cannot be used.
+    """
     if name_or_path is None or str(name_or_path) in ("", "none"):
         return None
     if str(name_or_path) == DIGITS:
@@ -32,9 +37,9 @@ def load_reference(name_or_path: str | Path | None) -> Reference | None:
     if str(path) in names_of(REFERENCE):
         path = need_file(str(path))
     if path.is_dir():
-        return _reference(path.name, _read_folder(path))
+        return _reference(path.name, folder_rows(path))
     if path.is_file():
-        return _reference(path.name, _read_npz(path))
+        return _reference(path.name, npz_rows(path))
     if len(path.parts) == 1 and not path.suffix:
         raise unknown_name("reference", str(name_or_path), (DIGITS, *names_of(REFERENCE)))
     raise UserError(f"{path}: no such file or folder; expected {DIGITS}, an .npz file or a folder of images")
@@ -50,12 +55,20 @@ def _digits() -> Reference:
     return _reference(DIGITS, images_NHW[..., None].repeat(1, 1, 1, 3))
 
 
-def _reference(name: str, images_NHWC: Tensor) -> Reference:
+def _reference(name: str, images_NHWC: Rows) -> Reference:
     return Reference(name, images_NHWC, images_sha256(images_NHWC))
 
 
-def images_sha256(images_NHWC: Tensor) -> str:
-    return hashlib.sha256(images_NHWC.cpu().contiguous().numpy().data).hexdigest()
+def images_sha256(images_NHWC: Rows) -> str:
+    """Of all their bytes in order; computed once."""
+
+    def of_all() -> str:
+        digest = hashlib.sha256()
+        for batch in batches(images_NHWC, held=2):
+            digest.update(batch.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    return remembered(images_NHWC, images_sha256, "sha256", of_all)
 
 
 def write_reference(images_NHWC: Tensor, path: Path) -> None:
@@ -66,42 +79,3 @@ def write_reference(images_NHWC: Tensor, path: Path) -> None:
         )
     with atomic_path(path) as part, part.open("wb") as file:
         np.savez(file, arr_0=images_NHWC.cpu().numpy())
-
-
-def _read_npz(path: Path) -> Tensor:
-    expected = "expected an ADM-style .npz with arr_0 of uint8 (N, H, W, 3)"
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if "arr_0" not in getattr(arrays, "files", ()):
-                raise UserError(f"{path}: {expected}, came the arrays {list(getattr(arrays, 'files', []))}")
-            images = arrays["arr_0"]
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{path}: {expected}, came {type(error).__name__}: {error}; fetch the file again or give another"
-        ) from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
-        raise UserError(f"{path}: {expected}, came {images.dtype} {images.shape}; convert it to uint8 RGB, 0–255")
-    return torch.from_numpy(images)
-
-
-def _read_folder(path: Path) -> Tensor:
-    """All images below path in the order of their relative names, as RGB; they must be of one size."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
-    if not files:
-        raise UserError(f"{path}: expected images ({', '.join(sorted(IMAGE_ENDINGS))}), came none; give another folder")
-    images = [_read_image(file) for file in files]
-    for file, image in zip(files, images, strict=True):
-        if image.shape != images[0].shape:
-            raise UserError(
-                f"{file}: expected {images[0].shape[:2]} like {files[0].name}, came {image.shape[:2]}; "
-                "resize the images beforehand: how that is done moves FID, so it is not done here"
-            )
-    return torch.from_numpy(np.stack(images))
-
-
-def _read_image(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            return np.array(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise UserError(f"{file}: expected an image, came {type(error).__name__}: {error}; replace it") from error

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from ditbench.eval import distribution
 from ditbench.eval.base import Evidence, Measurement, metric
-from ditbench.eval.features import channels_first, device_of, full_precision, need_reference, pair_of, remembered
+from ditbench.eval.batches import remembered
+from ditbench.eval.features import channels_first, device_of, full_precision, need_reference, pair_of
 from ditbench.eval.inception import BATCH, port_here, torch_fidelity_network, torch_fidelity_upstream
 from ditbench.eval.passport import need_samples
 from ditbench.eval.weights import find_weights
+from ditbench.harness.samples.samples import Rows
 
 CHANNELS = 7
 
@@ -33,7 +35,7 @@ def sfid(evidence: Evidence) -> Measurement:
     return replace(measured, passport=measured.passport | {"implementation": "ditbench sfid after ADM's evaluator"})
 
 
-def spatial_features(images_NHWC: Tensor, network: nn.Module) -> Tensor:
+def spatial_features(images_NHWC: Rows, network: nn.Module) -> Tensor:
     """(N, 17 · 17 · 7), row by row of the feature map; network: eval.inception.torch_fidelity_network's."""
     seen: list[Tensor] = []
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, linear
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
+from ditbench.eval.batches import neighbours, one_by_one
 from ditbench.eval.features import channels_first, full_precision
 from ditbench.eval.needs import package
 from ditbench.eval.per_sample import mean_or_share
@@ -29,13 +30,15 @@ from ditbench.eval.video_judges import (
 from ditbench.eval.weights import stored_sha256, weights_folder
 
 AESTHETIC_FILE = "sa_0_4_vit_l_14_linear.pth"
+FLICKER_HELD = 16  # bytes per value of a frame
 MUSIQ_SIDE = 512  # VBench's mode "longer": frames whose longer side is larger are made smaller
 
 
 @metric("vbench_style/temporal_flickering", better="higher")
 def temporal_flickering(evidence: Evidence) -> Measurement:
     """(255 − mean |difference of neighbouring frames|) / 255."""
-    values_N = torch.stack([flickering(video.to(evidence.device)).cpu() for video in evidence.generated.videos_NFHWC])
+    videos = one_by_one(evidence.generated.videos_NFHWC)
+    values_N = torch.stack([flickering(video.to(evidence.device)).cpu() for video in videos])
     origin = {"dtype": "float32", "static_filter": "not applied; VBench first drops videos that move, by RAFT"}
     return of_dimension("temporal_flickering", evidence, values_N, "ditbench", origin)
 
@@ -89,10 +92,7 @@ def imaging_quality(evidence: Evidence) -> Measurement:
         help_text = "run it once where there is a network"
         raise MetricSkipped(f"pyiqa could not get MUSIQ's weights ({error}); {help_text}") from error
     with torch.no_grad(), full_precision():
-        scores = [
-            musiq(musiq_frames(batch.to(evidence.device)))
-            for batch in channels_first(videos_NFHWC.flatten(0, 1), BATCH)
-        ]
+        scores = [musiq(musiq_frames(batch.to(evidence.device))) for batch in channels_first(videos_NFHWC, BATCH)]
     values_N = torch.cat(scores).flatten().float().cpu().unflatten(0, videos_NFHWC.shape[:2]).mean(dim=1) / 100.0
     resize = f"bilinear, longer side to at most {MUSIQ_SIDE}"
     origin = {"features": "pyiqa musiq-spaq", "dtype": "float32", "resize": resize, "antialias": False}
@@ -100,7 +100,11 @@ def imaging_quality(evidence: Evidence) -> Measurement:
 
 
 def flickering(video_FHWC: Tensor) -> Tensor:
-    return (255.0 - video_FHWC.float().diff(dim=0).abs().mean()) / 255.0
+    steps = [
+        (after.float() - before.float()).abs().flatten(1).mean(dim=1)
+        for before, after in neighbours(video_FHWC, FLICKER_HELD)
+    ]
+    return (255.0 - torch.cat(steps).mean()) / 255.0
 
 
 def consistency(features_FW: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from ditbench.eval.base import MetricSkipped, Need
-from ditbench.eval.features import channels_first, device_of, full_precision, remembered
+from ditbench.eval.batches import remembered
+from ditbench.eval.features import channels_first, device_of, full_precision
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.samples.samples import Rows
 
 DINO = "facebook/dino-vitb16"
 CLIP = "openai/clip-vit-base-patch32"
@@ -72,14 +74,14 @@ class ClipJudge(nn.Module):
         return normalize(self.network.text_projection(pooled), dim=-1).cpu()
 
 
-def frame_features(videos_NFHWC: Tensor, judge: nn.Module, antialias: bool) -> Tensor:
+def frame_features(videos_NFHWC: Rows, judge: nn.Module, antialias: bool) -> Tensor:
     """(N, F, width), of unit length, float32 on the CPU."""
 
     def all_frames() -> Tensor:
         with full_precision():
             batches = [
                 normalize(judge(batch.to(device_of(judge)), antialias).float(), dim=-1).cpu()
-                for batch in channels_first(videos_NFHWC.flatten(0, 1), BATCH)
+                for batch in channels_first(videos_NFHWC, BATCH)
             ]
         return torch.cat(batches).unflatten(0, videos_NFHWC.shape[:2])
 

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
-from ditbench.eval.features import remembered
+from ditbench.eval.batches import neighbours, one_by_one, remembered, together
 from ditbench.eval.flow import Flow, find_flow, warp
 from ditbench.eval.per_sample import mean_or_share
 from ditbench.eval.vbench_style import of_dimension
+from ditbench.harness.samples.samples import Rows
 
 VBENCH_FPS = 8.0  # the rate VBench looks at motion
 FASTEST_SHARE = 0.05  # of a frame's pixels
+HELD = 32  # bytes per value of a frame, while two are warped onto each other; measured
 
 
 @metric("vbench_style/dynamic_degree", better="higher")
@@ -43,7 +45,7 @@ def motion_smoothness(evidence: Evidence) -> Measurement:
     if videos_NFHWC.shape[1] < 3:
         raise MetricSkipped("needs videos of 3 frames or more, to leave one out and interpolate it")
     flow = find_flow(evidence.device)
-    videos = (video.to(evidence.device) for video in videos_NFHWC)
+    videos = (video.to(evidence.device) for video in one_by_one(videos_NFHWC))
     values = [smoothness(video[1::2], interpolated(video[::2], flow)).cpu() for video in videos]
     interpolator = "both neighbours warped by optical flow and averaged (Jiang et al. 2018, eq. 4); VBench: AMT-S"
     origin = _origin(flow, interpolator=interpolator)
@@ -56,12 +58,12 @@ def warping_error(evidence: Evidence) -> Measurement:
     videos_NFHWC = evidence.generated.videos_NFHWC
     flow = find_flow(evidence.device)
     errors = []
-    for video_FHWC in (video.to(evidence.device) for video in videos_NFHWC):
-        before, after = video_FHWC[:-1], video_FHWC[1:]
-        forward, backward = flow.estimate(before, after), flow.estimate(after, before)
-        errors.append(
-            masked_error(_unit(before), warp(_unit(after), forward), occluded(forward, backward)).mean().cpu()
-        )
+    for video_FHWC in one_by_one(videos_NFHWC):
+        of_pairs = []
+        for before, after in neighbours(video_FHWC.to(evidence.device), HELD):
+            forward, backward = flow.estimate(before, after), flow.estimate(after, before)
+            of_pairs.append(masked_error(_unit(before), warp(_unit(after), forward), occluded(forward, backward)))
+        errors.append(torch.cat(of_pairs).mean().cpu())
     origin = _origin(
         flow, pixels="0 to 1, mean over channels", occlusion="Ruder et al. 2016", flow_of="the video itself"
     )
@@ -103,16 +105,20 @@ def interpolated(frames_FHWC: Tensor, flow: Flow) -> Tensor:
     Jiang et al. 2018 (arXiv:1712.00080), eq. 4 at t = 1/2: from the middle, the frame before lies at
     (F₁₀ − F₀₁) / 4 and the frame after at minus that. Both are warped and averaged.
     """
-    before, after = frames_FHWC[:-1], frames_FHWC[1:]
-    to_before = (flow.estimate(after, before) - flow.estimate(before, after)) / 4
-    middle_P3HW = (warp(_unit(before), to_before) + warp(_unit(after), -to_before)) / 2
-    return (255.0 * middle_P3HW).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    middles = []
+    for before, after in neighbours(frames_FHWC, HELD):
+        to_before = (flow.estimate(after, before) - flow.estimate(before, after)) / 4
+        middle_P3HW = (warp(_unit(before), to_before) + warp(_unit(after), -to_before)) / 2
+        middles.append((255.0 * middle_P3HW).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+    return torch.cat(middles)
 
 
 def smoothness(left_out_FHWC: Tensor, middle_PHWC: Tensor) -> Tensor:
     """The last frame of a video of even length has no later neighbour and is not compared."""
-    difference = left_out_FHWC[: len(middle_PHWC)].float() - middle_PHWC.float()
-    return (255.0 - difference.abs().mean()) / 255.0
+    at_once = together(middle_PHWC, HELD)
+    pairs = zip(left_out_FHWC[: len(middle_PHWC)].split(at_once), middle_PHWC.split(at_once), strict=True)
+    differences = [(ours.float() - middle.float()).abs().flatten(1).mean(dim=1) for ours, middle in pairs]
+    return (255.0 - torch.cat(differences).mean()) / 255.0
 
 
 def occluded(forward_P2HW: Tensor, backward_P2HW: Tensor) -> Tensor:
@@ -144,13 +150,16 @@ def masked_error(frames_P3HW: Tensor, warped_P3HW: Tensor, occluded_PHW: Tensor)
     return (error_PHW * visible_PHW).sum(dim=(1, 2)) / visible_PHW.sum(dim=(1, 2))
 
 
-def _speeds(videos_NFHWC: Tensor, flow: Flow, step: int) -> Tensor:
+def _speeds(videos_NFHWC: Rows, flow: Flow, step: int) -> Tensor:
     """Mean and fastest speed of every pair of frames that are `step` apart, pixels, (N, P, 2)."""
 
+    def of_pairs(before_PHWC: Tensor, after_PHWC: Tensor) -> Tensor:
+        speed_PHW = flow.estimate(before_PHWC, after_PHWC).norm(dim=1)
+        return torch.stack([speed_PHW.mean(dim=(1, 2)), fastest(speed_PHW)], dim=-1).cpu()
+
     def all_videos() -> Tensor:
-        videos = (video.to(flow.device) for video in videos_NFHWC)
-        speeds = (flow.estimate(video[:-step:step], video[step::step]).norm(dim=1) for video in videos)
-        return torch.stack([torch.stack([speed.mean(dim=(1, 2)), fastest(speed)], dim=-1).cpu() for speed in speeds])
+        videos = (video[::step].to(flow.device) for video in one_by_one(videos_NFHWC))
+        return torch.stack([torch.cat([of_pairs(*pair) for pair in neighbours(video, HELD)]) for video in videos])
 
     return remembered(videos_NFHWC, flow, f"speeds, step={step}", all_videos)
 

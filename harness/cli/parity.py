@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ditbench.eval.batches import together
+from ditbench.eval.fidelity import PSNR_HELD
 from ditbench.harness.backends.base import known_backends
 from ditbench.harness.backends.matrix import example_recipe
 from ditbench.harness.build.build import build
@@ -103,8 +105,10 @@ def rows_of(config: RunConfig) -> list[Row]:
 
 def worst_psnr_db(pixels: Rows, expected: Rows) -> float:
     """The least PSNR of uint8 samples (N, …) against others; infinite where all are the same."""
-    error_N = (pixels[:].double() - expected[:].double()).square().flatten(1).mean(1)
-    return float(-10 * torch.log10(error_N.max() / 255**2))
+    at_once = together(pixels, PSNR_HELD)
+    pairs = zip(pixels.split(at_once), expected.split(at_once), strict=True)
+    errors = [(ours.double() - theirs.double()).square().flatten(1).mean(1) for ours, theirs in pairs]
+    return float(-10 * torch.log10(torch.cat(errors).max() / 255**2))
 
 
 def command(arguments: list[str]) -> int:

@@ -179,18 +179,20 @@ def save_grid(samples: Samples, path: Path, columns: int = 10, rows: int = 4, ce
     pixels = samples.pixels
     if samples.is_video:
         frames = torch.linspace(0, pixels.shape[1] - 1, min(columns, pixels.shape[1])).round().long()
-        pixels, columns = pixels[:rows, frames].flatten(0, 1), len(frames)
+        shown, columns = torch.cat([pixels[row][frames] for row in range(min(rows, len(pixels)))]), len(frames)
+    else:
+        shown = pixels[: columns * rows]
     with atomic_path(path) as part:
-        Image.fromarray(_tiled(pixels[: columns * rows].numpy(), columns, cell)).save(part, format="PNG")
+        Image.fromarray(_tiled(shown.numpy(), columns, cell)).save(part, format="PNG")
 
 
 def save_animation(samples: Samples, path: Path, columns: int = 6, rows: int = 2, cell: int = 96) -> None:
     """A GIF of the first columns × rows videos side by side, in a loop at their own speed."""
     frames = samples.videos_NFHWC[: columns * rows].numpy().swapaxes(0, 1)
-    tiles = [Image.fromarray(_tiled(frame, columns, cell)) for frame in frames]
+    tiles = (Image.fromarray(_tiled(frame, columns, cell)) for frame in frames)  # as they are written
     with atomic_path(path) as part:
-        tiles[0].save(
-            part, format="GIF", save_all=True, append_images=tiles[1:], duration=round(1000 / samples.fps), loop=0
+        next(tiles).save(
+            part, format="GIF", save_all=True, append_images=tiles, duration=round(1000 / samples.fps), loop=0
         )
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ditbench.eval.batches import one_by_one
 from ditbench.eval.passport import passport
 from ditbench.eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Interval, mean_with_ci, share_with_ci
 from ditbench.eval.weights import data_folder, offline, weights_folder
@@ -141,16 +142,16 @@ def export_videos(samples: Samples, folder: Path) -> list[Path]:
         raise UserError("vbench takes videos by their prompts; these were made without")
     folder.mkdir(parents=True)
     paths, index_of = [], Counter[str]()
-    for frames_FHWC, prompt in zip(samples.videos_NFHWC.numpy(), samples.prompts, strict=True):
+    for video_FHWC, prompt in zip(one_by_one(samples.videos_NFHWC), samples.prompts, strict=True):
         name = f"{prompt.text}-{index_of[prompt.text]}.mp4"
         index_of[prompt.text] += 1
         if "/" in name or len(name.encode()) > 255:
             raise UserError(f"vbench takes the prompt as the file's name, and {prompt.text[:60]!r} cannot be one")
         with av.open(folder / name, "w") as container:
             stream = container.add_stream("libx264rgb", rate=Fraction(samples.fps).limit_denominator(1000))
-            stream.height, stream.width = frames_FHWC.shape[1:3]
+            stream.height, stream.width = video_FHWC.shape[1:3]
             stream.pix_fmt, stream.options = "rgb24", {"qp": "0"}
-            for frame_HWC in frames_FHWC:
+            for frame_HWC in video_FHWC.numpy():
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
             container.mux(stream.encode())
         paths.append(folder / name)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditbench.eval import collapse
+from ditbench.eval import batches, collapse
 from ditbench.eval.base import Evidence, evaluate
 from ditbench.eval.collapse import alarmed, alarms
 from ditbench.harness.samples.samples import Samples
@@ -105,7 +105,7 @@ def test_grain_that_the_float_model_has_to_a_lesser_degree_is_no_alarm():
         return Samples((scenes().float() * (1 - strength) + strength * (128 + noise)).clamp(1, 254).to(torch.uint8))
 
     more, less = grainy(0.75), grainy(0.55)
-    over, under = collapse.noisiness(more), collapse.noisiness(less)
+    over, under = (collapse.numbers(samples)["noise"] for samples in (more, less))
     assert (over > 0.75).all() and (under > 0.5).all() and (under < 0.75).all()
     assert alarms(more)["noise"]["share"] == 1.0
     assert alarms(more, less)["noise"]["share"] == 0.0
@@ -124,24 +124,24 @@ def test_rounding_noise_on_a_blank_frame_is_blank_and_not_noise():
 
 def test_white_noise_has_ratio_one_and_latent_noise_shows_at_a_coarser_scale():
     white = Samples(broken("noise"))
-    torch.testing.assert_close(collapse.noisiness(white), torch.ones(N), atol=0.12, rtol=0)
+    torch.testing.assert_close(collapse.numbers(white)["noise"], torch.ones(N), atol=0.12, rtol=0)
     random = torch.Generator().manual_seed(2)
     latent = torch.rand(N, 3, 32, 32, generator=random) * 200 + 25
     pixels = latent.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3).permute(0, 2, 3, 1).to(torch.uint8)
-    assert (collapse.noisiness(Samples(pixels)) > collapse.NOISE_RATIO).all()
+    assert (collapse.numbers(Samples(pixels))["noise"] > collapse.NOISE_RATIO).all()
     assert (collapse._neighbour_ratio(pixels.permute(0, 3, 1, 2).float()) < 0.2).all()
 
 
 def test_the_numbers_that_are_compared_are_those_one_counts_by_hand():
     ramp = torch.arange(4, dtype=torch.uint8).view(1, 1, 4, 1) * 80  # columns 0, 80, 160, 240
-    video = Samples(ramp.expand(3, 4, 4, 3).unsqueeze(0).contiguous())
+    video = ramp.expand(3, 4, 4, 3).contiguous()
     assert collapse.spread(video).item() == pytest.approx((80**2 * (1.5**2 + 0.5**2) / 2) ** 0.5)
     assert collapse.saturation(video).item() == 0.25
     assert collapse.change(video).item() == 0.0
     # Differences along rows 80 and along columns 0: (80² + 0) / 2, over twice the variance 8000.
     assert collapse.noisiness(video).item() == pytest.approx(3200 / 16000)
-    steps = torch.tensor([10, 10, 40], dtype=torch.uint8).view(1, 3, 1, 1, 1).expand(1, 3, 4, 4, 3)
-    assert collapse.change(Samples(steps)).item() == 15.0
+    steps = torch.tensor([10, 10, 40], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 4, 4, 3)
+    assert collapse.change(steps).item() == 15.0
 
 
 def test_latents_that_are_not_finite_alarm_and_latents_that_were_not_kept_do_not():
@@ -156,6 +156,16 @@ def test_images_have_no_frozen_alarm_and_all_the_others():
     images = Samples(broken("blank")[:, 0], latents=torch.zeros(N, 1))
     assert set(alarms(images)) == set(collapse.ALARMS) - {"frozen"}
     assert alarmed(alarms(images)) == ["blank"]
+
+
+def test_long_videos_are_looked_at_some_frames_at_a_time_and_once(monkeypatch):
+    samples = Samples(scenes(), latents=torch.zeros(N, 1))
+    whole = collapse.numbers(samples)
+    assert collapse.numbers(samples)["noise"] is whole["noise"], "a set's numbers are found once"
+    monkeypatch.setattr(batches, "BYTES", 2 * collapse.HELD * SIDE * SIDE * 3)  # two of six frames
+    few = collapse.numbers(Samples(scenes(), latents=torch.zeros(N, 1)))
+    for name, value_N in whole.items():
+        torch.testing.assert_close(few[name], value_N)
 
 
 def test_a_run_is_alarmed_above_one_sample_in_ten():

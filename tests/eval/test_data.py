@@ -194,4 +194,4 @@ def test_a_fetched_reference_batch_is_known_by_its_name():
         load_reference("adm-imagenet256")
     images = torch.arange(96, dtype=torch.uint8).reshape(2, 4, 4, 3)
     write_reference(images, find_data("adm-imagenet256").path)
-    assert torch.equal(load_reference("adm-imagenet256").images_NHWC, images)
+    assert torch.equal(load_reference("adm-imagenet256").images_NHWC[:], images)

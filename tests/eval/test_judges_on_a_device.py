@@ -10,7 +10,7 @@ import video_cases
 from both_devices import same_there
 from operations import counted
 
-from ditbench.eval import features
+from ditbench.eval import batches, features
 from ditbench.eval.base import Evidence, FeatureModel, evaluate
 from ditbench.eval.inception import _output as features_of
 from ditbench.eval.inception import torch_fidelity_network, torch_fidelity_upstream
@@ -85,10 +85,12 @@ def test_what_a_judge_saw_on_one_device_is_not_taken_for_what_it_sees_on_another
 
 def test_large_samples_are_looked_at_few_at_a_time(monkeypatch, evidence):
     whole = evaluate(BY_PIXELS, evidence)
-    monkeypatch.setattr(features, "VALUES", 5 * 16 * 16 * 3)
-    assert features.together(evidence.generated.pixels) == 5
-    assert features.together(torch.zeros(2, 1024, 1024, 3, dtype=torch.uint8)) == 1
-    few = evaluate(BY_PIXELS, Evidence(evidence.generated, evidence.float_model, resamples=evidence.resamples))
+    monkeypatch.setattr(batches, "BYTES", 5 * 26 * 16 * 16 * 3)
+    assert batches.together(evidence.generated.pixels, held=26) == 5
+    assert batches.together(evidence.generated.pixels, held=26, most=3) == 3
+    assert batches.together(torch.zeros(2, 1024, 1024, 3, dtype=torch.uint8), held=26) == 1
+    again = [replace(samples, pixels=samples.pixels.clone()) for samples in (evidence.generated, evidence.float_model)]
+    few = evaluate(BY_PIXELS, Evidence(*again, resamples=evidence.resamples))
     assert {name: entry["value"] for name, entry in few.items()} == pytest.approx(
         {name: entry["value"] for name, entry in whole.items()}, rel=1e-6
     )

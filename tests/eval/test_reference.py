@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ditbench.eval import batches, reference_files
 from ditbench.eval.judges import load_judge
-from ditbench.eval.reference import load_reference, write_reference
+from ditbench.eval.reference import images_sha256, load_reference, write_reference
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.zoo import digits
 from ditbench.harness.models.zoo import judge as zoo_judge
@@ -36,14 +37,16 @@ def test_an_npz_and_a_folder_of_the_same_images_are_the_same_reference(tmp_path)
         Image.fromarray(image).save(tmp_path / "folder" / f"{index:03}.png")
     from_npz, from_folder = load_reference(tmp_path / "ref.npz"), load_reference(str(tmp_path / "folder"))
     assert from_npz.sha256 == from_folder.sha256
-    assert (from_npz.images_NHWC.numpy() == images).all()
+    for reference in (from_npz, from_folder):
+        assert reference.images_NHWC.shape == (3, 5, 4, 3) and reference.images_NHWC.dtype == torch.uint8
+        assert (reference.images_NHWC[:].numpy() == images).all()
 
 
 def test_a_written_batch_is_read_back_and_holds_what_adms_evaluator_opens(tmp_path):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), dtype=np.uint8))
     path = tmp_path / "deeper" / "batch.npz"
     write_reference(images, path)
-    assert torch.equal(load_reference(path).images_NHWC, images)
+    assert torch.equal(load_reference(path).images_NHWC[:], images)
     with np.load(path) as arrays:
         assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8
     assert [file.name for file in path.parent.iterdir()] == ["batch.npz"]
@@ -61,11 +64,35 @@ def test_a_misspelt_reference_is_answered_with_the_nearest_name():
         load_reference("digits-1979")
 
 
+@pytest.mark.parametrize("kind", ["folder", "stored", "compressed"])
+def test_a_references_images_are_read_as_a_tensors_rows_are_and_none_is_held(kind, tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), dtype=np.uint8)
+    path = tmp_path / "ref.npz"
+    if kind == "folder":
+        path = tmp_path / "folder"
+        path.mkdir()
+        for index, image in enumerate(images):
+            Image.fromarray(image).save(path / f"{index}.png")
+    else:
+        save = {"stored": np.savez, "compressed": np.savez_compressed}[kind]
+        save(path, first=np.arange(7), arr_0=images)  # the array does not begin where the file does
+    rows, whole = reference_files.folder_rows(path) if kind == "folder" else reference_files.npz_rows(path), images
+    assert isinstance(rows, reference_files.FileRows) and len(rows) == 5 and rows.ndim == 4
+    for wanted in (0, -1, slice(1, 4), slice(4, 4), [3, 0], torch.tensor([2, 2]), torch.tensor([1, 0, 0, 1, 0]).bool()):
+        expected = torch.from_numpy(whole)[wanted]
+        assert torch.equal(rows[wanted], expected), wanted
+    assert [len(part) for part in rows.split(2)] == [2, 2, 1]
+    assert torch.equal(torch.stack(list(rows)), torch.from_numpy(images))
+    monkeypatch.setattr(batches, "BYTES", 2 * 2 * 6 * 4 * 3)  # two images at a time
+    assert images_sha256(rows) == hashlib.sha256(images.tobytes()).hexdigest()
+
+
 def broken_references(folder):
     whole = np.zeros((20, 8, 8, 3), np.uint8)
     np.savez(folder / "float.npz", whole.astype(np.float32))
     np.savez(folder / "other_name.npz", images=whole)
     np.savez(folder / "grey.npz", whole[..., 0])
+    np.savez(folder / "fortran.npz", np.asfortranarray(whole))
     np.savez(folder / "whole.npz", np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
     (folder / "cut.npz").write_bytes((folder / "whole.npz").read_bytes()[:500])
     flipped = bytearray((folder / "whole.npz").read_bytes())
@@ -81,7 +108,7 @@ def broken_references(folder):
     (folder / "bad_image" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nrest is missing")
 
 
-BROKEN = ["float.npz", "other_name.npz", "grey.npz", "cut.npz", "flipped.npz", "text.npz", "empty.npz"]
+BROKEN = ["fortran.npz", "float.npz", "other_name.npz", "grey.npz", "cut.npz", "flipped.npz", "text.npz", "empty.npz"]
 BROKEN += ["no_images", "two_sizes", "bad_image", "not_there.npz"]
 
 

@@ -23,7 +23,7 @@ from ditbench.eval.per_sample import mean_or_share
 @metric("brightness", better="none", unit="levels")
 def brightness(evidence):
     """Mean level of an image."""
-    values_N = evidence.generated.images_NHWC.double().flatten(1).mean(dim=1)
+    values_N = evidence.generated.images_NHWC[:].double().flatten(1).mean(dim=1)
     return mean_or_share(evidence, values_N, "others brightness", "ditbench", dtype="float64")
 '''
 

@@ -1,0 +1,139 @@
+"""Images of a folder or of an .npz file as rows that are read when they are asked for; nothing holds the set."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ditbench.harness.common.errors import UserError
+
+IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MEMBER = "arr_0.npy"
+THREADS = 4  # that decode at once
+EXPECTED = "expected an ADM-style .npz with arr_0 of uint8 (N, H, W, 3)"
+
+
+class FileRows:
+    """uint8 images (N, H, W, 3) that `read` reads by their numbers."""
+
+    def __init__(self, shape: Sequence[int], read: Callable[[Sequence[int]], Tensor]) -> None:
+        self.shape, self.dtype, self._read = torch.Size(shape), torch.uint8, read
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self)))
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Batches of `size` rows, the last perhaps smaller."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def __getitem__(self, wanted: int | slice | Sequence[int] | Tensor) -> Tensor:
+        if isinstance(wanted, int):
+            return self[[wanted]][0]
+        chosen = torch.arange(len(self))[wanted].tolist()
+        return self._read(chosen) if chosen else torch.zeros((0, *self.shape[1:]), dtype=self.dtype)
+
+
+def folder_rows(path: Path) -> FileRows:
+    """All images below path in the order of their relative names, as RGB; they must be of one size.
+
+    Raises:
+        UserError: there are none. On reading: one is no image, or of another size than the first.
+    """
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
+    if not files:
+        raise UserError(f"{path}: expected images ({', '.join(sorted(IMAGE_ENDINGS))}), came none; give another folder")
+    shape = _read_image(files[0]).shape
+
+    def read_one(row: int) -> Tensor:
+        image = _read_image(files[row])
+        if image.shape != shape:
+            raise UserError(
+                f"{files[row]}: expected {shape[:2]} like {files[0].name}, came {image.shape[:2]}; "
+                "resize the images beforehand: how that is done moves FID, so it is not done here"
+            )
+        return torch.from_numpy(image)
+
+    def read(rows: Sequence[int]) -> Tensor:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return torch.stack(list(pool.map(read_one, rows)))
+
+    return FileRows((len(files), *shape), read)
+
+
+def npz_rows(path: Path) -> FileRows:
+    """The images of an ADM-style .npz, as its bytes lie in the file; a compressed one is unpacked into a temporary file first.
+
+    Raises:
+        UserError: it is no such file, or not whole (its checksum is looked at here).
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if MEMBER not in archive.namelist():
+                raise UserError(f"{path}: {EXPECTED}, came the arrays {[Path(n).stem for n in archive.namelist()]}")
+            member = archive.getinfo(MEMBER)
+            with archive.open(member) as stream:
+                shape, header_bytes = _images_at(stream, path)
+                if header_bytes + math.prod(shape) != member.file_size:
+                    raise ValueError(f"{member.file_size - header_bytes} bytes for an array of {shape}")
+                if member.compress_type == zipfile.ZIP_STORED:
+                    while stream.read(2**24):  # to its end, where the checksum is compared
+                        pass
+                    return _mapped(path, _data_offset(path, member) + header_bytes, shape)
+                with tempfile.TemporaryFile() as unpacked:  # gone once nothing is mapped from it
+                    shutil.copyfileobj(stream, unpacked, 2**24)
+                    return _mapped(unpacked, 0, shape)
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}: {EXPECTED}, came {type(error).__name__}: {error}; fetch the file again or give another"
+        ) from error
+
+
+def _images_at(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], int]:
+    """Shape of the array whose .npy begins here, and the bytes of its header."""
+    version = np.lib.format.read_magic(stream)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read_header[version](stream) if version in read_header else ((), False, None)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not shape[0] or fortran:
+        order = " in Fortran order" if fortran else ""
+        raise UserError(f"{path}: {EXPECTED}, came {dtype} {shape}{order}; convert it to uint8 RGB, 0–255")
+    return shape, stream.tell()
+
+
+def _data_offset(path: Path, member: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin: after its own header, which says how long its name and its extra field are."""
+    with path.open("rb") as file:
+        file.seek(member.header_offset + 26)
+        name_bytes, extra_bytes = np.frombuffer(file.read(4), dtype="<u2").tolist()
+    return member.header_offset + 30 + name_bytes + extra_bytes
+
+
+def _mapped(file: Path | IO[bytes], offset: int, shape: tuple[int, ...]) -> FileRows:
+    images_NHWC = np.memmap(file, np.uint8, "r", offset, shape)
+    return FileRows(shape, lambda rows: torch.from_numpy(images_NHWC[rows]))
+
+
+def _read_image(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise UserError(f"{file}: expected an image, came {type(error).__name__}: {error}; replace it") from error
