@@ -5,7 +5,7 @@ import torch
 
 from ditbench.harness.cli import main
 from ditbench.harness.generation.generate import load_samples
-from ditbench.harness.records.record import read_all
+from ditbench.harness.records.attempts import read_all
 
 pytestmark = [
     pytest.mark.gpu,

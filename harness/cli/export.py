@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ditbench.harness.build.export import save_quantized
-from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.errors import UserError, reason
+from ditbench.harness.common.files import UNREADABLE, file_name
 from ditbench.harness.fitting import mixed_precision, registry
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.records import record
+from ditbench.harness.records.attempts import experiment_folder, read_all
 from ditbench.harness.records.record import Record
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
@@ -59,7 +61,7 @@ def export(wanted: list[str], out: Path, results_dir: Path) -> list[Exported]:
     if len(found) == 1 and isinstance(found[0], Record):
         return [export_run(found[0], out)]
     runs = [run for each in found for run in ([each] if isinstance(each, Record) else each)]
-    return [export_run(run, out / f"{run.model}-{run.method}-{_label(run)}-{run.run_id}") for run in runs]
+    return [export_run(run, out / file_name(f"{run.model}-{run.method}-{_label(run)}-{run.run_id}")) for run in runs]
 
 
 def export_config(config: RunConfig, out: Path) -> Exported:
@@ -73,20 +75,29 @@ def export_config(config: RunConfig, out: Path) -> Exported:
 
 def export_run(run: Record, out: Path) -> Exported:
     """Write what a recorded run had quantized, from the state that it saved."""
-    config = parse(run.config | {"device": "cpu"})  # nothing is run, wherever the run was
-    model, target = _model_and_target(config)
     where = f"run {run.run_id} ({run.method}, {run.model})"
+    try:
+        config = parse(run.config | {"device": "cpu"})  # nothing is run, wherever the run was
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: its configuration is none of this ditbench ({reason(error)})") from error
+    model, target = _model_and_target(config)
     if run.env.get("weights_sha256") != model.fingerprint:
         raise UserError(f"{where}: its model's weights are not those of model={config.model.name} here; run it again")
     if run.env.get("method_sha256") != registry.source_sha256(config.method):
         raise UserError(f"{where}: method {config.method} was edited since; run it again")
     target = target.without(run.bits.get("unreached_layers", ()))
-    assert run.folder is not None
-    state = load_file(run.folder / run.artifacts["state"]) if "state" in run.artifacts else {}
+    state = _state(record.artifact(run, "state")) if "state" in run.artifacts else {}
     recipe = recipe_of(config, target, state, run.bits.get("mixed"))
     plan = {key: run.bits[key] for key in ("label", "mixed") if "mixed" in run.bits}
     plan |= {key: run.bits[key] for key in ("unreached_layers",) if key in run.bits}
     return _written(config, model, target, recipe, out, run_id=run.run_id, plan=plan)
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, *UNREADABLE) as error:
+        raise UserError(f"{path}: not readable ({type(error).__name__}); run it again with --force") from error
 
 
 def recipe_of(config: RunConfig, target: Target, state: dict[str, Tensor], plan: dict[str, Any] | None) -> ModelRecipe:
@@ -150,8 +161,8 @@ def _named(name: str, results_dir: Path) -> Record | list[Record]:
     runs = sorted((results_dir / "runs").glob(f"*/{name}/record.json"))
     if runs:
         return _ok(record.read(runs[0]))
-    if record.experiment_folder(results_dir, name).is_dir():
-        kept = [r for r in record.read_all(results_dir, name) if r.status == "ok" and r.method != registry.FLOAT]
+    if experiment_folder(results_dir, name).is_dir():
+        kept = [r for r in read_all(results_dir, name) if r.status == "ok" and r.method != registry.FLOAT]
         if kept:
             return kept
         raise UserError(f"experiment {name!r} has no run that ended well and quantized something")
@@ -167,7 +178,7 @@ def _ok(run: Record) -> Record:
 
 
 def _label(run: Record) -> str:
-    return str(run.bits["label"]).lower()
+    return str(run.bits.get("label")).lower()
 
 
 def command(arguments: list[str]) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 SIMULATED = "simulated"
+STARTS_A_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def frame(groups: Sequence[Group]) -> pd.DataFrame:
@@ -40,12 +41,21 @@ def frame(groups: Sequence[Group]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def inert(table: pd.DataFrame) -> pd.DataFrame:
+    """The frame with no text in it that a spreadsheet would run as a formula: such text gets an apostrophe in front."""
+
+    def safe(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and value.startswith(STARTS_A_FORMULA) else value
+
+    return table.map(safe).rename(columns=safe)
+
+
 def reason(record: Record) -> str:
     """The one line that says why a run did not end well: of a traceback the last, else the first."""
     lines = [line.strip() for line in (record.error or "").splitlines() if line.strip()]
     if not lines:
         return "" if record.status == "ok" else "no reason recorded"
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+    return compare.printable(lines[-1] if lines[0].startswith("Traceback") else lines[0], 1000)
 
 
 def measured(record: Record) -> dict[str, Any]:

@@ -33,7 +33,8 @@ from ditbench.eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Inter
 from ditbench.eval.weights import data_folder, offline, weights_folder
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import file_sha256
-from ditbench.harness.records.record import Record, add_metric, experiment_folder, read, read_all
+from ditbench.harness.records.attempts import experiment_folder, read_all
+from ditbench.harness.records.record import Record, add_metric, artifact, read
 from ditbench.harness.samples.samples import Samples
 
 VBENCH = "0.1.5"
@@ -75,7 +76,7 @@ def score(target: str, dimensions: Sequence[str] | None, results_dir: Path) -> O
     lines, failed = [], False
     for record in records:
         assert record.folder is not None, "it was read from a folder"
-        samples = load_samples(record.folder / record.artifacts["images"])
+        samples = load_samples(artifact(record, "images"))
         with tempfile.TemporaryDirectory() as scratch:
             videos = Path(scratch) / "videos"
             export_videos(samples, videos)
@@ -144,7 +145,7 @@ def export_videos(samples: Samples, folder: Path) -> list[Path]:
     for frames_FHWC, prompt in zip(samples.videos_NFHWC.numpy(), samples.prompts, strict=True):
         name = f"{prompt.text}-{index_of[prompt.text]}.mp4"
         index_of[prompt.text] += 1
-        if "/" in name or len(name.encode()) > 255:
+        if set(name) & {"/", "\0"} or len(name.encode()) > 255:
             raise UserError(f"vbench takes the prompt as the file's name, and {prompt.text[:60]!r} cannot be one")
         with av.open(folder / name, "w") as container:
             stream = container.add_stream("libx264rgb", rate=Fraction(samples.fps).limit_denominator(1000))
