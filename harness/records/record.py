@@ -82,7 +82,12 @@ def write(record: Record, folder: Path) -> None:
             raise
         why = f"the record could not be written whole: {reason(error)}"
         tell(f"{folder}: {why}")
-        text = hashed_json.text_of(_what_can_be_stored(values, why))
+        values |= {"status": "failed", "error": f"{values['error']}; {why}" if values["error"] else why}
+        try:
+            text = hashed_json.text_of(_what_can_be_stored(values))
+        except Exception:  # out of memory still
+            bare = {name: {} if name == "config" else values[name] for name in (*schema.REQUIRED, "error")}
+            text = hashed_json.text_of(bare)
     hashed_json.write(folder / "record.json", text)
 
 
@@ -176,8 +181,8 @@ def _mend_metric(name: str, entry: dict[str, Any]) -> None:
     """A metric that has no finite value, or is not what a record holds (a plugin's), has failed; it costs nothing else."""
     if None in (entry.get("ci95") or ()):
         entry["ci95"] = None
-    what = "its value was not finite" if entry.get("value") is None and entry.get("status") == "ok" else None
-    what = what or schema.problem_of_metric(name, entry)
+    no_value = entry.get("value") is None and entry.get("status") == "ok"
+    what = "its value was not finite" if no_value else schema.problem_of_metric(name, entry)
     if what is not None:
         better = entry.get("better") if entry.get("better") in schema.METRIC["better"] else "none"
         entry.clear()
@@ -185,8 +190,8 @@ def _mend_metric(name: str, entry: dict[str, Any]) -> None:
         entry |= {"better": better, "paired": False, "unit": "", "noise_floor": None}
 
 
-def _what_can_be_stored(values: dict[str, Any], why: str) -> dict[str, Any]:
-    """The fields that JSON takes, one by one; those it does not take are empty, and the run has failed."""
+def _what_can_be_stored(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields that JSON takes, one by one; those it does not take are empty."""
     kept: dict[str, Any] = {}
     for name, value in values.items():
         try:
@@ -196,8 +201,7 @@ def _what_can_be_stored(values: dict[str, Any], why: str) -> dict[str, Any]:
             hashed_json.text_of({name: kept[name]})
         except Exception:  # whatever it is, the other fields can be kept
             kept[name] = [] if name == "non_finite" else {}
-    error = f"{values['error']}; {why}" if values["error"] else why
-    return kept | {"status": "failed", "error": error}
+    return kept
 
 
 def _later_metrics(home: Path) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:

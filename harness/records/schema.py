@@ -90,10 +90,12 @@ REQUIRED_OF_A_METRIC = ("value", "n", "better", "passport")
 
 def problem(values: dict[str, Any]) -> str | None:
     """What is wrong with a record, in words; None if nothing is."""
-    if (found := _odd(values, RECORD, "")) is not None:
+    if (found := _odd({**values, "metrics": {}}, RECORD, "")) is not None:
         return found
+    if not isinstance(values.get("metrics", {}), dict):
+        return f"metrics{_expected(Each(METRIC), values['metrics'])}"
     for name, entry in values.get("metrics", {}).items():
-        if (found := _lacks(name, entry)) is not None:
+        if (found := problem_of_metric(name, entry)) is not None:
             return found
     for name, path in values.get("artifacts", {}).items():
         if not inside(path):
@@ -108,7 +110,7 @@ def problem_of_field(name: str, value: Any) -> str | None:
 
 def problem_of_metric(name: str, entry: Any) -> str | None:
     """The same of one metric."""
-    found = _odd({name: entry}, Each(METRIC), "metrics")
+    found = _odd(entry, METRIC, f"metric {name}")
     return _lacks(name, entry) if found is None else found
 
 

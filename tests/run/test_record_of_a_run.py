@@ -30,6 +30,9 @@ FIELDS = {
     "cost": dict,
     "env": dict,
     "artifacts": dict,
+    "files": dict,
+    "non_finite": list,
+    "sha256": str,
 }
 
 
