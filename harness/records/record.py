@@ -129,8 +129,8 @@ def read(path: Path) -> Record:
     if missing or not isinstance(its_schema, int) or isinstance(its_schema, bool) or its_schema < 1:
         what = f"without {', '.join(sorted(missing))}" if missing else f"schema {its_schema!r}"
         raise DamagedRecord(f"{path}: not a ditbench record ({what}); move that folder away to go on")
-    if (what := schema.problem(values)) is not None:
-        raise DamagedRecord(f"{path}: not a ditbench record ({what}); move that folder away to go on")
+    if (odd := schema.problem(values)) is not None:
+        raise DamagedRecord(f"{path}: not a ditbench record ({odd}); move that folder away to go on")
     known = set(Record.__dataclass_fields__) - set(NOT_STORED)
     record = Record(**{name: value for name, value in values.items() if name in known}, folder=path.parent)
     later, record.damaged = _later_metrics(path.parent / "metrics")

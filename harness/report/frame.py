@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 SIMULATED = "simulated"
-STARTS_A_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+STARTS_A_FORMULA = ("=", "+", "-", "@")
 
 
 def frame(groups: Sequence[Group]) -> pd.DataFrame:
@@ -45,7 +45,10 @@ def inert(table: pd.DataFrame) -> pd.DataFrame:
     """The frame with no text in it that a spreadsheet would run as a formula: such text gets an apostrophe in front."""
 
     def safe(value: Any) -> Any:
-        return f"'{value}" if isinstance(value, str) and value.startswith(STARTS_A_FORMULA) else value
+        if not isinstance(value, str):
+            return value
+        line = "".join(char if char.isprintable() else " " for char in value).strip()  # a line's end ends a cell too
+        return f"'{line}" if line.startswith(STARTS_A_FORMULA) else line
 
     return table.map(safe).rename(columns=safe)
 
