@@ -13,9 +13,9 @@ from ditbench.harness.common.timer import Timer, say
 from ditbench.harness.fitting import registry
 from ditbench.harness.measurement.layer_errors import layer_table
 from ditbench.harness.models.base import LoadedModel
-from ditbench.harness.records import record, tracking
-from ditbench.harness.records.environment import environment
-from ditbench.harness.records.record import Record
+from ditbench.harness.records import attempts, tracking
+from ditbench.harness.records.environment import environment, now
+from ditbench.harness.records.record import Record, failed_metrics
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.evaluate import add_noise_floor, evaluate, refuse_skipped_metrics
 from ditbench.harness.stages.generate import float_samples, generate, save_artifacts
@@ -38,18 +38,25 @@ def run(config: RunConfig) -> Record:
     if config.strict:
         refuse_skipped_metrics(config, model)
     its_id = run_id(config, model)
-    if not config.force and (done := record.finished(config.results_dir, config.name, its_id)):
-        say(f"{title(config)}: already recorded in {done.folder}; --force runs it again")
-        return done
+    if not config.force and (done := attempts.finished(config.results_dir, config.name, its_id)):
+        if not (failed := failed_metrics(done)):
+            say(f"{title(config)}: already recorded in {done.folder}; --force runs it again")
+            return done
+        say(f"{title(config)}: {', '.join(failed)} failed in {done.folder}; again")
 
     say(f"{title(config)}: run {its_id}")
     values = Record(its_id, "failed", config.raw, config.method, config.model.name, config.name)
+    values.env = environment(config.device, config.seed) | {
+        "weights_sha256": model.fingerprint,
+        "method_sha256": registry.source_sha256(config.method),
+    }
+    values.env |= {"checkpoint_parts": model.parts} if model.parts else {}
     with (
         disk_errors_explained(config.results_dir),
-        record.run_folder(config.results_dir, config.name, its_id) as folder,
+        attempts.attempt(config.results_dir, config.name, its_id) as attempt,
     ):
         try:
-            carry_out(config, model, values, folder)
+            carry_out(config, model, values, attempt.folder)
             values.status = "ok"
         except Exception as error:
             if is_disk_error(error):
@@ -58,14 +65,13 @@ def run(config: RunConfig) -> Record:
             say(f"{title(config)}: FAILED: {values.error}")
             if config.raw["debug"]:
                 traceback.print_exc()
-        values.env = environment(config.device, config.seed) | {
-            "weights_sha256": model.fingerprint,
-            "method_sha256": registry.source_sha256(config.method),
-        }
-        values.env |= {"checkpoint_parts": model.parts} if model.parts else {}
-        record.write(values, folder)
-        track(config, values, folder)
-    return record.attempts(config.results_dir, config.name, its_id)[-1]
+        values.env["finished_at"] = now()
+        recorded = attempt.publish(values, config.force)
+    if attempt.published:
+        track(config, recorded)
+    else:
+        say(f"{title(config)}: {recorded.folder} is as good and stays; nothing was added")
+    return recorded
 
 
 def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Path) -> None:
@@ -99,11 +105,9 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
     values.artifacts = save_artifacts(samples, float_model, per_sample, atlas, quantized.state, folder)
 
 
-def track(config: RunConfig, values: Record, folder: Path) -> None:
-    """Tell the tracker of a written record; its failure is said and changes nothing."""
+def track(config: RunConfig, recorded: Record) -> None:
+    """Tell the tracker of a published record; its failure is said and changes nothing."""
     try:
-        tracking.log(config.section("tracker"), values, folder)
+        tracking.log(config.section("tracker"), recorded)
     except Exception as error:
-        if is_disk_error(error):
-            raise
-        say(f"{title(config)}: recorded, but not tracked: {reason(error)}")
+        say(f"{title(config)}: recorded, but not tracked: {reason(error)}; no run of this process is tracked any more")

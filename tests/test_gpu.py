@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ditbench.harness.cli import main
+from ditbench.harness.records.attempts import read_all
 from ditbench.harness.records.drawn_samples import samples_of
-from ditbench.harness.records.record import read_all
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -19,5 +20,8 @@ def command(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from ditbench.harness.report import comparisons
 
-    print(comparisons(options.results_dir, options.experiment, options.metric, options.bits))
+    made = comparisons(options.results_dir, options.experiment, options.metric, options.bits)
+    print(made.text)
+    for line in made.damaged:
+        print(f"ditbench: {line}", file=sys.stderr)
     return 0

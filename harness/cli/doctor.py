@@ -14,6 +14,7 @@ import yaml
 from ditbench.harness.backends.matrix import format_matrix
 from ditbench.harness.common.code_identity import PACKAGES, package_version
 from ditbench.harness.common.devices import AUTO, device_name, kinds_here, pick_device
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import options
 from ditbench.harness.common.text_table import table
 from ditbench.harness.models.zoo import WEIGHTS
@@ -105,9 +106,17 @@ def _folded(names: Iterable[str]) -> str:
 
 
 def _wandb() -> str:
-    if tracking.has_key():
-        return "a key is set: runs go online (tracker.mode=offline keeps them here)"
-    return "no key: runs are logged offline beside their records; `wandb login` sets one"
+    try:
+        mode = tracking.mode("auto")
+    except UserError as error:
+        return str(error)
+    if mode == "disabled":
+        return "WANDB_MODE or WANDB_DISABLED says disabled: W&B hears of no run"
+    if mode == "offline" and not tracking.has_key():
+        return "no key: runs are logged offline beside their records; `wandb login` sets one"
+    if mode == "offline":
+        return "WANDB_MODE says offline: runs are logged beside their records"
+    return "runs go online (tracker.mode=offline keeps them here)"
 
 
 def _results(results_dir: Path) -> str:

@@ -24,6 +24,7 @@ from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.records import record
+from ditbench.harness.records.attempts import experiment_folder, read_all
 from ditbench.harness.records.record import Record
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
@@ -180,8 +181,8 @@ def _named(name: str, results_dir: Path) -> Record | list[Record]:
     runs = sorted((results_dir / "runs").glob(f"*/{name}/record.json"))
     if runs:
         return _ok(record.read(runs[0]))
-    if record.experiment_folder(results_dir, name).is_dir():
-        kept = [r for r in record.read_all(results_dir, name) if r.status == "ok" and r.method != registry.FLOAT]
+    if experiment_folder(results_dir, name).is_dir():
+        kept = [r for r in read_all(results_dir, name) if r.status == "ok" and r.method != registry.FLOAT]
         if kept:
             return kept
         raise UserError(f"experiment {name!r} has no run that ended well and quantized something")

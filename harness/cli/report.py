@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -22,6 +23,8 @@ def command(arguments: list[str]) -> int:
         options.results_dir, options.experiment, options.format, options.out, options.metrics, options.over_seeds
     )
     print(made.text)
+    for line in made.damaged:
+        print(f"ditbench: {line}", file=sys.stderr)
     if made.path is not None:
         print(made.path)
     return 0

@@ -32,7 +32,16 @@ def reason(error: BaseException, own: str | None = None) -> str:
     callers = [frame for frame in frames[:-1] if frame.filename == own]
     where = ", called from ".join(f"{Path(f.filename).name}:{f.lineno}" for f in (frames[-1], *callers[-1:]))
     first_line = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__} in {where}: {first_line}"
+    kind = f"{'out of memory: ' if out_of_memory(error) else ''}{type(error).__name__}"
+    return f"{kind} in {where}{f': {first_line}' if first_line else ''}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or torch found no room, on the host or on a device."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in said for words in ("out of memory", "can't allocate memory"))
+    )
 
 
 def of_the_system(error: OSError) -> UserError:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,22 +29,33 @@ from ditbench.harness.common.errors import UserError
 T = TypeVar("T")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNREADABLE = (ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error, SafetensorError)
+STALE_S = 24 * 3600.0
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of path that takes its name only when the block ends without an error."""
+    """A temporary neighbour of path that takes its name only when the block ends without an error.
+
+    What a kill left of an earlier one goes when the same file is written again, once nobody has touched it for a day.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_S:
+                _remove(left)
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         yield part
         os.replace(part, path)
     finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def file_name(text: str) -> str:
+    """The text as the name of one file or folder: what could lead elsewhere or hide there becomes _, and 100 characters do."""
+    name = re.sub(r"[^\w.+=-]", "_", text).lstrip(".")[:100]
+    return name or "_"
 
 
 def read_json(path: Path) -> Any:
@@ -123,6 +137,13 @@ def not_writable(error: BaseException) -> bool:
 def why(error: BaseException) -> str:
     """What the system says of a disk error."""
     return str(getattr(error, "strerror", None) or error)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _errno(error: BaseException) -> int | None:

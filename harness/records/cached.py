@@ -13,7 +13,7 @@ from filelock import Timeout
 
 from ditbench.harness.common.artifacts import LOCKS, MANIFEST, Damaged, check, checked_manifest, lock_of, read_manifest
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.records.record import read_all
+from ditbench.harness.records.attempts import read_all
 from ditbench.harness.samples.store import INDEX, KIND, found_store
 
 DAY_S = 86400.0

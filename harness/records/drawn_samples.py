@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ditbench.harness.common.artifacts import Damaged
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import load_samples
-from ditbench.harness.records.record import Record
+from ditbench.harness.records.record import Record, artifact
 from ditbench.harness.samples.samples import Samples
-from ditbench.harness.samples.store import found_store
+from ditbench.harness.samples.store import KIND, found_store
+
+KEY = re.compile("[0-9a-f]{32}")
 
 
 def samples_of(record: Record) -> Samples:
@@ -18,16 +21,18 @@ def samples_of(record: Record) -> Samples:
     Raises:
         UserError: they were deleted, or are damaged.
     """
+    if "samples" in record.made_from:
+        return samples_at(store_of(record, record.made_from["samples"]), record)
+    return load_samples(artifact(record, "images"))
+
+
+def store_of(record: Record, key: str) -> Path:
+    """The folder of a store that the record names: in the cache beside its results, or in the one that its run was given."""
+    if not KEY.fullmatch(key):
+        raise UserError(f"{record.folder}: its record names samples {key!r}, which is no key; run it again")
     assert record.folder is not None, "it was read from a folder"
-    if "samples" not in record.artifacts:
-        return load_samples(record.folder / record.artifacts["images"])
-    return samples_at(store_of(record), record)
-
-
-def store_of(record: Record) -> Path:
-    """The folder of the run's store."""
-    assert record.folder is not None
-    return (record.folder / record.artifacts["samples"]).resolve()
+    beside = record.folder.parents[2] / "cache" / KIND / key
+    return beside if beside.is_dir() else Path(str(record.config.get("cache_dir"))).expanduser() / KIND / key
 
 
 def samples_at(folder: Path, record: Record) -> Samples:

@@ -5,28 +5,28 @@
     …/<run_id>/metrics/<metric>.json                          a metric that was computed later (ditbench vbench)
 
 `run_id` is the hash of everything that can change a number (`harness.stages.identity`). Fields get added, never renamed;
-old records stay readable.
+old records stay readable. A record carries the SHA-256 of itself and of the files beside it.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import write_json
+from ditbench.harness.common.artifacts import Damaged, check, entry_of, tell
+from ditbench.harness.common.errors import UserError, reason
+from ditbench.harness.common.files import is_disk_error
+from ditbench.harness.records import hashed_json, schema
+from ditbench.harness.records.hashed_json import NotWhole
 
 SCHEMA = 1
-_HOST = socket.gethostname()
-_ATTEMPT = re.compile(r"^(?P<run_id>[0-9a-f]{12})(?:\.(?P<attempt>\d+))?$")
+ATTEMPT = re.compile(r"^(?P<run_id>[0-9a-f]{12})(?:\.(?P<attempt>\d+))?$")
+
+
+class DamagedRecord(UserError):
+    """A record that is not what a run wrote; the message names it."""
 
 
 @dataclass
@@ -39,6 +39,8 @@ class Record:
         baseline_model_bytes, compression, peak_memory_bytes, …}; `kind` is "measured" (an integer kernel, or the
         16-bit reference, ran on this device) or "simulated" (then latency, speedup and peak memory are None).
     bits: {label, weight_bits_effective, act_bits_effective, mac_share_quantized, float_layers, …}.
+    files: {path of an artifact: {bytes, sha256}}.
+    non_finite: where a number was infinite or none ("layers/proj_out/sqnr_db: inf"); null stands there.
     """
 
     run_id: str
@@ -58,57 +60,50 @@ class Record:
     env: dict[str, Any] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)  # name → path relative to the record's folder
     made_from: dict[str, Any] = field(default_factory=dict)  # artifact → its key in the cache, or a list of keys
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    non_finite: list[str] = field(default_factory=list)
     folder: Path | None = None  # where it was read from; not stored
+    damaged: tuple[str, ...] = ()  # what beside it cannot be used, a line each; not stored
 
 
-def experiment_folder(results_dir: Path, experiment: str) -> Path:
-    return Path(results_dir) / "runs" / experiment
-
-
-@contextmanager
-def run_folder(results_dir: Path, experiment: str, run_id: str) -> Iterator[Path]:
-    """A scratch folder that becomes `<run_id>` (or the next free `<run_id>.N`) when the block ends well.
-
-    An interrupted run leaves only a hidden `.…part` folder, which the next attempt of the same run removes.
-    """
-    home = experiment_folder(results_dir, experiment)
-    home.mkdir(parents=True, exist_ok=True)
-    for stale in home.glob(f".{run_id}.part-{_HOST}-*"):  # of this machine: another one's process ids mean nothing here
-        if not _alive(int(stale.name.rsplit("-", 1)[1])):
-            shutil.rmtree(stale, ignore_errors=True)
-    part = home / f".{run_id}.part-{_HOST}-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        while True:
-            target = home / _next_name(home, run_id)
-            try:
-                os.rename(part, target)  # fails if another process took the name meanwhile: never overwrites
-                break
-            except OSError:
-                if not target.exists():
-                    raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+NOT_STORED = ("folder", "damaged")
 
 
 def write(record: Record, folder: Path) -> None:
-    values = asdict(record)
-    values.pop("folder")
-    write_json(folder / "record.json", values)
+    """Write record.json. What JSON cannot hold, or what there is no memory for, leaves a failed record that says so.
+
+    Raises:
+        OSError: the disk takes nothing.
+    """
+    values = {name: value for name, value in vars(record).items() if name not in NOT_STORED}
+    try:
+        text = hashed_json.text_of(_storable(values, folder))
+    except Exception as error:
+        if is_disk_error(error):
+            raise
+        why = f"the record could not be written whole: {reason(error)}"
+        tell(f"{folder}: {why}")
+        values |= {"status": "failed", "error": f"{values['error']}; {why}" if values["error"] else why}
+        try:
+            text = hashed_json.text_of(_what_can_be_stored(values))
+        except Exception:  # out of memory still
+            bare = {name: {} if name == "config" else values[name] for name in (*schema.REQUIRED, "error")}
+            text = hashed_json.text_of(bare)
+    hashed_json.write(folder / "record.json", text)
 
 
 def add_metric(folder: Path, name: str, entry: dict[str, Any]) -> Path:
     """File a metric of a recorded run, as `Record.metrics` holds one, in a file of its own that `read` finds.
 
     Raises:
-        UserError: the run has that metric already.
+        UserError: the run has that metric already, or its name cannot be a file's.
     """
-    path = folder / "metrics" / f"{name}.json"
+    if not schema.inside(name):
+        raise UserError(f"{folder}: metric {name!r} cannot be the name of a file; rename it")
     if name in read(folder / "record.json").metrics:
         raise UserError(f"{folder}: {name} is recorded already; nothing is overwritten, run again with --force instead")
-    write_json(path, entry)
+    path = folder / "metrics" / f"{name}.json"
+    hashed_json.write(path, hashed_json.text_of(entry))
     return path
 
 
@@ -116,87 +111,109 @@ def read(path: Path) -> Record:
     """The record in a record.json, with the metrics that were filed beside it later.
 
     Raises:
-        UserError: unreadable JSON, not a record, or written by a newer ditbench.
+        DamagedRecord: unreadable JSON, not a record, or not the one that was written.
+        UserError: written by a newer ditbench.
     """
     try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable record ({error}); move that folder away to go on") from error
-    schema = values.get("schema") if isinstance(values, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:  # asked first: a newer record may have other fields
+        values = hashed_json.read(path)
+    except NotWhole as error:
+        raise DamagedRecord(f"{path}: not a readable record ({error}); move that folder away to go on") from error
+    except OSError as error:
+        raise DamagedRecord(f"{path}: cannot be read ({error.strerror}); move that folder away to go on") from error
+    its_schema = values.get("schema")
+    if isinstance(its_schema, int) and its_schema > SCHEMA:  # asked first: a newer record may have other fields
         raise UserError(
-            f"{path}: record schema {schema} is newer than this ditbench reads ({SCHEMA}); "
+            f"{path}: record schema {its_schema} is newer than this ditbench reads ({SCHEMA}); "
             "upgrade ditbench, or point results_dir elsewhere"
         )
-    required = {"schema", "run_id", "status", "config", "method", "model", "experiment"}
-    missing = required - set(values) if isinstance(values, dict) else required
-    if missing or not isinstance(schema, int):
-        what = f"without {', '.join(sorted(missing))}" if missing else f"schema {schema!r}"
-        raise UserError(f"{path}: not a ditbench record ({what}); move that folder away to go on")
-    for name, entry in values.get("metrics", {}).items():
-        if not isinstance(entry, dict):
-            raise UserError(f"{path}: metric {name} is {entry!r}, expected its value with n; move that folder away")
-    known = set(Record.__dataclass_fields__) - {"folder"}
+    missing = [name for name in schema.REQUIRED if name not in values]
+    if missing or not isinstance(its_schema, int) or isinstance(its_schema, bool) or its_schema < 1:
+        what = f"without {', '.join(sorted(missing))}" if missing else f"schema {its_schema!r}"
+        raise DamagedRecord(f"{path}: not a ditbench record ({what}); move that folder away to go on")
+    if (odd := schema.problem(values)) is not None:
+        raise DamagedRecord(f"{path}: not a ditbench record ({odd}); move that folder away to go on")
+    known = set(Record.__dataclass_fields__) - set(NOT_STORED)
     record = Record(**{name: value for name, value in values.items() if name in known}, folder=path.parent)
-    record.metrics = _later_metrics(path.parent / "metrics") | record.metrics
+    later, record.damaged = _later_metrics(path.parent / "metrics")
+    record.metrics = later | record.metrics
     return record
 
 
-def _later_metrics(home: Path) -> dict[str, dict[str, Any]]:
-    found = {}
-    for path in sorted(home.rglob("*.json")):
-        try:
-            found[path.relative_to(home).with_suffix("").as_posix()] = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not a readable metric ({error}); move that file away to go on") from error
-    return found
+def artifact(record: Record, name: str) -> Path:
+    """A file beside the record, whole as far as its hash says (records of before have none).
 
-
-def attempts(results_dir: Path, experiment: str, run_id: str) -> list[Record]:
-    """Every finished attempt of one run, oldest first."""
-    home = experiment_folder(results_dir, experiment)
-    found = []
-    for folder in home.glob(f"{run_id}*"):
-        match = _ATTEMPT.match(folder.name)
-        if match and match["run_id"] == run_id and (folder / "record.json").exists():
-            found.append((int(match["attempt"] or 1), read(folder / "record.json")))
-    return [record for _, record in sorted(found, key=lambda pair: pair[0])]
-
-
-def finished(results_dir: Path, experiment: str, run_id: str) -> Record | None:
-    """The newest attempt that ended ok, if any."""
-    ok = [record for record in attempts(results_dir, experiment, run_id) if record.status == "ok"]
-    return ok[-1] if ok else None
-
-
-def read_all(results_dir: Path, experiment: str | None = None) -> list[Record]:
-    """The newest attempt of every run (an ok one before a failed one), of one experiment or of all."""
-    root = Path(results_dir) / "runs"
-    homes = [root / experiment] if experiment else sorted(p for p in root.glob("*") if p.is_dir())
-    records: list[Record] = []
-    for home in homes:
-        run_ids = {m["run_id"] for p in home.glob("*") if (m := _ATTEMPT.match(p.name))}
-        for run_id in sorted(run_ids):
-            tries = attempts(results_dir, home.name, run_id)
-            ok = [record for record in tries if record.status == "ok"]
-            records += (ok or tries)[-1:]
-    return records
-
-
-def _next_name(home: Path, run_id: str) -> str:
-    if not (home / run_id).exists():
-        return run_id
-    attempt = 2
-    while (home / f"{run_id}.{attempt}").exists():
-        attempt += 1
-    return f"{run_id}.{attempt}"
-
-
-def _alive(pid: int) -> bool:
+    Raises:
+        UserError: there is no such file, or it is not what was written.
+    """
+    assert record.folder is not None, "it was read from a folder"
+    if name not in record.artifacts:
+        raise UserError(f"{record.folder}: the run kept no {name}; run it again with --force")
+    relative = record.artifacts[name]
+    path = record.folder / relative
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+        if relative in record.files:
+            check(path, record.files[relative])
+        elif not path.is_file():
+            raise Damaged(f"{path}: is missing")
+    except (Damaged, OSError, KeyError) as error:
+        raise UserError(f"{error}; run it again with --force") from error
+    return path
+
+
+def failed_metrics(record: Record) -> list[str]:
+    """The metrics that broke: the same command completes them. What was skipped cannot run here and is not among them."""
+    return [name for name, entry in record.metrics.items() if entry.get("status") == "failed"]
+
+
+def _storable(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Raises NotWhole: a field is not what `read` takes."""
+    values, non_finite = hashed_json.finite(values)
+    values["non_finite"] = [*values["non_finite"], *non_finite]
+    for name, entry in values["metrics"].items():
+        _mend_metric(name, entry)
+    if (what := schema.problem(values)) is not None:
+        raise NotWhole(what)
+    paths = {path: folder / path for path in values["artifacts"].values()}
+    values["files"] = {path: entry_of(file) for path, file in paths.items() if file.is_file()}
+    return values
+
+
+def _mend_metric(name: str, entry: dict[str, Any]) -> None:
+    """A metric that has no finite value, or is not what a record holds (a plugin's), has failed; it costs nothing else."""
+    if None in (entry.get("ci95") or ()):
+        entry["ci95"] = None
+    no_value = entry.get("value") is None and entry.get("status") == "ok"
+    what = "its value was not finite" if no_value else schema.problem_of_metric(name, entry)
+    if what is not None:
+        better = entry.get("better") if entry.get("better") in schema.METRIC["better"] else "none"
+        entry.clear()
+        entry |= {"value": None, "ci95": None, "n": 0, "status": "failed", "reason": what, "passport": {}}
+        entry |= {"better": better, "paired": False, "unit": "", "noise_floor": None}
+
+
+def _what_can_be_stored(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields that JSON takes, one by one; those it does not take are empty."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            kept[name], _ = hashed_json.finite(value)
+            if schema.problem_of_field(name, kept[name]) is not None:
+                raise NotWhole
+            hashed_json.text_of({name: kept[name]})
+        except Exception:  # whatever it is, the other fields can be kept
+            kept[name] = [] if name == "non_finite" else {}
+    return kept
+
+
+def _later_metrics(home: Path) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
+    found, damaged = {}, []
+    for path in sorted(home.rglob("*.json")) if home.is_dir() else ():
+        name = path.relative_to(home).with_suffix("").as_posix()
+        try:
+            entry = hashed_json.read(path)
+            if (what := schema.problem_of_metric(name, entry)) is not None:
+                raise NotWhole(what)
+            found[name] = entry
+        except (NotWhole, OSError) as error:
+            damaged.append(f"{path}: not a readable metric ({error}); move that file away")
+    return found, tuple(damaged)

@@ -50,6 +50,7 @@ def save(values: Values, path: Path) -> None:
 
 
 def load(path: Path) -> Values:
+    """Raises ValueError, and whatever zipfile and NumPy say of odd bytes: it is not what `save` writes."""
     with np.load(path) as arrays:
         yes_no = set(arrays["yes_no"].tolist())
         found: dict[str, dict[str, PerSample]] = {"run": {}, "float": {}}
@@ -57,5 +58,8 @@ def load(path: Path) -> Values:
             side, _, name = key.partition(":")
             if side in found:
                 strata_N = arrays[f"strata:{name}"] if f"strata:{name}" in arrays.files else None
-                found[side][name] = PerSample(arrays[key].astype(np.float64), name in yes_no, strata_N)
+                values_N = arrays[key].astype(np.float64)
+                if values_N.ndim != 1 or (strata_N is not None and strata_N.shape != values_N.shape):
+                    raise ValueError(f"{path}: {key} is of shape {values_N.shape}, expected a value per sample")
+                found[side][name] = PerSample(values_N, name in yes_no, strata_N)
         return Values(found["run"], found["float"], str(arrays["drawn"]))

@@ -9,40 +9,95 @@ from typing import Any
 
 import numpy as np
 
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.records.record import Record
 
+MODES = {name: name for name in ("online", "offline", "disabled", "shared")} | {"run": "online", "dryrun": "offline"}
+INIT_S = 20.0  # a server that does not answer within this is given up; W&B's own default is 90
+SETTINGS = {
+    "silent": True,
+    "console": "off",
+    "disable_git": True,
+    "x_disable_stats": True,
+    "init_timeout": INIT_S,
+    "finish_timeout": 60.0,
+    "x_graphql_retry_max": 3,
+    "x_file_stream_retry_max": 3,
+    "x_file_transfer_retry_max": 3,
+}
 
-def log(tracker: dict[str, Any], record: Record, folder: Path) -> None:
-    """Log a finished record: config, metrics, efficiency, bits, sample grids beside the float model's, layer errors.
+_gave_up = False  # of this process: what failed once would cost every run of a sweep the same wait
 
-    The W&B files of an offline run lie in <folder>/wandb; `wandb sync <folder>/wandb/offline-run-*` uploads them.
+
+def log(tracker: dict[str, Any], record: Record) -> None:
+    """Log a published record: config, metrics, efficiency, bits, sample grids beside the float model's, layer errors.
+
+    A failed run is a failed W&B run (exit code 1) with its reason in the summary. The W&B files of an offline run lie in
+    <folder>/wandb; `wandb sync <folder>/wandb/offline-run-*` uploads them.
+
+    Raises:
+        Exception: whatever W&B says, a server that is not reached in INIT_S among it. Nothing is sent any more by this process.
     """
-    if tracker["kind"] == "none" or tracker["mode"] == "disabled":
+    global _gave_up
+    if tracker["kind"] == "none" or _gave_up or (its_mode := mode(tracker["mode"])) == "disabled":
         return
+    try:
+        _log(tracker, record, its_mode)
+    except BaseException:
+        _gave_up = True
+        raise
+
+
+def _log(tracker: dict[str, Any], record: Record, its_mode: str) -> None:
     import wandb
 
+    assert record.folder is not None, "it is published"
+    known = wandb.Settings.model_fields  # W&B adds some of these over time
+    settings = {name: value for name, value in SETTINGS.items() if name in known}
     run = wandb.init(
         project=tracker["project"],
         entity=tracker["entity"],
         group=record.experiment,
-        name=f"{record.model} {record.method} {record.bits['label']}",
+        name=f"{record.model} {record.method} {label(record)}",
         id=f"{record.run_id}-{os.getpid()}-{os.urandom(2).hex()}",
         config=record.config,
-        mode=mode(tracker["mode"]),
-        dir=str(folder),
+        mode=its_mode,
+        dir=str(record.folder),
         reinit="finish_previous",
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
+        settings=wandb.Settings(**settings),
     )
     try:
-        run.log(values(record) | pictures(record, folder))
+        run.log(values(record) | pictures(record, record.folder))
+        run.summary.update({"status": record.status} | ({"error": record.error} if record.error else {}))
     finally:
-        run.finish()
+        run.finish(exit_code=0 if record.status == "ok" else 1)
         wandb.teardown()  # finish() returns before W&B's own process has closed the file; this waits for it
 
 
+def label(record: Record) -> str:
+    """W4A8, also of a run that failed before its bits were counted."""
+    asked = record.config.get("bits")
+    asked = asked.get("label") if isinstance(asked, dict) else asked
+    return str(record.bits.get("label") or asked or "").upper()
+
+
 def mode(wanted: str) -> str:
-    """auto → online when W&B knows a key, else offline."""
-    return wanted if wanted != "auto" else "online" if has_key() else "offline"
+    """What is said here counts before the environment: only auto asks WANDB_DISABLED and WANDB_MODE, then whether W&B knows a key
+    (online) or not (offline).
+
+    Raises:
+        UserError: WANDB_MODE is none of W&B's modes.
+    """
+    if wanted != "auto":
+        return wanted
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled"
+    said = os.environ.get("WANDB_MODE", "").lower()
+    if not said:
+        return "online" if has_key() else "offline"
+    if said not in MODES:
+        raise UserError(f"WANDB_MODE is {said!r}, expected one of {', '.join(MODES)}; set it, or tracker.mode=offline")
+    return MODES[said]
 
 
 def has_key() -> bool:
@@ -60,8 +115,8 @@ def values(record: Record) -> dict[str, Any]:
     """The record's numbers, flat: metrics/<name>, metrics/<name>/ci95_low, efficiency/…, bits/…, timings_s/…."""
     flat: dict[str, Any] = {}
     for name, entry in record.metrics.items():
-        flat[f"metrics/{name}"] = entry["value"]
-        if entry["ci95"]:
+        flat[f"metrics/{name}"] = entry.get("value")
+        if entry.get("ci95"):
             flat[f"metrics/{name}/ci95_low"], flat[f"metrics/{name}/ci95_high"] = entry["ci95"]
     for section in ("efficiency", "bits", "timings_s", "cost"):
         flat |= _flatten(section, getattr(record, section))

@@ -8,20 +8,25 @@ from pathlib import Path
 
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import atomic_path, disk_errors_explained
-from ditbench.harness.records.record import Record, experiment_folder, read_all
+from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare, paired, text
-from ditbench.harness.report.frame import frame
+from ditbench.harness.report.frame import frame, inert
 from ditbench.harness.report.over_seeds import over_seeds
+from ditbench.harness.report.whole import OF_A_PAGE, PER_SAMPLE, whole_records
 
 FORMATS = ("md", "csv", "latex", "html")
 
 
 @dataclass(frozen=True)
 class Report:
-    """text: what to print, the short terminal table if the report went to a file; path: that file."""
+    """text: what to print, the short terminal table if the report went to a file; path: that file.
+
+    damaged: a line for each record, or file beside one, that could not be used; Markdown, LaTeX and the page list them too.
+    """
 
     text: str
     path: Path | None = None
+    damaged: tuple[str, ...] = ()
 
 
 def report(
@@ -39,11 +44,12 @@ def report(
     their seed only become one row.
 
     Raises:
-        UserError: unknown format, experiment or metric; no records; a record that cannot be read.
+        UserError: unknown format, experiment or metric; no record that can be read.
     """
     if format not in FORMATS:
         raise unknown_name("report format", format, FORMATS)
-    records = _records(Path(results_dir), experiment)
+    used = {"csv": (), "html": OF_A_PAGE}.get(format, PER_SAMPLE)
+    records, damaged = whole_records(Path(results_dir), experiment, used)
     records = over_seeds(records) if merge_seeds else records
     groups = compare.groups(records)
     headline = compare.headline(groups, metrics)
@@ -53,17 +59,17 @@ def report(
         out = out or Path(results_dir) / (
             f"report-{experiment.replace('/', '-')}.html" if experiment else "report.html"
         )
-        _write(out, page(groups, experiment))
-        return Report(text.terminal(groups, headline), out)
+        _write(out, page(groups, experiment, damaged))
+        return Report(text.terminal(groups, headline), out, damaged)
     rendered = {
-        "md": lambda: text.markdown(groups, headline),
-        "csv": lambda: frame(groups).to_csv(index=False),
-        "latex": lambda: text.latex(groups, headline),
+        "md": lambda: text.markdown(groups, headline, damaged),
+        "csv": lambda: inert(frame(groups)).to_csv(index=False),
+        "latex": lambda: text.latex(groups, headline, damaged),
     }[format]()
     if out is None:
-        return Report(rendered, None)
+        return Report(rendered, None, damaged)
     _write(out, rendered)
-    return Report(text.terminal(groups, headline), out)
+    return Report(text.terminal(groups, headline), out, damaged)
 
 
 def comparisons(
@@ -71,7 +77,7 @@ def comparisons(
     experiment: str | None = None,
     metrics: Sequence[str] | None = None,
     bits: Sequence[str] | None = None,
-) -> str:
+) -> Report:
     """Paired tests of every two runs of the same bits, and of each against the float model, as text.
 
     metrics: default all that have a value per sample. bits: only runs of these labels (and Holm's correction over them).
@@ -79,7 +85,7 @@ def comparisons(
     Raises:
         UserError: unknown experiment, metric or bits; nothing to compare.
     """
-    records = _records(Path(results_dir), experiment)
+    records, damaged = whole_records(Path(results_dir), experiment, PER_SAMPLE)
     known = sorted({compare.bits_label(record) for record in records})
     for label in bits or ():
         if label.upper() not in known:
@@ -89,27 +95,19 @@ def comparisons(
     wanted = compare.headline(groups, metrics) if metrics else None
     shown = [(group, tests) for group in groups if (tests := paired.tests(group, wanted))]
     if not shown:
+        if damaged:
+            raise UserError(damaged[0])
         raise UserError(
             f"{results_dir}/runs: nothing to compare sample by sample; it takes a metric with a value per sample, two "
             "runs of the same bits (or one and the float model), and records that hold such values"
         )
-    return "\n\n".join(text.comparisons(group, tests) for group, tests in shown)
+    return Report("\n\n".join(text.comparisons(group, tests) for group, tests in shown), damaged=damaged)
 
 
 def comparison_table(records: Iterable[Record], metrics: Sequence[str] | None = None, width: int = text.WIDTH) -> str:
     """The short table for the end of a sweep, one block per group of comparable runs."""
     groups = compare.groups(records)
     return text.terminal(groups, compare.headline(groups, metrics), width) if groups else "no runs to compare"
-
-
-def _records(results_dir: Path, experiment: str | None) -> list[Record]:
-    if experiment and not experiment_folder(results_dir, experiment).is_dir():
-        known = [folder.name for folder in (results_dir / "runs").glob("*") if folder.is_dir()]
-        raise unknown_name(f"experiment in {results_dir}/runs", experiment, known)
-    records = read_all(results_dir, experiment)
-    if not records:
-        raise UserError(f"{results_dir}/runs: no record to report; run a sweep first, or set results_dir=…")
-    return records
 
 
 def _write(path: Path, content: str) -> None:

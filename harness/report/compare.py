@@ -6,6 +6,7 @@ runs compete per bits label; the float row ("fp") is what they are measured agai
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -150,17 +151,18 @@ def bits_label(record: Record) -> str:
     config = record.config.get("bits")
     if isinstance(config, Mapping):
         config = config.get("label") or config.get("name")
-    return record.bits.get("label") or (str(config).upper() if config else "–")
+    return printable(record.bits.get("label") or (str(config).upper() if config else "–"), 24)
 
 
 def model_label(record: Record) -> str:
     """The model's name, with "(stress: …)" where outliers were injected into it."""
     stress = (record.config.get("model") or {}).get("stress")
+    name = printable(record.model)
     if not stress or stress == "none":
-        return record.model
+        return name
     if isinstance(stress, Mapping):
         stress = ", ".join(f"{name} {setting}" for name, setting in stress.items())
-    return f"{record.model} (stress)" if stress is True else f"{record.model} (stress: {stress})"
+    return f"{name} (stress)" if stress is True else f"{name} (stress: {printable(str(stress))})"
 
 
 def protocol(record: Record) -> dict[str, Any]:
@@ -170,20 +172,42 @@ def protocol(record: Record) -> dict[str, Any]:
 def group_label(record: Record) -> str:
     words = {"n": "n = {}", "steps": "{} steps", "guidance": "guidance {}", "seed": "seed {}"}
     settings = protocol(record) | {"seed": record.config.get("seed")}
-    said = [text.format(settings[key]) for key, text in words.items() if settings.get(key) is not None]
-    return " · ".join([model_label(record), f"protocol {settings.get('name', '?')}", *said])
+    known = {key: printable(str(value), 40) for key, value in settings.items() if value is not None}
+    said = [text.format(known[key]) for key, text in words.items() if key in known]
+    return " · ".join([model_label(record), f"protocol {known.get('name', '?')}", *said])
 
 
 def run_names(records: Sequence[Record]) -> list[str]:
     """The method of each run, followed by the settings that tell it from a run with the same method and bits."""
     settings = [_flat({part: record.config.get(part) for part in _TOLD_APART_BY}) for record in records]
     kinds = [(record.method, bits_label(record)) for record in records]
-    names = []
+    twins: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for own, kind in zip(settings, kinds, strict=True):
-        twins = [other for other, its_kind in zip(settings, kinds, strict=True) if its_kind == kind]
-        differing = [key for key in own if any(twin.get(key) != own[key] for twin in twins)]
-        names.append(" ".join([kind[0], *(f"{key.rsplit('.', 1)[-1]}={own[key]}" for key in differing)]))
-    return names
+        twins.setdefault(kind, []).append(own)
+    differing = {kind: _differing(its) for kind, its in twins.items()}
+    return [
+        " ".join([printable(kind[0]), *(_setting(key, own[key]) for key in own if key in differing[kind])])
+        for own, kind in zip(settings, kinds, strict=True)
+    ]
+
+
+def printable(text: str, limit: int = 60) -> str:
+    """A name out of a record as it can be shown: no control characters, and what is cut off is told apart by its hash."""
+    shown = text if text.isprintable() else "".join(char if char.isprintable() else "�" for char in text)
+    if len(shown) <= limit:
+        return shown
+    return f"{shown[: limit - 9]}…{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:8]}"
+
+
+def _differing(settings: Sequence[dict[str, Any]]) -> set[str]:
+    """The settings that are not the same in all of them."""
+    first = settings[0]
+    keys = {key for each in settings for key in each}
+    return {key for key in keys if any(each.get(key) != first.get(key) for each in settings)}
+
+
+def _setting(key: str, value: Any) -> str:
+    return printable(f"{key.rsplit('.', 1)[-1]}={value}", 40)
 
 
 def _group(label: str, records: list[Record]) -> Group:

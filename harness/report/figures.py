@@ -12,6 +12,7 @@ from ditbench.harness.report import compare
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
 from ditbench.harness.report.frame import measured, mib
 from ditbench.harness.report.table import short_names
+from ditbench.harness.report.whole import beside
 
 # Okabe and Ito's colour-blind-safe colours without black and yellow: each reads on white and on near-black.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -82,7 +83,7 @@ def layer_heatmap(group: Group) -> dict[str, Any] | None:
     heatmap = {
         "type": "heatmap",
         "x": [name.replace(" ", "<br>") for _, name in runs],
-        "y": layers,
+        "y": [compare.printable(layer, 80) for layer in layers],
         "z": [[cell.get("sqnr_db") for cell in line] for line in cells],
         "customdata": [[_layer_note(cell) for cell in line] for line in cells],
         "hovertemplate": "%{y}<br>%{x}<br>%{z:.1f} dB%{customdata}<extra></extra>",
@@ -104,7 +105,7 @@ def step_heatmaps(group: Group) -> dict[str, dict[str, Any]]:
     """{run: figure}: SQNR of each layer alone and of each block with all before it, over the denoising steps."""
     found = {}
     for record, name in zip(group.records, group.run_names, strict=True):
-        atlas = _atlas(record)
+        atlas = beside(record, "layer_errors")
         if atlas is None:
             continue
         found[f"{name} {compare.bits_label(record)}"] = {
@@ -112,9 +113,10 @@ def step_heatmaps(group: Group) -> dict[str, dict[str, Any]]:
                 {
                     "type": "heatmap",
                     "x": [str(step) for step in atlas["steps"]],
-                    "y": [str(layer) for layer in atlas["names"]],
+                    "y": [compare.printable(str(layer), 80) for layer in atlas["names"]],
                     "z": [
-                        [None if np.isnan(cell) else round(float(cell), 2) for cell in row] for row in atlas["sqnr_db"]
+                        [round(float(cell), 2) if np.isfinite(cell) else None for cell in row]
+                        for row in atlas["sqnr_db"]
                     ],
                     "hovertemplate": "%{y}<br>step %{x}<br>%{z:.1f} dB<extra></extra>",
                     "colorscale": "Cividis",
@@ -129,17 +131,6 @@ def step_heatmaps(group: Group) -> dict[str, dict[str, Any]]:
             },
         }
     return found
-
-
-def _atlas(record: Record) -> dict[str, Any] | None:
-    """The error atlas beside a record (`harness.measurement.layer_errors`), if there is a readable one."""
-    if record.folder is None or "layer_errors" not in record.artifacts:
-        return None
-    try:
-        with np.load(record.folder / record.artifacts["layer_errors"]) as arrays:
-            return {name: arrays[name] for name in ("names", "steps", "sqnr_db")}
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _trace(name: str, records: list[Record], metric: str, x_of: Any, look: dict[str, str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 SIMULATED = "simulated"
+STARTS_A_FORMULA = ("=", "+", "-", "@")
 
 
 def frame(groups: Sequence[Group]) -> pd.DataFrame:
@@ -40,12 +41,24 @@ def frame(groups: Sequence[Group]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def inert(table: pd.DataFrame) -> pd.DataFrame:
+    """The frame with no text in it that a spreadsheet would run as a formula: such text gets an apostrophe in front."""
+
+    def safe(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        line = "".join(char if char.isprintable() else " " for char in value).strip()  # a line's end ends a cell too
+        return f"'{line}" if line.startswith(STARTS_A_FORMULA) else line
+
+    return table.map(safe).rename(columns=safe)
+
+
 def reason(record: Record) -> str:
     """The one line that says why a run did not end well: of a traceback the last, else the first."""
     lines = [line.strip() for line in (record.error or "").splitlines() if line.strip()]
     if not lines:
         return "" if record.status == "ok" else "no reason recorded"
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+    return compare.printable(lines[-1] if lines[0].startswith("Traceback") else lines[0], 1000)
 
 
 def measured(record: Record) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from plotly.offline import get_plotlyjs
 
+from ditbench.harness.common.artifacts import check_bytes
 from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare, paired
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
@@ -41,7 +42,7 @@ class Picture:
     problem: str = ""
 
 
-def page(groups: Sequence[Group], experiment: str | None) -> str:
+def page(groups: Sequence[Group], experiment: str | None, damaged: Sequence[str] = ()) -> str:
     records = [record for group in groups for record in group.records]
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -56,6 +57,7 @@ def page(groups: Sequence[Group], experiment: str | None) -> str:
         counts={status: sum(r.status == status for r in records) for status in ("ok", "failed", "skipped")},
         galleries=[(group.label, gallery(group)) for group in groups],
         figures=[figures(group) for group in groups],
+        damaged=damaged,
         problems=[(r, compare.bits_label(r), reason(r)) for r in records if r.status != "ok"],
         details=[(group.label, details(group)) for group in groups],
         style=Markup((HERE / "style.css").read_text()),
@@ -112,9 +114,12 @@ def _reference_dtype(record: Record) -> str:
 def picture(record: Record, artifact: str, title: str, caption: str) -> Picture:
     """The image file beside the record, embedded."""
     assert record.folder is not None, "records of a report are read from disk"
-    path = record.folder / record.artifacts[artifact]
+    relative = record.artifacts[artifact]
+    path = record.folder / relative
     try:
         content = path.read_bytes()
+        if relative in record.files:
+            check_bytes(path, record.files[relative])
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             size, kind, reduced = image.size, Image.MIME[image.format or "PNG"], False
@@ -123,7 +128,7 @@ def picture(record: Record, artifact: str, title: str, caption: str) -> Picture:
                 buffer = io.BytesIO()
                 image.convert("RGB").save(buffer, "WEBP", quality=88)
                 content, size, kind, reduced = buffer.getvalue(), image.size, "image/webp", True
-    except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # Pillow has an exception of its own for many a damage
         why = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         return Picture(title, caption, problem=f"{path.name} is {why}")
     return Picture(title, caption, f"data:{kind};base64,{base64.b64encode(content).decode()}", size, reduced)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+
+import numpy as np
 
 from ditbench.eval.base import PerSample
 from ditbench.eval.paired_differences import Difference, differences, holm
 from ditbench.eval.passport import scored_alike
-from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import UNREADABLE
 from ditbench.harness.records.record import Record
-from ditbench.harness.records.sample_values import Values, load
+from ditbench.harness.records.sample_values import Values
 from ditbench.harness.report import compare
 from ditbench.harness.report.compare import FLOAT_METHOD, Group
 from ditbench.harness.report.table import decimals_for, short_names
+from ditbench.harness.report.whole import beside
 
 FLOAT = "float model"
 ALPHA = 0.05
@@ -61,7 +60,8 @@ def tests(group: Group, metrics: Sequence[str] | None = None) -> list[PairedTest
         if metrics is None or metric in metrics:
             found = comparisons(group, metric)
             if found:
-                rows = [_row(each, decimals_for(group, metric) + 1) for each in found]
+                decimals = decimals_for(group, metric) + 1
+                rows = [_row(each, decimals) for each in found]
                 told_apart = [each.told_apart for each in found]
                 made.append(
                     PairedTests(metric, names[metric], _how(found), _verdicts(group, metric, found), rows, told_apart)
@@ -137,33 +137,28 @@ def _candidates(group: Group, metric: str) -> list[tuple[str, str, str, tuple[Pe
     """(bits, first, second, their values) of everything that may be compared."""
     runs: dict[tuple[str, str], tuple[Record, Values]] = {}  # of twins that no setting tells apart, the first
     for record, name in zip(group.records, group.run_names, strict=True):
-        values = None if record.method == FLOAT_METHOD or compare.alarms(record) else _stored(record)
+        values: Values | None = (
+            None if record.method == FLOAT_METHOD or compare.alarms(record) else beside(record, "per_sample")
+        )
         if values is not None and metric in values.run and compare.value(record, metric) is not None:
             runs.setdefault((compare.bits_label(record), name), (record, values))
     found = []
     for place, ((bits, name), (record, values)) in enumerate(runs.items()):
         for (its_bits, other), (rival, its_values) in list(runs.items())[place + 1 :]:
-            alike = values.drawn == its_values.drawn and scored_alike(
-                record.metrics[metric]["passport"], rival.metrics[metric]["passport"]
-            )
-            if bits == its_bits and alike:
+            if bits != its_bits or not _pair(values.run[metric], its_values.run[metric]):
+                continue
+            if values.drawn == its_values.drawn and scored_alike(
+                record.metrics[metric]["passport"] or {}, rival.metrics[metric]["passport"] or {}
+            ):
                 found.append((bits, name, other, (values.run[metric], its_values.run[metric])))
-        if metric in values.float_model:
+        if metric in values.float_model and _pair(values.run[metric], values.float_model[metric]):
             found.append((bits, name, FLOAT, (values.run[metric], values.float_model[metric])))
-    return found
+    sizes = [len(first.values_N) for _, _, _, (first, _) in found]
+    return [each for each, size in zip(found, sizes, strict=True) if size == sizes[0]]  # they are resampled together
 
 
-def _stored(record: Record) -> Values | None:
-    """The values beside a record; None where it has none (or their file is gone)."""
-    if record.folder is None or "per_sample" not in record.artifacts:
-        return None
-    path = record.folder / record.artifacts["per_sample"]
-    return _load(path, path.stat().st_mtime_ns) if path.is_file() else None
-
-
-@lru_cache(maxsize=256)
-def _load(path: Path, mtime_ns: int) -> Values:
-    try:
-        return load(path)
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not readable ({type(error).__name__}); move it away to go on without it") from error
+def _pair(one: PerSample, other: PerSample) -> bool:
+    """Whether two sets of values can lie side by side: a file made elsewhere may say what it likes of how it was drawn."""
+    if len(one.values_N) != len(other.values_N) or (one.strata_N is None) != (other.strata_N is None):
+        return False
+    return one.yes_no == other.yes_no and bool(np.isfinite(one.values_N - other.values_N).any())

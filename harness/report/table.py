@@ -87,7 +87,10 @@ def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = ()) -> T
     for name in behind:
         columns.append(_metric_column(group, name))
         by_column.append(_metric_cells(group, name))
-    for title, values in (("device", _devices(group)), ("experiment", [r.experiment for r in group.records])):
+    for title, values in (
+        ("device", _devices(group)),
+        ("experiment", [compare.printable(r.experiment) for r in group.records]),
+    ):
         if len(set(values) - {MISSING}) > 1:
             columns.append(Column(title, numeric=False))
             by_column.append([Cell(text, sort=text) for text in values])
@@ -98,7 +101,7 @@ def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = ()) -> T
         for index, (run, cells) in enumerate(zip(group.records, zip(*by_column, strict=True), strict=True))
     ]
     devices = ", ".join(dict.fromkeys(name for name in _devices(group) if name != MISSING)) or "device not recorded"
-    note = (group.records[0].config.get("model") or {}).get("note")
+    note = compare.printable((group.records[0].config.get("model") or {}).get("note") or "", 400)
     setting = " · ".join(filter(None, (group.label, devices, note)))
     caption = f"{setting}. {BASELINE_NOTE} Intervals are 95 %; fit is calibrate + quantize."
     return Table(
@@ -116,7 +119,10 @@ def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = ()) -> T
 def short_names(metrics: Sequence[str]) -> dict[str, str]:
     """torchmetrics/fid_judge → fid_judge, unless two metrics would then share a name."""
     last = [name.rsplit("/", 1)[-1] for name in metrics]
-    return {name: part if last.count(part) == 1 else name for name, part in zip(metrics, last, strict=True)}
+    return {
+        name: compare.printable(part if last.count(part) == 1 else name)
+        for name, part in zip(metrics, last, strict=True)
+    }
 
 
 def number(x: float | None, decimals: int = 2) -> str:
@@ -145,14 +151,14 @@ def decimals_for(group: Group, metric: str) -> int:
 def _metric_column(group: Group, metric: str) -> Column:
     entries = [record.metrics[metric] for record in group.records if metric in record.metrics]
     sizes = sorted({entry["n"] for entry in entries if entry.get("value") is not None})
-    unit = [entries[0]["unit"]] if entries[0].get("unit") else []
+    unit = [compare.printable(entries[0]["unit"], 24)] if entries[0].get("unit") else []
     # A set metric means nothing without its n; what is paired rests on the protocol's n, which the caption has.
     n = ["n=" + "–".join(map(str, sizes[:: max(len(sizes) - 1, 1)]))] if sizes and not entries[0].get("paired") else []
     better = entries[0]["better"]
     library, _, name = metric.rpartition("/")
     return Column(
-        f"{name}{compare.ARROWS[better]}",
-        " ".join(filter(None, [library, *unit, *n])),
+        f"{compare.printable(name)}{compare.ARROWS[better]}",
+        " ".join(filter(None, [compare.printable(library), *unit, *n])),
         f"{metric}: {'describes, and ranks nobody' if better == 'none' else f'{better} is better'}",
         descending_first=better == "higher",
     )
@@ -201,7 +207,7 @@ def _efficiency_cells(record: Record) -> list[Cell]:
 
 
 def _devices(group: Group) -> list[str]:
-    return [str(record.efficiency.get("device") or MISSING) for record in group.records]
+    return [compare.printable(str(record.efficiency.get("device") or MISSING)) for record in group.records]
 
 
 def _notes(group: Group, metrics: Sequence[str]) -> list[str]:

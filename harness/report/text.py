@@ -36,15 +36,18 @@ def terminal(groups: Sequence[Group], metrics: Sequence[str], width: int = WIDTH
     return "\n\n".join(_terminal_block(group, metrics, width) for group in groups)
 
 
-def markdown(groups: Sequence[Group], metrics: Sequence[str]) -> str:
+def markdown(groups: Sequence[Group], metrics: Sequence[str], damaged: Sequence[str] = ()) -> str:
     blocks = [
         "\n\n".join([_markdown_block(table(group, metrics)), *_markdown_paired(group, metrics)]) for group in groups
     ]
+    if damaged:
+        blocks.append("\n".join(["### Damaged", "", *(f"- {_markdown_escape(line)}" for line in damaged)]))
     return "\n\n".join(blocks) + "\n"
 
 
-def latex(groups: Sequence[Group], metrics: Sequence[str]) -> str:
+def latex(groups: Sequence[Group], metrics: Sequence[str], damaged: Sequence[str] = ()) -> str:
     blocks = [_latex_block(table(group, metrics), place) for place, group in enumerate(groups, start=1)]
+    blocks += ["\n".join(f"% damaged: {' '.join(line.split())}" for line in damaged)] if damaged else []
     return "\n\n".join(["% needs \\usepackage{booktabs} and \\usepackage{xcolor}", *blocks]) + "\n"
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from ditbench.eval.base import known_metrics
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.records import sample_values
+from ditbench.harness.records.attempts import experiment_folder, read_all
 from ditbench.harness.records.drawn_samples import samples_at, store_of
-from ditbench.harness.records.record import Record, add_metric, experiment_folder, read, read_all
+from ditbench.harness.records.record import Record, add_metric, read
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.evaluate import scored, write_noise_floor
 from ditbench.harness.stages.generate import Drawn
@@ -56,10 +57,10 @@ def add(record: Record, metrics: Sequence[str], overrides: Sequence[str]) -> dic
     """The entries of metrics that the record lacks; those that could be computed are filed beside it."""
     config = as_recorded(record, metrics, overrides)
     model = model_of(config.model)
-    stores = store_of(record).parent
 
     def of(key: str) -> Drawn:
-        return Drawn(samples_at(stores / key, record), key, stores / key, {})
+        folder = store_of(record, key)
+        return Drawn(samples_at(folder, record), key, folder, {})
 
     samples, float_model = of(record.made_from["samples"]), of(record.made_from["float_samples"])
     entries, found = scored(config, model, samples, float_model)

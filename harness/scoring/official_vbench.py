@@ -34,7 +34,8 @@ from ditbench.eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Inter
 from ditbench.eval.weights import data_folder, offline, weights_folder
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import file_sha256
-from ditbench.harness.records.record import Record, add_metric, experiment_folder, read, read_all
+from ditbench.harness.records.attempts import experiment_folder, read_all
+from ditbench.harness.records.record import Record, add_metric, read
 from ditbench.harness.samples.samples import Samples
 
 VBENCH = "0.1.5"
@@ -145,7 +146,7 @@ def export_videos(samples: Samples, folder: Path) -> list[Path]:
     for video_FHWC, prompt in zip(one_by_one(samples.videos_NFHWC), samples.prompts, strict=True):
         name = f"{prompt.text}-{index_of[prompt.text]}.mp4"
         index_of[prompt.text] += 1
-        if "/" in name or len(name.encode()) > 255:
+        if set(name) & {"/", "\0"} or len(name.encode()) > 255:
             raise UserError(f"vbench takes the prompt as the file's name, and {prompt.text[:60]!r} cannot be one")
         with av.open(folder / name, "w") as container:
             stream = container.add_stream("libx264rgb", rate=Fraction(samples.fps).limit_denominator(1000))

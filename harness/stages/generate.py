@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -123,7 +122,7 @@ def save_artifacts(
     images, float_model = drawn.samples, float_drawn.samples
     save_grid(images, folder / "grid.png")
     save_grid(float_model, folder / "float_grid.png")
-    saved = {"samples": os.path.relpath(drawn.folder, folder), "grid": "grid.png", "float_grid": "float_grid.png"}
+    saved = {"grid": "grid.png", "float_grid": "float_grid.png"}
     if images.is_video:
         save_animation(images, folder / "animation.gif")
         save_animation(float_model, folder / "float_animation.gif")

@@ -42,7 +42,9 @@ def launch(arguments: list[str]) -> int:
         print(comparison_table(_done))
     failed = [record for record in _done if record.status == "failed"]
     for record in failed:
-        say(f"failed: {record.model} {record.method} {record.config['bits']['label']}: {record.error}")
+        say(
+            f"failed: {record.model} {record.method} {(record.config.get('bits') or {}).get('label', '–')}: {record.error}"
+        )
     if _refused:
         *others, last = {str(error): error for error in _refused}.values()
         for error in others:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from ditbench.harness.cli import list as listing
+from ditbench.harness.records import hashed_json
 
 COMMANDS = (
     *("run", "report", "compare", "export", "list", "paper", "reproduce", "parity", "bench", "check-method", "data"),
@@ -155,8 +156,8 @@ def test_a_report_goes_to_the_file_that_is_named(ditbench, finished, tmp_path):
 def test_a_report_of_one_experiment_leaves_the_others_out(ditbench, finished, tmp_path):
     folder = tmp_path / "runs" / "other" / finished.parent.name
     shutil.copytree(finished.parent, folder)
-    text = (folder / "record.json").read_text()
-    (folder / "record.json").write_text(text.replace('"experiment": "default"', '"experiment": "other"'))
+    values = hashed_json.read(folder / "record.json") | {"experiment": "other"}
+    (folder / "record.json").write_text(hashed_json.text_of(values))
 
     def experiments(*arguments):
         printed = ditbench("report", "--format", "csv", "--results-dir", str(tmp_path), *arguments).out

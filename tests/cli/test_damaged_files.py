@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
-from outcomes import REFUSED, assert_short, process, statuses
+from outcomes import FAILED, REFUSED, assert_short, process, statuses
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ditbench.harness.records import record
+from ditbench.harness.records import hashed_json, record
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
@@ -112,8 +112,20 @@ def test_a_report_that_cannot_be_written_is_one_line(ditbench, finished, tmp_pat
 def test_values_per_sample_that_cannot_be_read_are_named(ditbench, finished, tmp_path, command):
     (finished.parent / "per_sample.npz").write_text("garbage")
     outcome = ditbench(command, "--results-dir", str(tmp_path))
+    assert outcome.code == (REFUSED if command == "compare" else 0), "compare has nothing else"
+    assert ("rtn" in outcome.out) == (command == "report")
+    assert_short(outcome, str(finished.parent / "per_sample.npz"), "bytes, came 7", "the report goes without it")
+
+
+def test_a_state_with_one_flipped_bit_is_not_exported(ditbench, run, tmp_path):
+    assert run("method=smoothquant").code == 0
+    (state,) = tmp_path.glob("runs/*/*/state.safetensors")
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    outcome = ditbench("export", str(state.parent), "--out", str(tmp_path / "out"))
     assert outcome.code == REFUSED
-    assert_short(outcome, str(finished.parent / "per_sample.npz"), "not readable", "move it away")
+    assert_short(outcome, str(state), "SHA-256", "run it again with --force")
 
 
 def test_a_results_folder_that_may_not_be_written_is_named(run, tmp_path, monkeypatch):
@@ -139,10 +151,16 @@ def test_a_results_folder_that_is_a_file_is_named(ditbench, tmp_path):
 
 
 BROKEN_RECORDS = {
-    "newer": (json.dumps({"schema": 99}), ("schema 99 is newer", "upgrade ditbench")),
+    "newer": ('{"schema": 99}', ("schema 99 is newer", "upgrade ditbench")),
     "cut off": ('{"schema": 1, "run_id": "7f', ("not a readable record", "move that folder away")),
     "binary": (b"\xff\xfe\x00", ("not a readable record", "move that folder away")),
-    "foreign": ("[1, 2]", ("not a ditbench record", "move that folder away")),
+    "foreign": ("[1, 2]", ("not a readable record", "expected an object", "move that folder away")),
+    "deep": ("[" * 100_000, ("not a readable record", "nested without end", "move that folder away")),
+    "deep in a field": (
+        '{"schema": 1, "config": ' + '{"a": ' * 200 + "1" + "}" * 201,
+        ("nested more than 40 deep", "move that folder away"),
+    ),
+    "not finite": ('{"schema": 1, "seed": 1e999}', ("a number that is not finite", "move that folder away")),
     "other json": ('{"loss": 1.0}', ("not a ditbench record", "schema", "move that folder away")),
     "edited": (
         '{"schema": 1, "run_id": "0", "status": "ok", "config": {}, "method": "rtn", "model": "m", "experiment": "e", '
@@ -154,15 +172,50 @@ BROKEN_RECORDS = {
 
 
 @pytest.mark.parametrize("kind", BROKEN_RECORDS)
-@pytest.mark.parametrize("command", ["run", "report"])
-def test_a_record_that_cannot_be_read_is_named(run, ditbench, finished, tmp_path, kind, command):
+@pytest.mark.parametrize("command", ["report", "compare", "export"])
+def test_a_record_that_cannot_be_read_is_named(ditbench, finished, tmp_path, kind, command):
     content, words = BROKEN_RECORDS[kind]
-    if kind == "newer":
-        content = json.dumps(json.loads(finished.read_text()) | {"schema": 99})
     finished.write_bytes(content if isinstance(content, bytes) else content.encode())
-    outcome = run() if command == "run" else ditbench("report", "--results-dir", str(tmp_path))
+    what = {"export": (str(finished.parent), "--out", str(tmp_path / "out"))}.get(command, ())
+    outcome = ditbench(command, *what, "--results-dir", str(tmp_path))
     assert outcome.code == REFUSED
     assert_short(outcome, str(finished), *words)
+
+
+def test_a_run_whose_record_is_damaged_is_named_and_done_again_but_not_one_of_a_newer_version(run, finished, tmp_path):
+    whole = finished.read_text()
+    finished.write_text(whole[:-100])
+    outcome = run()
+    assert outcome.code == 0 and f"{finished}: not a readable record" in outcome.err
+    again = finished.parent.with_name(f"{finished.parent.name}.2") / "record.json"
+    assert json.loads(again.read_text())["status"] == "ok" and finished.read_text() == whole[:-100]
+    again.write_text(hashed_json.text_of(hashed_json.read(again) | {"schema": 99}))
+    outcome = run()
+    assert outcome.code == REFUSED and "schema 99 is newer" in outcome.error_lines[-1]
+
+
+def test_a_record_that_takes_no_json_is_written_as_far_as_it_goes_and_has_failed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ditbench.harness.run.layer_table", lambda *_: {"proj": {"sqnr_db": object()}})
+    outcome = run()
+    assert outcome.code == FAILED and "could not be written whole" in outcome.err and "Traceback" not in outcome.err
+    (path,) = tmp_path.glob("runs/*/*/record.json")
+    kept = json.loads(path.read_text())
+    assert kept["status"] == "failed" and "could not be written whole" in kept["error"]
+    assert kept["layers"] == {} and kept["metrics"]["psnr"]["value"] > 0
+
+
+def test_a_record_that_there_is_no_memory_for_is_tried_again_with_less(run, tmp_path, monkeypatch):
+    original = hashed_json.text_of
+
+    def full(values):
+        if len(repr(values)) > 3000:
+            raise MemoryError
+        return original(values)
+
+    monkeypatch.setattr(hashed_json, "text_of", full)
+    outcome = run()
+    assert outcome.code == FAILED and "out of memory: MemoryError" in outcome.err and "Traceback" not in outcome.err
+    assert statuses(tmp_path) == ["failed"]
 
 
 def denied(under: Path, original):

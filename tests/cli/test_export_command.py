@@ -9,6 +9,7 @@ import torch
 
 from ditbench.harness.build.export import RECIPE, TENSORS, load_quantized, read_recipe
 from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.records import hashed_json
 from ditbench.harness.records.drawn_samples import samples_of
 from ditbench.harness.records.record import read
 from ditbench.harness.stages.config import parse
@@ -107,15 +108,15 @@ def test_what_cannot_be_exported_is_refused_in_one_line(ditbench, tmp_path, case
     [("weights_sha256", "weights are not those of model=tiny-dit here"), ("method_sha256", "rtn was edited since")],
 )
 def test_a_run_that_no_longer_fits_is_refused(ditbench, finished, tmp_path, key, words):
-    record = json.loads(finished.read_text())
+    record = hashed_json.read(finished)
     record["env"][key] = "0" * 64
-    finished.write_text(json.dumps(record))
+    finished.write_text(hashed_json.text_of(record))
     done = ditbench("export", str(finished.parent), "--out", str(tmp_path / "out"))
     assert done.code == 2 and words in done.err
 
 
 def test_a_failed_run_is_refused_with_its_reason(ditbench, finished, tmp_path):
-    record = json.loads(finished.read_text()) | {"status": "failed", "error": "NaN in the samples"}
-    finished.write_text(json.dumps(record))
+    record = hashed_json.read(finished) | {"status": "failed", "error": "NaN in the samples"}
+    finished.write_text(hashed_json.text_of(record))
     done = ditbench("export", str(finished.parent), "--out", str(tmp_path / "out"))
     assert done.code == 2 and "is failed: NaN in the samples" in done.err

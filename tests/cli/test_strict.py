@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ditbench.harness.records.record import read_all
+from ditbench.harness.records.attempts import read_all
 
 LACKING = "metrics.names=[psnr,clip_iqa,torch_fidelity/fid,clipscore_b32]"
 

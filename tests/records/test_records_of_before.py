@@ -23,7 +23,7 @@ from ditbench.harness.cli.command_line import COMMANDS
 from ditbench.harness.fitting.conformance import SMALL_DIT
 from ditbench.harness.models.base import ModelSpec
 from ditbench.harness.models.loading import load_model
-from ditbench.harness.records.record import read_all
+from ditbench.harness.records.attempts import read_all
 from ditbench.harness.sweep.compose import composed
 
 OLD = Path(__file__).parent / "553773a"

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditbench.harness.records.record import Record, run_folder, write
+from ditbench.harness.records.attempts import attempt
+from ditbench.harness.records.record import Record
 
 PARTS = ("attn1.to_q", "attn1.to_out.0", "ff.net.2")
 LAYERS = [f"transformer_blocks.{block}.{part}" for block in range(4) for part in PARTS]
@@ -86,7 +87,8 @@ def add_run(results_dir):
                 "started_at": "2026-11-20T10:00:00",
             },
         )
-        with run_folder(results_dir, experiment, run_id) as folder:
+        with attempt(results_dir, experiment, run_id) as this:
+            folder = this.folder
             if not error:
                 record.bits = {
                     "label": bits,
@@ -118,7 +120,7 @@ def add_run(results_dir):
                     record.artifacts["layer_errors"] = "layer_errors.npz"
                 _grid(folder / "grid.png", run_id)
                 _grid(folder / "float_grid.png", "float")
-            write(record, folder)
+            this.publish(record, force=True)
         return record
 
     return add

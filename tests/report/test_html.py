@@ -7,10 +7,11 @@ import re
 import pytest
 from PIL import Image
 
-from ditbench.harness.records.record import read_all
+from ditbench.harness.records.attempts import read_all
 from ditbench.harness.report import compare, report
 from ditbench.harness.report.figures import NOT_MEASURED, figures
 from ditbench.harness.report.html import IMAGE_MAX_BYTES, picture
+from ditbench.harness.report.whole import OF_A_PAGE, whole_records
 
 
 @pytest.fixture
@@ -188,6 +189,7 @@ def test_a_missing_or_broken_image_is_said_and_a_huge_one_is_scaled_down(add_run
     page = own_markup(report(results_dir, None, "html").path)
     assert "grid.png is unreadable" in page and "float_grid.png is missing" in page
     Image.effect_noise((1600, 1600), 90).save(record.folder / "grid.png")
+    record.files.clear()
     huge = picture(record, "grid", "a", "")
     assert huge.reduced and max(huge.size) == 1024 and len(huge.uri) < IMAGE_MAX_BYTES
 
@@ -202,4 +204,6 @@ def test_the_step_heat_map_holds_the_atlas_beside_the_record(add_run, results_di
 def test_an_unreadable_atlas_only_leaves_its_heat_map_out(add_run, results_dir):
     record = add_run("rtn", "W4A4")
     (results_dir / "runs" / record.experiment / record.run_id / "layer_errors.npz").write_bytes(b"torn")
-    assert figures(compare.groups(read_all(results_dir))[0])["steps"] == {}
+    records, damaged = whole_records(results_dir, None, OF_A_PAGE)
+    assert figures(compare.groups(records)[0])["steps"] == {}
+    assert len(damaged) == 1 and "layer_errors.npz" in damaged[0]

@@ -9,7 +9,8 @@ from scipy import stats
 from ditbench.eval.base import PerSample
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.records import sample_values
-from ditbench.harness.records.record import experiment_folder, read_all, write
+from ditbench.harness.records.attempts import experiment_folder, read_all
+from ditbench.harness.records.record import write
 from ditbench.harness.report import compare, comparisons, paired, report
 from ditbench.harness.report.over_seeds import over_seeds
 
@@ -114,7 +115,7 @@ def test_the_verdict_names_whom_the_best_is_told_apart_from(add, results_dir):
 def test_text_markdown_and_html_show_the_same_comparisons(add, results_dir):
     add("a", 1.0)
     add("bb")
-    shown = comparisons(results_dir, "demo", ["psnr"])
+    shown = comparisons(results_dir, "demo", ["psnr"]).text
     assert f"psnr: n = {N} pairs of samples; p: sign-flip permutation, Holm over 1 comparisons" in shown
     (line,) = [line for line in shown.splitlines() if "a − bb" in line]
     delta = line.split("a − bb")[1].split("<")[0].strip()

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.records.record import read_all
+from ditbench.harness.records.attempts import read_all
 from ditbench.harness.report import compare, comparison_table, report
 from ditbench.harness.report.frame import frame
 from ditbench.harness.report.table import interval, table
@@ -282,7 +282,16 @@ def test_mistakes_are_user_errors(sweep, tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [("{oops", "not a readable record"), ('{"schema": 99}', "newer")])
-def test_a_record_that_cannot_be_read_stops_the_report(sweep, content, message):
-    next((sweep / "runs" / "demo").glob("*/record.json")).write_text(content)
+@pytest.mark.parametrize("format", ["md", "csv", "latex", "html"])
+def test_a_record_that_cannot_be_read_is_listed_beside_the_others(sweep, content, message, format):
+    odd, *others = (sweep / "runs" / "demo").glob("*/record.json")
+    odd.write_text(content)
+    made = report(sweep, None, format)
+    (line,) = made.damaged
+    assert message in line and str(odd) in line
+    shown = made.path.read_text() if made.path else made.text
+    assert (str(odd) in shown or "\\_" in shown) == (format != "csv"), "a csv holds rows only"
+    for other in others:
+        other.write_text(content)
     with pytest.raises(UserError, match=message):
-        report(sweep, None, "md")
+        report(sweep, None, format)

@@ -9,7 +9,7 @@ import pytest
 from ditbench.harness import run as running
 from ditbench.harness.cli import main
 from ditbench.harness.generation import generate as generation
-from ditbench.harness.records.record import read_all
+from ditbench.harness.records.attempts import read_all
 from ditbench.harness.stages import evaluate as evaluating
 
 W4 = ("bits=w4a4", "name=kept")

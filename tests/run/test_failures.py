@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -91,7 +90,7 @@ def test_a_metric_that_breaks_costs_the_run_its_number_and_nothing_else(
     with monkeypatch.context() as once:
         once.setitem(known, name, replace(known[name], compute=full))
         assert run(names) == 0
-    assert f"{name} FAILED: RuntimeError in test_failures.py" in capsys.readouterr().err
+    assert f"{name} FAILED: out of memory: RuntimeError in test_failures.py" in capsys.readouterr().err
     assert run(names, "--force") == 0
     broken, whole = read_records(tmp_path).values()
     assert (broken["status"], broken["metrics"][name]["status"]) == ("ok", "failed")
@@ -270,8 +269,9 @@ def test_a_killed_run_leaves_no_record_and_the_next_start_cleans_up(run, tiny, t
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=30) == -signal.SIGKILL
     home = tmp_path / "runs" / "default"
-    (left,) = home.iterdir()
-    assert left.name.startswith(".") and ".part-" in left.name, "only a hidden scratch folder is left"
+    left = sorted(home.iterdir())
+    assert [path.suffix for path in left] == [".lock", ".part"], "only a hidden scratch folder is left, and its lock"
+    assert all(path.name.startswith(".") for path in left)
     assert read_records(tmp_path) == {}
 
     assert run(*QUICK) == 0
@@ -279,26 +279,86 @@ def test_a_killed_run_leaves_no_record_and_the_next_start_cleans_up(run, tiny, t
     assert folder.name in read_records(tmp_path), "the scratch folder is gone, the record is there"
 
 
-def test_the_scratch_folder_of_a_live_process_is_left_alone(run, tmp_path, read_records):
+def test_a_run_that_another_process_published_meanwhile_is_found_and_not_recorded_twice(
+    run, tmp_path, read_records, monkeypatch, capsys
+):
+    original, others = running.measure, []
+
+    def somebody_is_faster(config, *args):
+        if not others:
+            others.append(config)
+            assert running.run(config).status == "ok"
+        return original(config, *args)
+
+    monkeypatch.setattr(running, "measure", somebody_is_faster)
     assert run(*QUICK) == 0
-    (run_id,) = read_records(tmp_path)
-    living = tmp_path / "runs" / "default" / f".{run_id}.part-{socket.gethostname()}-{os.getppid()}"
-    living.mkdir()
-    assert run("--force", *QUICK) == 0
-    assert living.is_dir()
-    assert set(read_records(tmp_path)) == {run_id, f"{run_id}.2"}
+    (folder,) = (tmp_path / "runs" / "default").iterdir()
+    assert folder.name in read_records(tmp_path), "one record, and no scratch folder"
+    assert "is as good and stays" in capsys.readouterr().err
 
 
-def test_two_processes_that_finish_the_same_run_both_keep_theirs(tmp_path):
-    from ditbench.harness.records import record
+def test_the_same_command_completes_a_run_whose_metric_failed(run, tmp_path, read_records, monkeypatch, capsys):
+    original, broken = running.evaluate, ["psnr", "sqnr"]
 
-    with record.run_folder(tmp_path, "default", "0" * 12) as mine:
-        (mine / "who").write_text("first to start")
-        other = tmp_path / "runs" / "default" / ("0" * 12)
-        other.mkdir()
-        (other / "who").write_text("first to finish")
-    assert (other / "who").read_text() == "first to finish"
-    assert (other.with_name("0" * 12 + ".2") / "who").read_text() == "first to start"
+    def breaks(*args):
+        entries, per_sample = original(*args)
+        for name in broken:
+            entries[name] |= {"value": None, "ci95": None, "status": "failed", "reason": "out of memory"}
+        entries["lpips_alex"] |= {"value": None, "ci95": None, "status": "skipped", "reason": "no weights"}
+        return entries, per_sample
+
+    monkeypatch.setattr(running, "evaluate", breaks)
+    arguments = ("metrics.names=[psnr,sqnr,lpips_alex]", "generate.noise_floor_seeds=0")
+    assert run(*arguments) == 0
+    assert run(*arguments) == 0
+    ((first, _),) = read_records(tmp_path).items()
+    said = capsys.readouterr().err
+    assert "psnr, sqnr failed in" in said and "is as good and stays" in said, "done again, and no better"
+    broken.remove("psnr")
+    assert run(*arguments) == 0
+    broken.clear()
+    assert run(*arguments) == 0
+    recorded = read_records(tmp_path)
+    assert list(recorded) == [first, f"{first}.2", f"{first}.3"]
+    failed = [[n for n, e in r["metrics"].items() if e["status"] == "failed"] for r in recorded.values()]
+    assert failed == [["psnr", "sqnr"], ["sqnr"], []]
+    capsys.readouterr()
+    assert run(*arguments) == 0, "what was skipped is not tried again"
+    assert f"already recorded in {tmp_path}/runs/default/{first}.3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "measure", "save_artifacts"])
+def test_a_run_out_of_memory_is_a_failed_record_with_that_reason_and_is_tried_again(
+    run, tmp_path, read_records, monkeypatch, stage
+):
+    def full(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as once:
+        once.setattr(running, stage, full)
+        assert run(*QUICK) == 3
+    assert run(*QUICK) == 0
+    failed, done = read_records(tmp_path).values()
+    assert failed["status"] == "failed" and failed["error"].startswith("out of memory: MemoryError in test_failures.py")
+    assert done["status"] == "ok"
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_record_and_named(run, tmp_path, read_records, monkeypatch):
+    measured, table = running.measure, running.layer_table
+    monkeypatch.setattr(running, "measure", lambda *a: measured(*a) | {"speedup": float("nan")})
+
+    def odd(*args):
+        layers = table(*args)
+        next(iter(layers.values()))["sqnr_db"] = float("inf")
+        return layers
+
+    monkeypatch.setattr(running, "layer_table", odd)
+    assert run(*QUICK) == 0
+    (record,) = read_records(tmp_path).values()
+    layer = next(iter(record["layers"]))
+    assert record["status"] == "ok" and record["efficiency"]["speedup"] is None
+    assert record["layers"][layer]["sqnr_db"] is None
+    assert record["non_finite"] == ["efficiency/speedup: nan", f"layers/{layer}/sqnr_db: inf"]
 
 
 def test_a_finished_run_is_found_at_once(run, twice, capsys):

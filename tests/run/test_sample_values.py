@@ -11,7 +11,7 @@ import torch
 from ditbench.eval.base import Evidence, PerSample, evaluate
 from ditbench.harness.models.zoo import shapes
 from ditbench.harness.records import sample_values
-from ditbench.harness.records.record import read_all
+from ditbench.harness.records.attempts import read_all
 from ditbench.harness.samples.samples import Prompt, Samples
 from ditbench.harness.stages import evaluate as stage
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from collections.abc import Iterator
@@ -10,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from ditbench.harness import run as running
 from ditbench.harness.cli import main
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.records import tracking
 from ditbench.harness.records.record import Record
 from ditbench.harness.records.tracking import log, mode, values
 
@@ -106,15 +110,111 @@ def test_without_a_tracker_there_are_no_wandb_files(swept):
     assert not [path for path in swept.rglob("*") if "wandb" in path.name]
 
 
-@pytest.mark.parametrize("tracker", [{"kind": "none", "mode": "offline"}, {"kind": "wandb", "mode": "disabled"}])
-def test_a_tracker_that_is_off_does_not_even_start_wandb(swept, read_records, tmp_path, monkeypatch, tracker):
+@pytest.mark.parametrize(
+    ("tracker", "environment"),
+    [
+        ({"kind": "none", "mode": "offline"}, {}),
+        ({"kind": "wandb", "mode": "disabled"}, {"WANDB_MODE": "offline"}),
+        ({"kind": "wandb", "mode": "auto"}, {"WANDB_MODE": "disabled"}),
+        ({"kind": "wandb", "mode": "auto"}, {"WANDB_DISABLED": "true", "WANDB_MODE": "online"}),
+    ],
+)
+def test_a_tracker_that_is_off_does_not_even_start_wandb(
+    swept, read_records, tmp_path, monkeypatch, tracker, environment
+):
     monkeypatch.setattr("wandb.init", lambda **_: pytest.fail("wandb.init was called"))
-    log(tracker | {"project": None, "entity": None}, Record(**next(iter(read_records(swept).values()))), tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    record = Record(**without_hash(next(iter(read_records(swept).values()))), folder=tmp_path)
+    log(tracker | {"project": None, "entity": None}, record)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_environment_says_the_mode_only_where_the_configuration_leaves_it_open(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.delenv("WANDB_DISABLED", raising=False)
+    for said, meant in (("offline", "offline"), ("dryrun", "offline"), ("online", "online"), ("DISABLED", "disabled")):
+        monkeypatch.setenv("WANDB_MODE", said)
+        assert mode("auto") == meant and mode("online") == "online" and mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UserError, match="WANDB_MODE is 'ofline', expected one of online, offline"):
+        mode("auto")
+
+
+@pytest.fixture
+def tracked(run, monkeypatch):
+    """tracked("bits=w8a8", …): a run with the W&B tracker on; what earlier tests gave up is forgotten."""
+    monkeypatch.setattr(tracking, "_gave_up", False)
+    return lambda *arguments: run("tracker=wandb", "tracker.mode=offline", *arguments)
+
+
+def test_a_record_is_published_before_the_tracker_hears_of_it_and_nothing_that_it_does_undoes_that(
+    tracked, tmp_path, read_records, monkeypatch, capsys
+):
+    seen = []
+
+    def unreachable(**settings):
+        seen.append((set(read_records(tmp_path)), Path(settings["dir"]).name))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("wandb.init", unreachable)
+    assert tracked("-m", "bits=w8a8,w4a4") == 0
+    first, _ = read_records(tmp_path)
+    assert seen == [({first}, first)], "published before, and not tried again for the second run"
+    assert capsys.readouterr().err.count("not tracked") == 1
+
+
+def test_an_interruption_while_tracking_costs_no_record(tracked, tmp_path, read_records, monkeypatch):
+    def interrupt(**settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wandb.init", interrupt)
+    assert tracked() == 130
+    assert [each["status"] for each in read_records(tmp_path).values()] == ["ok"]
+
+
+def test_a_failed_run_is_a_failed_wandb_run_with_its_reason(tracked, tmp_path, read_records, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(running, "calibrate", fail)  # before the bits are counted
+    assert tracked("bits=w4a8") == 3
+    assert "not tracked" not in capsys.readouterr().err
+    ((name, record),) = read_records(tmp_path).items()
+    assert record["status"] == "failed" and record["error"].startswith("out of memory: MemoryError in test_wandb.py")
+    (file,) = (tmp_path / "runs" / "default" / name).glob("wandb/offline-run-*/run-*.wandb")
+    logged = contents(file)
+    assert logged["exit_code"] == 1 and logged["name"] == "tiny-dit rtn W4A8"
+    assert logged["summary"]["status"] == "failed" and logged["summary"]["error"] == record["error"]
+
+
+def test_a_finished_run_ends_well_in_wandb_too(pairs):
+    for _, logged, _ in pairs:
+        assert logged["exit_code"] == 0 and logged["summary"]["status"] == "ok"
+
+
+def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_said(swept, read_records, monkeypatch):
+    import wandb
+
+    asked = {}
+
+    def init(**settings):
+        asked.update(settings)
+        raise wandb.errors.CommError("no answer")
+
+    monkeypatch.setattr(tracking, "_gave_up", False)
+    monkeypatch.setattr("wandb.init", init)
+    record = Record(**without_hash(next(iter(read_records(swept).values()))), folder=swept)
+    tracker = {"kind": "wandb", "mode": "online", "project": "p", "entity": None}
+    with pytest.raises(wandb.errors.CommError):
+        log(tracker, record)
+    assert asked["settings"].init_timeout == tracking.INIT_S <= 30
+    log(tracker, record)  # given up: init is not called again, and nothing is raised
+
+
 def test_auto_goes_online_only_with_a_key(monkeypatch, tmp_path):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert mode("auto") == "offline" and mode("online") == "online"
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
@@ -127,13 +227,13 @@ def test_auto_goes_online_only_with_a_key(monkeypatch, tmp_path):
 
 def test_a_skipped_metric_is_left_out_and_not_logged_as_zero(swept, read_records):
     stored = next(iter(read_records(swept).values()))
-    record = Record(**stored)
+    record = Record(**without_hash(stored))
     record.metrics = {"psnr": stored["metrics"]["psnr"] | {"value": None, "ci95": None, "status": "skipped"}}
     assert not [name for name in values(record) if name.startswith("metrics/")]
 
 
 def contents(file: Path) -> dict[str, Any]:
-    """config, history, summary, group, project, name and id out of a .wandb file."""
+    """config, history, summary, group, project, name, id and exit code out of a .wandb file."""
     found: dict[str, Any] = {"config": {}, "history": {}, "summary": {}}
     for data in leveldb_log(file.read_bytes()):
         message = pb.Record()
@@ -143,11 +243,17 @@ def contents(file: Path) -> dict[str, Any]:
             run = message.run
             found |= {"group": run.run_group, "project": run.project, "name": run.display_name, "run_id": run.run_id}
             found["config"] |= {item.key: json.loads(item.value_json) for item in run.config.update}
+        elif kind == "exit":
+            found["exit_code"] = message.exit.exit_code
         elif kind in ("history", "summary"):
             items = message.history.item if kind == "history" else message.summary.update
             for item in items:
                 insert(found[kind], [item.key] if item.key else list(item.nested_key), json.loads(item.value_json))
     return found
+
+
+def without_hash(stored: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in stored.items() if name != "sha256"}
 
 
 def insert(into: dict[str, Any], path: list[str], value: Any) -> None:

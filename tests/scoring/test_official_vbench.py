@@ -213,12 +213,20 @@ def test_the_report_holds_scores_that_were_filed_later(tmp_path):
     assert "vbench/scene" in text.splitlines()[0] and "0.625" in text
 
 
-def test_a_filed_metric_that_cannot_be_read_is_named(tmp_path):
+@pytest.mark.parametrize("damage", ["{", '{"value": 1.0}', "[]"])
+def test_a_filed_metric_that_cannot_be_read_is_named_and_costs_the_record_nothing_else(tmp_path, damage):
     folder = run_folder(tmp_path)
-    path = add_metric(folder, "vbench/scene", {"value": 1.0})
-    path.write_text("{")
-    with pytest.raises(UserError, match="scene.json: not a readable metric"):
-        read(folder / "record.json")
+    path = add_metric(folder, "vbench/scene", official_vbench.entry_of("scene", 0.6, [0.5, 0.7], "custom_input", 0, 20))
+    path.write_text(damage)
+    record = read(folder / "record.json")
+    (line,) = record.damaged
+    assert f"{path}: not a readable metric" in line and set(record.metrics) == {"psnr"}
+
+
+@pytest.mark.parametrize("name", ["../psnr", "vbench/../../x", "/etc/x", "a\\b"])
+def test_a_metric_cannot_be_filed_outside_of_its_record(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be the name of a file"):
+        add_metric(run_folder(tmp_path), name, {})
 
 
 @pytest.mark.parametrize(

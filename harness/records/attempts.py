@@ -1,0 +1,199 @@
+"""The folders of an experiment's runs: which attempts there are, and how one more appears among them.
+
+    <experiment>/<run_id>, <run_id>.2, …    attempts
+    <experiment>/.<run_id>.<random>.part    the scratch folder of an attempt that is under way, with a .lock beside it that its
+                                            process holds: what nobody holds was left by a kill, and whoever comes next removes it
+    <experiment>/.lock                      held, for moments, by who makes a scratch folder or publishes one
+
+Locks end with the process that holds them, wherever it ran: no process id or host name is asked.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ditbench.harness.common.artifacts import tell
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.records import record as records
+from ditbench.harness.records.record import ATTEMPT, DamagedRecord, Record, failed_metrics, read
+
+
+@dataclass
+class Attempt:
+    """One attempt at a run. folder: a scratch folder, until it is published; seen: the attempts there were before."""
+
+    home: Path
+    run_id: str
+    folder: Path
+    seen: frozenset[str] = field(default_factory=frozenset)
+    published: bool = False
+
+    def publish(self, record: Record, force: bool = False) -> Record:
+        """Write the record and give the folder its name, at once → the record as it is read back.
+
+        Nothing is published where a record as good is there by now: one that another process published meanwhile, or an
+        earlier one in which no more metrics failed. That one is returned. force: published in any case.
+        """
+        records.write(record, self.folder)
+        ours = read(self.folder / "record.json")
+        with _claimed(self.home):
+            rival = None if force else self._as_good(ours)
+            if rival is not None:
+                return rival
+            names = set(os.listdir(self.home))
+            number = 1
+            while (name := self.run_id if number == 1 else f"{self.run_id}.{number}") in names:
+                number += 1
+            os.rename(self.folder, self.home / name)
+            self.published = True
+        return read(self.home / name / "record.json")
+
+    def _as_good(self, ours: Record) -> Record | None:
+        found = [
+            each
+            for each in _attempts_in(self.home, self.run_id)
+            if each.status == "ok" or (each.folder is not None and each.folder.name not in self.seen)
+        ]
+        best = best_of(found)
+        return best if best is not None and _quality(best) >= _quality(ours) else None
+
+
+@contextmanager
+def attempt(results_dir: Path, experiment: str, run_id: str) -> Iterator[Attempt]:
+    """A scratch folder to do a run in; it is removed at the end unless it was published."""
+    home = experiment_folder(results_dir, experiment)
+    home.mkdir(parents=True, exist_ok=True)
+    with _claimed(home):
+        _remove_leftovers(home)
+        seen = frozenset(name for name in os.listdir(home) if ATTEMPT.match(name))
+        folder = home / f".{run_id}.{os.urandom(4).hex()}.part"
+        lock = FileLock(folder.with_suffix(".lock"))
+        lock.acquire(timeout=0)
+        folder.mkdir()
+    try:
+        yield Attempt(home, run_id, folder, seen)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _let_go(lock)
+
+
+def experiment_folder(results_dir: Path, experiment: str) -> Path:
+    return Path(results_dir) / "runs" / experiment
+
+
+def attempts(results_dir: Path, experiment: str, run_id: str) -> list[Record]:
+    """Every readable attempt of one run, oldest first; what is damaged is said.
+
+    Raises:
+        UserError: one was written by a newer ditbench.
+    """
+    return _attempts_in(experiment_folder(results_dir, experiment), run_id)
+
+
+def finished(results_dir: Path, experiment: str, run_id: str) -> Record | None:
+    """The attempt that ended ok with the fewest failed metrics, the newest of these; None if none ended ok."""
+    return best_of([each for each in attempts(results_dir, experiment, run_id) if each.status == "ok"])
+
+
+def best_of(found: list[Record]) -> Record | None:
+    """An ok attempt before a failed one, then by failed metrics, then the last in the list."""
+    return max(reversed(found), key=_quality) if found else None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """records: the best attempt of every run; damaged: a line for each record or file beside one that cannot be used."""
+
+    records: list[Record]
+    damaged: list[str]
+
+
+def survey(results_dir: Path, experiment: str | None = None) -> Survey:
+    """All runs of one experiment, or of all."""
+    root = Path(results_dir) / "runs"
+    homes = [root / experiment] if experiment else sorted(p for p in root.glob("*") if p.is_dir())
+    found, damaged = [], []
+    for home in homes:
+        of_run: dict[str, list[Record]] = {}
+        for folder in _attempt_folders(home):
+            try:
+                record = read(folder / "record.json")
+                of_run.setdefault(folder.name[:12], []).append(record)
+                damaged += record.damaged
+            except UserError as error:
+                damaged.append(str(error))
+        found += [best for run_id in sorted(of_run) if (best := best_of(of_run[run_id])) is not None]
+    return Survey(found, damaged)
+
+
+def read_all(results_dir: Path, experiment: str | None = None) -> list[Record]:
+    """The best attempt of every run, of one experiment or of all; what is damaged is said and left out."""
+    found = survey(results_dir, experiment)
+    for line in found.damaged:
+        tell(line)
+    return found.records
+
+
+def _quality(record: Record) -> tuple[bool, int]:
+    return record.status == "ok", -len(failed_metrics(record))
+
+
+def _attempt_folders(home: Path, run_id: str = "") -> list[Path]:
+    """Those that hold a record, oldest first."""
+    names = [
+        (match["run_id"], int(match["attempt"] or 1), match[0]) for match in map(ATTEMPT.match, _listed(home)) if match
+    ]
+    folders = [home / name for its_id, _, name in sorted(names) if not run_id or its_id == run_id]
+    return [folder for folder in folders if (folder / "record.json").exists()]
+
+
+def _listed(home: Path) -> list[str]:
+    return os.listdir(home) if home.is_dir() else []
+
+
+def _attempts_in(home: Path, run_id: str) -> list[Record]:
+    found = []
+    for folder in _attempt_folders(home, run_id):
+        try:
+            found.append(read(folder / "record.json"))
+        except DamagedRecord as damage:
+            tell(f"{damage}; it counts for nothing")
+    return found
+
+
+@contextmanager
+def _claimed(home: Path) -> Iterator[None]:
+    lock = FileLock(home / ".lock")
+    lock.acquire()
+    try:
+        yield
+    finally:
+        _let_go(lock)
+
+
+def _remove_leftovers(home: Path) -> None:
+    """Scratch folders that no process holds."""
+    for name in sorted(each for each in os.listdir(home) if each.startswith(".") and each.endswith((".part", ".lock"))):
+        path = home / name
+        if name == ".lock" or not (path.exists() and path.stem.count(".") == 2):
+            continue
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
+        _let_go(lock)
+
+
+def _let_go(lock: FileLock) -> None:
+    """The file goes first: who waits for it notices that it has gone, and makes another."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
