@@ -64,7 +64,7 @@ class Reconstruction:
     input_prob: float = 1.0  # share of the block's inputs from the quantized network; the rest is float (QDrop)
     act_prob: float = 1.0  # share of the layers' inputs that are quantized while training (QDrop)
     seed: int = 0  # of minibatches and drops
-    max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used (what is too much for memory lies on disk)
+    max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used
 
     def __post_init__(self) -> None:
         method = type(self).__module__.rpartition(".")[2]
