@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from time import process_time
 
@@ -110,6 +111,7 @@ def fit(name: str, options: argparse.Namespace) -> dict:
         try:
             with timer("calibrate"):
                 recording = calibrate(model, config.protocol.sampler, options.samples, config.seed, cache=options.cache)
+            recording = replace(recording, cache=None)  # what is fitted here is measured, not found
             with timer("quantize"):
                 quantize(config, model, target.without(recording.unreached), recording)
         except Exception as error:

@@ -95,7 +95,7 @@ class Params:
     search_steps: int = 4
     search_tokens: int = 1024  # in all of them: fewer samples of a model with longer sequences, but one per step
     seed: int = 0  # of permutation=random
-    max_bytes: int = MAX_BYTES  # of the hidden states held at a time
+    max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cbc_depth", str(self.cbc_depth))  # Hydra reads 1 as a number

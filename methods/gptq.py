@@ -38,7 +38,7 @@ class Params:
     block: int = 128
     act_order: bool = False
     ranges: str = "minmax"  # of the scales: minmax | mse
-    max_bytes: int = MAX_BYTES  # of the hidden states held at a time
+    max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used
 
     def __post_init__(self) -> None:
         if self.ranges not in RANGES:

@@ -58,7 +58,7 @@ class Params:
     symmetric: bool = False
     damp: float = 0.01
     block: int = 128
-    max_bytes: int = MAX_BYTES  # of the hidden states held at a time
+    max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used
     search: str = "off"  # off | evolution
     sizes: tuple[int, ...] = (32, 64, 128, 192, 288)
     budget: float | None = None

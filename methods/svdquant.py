@@ -78,7 +78,7 @@ class Params:
     fold: bool = False  # λ into the producer's rows where there is one
     sample_rows: int = 512  # tokens of each layer input that errors are measured on
     damp: float = 0.01  # of GPTQ
-    max_bytes: int = MAX_BYTES  # of the hidden states that GPTQ holds at a time
+    max_bytes: int = MAX_BYTES  # of the hidden states that GPTQ keeps at a time: so many rows are used
     floor: float = 1e-5  # on both ranges: a dead channel must not divide by zero
 
     def __post_init__(self) -> None:

@@ -6,18 +6,20 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
+from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.measurement.latency import backends_of, kind_of, resident_bytes
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.target import Target
 from ditbench.harness.stages.config import RunConfig
-from ditbench.harness.stages.quantize import calibrate, quantize
+from ditbench.harness.stages.quantize import calibrate, quantize, recording_key
 
 EAGER, COMPILED = "eager", "compiled"
 BASELINE = "bf16"
@@ -39,11 +41,17 @@ class Candidate:
 class LazyCalibration:
     """A calibration that is recorded when a method first asks for it: round-to-nearest never does."""
 
-    def __init__(self, record: Callable[[], Any]) -> None:
-        self._record = record
+    derived, saved = Calibration.derived, Calibration.saved
+
+    def __init__(self, key: str, cache: Path, record: Callable[[], Calibration]) -> None:
+        self.key, self.cache, self._record = key, cache, record
+        self.whole, self.saved_s = None, {}
+
+    def with_own_notes(self) -> LazyCalibration:
+        return LazyCalibration(self.key, self.cache, self._record)
 
     @cached_property
-    def _recording(self) -> Any:
+    def _recording(self) -> Calibration:
         return self._record()
 
     def __getattr__(self, name: str) -> Any:
@@ -61,7 +69,7 @@ def quantized(config: RunConfig, model: LoadedModel, target: Target, modes: tupl
     Raises:
         UserError: some layer has none here: what is simulated has no speed.
     """
-    recording = LazyCalibration(lambda: calibrate(config, model))
+    recording = LazyCalibration(recording_key(config, model), config.cache_dir, lambda: calibrate(config, model))
     made = quantize(config, model, target, recording)  # type: ignore[arg-type]
     if kind_of(made.model, bool(made.recipe.attention)) != "measured":
         raise UserError(f"bench: {config.bits.label} is simulated on {config.device} (ditbench list backends)")

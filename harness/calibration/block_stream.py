@@ -1,12 +1,14 @@
 """Block by block: the hidden states at the entrance of one transformer block at a time, within a byte budget.
 
 Methods that calibrate a block on what the blocks before it really produce (GPTQ, CLQ, AdaRound) walk through a model with
-a `BlockStream`. Only one block's inputs are held; how many rows of the calibration are used follows from `max_bytes`,
-not from the number of blocks.
+a `BlockStream`. Only one block's inputs are kept; how many rows of the calibration are used follows from `max_bytes`,
+not from the number of blocks. Where these inputs take more than `HELD_BYTES` they lie on disk, and one call at a time is read:
+with a larger `max_bytes` more rows are used, not more memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,35 +17,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.calibration.on_disk import Spool, StoredList, StoredTensor, content_sha256
 from ditbench.harness.calibration.recording import Calibration, spread
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.progress import progress
-from ditbench.harness.models.calls import FEW, MORE, Call, row_dims, side_by_side, take_apart
+from ditbench.harness.models.calls import (
+    FEW,
+    MORE,
+    Call,
+    Rows,
+    StoredRows,
+    picked_rows,
+    row_dims,
+    side_by_side,
+    take_apart,
+)
 from ditbench.harness.quant.blocks import by_name
 from ditbench.harness.quant.target import Target
 
-MAX_BYTES = 2**30
+MAX_BYTES = 2**30  # of the states of one block's inputs: so many rows are used
+HELD_BYTES = 2**30  # of one block's inputs in memory
 
 
 @dataclass
 class BlockInput:
-    """One call of a block: hidden_BTC, the state that goes from block to block, and the arguments that all blocks share."""
+    """One call of a block: the state that goes from block to block (B, T, C), in memory or on disk, and the arguments that all
+    blocks share.
+    """
 
     step: int
-    hidden_BTC: Tensor
+    state: Tensor | StoredTensor
     others: Call
+
+    @property
+    def hidden_BTC(self) -> Tensor:
+        """The state; read, if it lies on disk."""
+        return self.state if isinstance(self.state, Tensor) else self.state[:]
 
     @property
     def kwargs(self) -> dict[str, Any]:
         return self.others.arguments()
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.state)
+
+    @property
+    def tokens(self) -> int:
+        """Of one row."""
+        return math.prod(self.state.shape[1:-1])
+
     def rows(self, kept: Tensor) -> BlockInput:
-        """Some rows of the batch."""
-        return BlockInput(self.step, self.hidden_BTC[kept], self.others.pick(kept))
+        """Some rows of the batch, in memory."""
+        state = picked_rows(self.state, kept)
+        assert isinstance(state, Tensor)
+        return BlockInput(self.step, state, self.others.pick(kept))
 
     def is_like(self, other: BlockInput) -> bool:
         """Whether the two can be one call on the rows of both."""
-        return self.hidden_BTC.shape[1:] == other.hidden_BTC.shape[1:] and self.others.is_like(other.others)
+        return self.state.shape[1:] == other.state.shape[1:] and self.others.is_like(other.others)
 
     @staticmethod
     def side_by_side(calls: list[BlockInput]) -> list[BlockInput]:
@@ -68,6 +100,8 @@ class BlockStream:
     for name, block in stream:      # in the order of execution
         for call in stream.calls(): … block inputs …
         # when the loop goes on, the block's outputs (with whatever was changed in it) become the next block's inputs
+
+    max_bytes: of the states, decides how many rows of each recorded call are used (at least one).
     """
 
     def __init__(
@@ -75,6 +109,7 @@ class BlockStream:
     ) -> None:
         self.model, self.blocks, self.calibration = model, target.blocks, calibration
         self.block_call = target.block_call
+        self.spool: Spool | None = None  # if they lie on disk
         self.inputs = self._entrance(max_bytes)
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
@@ -86,7 +121,7 @@ class BlockStream:
     def advance(self, block: nn.Module) -> None:
         """The block's outputs become the inputs."""
         for call, output in zip(self.inputs, self.outputs(block), strict=True):
-            call.hidden_BTC = output
+            call.state = self._kept(output)
 
     def calls(self) -> Iterator[BlockInput]:
         """The current block's inputs, with the clock on the step of each."""
@@ -117,8 +152,8 @@ class BlockStream:
         Side by side in one batch, which is faster.
         """
         calls = [self.inputs[index] for index in spread(len(self.inputs), steps).tolist()]
-        rows = min(rows, max(1, tokens // (len(calls) * calls[0].hidden_BTC[0, ..., 0].numel())))
-        return BlockInput.side_by_side([call.rows(spread(len(call.hidden_BTC), rows)) for call in calls])
+        rows = min(rows, max(1, tokens // (len(calls) * calls[0].tokens)))
+        return BlockInput.side_by_side([call.rows(spread(call.num_rows, rows)) for call in calls])
 
     def restart_at(self, other: BlockStream) -> None:
         """Take over the inputs that another stream holds for the same block."""
@@ -161,24 +196,42 @@ class BlockStream:
 
     def _entrance(self, max_bytes: int) -> list[BlockInput]:
         """The first block's inputs, on as many rows of each recorded call as fit the budget."""
-        batches = list(self.calibration.batches())
-        first_step, first = batches[0]
+        batches = self.calibration.num_batches()
+        first_step, first = next(self.calibration.batches())
         (_, few), (state_BTC, more) = (
             self._enter(first_step, first.pick(torch.zeros(rows, dtype=torch.int64))) for rows in (FEW, MORE)
         )
         dims = row_dims(few, more, {})
-        rows = max(1, max_bytes // (state_BTC[:1].nbytes * len(batches)))
+        rows = max(1, max_bytes // (state_BTC[:1].nbytes * batches))
+        used = sum(min(rows, inputs.num_rows) for _, inputs in self.calibration.batches())
+        if used * (state_BTC.nbytes + _nbytes(take_apart(more, MORE, dims)[0])) / MORE > HELD_BYTES:
+            self.spool = Spool(self.calibration.cache)
+        tables: dict[str, Tensor] = {}
         found = []
-        for step, inputs in batches:
+        for step, inputs in self.calibration.batches():
             hidden_BTC, rest = self._enter(step, inputs.pick(spread(inputs.num_rows, rows)))
-            others = Call(*take_apart(rest, len(hidden_BTC), dims))
-            if any(len(values) != len(hidden_BTC) for values in others.values()):
+            of_rows, shape = take_apart(rest, len(hidden_BTC), dims)
+            if any(len(values) != len(hidden_BTC) for values in of_rows.values()):
                 raise UserError(
                     f"{self.blocks[0]} has several rows per sample in one of its arguments; a method that works block by "
                     "block cannot be used with this model"
                 )
-            found.append(BlockInput(step, hidden_BTC, others))
+            for path, table in shape.shared.items():  # mostly the same at every step: one is enough
+                name = content_sha256(table.cpu().contiguous())
+                shape.shared[path] = tables.setdefault(name, table)
+            others: dict[str, Rows | StoredRows] = {path: self._kept_rows(values) for path, values in of_rows.items()}
+            found.append(BlockInput(step, self._kept(hidden_BTC), Call(others, shape)))
         return found
+
+    def _kept(self, tensor: Tensor) -> Tensor | StoredTensor:
+        return tensor if self.spool is None else self.spool.keep(tensor)
+
+    def _kept_rows(self, rows: Rows) -> Rows | StoredRows:
+        if self.spool is None:
+            return rows
+        return (
+            self.spool.keep(rows) if isinstance(rows, Tensor) else StoredList([self.spool.keep(each) for each in rows])
+        )
 
     @torch.no_grad()
     def _enter(self, step: int, inputs: Call) -> tuple[Tensor, dict[str, Any]]:
@@ -199,6 +252,10 @@ class BlockStream:
         finally:
             handle.remove()
         return found[0]
+
+
+def _nbytes(rows: dict[str, Rows]) -> int:
+    return sum(tensor.nbytes for each in rows.values() for tensor in ([each] if isinstance(each, Tensor) else each))
 
 
 @contextmanager

@@ -8,24 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from time import perf_counter
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
-from ditbench.harness.calibration.recorder import SECONDS, saved_seconds
 from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.artifacts import obtain
+from ditbench.harness.common.code_identity import STATISTICS, code_identity
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import atomic_path, cached, canonical_sha256
+from ditbench.harness.common.files import canonical_sha256
 from ditbench.harness.common.progress import progress
 from ditbench.harness.common.tensor_files import save_tensors
 from ditbench.harness.models.calls import float_dtype
 from ditbench.harness.quant.recipe import to_device
 from ditbench.harness.quant.target import Site, Target
 
-STATS_VERSION = 1  # of what is cached: raise it when ChannelStats changes
+FILE = "statistics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,30 +61,25 @@ class ChannelStats:
 def channel_stats(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
     """Statistics of the input of every linear site → {layer name: stats}; consumers of a site share one object.
 
-    Cached beside the calibration, so that a sweep over methods pays for it once.
+    Kept in the recording's cache, so that a sweep over methods pays for it once.
 
     Raises:
         RuntimeError: a layer saw no calibration batch.
         UserError: it saw none at one of the steps.
     """
     sites = target.linear_sites()
-    path = None
-    if calibration.cache is not None:
-        path = (
-            calibration.cache
-            / f"stats-v{STATS_VERSION}-{canonical_sha256([site.name for site in sites])[:16]}.safetensors"
-        )
-    by_site = None if path is None else cached(path, _read)
-    if path is not None and by_site is not None:
-        calibration.saved_s["statistics"] = saved_seconds(path)
-    else:
-        start_time = perf_counter()
-        by_site = _observe_sites(target, calibration)
-        if path is not None:
-            flat = {f"{s}/{f.name}": getattr(stats, f.name) for s, stats in by_site.items() for f in fields(stats)}
-            with atomic_path(path) as part:
-                save_tensors(flat, part, metadata={SECONDS: f"{perf_counter() - start_time:.6f}"})
-    return {consumer: by_site[site.name] for site in sites for consumer in site.consumers}
+    key = canonical_sha256(
+        {
+            "recording": calibration.key,
+            "sites": [[site.name, site.consumers] for site in sites],
+            "device": calibration.device.type,
+            "code": code_identity(*STATISTICS),
+        }
+    )
+    address = calibration.derived("statistics", key, "statistics of the calibration")
+    kept = obtain(address, lambda: _observe_sites(target, calibration), _write, _read)
+    calibration.saved(f"statistics {key}", kept.saved_s)
+    return {consumer: kept.value[site.name] for site in sites for consumer in site.consumers}
 
 
 def _observe_sites(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
@@ -211,9 +207,15 @@ def run_calibration(model: nn.Module, calibration: Calibration, set_step: Callab
         calibration.call(model, step, inputs)
 
 
-def _read(path) -> dict[str, ChannelStats]:
+def _write(by_site: dict[str, ChannelStats], folder: Path) -> None:
+    save_tensors(
+        {f"{s}/{f.name}": getattr(stats, f.name) for s, stats in by_site.items() for f in fields(stats)}, folder / FILE
+    )
+
+
+def _read(folder: Path) -> dict[str, ChannelStats]:
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path).items():
+    for key, tensor in load_file(folder / FILE).items():
         site, name = key.rsplit("/", 1)
         parts.setdefault(site, {})[name] = tensor
     return {site: ChannelStats(**values) for site, values in parts.items()}

@@ -1,28 +1,35 @@
-"""Calibration: one pass of the float model's sampler, recorded once, kept on disk under the hash of what made it."""
+"""Calibration: one pass of the float model's sampler, recorded once, kept on disk under the hash of what made it.
+
+It is written while it is recorded and read by step and rows: neither holds more than a few calls.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of, float_copy
+from ditbench.harness.calibration.on_disk import ChosenRows, TensorFiles
 from ditbench.harness.calibration.reached import check_fused, unreached
-from ditbench.harness.calibration.recorder import Recorder, read, saved_seconds, write
-from ditbench.harness.common.code_identity import code_identity
+from ditbench.harness.calibration.recorder import Recorder, read
+from ditbench.harness.common.artifacts import Address, filled
+from ditbench.harness.common.code_identity import RECORDING, code_identity
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import cached, canonical_sha256
+from ditbench.harness.common.files import canonical_sha256, tensors_sha256
 from ditbench.harness.common.progress import progress as progress_bar
+from ditbench.harness.common.scratch import Scratch
 from ditbench.harness.models.base import LoadedModel, Sampler
 from ditbench.harness.models.calls import FEW, MORE, Call, float_dtype, placed, row_dims, side_by_side
 from ditbench.harness.samples.conditions import PROMPTS, Conditions
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.samples.seeds import sample_seeds
+
+KIND = "recording"  # of artifact
 
 
 class Estimate(NamedTuple):
@@ -37,9 +44,9 @@ class Calibration:
 
     steps[s]: the calls of step s as they were made, each with its own shapes, the steps in sampling order (high noise
     first). With guidance there are conditional and unconditional rows, in one call or in two, in the family's order. A row
-    of a step counts through its calls; calls that are alike are put side by side when they are read. `key` is the content
-    address; `cache` the folder where statistics derived from it are kept (None: nowhere).
-    unreached: linear layers that no call of the sampler reached.
+    of a step counts through its calls; calls that are alike are put side by side when they are read. Rows lie on disk, and
+    are read when they are picked. `key` says what it is; `cache` is where that which is derived from it is kept (None: nowhere).
+    unreached: linear layers that no call of the sampler reached. whole: of a part of a recording (`selected`), the whole's key.
     """
 
     steps: tuple[tuple[Call, ...], ...]
@@ -48,6 +55,19 @@ class Calibration:
     device: torch.device = torch.device("cpu")  # where models that are observed on it run
     saved_s: dict[str, float] = field(default_factory=dict, compare=False)  # seconds that the cache saved, by what
     unreached: tuple[str, ...] = ()
+    whole: str | None = None
+
+    def derived(self, kind: str, key: str, title: str) -> Address | None:
+        """Where what is made from it is kept; None: nowhere."""
+        return self.cache and Address(self.cache, kind, key, title, {KIND: self.whole or self.key})
+
+    def saved(self, what: str, seconds: float) -> None:
+        """Note what the cache saved. What this run has made itself it may find again: that saves nothing."""
+        self.saved_s.setdefault(what, seconds)
+
+    def with_own_notes(self) -> Calibration:
+        """The same, for one that wants to know what the cache saved *it*."""
+        return replace(self, saved_s={})
 
     @property
     def num_steps(self) -> int:
@@ -55,7 +75,7 @@ class Calibration:
 
     @property
     def per_step(self) -> tuple[Call, ...]:
-        """All rows of each step as one call: of models whose calls are alike.
+        """All rows of each step as one call, read when its arguments are asked for: of models whose calls are alike.
 
         Raises:
             UserError: those of a step are not.
@@ -65,7 +85,7 @@ class Calibration:
             raise UserError(
                 "this model's calls of one step differ in their shapes; read the recording by rows or batches"
             )
-        return tuple(side_by_side(groups[0]) for groups in found)
+        return tuple(gathered(groups[0], torch.arange(sum(call.num_rows for call in groups[0])))[0] for groups in found)
 
     def num_rows(self, step: int) -> int:
         return sum(call.num_rows for call in self.steps[step])
@@ -107,39 +127,73 @@ def calibrate(
     device: torch.device | str = "cpu",
     prompts: Sequence[Prompt] = (),
 ) -> Calibration:
-    """Record n samples with classes drawn at random (or with the model's calibration prompts), or read the recording of
-    the same arguments from the cache.
+    """Record n samples with classes drawn at random (or with the model's calibration prompts), or find the recording of
+    the same arguments in the cache. Without a cache it lies in a temporary folder for as long as it is used.
 
     Raises:
         UserError: n < 1, or the model produces NaN.
     """
+    key = key_of(model, sampler, n, seed, batch_size=batch_size, device=device, prompts=prompts)
+    device = torch.device(device)
+
+    def fill(folder: Path) -> None:
+        _record(model, sampler, conditions_for_calibration(model, n, seed, prompts), batch_size, device, folder)
+
+    if cache is None:
+        scratch = Scratch(None)
+        fill(scratch.folder)
+        steps, silent = read(scratch.folder, owner=scratch)
+        return Calibration(steps, key, None, device, unreached=silent)
+    kept = filled(Address(cache, KIND, key, f"the recording of {model.spec.name}"), fill, read)
+    steps, silent = kept.value
+    return Calibration(steps, key, cache, device, {"calibration": kept.saved_s}, silent)
+
+
+def key_of(
+    model: LoadedModel,
+    sampler: Sampler,
+    n: int,
+    seed: int,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    prompts: Sequence[Prompt] = (),
+) -> str:
+    """The key of what `calibrate` makes of the same arguments; nothing is made.
+
+    Raises:
+        UserError: n < 1, or a model that is told by prompts has none.
+    """
     if n < 1:
         raise UserError(f"calibration.n must be at least 1, got {n}")
     wanted = conditions_for_calibration(model, n, seed, prompts)
-    key = canonical_sha256(
+    return canonical_sha256(
         {
             "model": model.fingerprint,
+            "size": model.spec.size,
+            "dtype": model.spec.dtype,
             "sampler": vars(sampler),
             "n": n,
             "seed": seed,
             "prompts": [prompt.text for prompt in wanted.prompts],
             "batch_size": batch_size,
             "device": torch.device(device).type,
-            "code": code_identity(),
+            "code": code_identity(*RECORDING),
         }
     )
-    device = torch.device(device)
-    path = None if cache is None else cache / "calibration" / key / "inputs.safetensors"
-    if path is not None and (kept := cached(path, read)) is not None:
-        steps, silent = kept
-        return Calibration(steps, key, path.parent, device, {"calibration": saved_seconds(path)}, silent)
 
-    start_time = perf_counter()
+
+def _record(
+    model: LoadedModel, sampler: Sampler, wanted: Conditions, batch_size: int, device: torch.device, folder: Path
+) -> None:
+    """Sample in float, and write the transformer's calls into the folder."""
     recorder = Recorder(
-        sampler.steps, row_dims(model.step_inputs(FEW, device), model.step_inputs(MORE, device), model.adapter.ROWS)
+        sampler.steps,
+        row_dims(model.step_inputs(FEW, device), model.step_inputs(MORE, device), model.adapter.ROWS),
+        TensorFiles(folder),
     )
     transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device)
-    starts = range(0, n, batch_size)
+    starts = range(0, len(wanted), batch_size)
     bar = progress_bar(total=sampler.steps * len(starts), desc="calibrate")
     with torch.no_grad(), unreached(transformer) as left, bar as progress:
         for batch, start in enumerate(starts):
@@ -148,18 +202,15 @@ def calibrate(
                 recorder(step, arguments)
                 progress.update(before + step + 1 - progress.n)
 
-            part = wanted.rows(start, min(start + batch_size, n))
+            part = wanted.rows(start, min(start + batch_size, len(wanted)))
             model.adapter.sample(model.pipe, transformer, part, sampler, on_call=record, decode=False)
-    steps = recorder.finished()
+    recorder.finish(sorted(left))
+    steps, _ = read(folder)
     if not all(tensor.isfinite().all() for call in steps[-1] for tensor in call.tensors()):
         raise UserError(
             f"model {model.spec.name}: NaN in the float model's own samples; check the checkpoint and sampler"
         )
     check_fused(transformer, left)
-    silent = tuple(sorted(left))
-    if path is not None:
-        write(path, steps, recorder.tensors, perf_counter() - start_time, silent)
-    return Calibration(steps, key, None if path is None else path.parent, device, unreached=silent)
 
 
 def conditions_for_calibration(model: LoadedModel, n: int, seed: int, prompts: Sequence[Prompt] = ()) -> Conditions:
@@ -174,14 +225,13 @@ def conditions_for_calibration(model: LoadedModel, n: int, seed: int, prompts: S
 
 
 def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) -> Calibration:
-    """Some rows of each step (none, or one several times, is allowed); `chosen` says which, and is part of the key.
-
-    What is derived from it is not cached: the cache's folder belongs to the whole recording.
+    """Some rows of each step (none, or one several times, is allowed), read when they are picked; `chosen` says which, and
+    is part of the key, as the rows are.
     """
-    steps = tuple(tuple(picked(calls, rows)) for calls, rows in zip(calibration.steps, rows_of_step, strict=True))
-    key = canonical_sha256({"of": calibration.key, "chosen": chosen})
-    saved_s, silent = calibration.saved_s, calibration.unreached
-    return Calibration(steps, key, None, calibration.device, saved_s, silent)
+    steps = tuple(tuple(gathered(calls, rows)) for calls, rows in zip(calibration.steps, rows_of_step, strict=True))
+    rows = tensors_sha256({str(step): rows for step, rows in enumerate(rows_of_step)})
+    key = canonical_sha256({"of": calibration.key, "chosen": chosen, "rows": rows})
+    return replace(calibration, steps=steps, key=key, whole=calibration.whole or calibration.key)
 
 
 def spread(length: int, wanted: int) -> Tensor:
@@ -205,20 +255,27 @@ def _alike(calls: Sequence[Call]) -> list[list[int]]:
     return groups
 
 
-def picked(calls: Sequence[Call], kept: Tensor) -> list[Call]:
-    """Rows of a step, counted through its calls: in the order asked for, one call for all that are alike, some perhaps empty."""
+def gathered(calls: Sequence[Call], kept: Tensor) -> list[Call]:
+    """Rows of a step, counted through its calls: in the order asked for, one call for all that are alike, some perhaps empty.
+    They are read when they are picked.
+    """
     ends = torch.tensor([call.num_rows for call in calls]).cumsum(0)
-    owner = torch.searchsorted(ends, kept, right=True)
+    owner_N = torch.searchsorted(ends, kept, right=True)
     found = []
     for group in _alike(calls):
-        parts, order = [], []
-        for place in group:
-            mine = (owner == place).nonzero().flatten()
-            start = ends[place] - calls[place].num_rows
-            parts.append(calls[place].pick(kept[mine] - start))
-            order.append(mine)
-        found.append(side_by_side(parts).pick(torch.cat(order).argsort()))
+        mine = torch.isin(owner_N, torch.tensor(group)).nonzero().flatten()
+        part_N = torch.searchsorted(torch.tensor(group), owner_N[mine])
+        starts = torch.tensor([int(ends[place]) - calls[place].num_rows for place in group])
+        row_N = kept[mine] - starts[part_N]
+        first = calls[group[0]]
+        rows = {path: ChosenRows([calls[place].rows[path] for place in group], part_N, row_N) for path in first}
+        found.append(Call(rows, first.shape))
     return found
+
+
+def picked(calls: Sequence[Call], kept: Tensor) -> list[Call]:
+    """The same, read."""
+    return [call.pick(slice(None)) for call in gathered(calls, kept)]
 
 
 def between(calls: Sequence[Call], start: int, stop: int) -> Call:

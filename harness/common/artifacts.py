@@ -93,8 +93,7 @@ def obtain(
     with claimed(address):
         if (found := _found(address, read)) is not None:  # made by whoever held the claim before
             return found
-        for stale in address.folder.parent.glob(f".{address.key}.*.part"):  # only who holds the claim writes
-            shutil.rmtree(stale, ignore_errors=True)
+        _clear_leftovers(address)
         start = perf_counter()
         value = make()
         if not keep(value):
@@ -106,6 +105,24 @@ def obtain(
                 raise
             tell(f"{address.folder}: {address.title} is not kept ({why(error)})")
         return Kept(value)
+
+
+def filled(address: Address, fill: Callable[[Path], None], read: Callable[[Path], T]) -> Kept[T]:
+    """The same of what is too large to be held: it is written while it is made.
+
+    fill: a new folder → its files; if it raises, nothing is kept. read: the folder → the value, which may go on reading there.
+
+    Raises:
+        UserError: it is not there and the cache cannot be written; known before anything is made.
+    """
+    if (found := _found(address, read)) is not None:
+        return found
+    with claimed(address):
+        if (found := _found(address, read)) is not None:
+            return found
+        _clear_leftovers(address)
+        publish(address, fill)
+        return Kept(read(address.folder))
 
 
 @contextmanager
@@ -143,14 +160,21 @@ def lock_of(cache: Path, name: str) -> FileLock:
     return FileLock(folder / f"{name}.lock")
 
 
-def publish(address: Address, write: Callable[[Path], None], seconds: float) -> None:
-    """Write the files into a scratch folder beside, then let it take the artifact's name; an older one gives way."""
+def publish(address: Address, write: Callable[[Path], None], seconds: float | None = None) -> None:
+    """Write the files into a scratch folder beside, then let it take the artifact's name; an older one gives way.
+
+    seconds: what it took to make; None if it is made as it is written.
+    """
     folder = address.folder
     part = folder.with_name(f".{address.key}.{os.urandom(4).hex()}.part")
     part.mkdir(parents=True)
+    start = perf_counter()
     try:
         write(part)
+        seconds = perf_counter() - start if seconds is None else seconds
         files = sorted(path for path in part.rglob("*") if path.is_file())
+        for path in files:
+            path.chmod(part.stat().st_mode & 0o666)  # safetensors' own are for the user alone, whatever the umask
         write_manifest(
             part / MANIFEST,
             {
@@ -240,6 +264,12 @@ def checked_manifest(folder: Path) -> dict[str, Any]:
 
 def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _clear_leftovers(address: Address) -> None:
+    """Of who was killed while it made this artifact; only who holds the claim writes."""
+    for stale in address.folder.parent.glob(f".{address.key}.*.part"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _found(address: Address, read: Callable[[Path], T]) -> Kept[T] | None:

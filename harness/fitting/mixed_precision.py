@@ -1,7 +1,7 @@
 """bits=mixed: fit the method once per candidate format, measure each unit's error in each, choose under the budget.
 
 The error of a unit in a candidate is that of the transformer's output when nothing else is rounded, Σ (y − ŷ)² / Σ y² of each
-denoising step looked at, averaged over those steps, on the calibration's inputs. It is measured once and cached beside them.
+denoising step looked at, averaged over those steps, on the calibration's inputs. It is measured once and kept in their cache.
 With bits.ranges it is measured in each range of steps and weighted with the range's share of the steps.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.build import build, clock_of, quant_layers, set_submodule
 from ditbench.harness.calibration.recording import Calibration, spread
-from ditbench.harness.common.code_identity import code_identity
+from ditbench.harness.common.artifacts import obtain
+from ditbench.harness.common.code_identity import STATE, code_identity
 from ditbench.harness.common.devices import in_float64, synchronize
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import cached, canonical_sha256, read_json, write_json
+from ditbench.harness.common.files import canonical_sha256, read_json, write_json
 from ditbench.harness.common.progress import progress
 from ditbench.harness.fitting.bit_allocation import (
     Costs,
@@ -43,6 +45,7 @@ from ditbench.harness.quant.steps import range_starts, step_ranges
 from ditbench.harness.quant.target import Target, weight_matrix
 
 MAX_STEPS, ROWS = 4, 4  # of the calibration's inputs, spread over the steps and over each step's rows
+ERRORS = "errors.json"
 LEAST_STEPS = 2  # of each range of steps, even if there are many
 Fit = Callable[[Bits], tuple[ModelRecipe, dict[str, Tensor]]]
 
@@ -222,22 +225,28 @@ def _cached(
     target: Target,
     recording: Calibration,
 ) -> list[list[float]]:
-    made_by = {
-        **made_by,
-        "label": label,
-        "of": [list(target.layers), list(target.attention), [list(unit) for unit in units]],
-        "steps": steps_R,
-        "code": code_identity(),
-    }
-    path = recording.cache and recording.cache / f"sensitivities-{canonical_sha256(made_by)[:16]}.json"
-    if path is not None and (found := cached(path, read_json)) is not None:
-        recording.saved_s[f"sensitivities {label}"] = found["seconds"]
-        return found["errors"]
-    start = perf_counter()
-    errors = sensitivities(target, recipe, units, steps_R, recording)
-    if path is not None:
-        write_json(path, {"seconds": perf_counter() - start, "errors": errors})
-    return errors
+    key = canonical_sha256(
+        {
+            **made_by,
+            "recording": recording.key,
+            "label": label,
+            "of": [target.layers, target.attention, units],
+            "steps": steps_R,
+            "code": code_identity(*STATE),
+        }
+    )
+    address = recording.derived("sensitivities", key, f"the sensitivities at {label}")
+    kept = obtain(address, lambda: sensitivities(target, recipe, units, steps_R, recording), _write, _read)
+    recording.saved(f"sensitivities {key}", kept.saved_s)
+    return kept.value
+
+
+def _write(errors: list[list[float]], folder: Path) -> None:
+    write_json(folder / ERRORS, errors)
+
+
+def _read(folder: Path) -> list[list[float]]:
+    return read_json(folder / ERRORS)
 
 
 def _bytes(timing, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:

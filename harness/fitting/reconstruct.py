@@ -28,6 +28,7 @@ from ditbench.harness.backends.base import Kernel
 from ditbench.harness.build.attention import OPERANDS, QuantAttnProcessor, set_processor
 from ditbench.harness.build.build import build, clock_of, quant_layers
 from ditbench.harness.calibration.block_stream import MAX_BYTES, BlockInput, BlockStream
+from ditbench.harness.calibration.on_disk import StoredTensor
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.blockwise import weight_from_state, weight_state
 from ditbench.harness.fitting.rounding import act_quant
@@ -37,7 +38,7 @@ from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRec
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.harness.quant.target import Target
 
-STREAMS = 3  # hidden states held at a time: quantized inputs, float inputs, float outputs
+STREAMS = 3  # hidden states kept at a time: quantized inputs, float inputs, float outputs
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Reconstruction:
     input_prob: float = 1.0  # share of the block's inputs from the quantized network; the rest is float (QDrop)
     act_prob: float = 1.0  # share of the layers' inputs that are quantized while training (QDrop)
     seed: int = 0  # of minibatches and drops
-    max_bytes: int = MAX_BYTES  # of the hidden states held at a time
+    max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used
 
     def __post_init__(self) -> None:
         method = type(self).__module__.rpartition(".")[2]
@@ -98,9 +99,9 @@ def reconstruct(
     float_layers = quant_layers(exact)
     state: dict[str, Tensor] = {}
     for name, block in stream:
-        float_inputs = [call.hidden_BTC for call in floats.inputs]
+        float_inputs = [call.state for call in floats.inputs]
         floats.advance(exact.get_submodule(name))
-        samples = _Samples(stream, float_inputs, [call.hidden_BTC for call in floats.inputs], settings, generator)
+        samples = _Samples(stream, float_inputs, [call.state for call in floats.inputs], settings, generator)
         learner = _BlockLearner(quantized, name, recipe, float_layers, settings, generator)
         learner.learn(block, samples)
         state |= learner.put_back(recipe)
@@ -272,17 +273,16 @@ class _Samples:
     def __init__(
         self,
         stream: BlockStream,
-        float_inputs: list[Tensor],
-        targets: list[Tensor],
+        float_inputs: list[Tensor | StoredTensor],
+        targets: list[Tensor | StoredTensor],
         settings: Reconstruction,
         generator: torch.Generator,
     ) -> None:
         self.stream, self.float_inputs, self.targets = stream, float_inputs, targets
         self.settings, self.generator = settings, generator
-        self.call_N = torch.cat([torch.full((len(c.hidden_BTC),), i) for i, c in enumerate(stream.inputs)])
-        self.row_N = torch.cat([torch.arange(len(c.hidden_BTC)) for c in stream.inputs])
-        tokens = stream.inputs[0].hidden_BTC[0, ..., 0].numel()
-        self.batch_size = min(settings.batch_size, max(1, settings.batch_tokens // tokens))
+        self.call_N = torch.cat([torch.full((c.num_rows,), i) for i, c in enumerate(stream.inputs)])
+        self.row_N = torch.cat([torch.arange(c.num_rows) for c in stream.inputs])
+        self.batch_size = min(settings.batch_size, max(1, settings.batch_tokens // stream.inputs[0].tokens))
         self.by_step = clock_of(stream.model).num_steps is not None
         self.all_alike = all(stream.inputs[0].is_like(call) for call in stream.inputs)
 

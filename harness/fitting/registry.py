@@ -10,9 +10,7 @@ Optional: `check_bits(bits)` raises UserError for formats it does not define;
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import inspect
 import pkgutil
 from dataclasses import asdict, fields
 from functools import cache, partial
@@ -22,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ditbench.harness.common.code_identity import files_sha256, source_files
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.type_checks import check_types
 from ditbench.harness.models.base import Correction
@@ -138,8 +137,8 @@ def check_recipe(name: str, recipe: Any, target: Target) -> None:
 
 
 def source_sha256(name: str) -> str:
-    """Hash of the method's source: editing a method makes new runs of it."""
-    return hashlib.sha256(inspect.getsource(method(name)).encode()).hexdigest()
+    """Hash of the method's sources: editing a method, or a helper in a plugin's package, makes new runs of it."""
+    return files_sha256(source_files(method(name)))
 
 
 def summary(name: str) -> str:

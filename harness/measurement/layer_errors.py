@@ -2,12 +2,16 @@
 
 A layer is judged alone, on what it would read if everything before it were float (the recipe without rounding, so that
 folded transforms are in place on both sides). A block is judged with all the rounding before it.
+
+One call of the recording is in hand at a time. The float blocks' outputs wait for the quantized ones of the same call, on disk
+where they take more than `HELD_BYTES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ from torch import Tensor, nn
 
 from ditbench.harness.build.build import build, clock_of, quant_layers
 from ditbench.harness.build.layer import QuantLinear
+from ditbench.harness.calibration.block_stream import HELD_BYTES
+from ditbench.harness.calibration.on_disk import Spool, StoredTensor
 from ditbench.harness.calibration.recording import Calibration, spread
 from ditbench.harness.common.devices import float64_device, in_float64
 from ditbench.harness.common.files import atomic_path
@@ -51,13 +57,27 @@ class ErrorAtlas:
         return float(10 * np.log10(signal / noise)) if signal > 0 and noise > 0 else None
 
     def save(self, path: Path) -> None:
+        """Whole, with the decibels for those who read no more than these."""
         with atomic_path(path) as part, part.open("wb") as file:
             np.savez_compressed(
                 file,
                 names=np.array(self.names),
                 steps=np.array(self.steps),
                 sqnr_db=self.sqnr_db_LS.astype(np.float32),
+                signal=self.signal_LS,
+                noise=self.noise_LS,
             )
+
+    @classmethod
+    def load(cls, path: Path) -> ErrorAtlas:
+        """What `save` wrote.
+
+        Raises:
+            KeyError, ValueError, BadZipFile: it is not that (one of before held decibels alone).
+        """
+        with np.load(path, allow_pickle=False) as saved:
+            names, steps = tuple(saved["names"].tolist()), tuple(saved["steps"].tolist())
+            return cls(names, steps, saved["signal"], saved["noise"])
 
 
 @torch.no_grad()
@@ -73,8 +93,9 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
     steps = tuple(spread(calibration.num_steps, MAX_STEPS).tolist())
     signal_LS, noise_LS = torch.zeros(2, len(names), len(steps), dtype=torch.float64, device=float64_device(device))
     place = {name: row for row, name in enumerate(names)}
-    block_outputs: dict[str, Tensor] = {}
+    waiting: dict[str, Tensor | StoredTensor] = {}  # outputs of the float blocks
     current: dict[str, Any] = {}
+    spool = cache(lambda: Spool(calibration.cache))  # made if it is needed
 
     def add(name: str, exact_output: Tensor, output: Tensor) -> None:
         cell = place[name], current["column"]
@@ -86,17 +107,32 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
         return lambda _, inputs, output: add(name, output, current["layers"][name](inputs[0]))
 
     handles = [exact_layers[name].register_forward_hook(layer_hook(name)) for name in layers]
+
+    def keep(name: str):
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            tokens_BTC = tokens_of(output)
+            held = sum(each.nbytes for each in waiting.values() if isinstance(each, Tensor))
+            waiting[name] = tokens_BTC if held + tokens_BTC.nbytes <= HELD_BYTES else spool().keep(tokens_BTC)
+
+        return hook
+
+    def compare(name: str):
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            expected = waiting[name]
+            add(name, expected if isinstance(expected, Tensor) else expected[:], tokens_of(output))
+
+        return hook
+
     for name in target.blocks:
-        keep = lambda _, inputs, output, name=name: block_outputs.update({name: tokens_of(output)})  # noqa: E731
-        compare = lambda _, inputs, output, name=name: add(name, block_outputs[name], tokens_of(output))  # noqa: E731
-        handles.append(exact.get_submodule(name).register_forward_hook(keep))
-        handles.append(model.get_submodule(name).register_forward_hook(compare))
+        handles.append(exact.get_submodule(name).register_forward_hook(keep(name)))
+        handles.append(model.get_submodule(name).register_forward_hook(compare(name)))
     for column, step in enumerate(steps):
         clock_of(model).set(step, calibration.num_steps)  # its layers are called while `exact` runs
         current |= {"column": column, "layers": quant_layers(model)}
         for inputs in calibration.rows(step, ROWS):  # one call at a time: a block's two outputs meet
             for each in (exact, model):
                 calibration.call(each, step, inputs)
+            waiting.clear()
     for handle in handles:
         handle.remove()
     return ErrorAtlas(names, steps, signal_LS.cpu().numpy(), noise_LS.cpu().numpy())

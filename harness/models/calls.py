@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,20 @@ FEW, MORE = 2, 3  # samples of the two calls that show which dimensions grow wit
 
 Rows = Tensor | list[Tensor]  # of one argument: along dimension 0, or one tensor per row, each with its own shape
 RowDims = Mapping[str, int | None]  # by path: the dimension that has a row per sample, None where there is none
+
+
+class StoredRows(Protocol):
+    """Rows that are read when they are picked, such as those of a recording on disk."""
+
+    @property
+    def form(self) -> Any:
+        """As `form_of` says of rows in memory."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, kept: Tensor | slice) -> Rows:
+        """A copy of some of them, in the order asked for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,14 +71,16 @@ class Shape:
 class Call(Mapping[str, Rows]):
     """Some rows of one call of the transformer, by the argument's path ("added/sizes/0"); `len(call.rows)` arguments.
 
+    rows: in memory, or stored: then an argument that is asked for is read whole, and `pick` reads what it picks.
     shape: how to call it with them; None where the rows are all there is.
     """
 
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, Rows | StoredRows]
     shape: Shape | None = None
 
     def __getitem__(self, path: str) -> Rows:
-        return self.rows[path]
+        rows = self.rows[path]
+        return rows if isinstance(rows, Tensor | list) else rows[:]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
@@ -78,16 +94,17 @@ class Call(Mapping[str, Rows]):
 
     def tensors(self) -> Iterator[Tensor]:
         """All that have rows."""
-        for rows in self.rows.values():
+        for rows in self.values():
             yield from [rows] if isinstance(rows, Tensor) else rows
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments."""
-        return dict(self.rows) if self.shape is None else self.shape.arguments(self.rows)
+        rows = dict(self)
+        return rows if self.shape is None else self.shape.arguments(rows)
 
     def pick(self, kept: Tensor | slice) -> Call:
-        """Some of the rows, in the order asked for; a slice copies nothing."""
-        return Call({path: _picked(rows, kept) for path, rows in self.rows.items()}, self.shape)
+        """Some of the rows, in the order asked for; a slice of what is in memory copies nothing."""
+        return Call({path: picked_rows(rows, kept) for path, rows in self.rows.items()}, self.shape)
 
     def is_like(self, other: Call) -> bool:
         """Whether the two can be one call on the rows of both: nothing but the rows' values differs."""
@@ -98,8 +115,8 @@ class Call(Mapping[str, Rows]):
                 tensor is other.shape.shared[path] or torch.equal(tensor, other.shape.shared[path])
                 for path, tensor in self.shape.shared.items()
             )
-        return same_rest and {path: _form(rows) for path, rows in self.rows.items()} == {
-            path: _form(rows) for path, rows in other.rows.items()
+        return same_rest and {path: form_of(rows) for path, rows in self.rows.items()} == {
+            path: form_of(rows) for path, rows in other.rows.items()
         }
 
 
@@ -107,22 +124,24 @@ def side_by_side(calls: Sequence[Call]) -> Call:
     """Calls that are alike, as one."""
     if len(calls) == 1:
         return calls[0]
-    return Call({path: _joined([call[path] for call in calls]) for path in calls[0]}, calls[0].shape)
+    return Call({path: joined_rows([call[path] for call in calls]) for path in calls[0]}, calls[0].shape)
 
 
-def _picked(rows: Rows, kept: Tensor | slice) -> Rows:
-    if isinstance(kept, slice) or isinstance(rows, Tensor):
-        return rows[kept]
-    return [rows[index] for index in kept.tolist()]
+def picked_rows(rows: Rows | StoredRows, kept: Tensor | slice) -> Rows:
+    if isinstance(rows, list) and isinstance(kept, Tensor):
+        return [rows[index] for index in kept.tolist()]
+    return rows[kept]  # type: ignore[index]
 
 
-def _joined(parts: list[Any]) -> Rows:
+def joined_rows(parts: list[Any]) -> Rows:
     return torch.cat(parts) if isinstance(parts[0], Tensor) else [tensor for part in parts for tensor in part]
 
 
-def _form(rows: Rows) -> Any:
-    """What two arguments must share to be put side by side."""
-    return (rows.shape[1:], rows.dtype) if isinstance(rows, Tensor) else list
+def form_of(rows: Rows | StoredRows) -> Any:
+    """What two arguments must share to be put side by side: shape of a row and dtype; of a list that it is one."""
+    if isinstance(rows, Tensor):
+        return (tuple(rows.shape[1:]), rows.dtype)
+    return list if isinstance(rows, list) else rows.form
 
 
 def take_apart(arguments: Mapping[str, Any], rows: int, dims: RowDims | None = None) -> tuple[dict[str, Rows], Shape]:

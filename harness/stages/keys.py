@@ -8,7 +8,7 @@ from typing import Any
 
 from ditbench.eval.base import known_metrics, plugin_sources
 from ditbench.harness.common.artifacts import Address
-from ditbench.harness.common.code_identity import code_identity
+from ditbench.harness.common.code_identity import SAMPLES, STATE, VALUES, code_identity
 from ditbench.harness.common.files import canonical_sha256
 from ditbench.harness.fitting import registry
 from ditbench.harness.generation.generate import conditions
@@ -47,7 +47,7 @@ def quantized_key(config: RunConfig, model: LoadedModel, recording: str, plan: M
             "backend": config.backend,
             "seed": config.seed,
             "device": config.device.type,
-            "code": code_identity(),
+            "code": code_identity(*STATE),
         }
     )
 
@@ -67,7 +67,7 @@ def samples_address(
             "batch_size": config.section("generate")["batch_size"],
             "latents": keeps_latents(config),
             "device": config.device.type,
-            "code": code_identity(),
+            "code": code_identity(*SAMPLES),
         }
     )
     return Address(
@@ -102,7 +102,7 @@ def values_address(config: RunConfig, model: LoadedModel, metric: str, samples: 
             "reference": reference and reference.sha256,
             "plugin": plugin_sources([metric]),
             "device": config.device.type,
-            "code": code_identity(),
+            "code": code_identity(*VALUES),
         }
     )
     return Address(

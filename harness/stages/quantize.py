@@ -18,10 +18,10 @@ from ditbench.harness.fitting import mixed_precision, registry
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.accounting import account as account_of
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.spec import Bits, MixedBits
+from ditbench.harness.quant.spec import MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.stages.config import RunConfig
-from ditbench.harness.stages.loaded import left_alone
+from ditbench.harness.stages.states import FOUND, fitted
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,14 @@ def target_of(config: RunConfig, model: LoadedModel) -> Target:
 
 
 def calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
-    section = config.section("calibration")
-    return recordings.calibrate(
-        model,
-        config.protocol.sampler,
-        section["n"],
-        config.seed,
-        batch_size=section["batch_size"],
-        cache=config.cache_dir,
-        device=config.device,
-        prompts=config.calibration_prompts,
-    )
+    n, cache = config.section("calibration")["n"], config.cache_dir
+    return recordings.calibrate(model, config.protocol.sampler, n, config.seed, cache=cache, **_recorded(config))
+
+
+def recording_key(config: RunConfig, model: LoadedModel) -> str:
+    """Of what `calibrate` gives; nothing is made."""
+    n = config.section("calibration")["n"]
+    return recordings.key_of(model, config.protocol.sampler, n, config.seed, **_recorded(config))
 
 
 def quantize(config: RunConfig, model: LoadedModel, target: Target, recording: Calibration) -> Quantized:
@@ -82,23 +79,6 @@ def planned(
     )
 
 
-def fitted(
-    config: RunConfig, target: Target, recording: Calibration, bits: Bits
-) -> tuple[ModelRecipe, dict[str, Tensor]]:
-    """A method may choose what it calibrates on; its layers are still judged on the whole recording."""
-    method = registry.method(config.method)
-    select = getattr(method, "select_calibration", None)
-    calibration = recording if select is None else select(recording, config.params, config.seed)
-    with left_alone(target.transformer, config.method), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        state = method.fit(target, calibration, bits, config.params)
-        registry.check_state(config.method, state)
-        state = {name: tensor.cpu() for name, tensor in state.items()}  # where it is kept, wherever a plugin made it
-        recipe = method.apply(target, state, bits, config.params)
-        registry.check_recipe(config.method, recipe, target)
-    return recipe, state
-
-
 def built(config: RunConfig, target: Target, recipe: ModelRecipe) -> nn.Module:
     return build(target, recipe, dtype=_dtype(config), device=config.device, backend=config.backend)
 
@@ -117,11 +97,18 @@ def unreached_layers(recording: Calibration) -> dict[str, list[str]]:
 
 def fit_cost(timings_s: dict[str, float], recording: Calibration, memory: PeakMemory) -> dict[str, float | None]:
     """Seconds of calibration and quantization as if nothing had been cached (what the cache saved is added), and the
-    most memory that was held meanwhile.
+    most memory that was held meanwhile: None if a state was found, since what fitting it takes was not seen.
     """
     saved = sum(recording.saved_s.values())
     seconds = {"fit_s": timings_s["calibrate"] + timings_s["quantize"] + saved, "of_which_cached_s": saved}
-    return seconds | {"peak_memory_bytes": memory.peak_bytes, "memory_before_bytes": memory.before_bytes}
+    found = any(what.startswith(FOUND) and saved_s > 0 for what, saved_s in recording.saved_s.items())
+    peak = None if found else memory.peak_bytes
+    return seconds | {"peak_memory_bytes": peak, "memory_before_bytes": memory.before_bytes}
+
+
+def _recorded(config: RunConfig) -> dict[str, Any]:
+    batch_size = config.section("calibration")["batch_size"]
+    return {"batch_size": batch_size, "device": config.device, "prompts": config.calibration_prompts}
 
 
 def _dtype(config: RunConfig) -> torch.dtype:

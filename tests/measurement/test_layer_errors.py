@@ -6,7 +6,7 @@ import torch
 
 from ditbench.harness.build.build import build, quant_layers
 from ditbench.harness.fitting import registry
-from ditbench.harness.measurement.layer_errors import error_atlas, layer_table
+from ditbench.harness.measurement.layer_errors import ErrorAtlas, error_atlas, layer_table
 from ditbench.harness.quant.quantizers import fake_quantize_activation, static_quant
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec
@@ -82,3 +82,11 @@ def test_a_saved_atlas_holds_names_steps_and_decibels(small_target, small_calibr
     with np.load(tmp_path / "layer_errors.npz") as saved:
         assert saved["names"].tolist() == list(atlas.names) and saved["steps"].tolist() == list(atlas.steps)
         np.testing.assert_allclose(saved["sqnr_db"], atlas.sqnr_db_LS, rtol=1e-5)
+
+
+def test_an_atlas_is_read_as_it_was_saved(small_target, small_calibration, tmp_path):
+    atlas, _, _ = atlas_of(small_target, small_calibration, "rtn", W4A4)
+    atlas.save(tmp_path / "layer_errors.npz")
+    again = ErrorAtlas.load(tmp_path / "layer_errors.npz")
+    assert (again.names, again.steps) == (atlas.names, atlas.steps)
+    assert np.array_equal(again.signal_LS, atlas.signal_LS) and np.array_equal(again.noise_LS, atlas.noise_LS)

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ditbench.harness.calibration.channel_statistics import channel_stats
-from ditbench.harness.calibration.recorder import Recorder, read, write
+from ditbench.harness.calibration.on_disk import TensorFiles
+from ditbench.harness.calibration.recorder import Recorder, read
 from ditbench.harness.calibration.recording import Calibration, between, picked, selected
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.calls import Call
@@ -29,18 +29,23 @@ def arguments(first: int, rows: int, tokens: int, step: int = 0) -> dict:
     }
 
 
-def recorded(steps: int = 2) -> Recorder:
+def recorded(folder, steps: int = 2) -> Recorder:
     """Per step as two batches with guidance are: prompts of 5 and 7 tokens, null ones of 2: four calls, rows 0 … 9."""
-    recorder = Recorder(steps, DIMS)
+    recorder = Recorder(steps, DIMS, TensorFiles(folder))
     for step in range(steps):
         for first, rows, tokens in ((0, 3, 5), (3, 3, 2), (6, 2, 7), (8, 2, 2)):
             recorder(step, arguments(first, rows, tokens, step))
     return recorder
 
 
+def finished(recorder: Recorder) -> tuple[tuple[Call, ...], ...]:
+    recorder.finish()
+    return read(recorder.files.folder)[0]
+
+
 @pytest.fixture
-def calibration() -> Calibration:
-    return Calibration(recorded().finished(), "key")
+def calibration(tmp_path) -> Calibration:
+    return Calibration(finished(recorded(tmp_path)), "key")
 
 
 def numbers(call: Call) -> list[int]:
@@ -82,7 +87,7 @@ def test_batches_go_through_all_rows_of_one_shape_at_a_time(calibration):
 
 
 def test_a_batch_of_one_call_copies_nothing(calibration):
-    call = calibration.steps[0][0]
+    call = calibration.steps[0][0].pick(slice(None))
     assert between([call], 1, 3)["text"].data_ptr() == call["text"][1:].data_ptr()
 
 
@@ -93,15 +98,16 @@ def test_calls_of_several_shapes_give_one_output_with_a_row_each(calibration):
     assert model.tokens == [5, 2, 7] and int(model.clock.step) == 1
 
 
-def test_outputs_that_are_lists_become_one_tensor():
+def test_outputs_that_are_lists_become_one_tensor(tmp_path):
     class Lists(Doubling):
         def forward(self, x: list[Tensor]) -> SimpleNamespace:
             return SimpleNamespace(sample=[2 * each for each in x])
 
-    recorder = Recorder(1, {"x": 0})
+    recorder = Recorder(1, {"x": 0}, TensorFiles(tmp_path))
     recorder(0, {"x": [torch.ones(2, 2), 2 * torch.ones(2, 2)]})
-    calibration = Calibration(recorder.finished(), "key")
-    assert calibration.call(Lists(), 0, calibration.rows(0, 2)).sample.shape == (2, 2, 2)
+    calibration = Calibration(finished(recorder), "key")
+    output = calibration.call(Lists(), 0, calibration.rows(0, 2)).sample
+    assert output[:, 0, 0].tolist() == [2, 4] and output.shape == (2, 2, 2)
 
 
 def test_selected_rows_may_come_several_times_or_not_at_all(calibration):
@@ -110,51 +116,51 @@ def test_selected_rows_may_come_several_times_or_not_at_all(calibration):
     assert [numbers(call) for _, call in chosen.batches()] == [[0], [3, 3]] and chosen.rows(1, 2) == []
 
 
-def test_whole_steps_are_only_given_where_the_calls_are_alike(calibration):
+def test_whole_steps_are_only_given_where_the_calls_are_alike(calibration, tmp_path):
     with pytest.raises(UserError, match="differ in their shapes"):
         _ = calibration.per_step
-    recorder = Recorder(1, DIMS)
+    recorder = Recorder(1, DIMS, TensorFiles(tmp_path))
     for first in (0, 2):
         recorder(0, arguments(first, 2, 5))
-    (whole,) = Calibration(recorder.finished(), "key").per_step
+    (whole,) = Calibration(finished(recorder), "key").per_step
     assert numbers(whole) == [0, 1, 2, 3]
 
 
-def test_what_is_equal_at_all_steps_is_held_and_stored_once(tmp_path):
-    recorder = recorded(steps=5)
-    first, *others = steps = recorder.finished()
+def test_what_is_equal_at_all_steps_is_stored_once_and_tables_are_held_once(tmp_path):
+    recorder = recorded(tmp_path, steps=5)
+    first, *others = finished(recorder)
     for calls in others:
         for one, other in zip(first, calls, strict=True):
-            assert one["text"] is other["text"] and one["latents"] is not other["latents"]
+            assert one.rows["text"] is other.rows["text"] and one.rows["latents"] is not other.rows["latents"]
             assert one.shape.shared["ids"] is first[0].shape.shared["ids"]
-    write(tmp_path / "inputs.safetensors", steps, recorder.tensors, 1.5, ("a.b",))
-    with safe_open(tmp_path / "inputs.safetensors", framework="pt") as file:
-        assert len(list(file.keys())) == 4 * 5 + 4 + 1, "latents of every call, four texts, one table"
+    assert len(recorder.files.places) == 4 * 5 + 4 + 1, "latents of every call, four texts, one table"
 
 
-def test_a_file_gives_back_every_call(tmp_path):
-    recorder = recorded()
-    write(tmp_path / "inputs.safetensors", recorder.finished(), recorder.tensors, 1.5, ("a.b",))
-    kept, unreached = read(tmp_path / "inputs.safetensors")
+def test_every_call_is_given_back_as_it_was_made(tmp_path):
+    recorder = recorded(tmp_path)
+    recorder.finish(["a.b"])
+    steps, unreached = read(tmp_path)
     assert unreached == ("a.b",)
-    for ours, theirs in zip(recorder.finished(), kept, strict=True):
-        for one, other in zip(ours, theirs, strict=True):
-            assert one.is_like(other) and all(torch.equal(one[name], other[name]) for name in one)
+    for step, calls in enumerate(steps):
+        for call, (first, rows, tokens) in zip(calls, ((0, 3, 5), (3, 3, 2), (6, 2, 7), (8, 2, 2)), strict=True):
+            made = arguments(first, rows, tokens, step)
+            found = call.arguments()
+            assert made.keys() == found.keys() and all(torch.equal(made[name], found[name]) for name in made)
 
 
-def test_a_recording_does_not_change_with_the_tensors_it_was_shown():
-    recorder, shown = Recorder(1, DIMS), arguments(0, 2, 3)
+def test_a_recording_does_not_change_with_the_tensors_it_was_shown(tmp_path):
+    recorder, shown = Recorder(1, DIMS, TensorFiles(tmp_path)), arguments(0, 2, 3)
     recorder(0, shown)
     shown["latents"].zero_(), shown["text"].zero_()
-    (call,) = recorder.finished()[0]
+    (call,) = finished(recorder)[0]
     assert numbers(call) == [0, 1] and float(call["text"][1, 0, 0]) == 1
 
 
-def test_steps_without_a_call_and_calls_after_the_last_step_are_refused():
-    recorder = Recorder(2, DIMS)
+def test_steps_without_a_call_and_calls_after_the_last_step_are_refused(tmp_path):
+    recorder = Recorder(2, DIMS, TensorFiles(tmp_path))
     recorder(0, arguments(0, 2, 3))
     with pytest.raises(UserError, match="not called at step 1"):
-        recorder.finished()
+        recorder.finish()
     with pytest.raises(UserError, match=r"protocol.steps=2, but .* first-order sampler"):
         recorder(2, arguments(0, 2, 3))
 

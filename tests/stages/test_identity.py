@@ -86,8 +86,11 @@ def test_the_float_model_is_one_run_whatever_bits_a_sweep_is_at():
     assert len({run_id("method=fp", f"bits={label}") for label in ("w8a8", "w4a16", "fp8")}) == 1
 
 
-def test_an_edited_method_makes_new_runs(base, monkeypatch):
-    monkeypatch.setattr(registry.inspect, "getsource", lambda module: "edited")
+def test_an_edited_method_makes_new_runs(base, monkeypatch, tmp_path):
+    (source,) = registry.source_files(registry.method("smoothquant"))
+    edited = tmp_path / source.name
+    edited.write_text(source.read_text() + "# edited")
+    monkeypatch.setattr(registry, "source_files", lambda module: [edited])
     assert run_id() != base
 
 
