@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.backends.base import AUTO
+from ditbench.harness.backends.few_rows import steady
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.layer import QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
@@ -45,6 +46,7 @@ def build(
         linear = _linear(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
         trim()
+    steady(model)
     hang(model, block_folds(target, recipe, _transforms(recipe), dtype), clock, device)
     for name, attention in recipe.attention.items():
         set_processor(model, name, QuantAttnProcessor(to_device(attention, device), clock))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import ditbench
 from ditbench.harness.backends.base import AUTO
+from ditbench.harness.backends.few_rows import steady
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.build import cast, clock_of, copy_without, dtype_of, set_submodule
 from ditbench.harness.build.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed, RangedLinear
@@ -258,6 +259,7 @@ def _assembled(
         linear = RangedLinear(variants, parts["of_range"]) if "variants" in parts else variants[0]
         original = transformer.get_submodule(name)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
+    steady(model)
     hang(model, {name: decode(folds, tensors) for name, folds in described["folds"].items()}, clock, device)
     for name, each in described["attention"].items():
         set_processor(model, name, QuantAttnProcessor(to_device(decode(each, tensors), device), clock))
