@@ -78,6 +78,9 @@ class SimulatedKernel(Kernel):
         self._whole: WholeWeight | None = None
         self._decided_on: torch.device | None = None
 
+    def forget(self) -> None:
+        self._unpacked = self._whole = self._decided_on = None
+
     def quantized_weight(self) -> QuantizedWeight | LookupWeight:
         if hasattr(self, "levels"):
             codes_OC = unpack(self.packed, self.code_bits, self.width)

@@ -14,6 +14,8 @@ from ditbench.harness.backends.few_rows import steady
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.layer import QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
+from ditbench.harness.build.offload import OFFLOAD, RESIDENT, chosen, offload
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.memory import trim
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.folds import block_folds
@@ -31,19 +33,24 @@ def build(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     backend: str = AUTO,
+    memory: str = RESIDENT,
 ) -> nn.Module:
     """The quantized copy of target.transformer; float parts in dtype, everything on device, where each layer is made too.
 
-    The model carries `clock` (a StepClock): whoever samples sets the step before each call.
+    The model carries `clock` (a StepClock): whoever samples sets the step before each call; and `memory`, what a record says of
+    where its weights lie (`offload.chosen`).
+    memory: resident, offload or auto; only of models that learn nothing.
     """
     device = torch.device(device)
+    placement = chosen(memory, target, recipe, dtype, device, backend)
+    lies_on = CPU if placement["memory"] == OFFLOAD else device
     target = target.on(device)
     clock = StepClock(recipe.num_steps, recipe.starts).to(device)
     model = copy_without(target.transformer, touched_layers(target, recipe))
-    cast(model, dtype, device)
+    cast(model, dtype, lies_on)
     for name in touched_layers(target, recipe):
         original = target.module(name)
-        linear = _linear(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
+        linear = _linear(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend).to(lies_on)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
         trim()
     steady(model)
@@ -52,6 +59,9 @@ def build(
         set_processor(model, name, QuantAttnProcessor(to_device(attention, device), clock))
     model.clock = clock  # type: ignore[assignment]
     _check_steps(model, recipe)
+    if placement["memory"] == OFFLOAD:
+        offload(model, target.blocks, device)
+    model.memory = placement  # type: ignore[assignment]
     return model.eval().requires_grad_(False)
 
 
@@ -120,9 +130,11 @@ def _transforms(recipe: ModelRecipe) -> dict[str, Transform]:
     return {name: layer.transform for name, layer in recipe.layers.items()}
 
 
-def float_copy(target: Target, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+def float_copy(
+    target: Target, *, dtype: torch.dtype, device: torch.device | str = "cpu", memory: str = RESIDENT
+) -> nn.Module:
     """The float transformer in another dtype, with a clock like a quantized one."""
-    return build(target, ModelRecipe(layers={}), dtype=dtype, device=device)
+    return build(target, ModelRecipe(layers={}), dtype=dtype, device=device, memory=memory)
 
 
 def clock_of(model: nn.Module) -> StepClock:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of, float_copy
+from ditbench.harness.build.offload import RESIDENT
 from ditbench.harness.calibration.reached import check_fused, unreached
 from ditbench.harness.calibration.recorder import Recorder, read, saved_seconds, write
 from ditbench.harness.common.code_identity import code_identity
@@ -106,6 +107,7 @@ def calibrate(
     cache: Path | None = None,
     device: torch.device | str = "cpu",
     prompts: Sequence[Prompt] = (),
+    memory: str = RESIDENT,
 ) -> Calibration:
     """Record n samples with classes drawn at random (or with the model's calibration prompts), or read the recording of
     the same arguments from the cache.
@@ -138,7 +140,7 @@ def calibrate(
     recorder = Recorder(
         sampler.steps, row_dims(model.step_inputs(FEW, device), model.step_inputs(MORE, device), model.adapter.ROWS)
     )
-    transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device)
+    transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device, memory=memory)
     starts = range(0, n, batch_size)
     bar = progress_bar(total=sampler.steps * len(starts), desc="calibrate")
     with torch.no_grad(), unreached(transformer) as left, bar as progress:

@@ -12,6 +12,7 @@ import torch
 
 from ditbench.eval.base import known_metrics
 from ditbench.harness.backends.base import AUTO, known_backends
+from ditbench.harness.build.offload import MEMORY
 from ditbench.harness.common.devices import pick_device
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.type_checks import check_types
@@ -52,6 +53,7 @@ TEXTS = ("name", "device", "results_dir", "cache_dir")
 TEXTS_OR_NULL = ("metrics.reference", "protocol.prompts", "calibration.prompts")
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
+    "memory": MEMORY,
     "protocol.scope": ("blocks", "all"),
     "protocol.labels": ("balanced", "random"),
     "generate.dtype": DTYPES,
@@ -91,6 +93,7 @@ class RunConfig:
     seed: int
     device: torch.device
     backend: str
+    memory: str
     force: bool
     strict: bool
     results_dir: Path
@@ -109,7 +112,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     Raises:
         UserError: a value that no part of ditbench can use; says which and what to do.
     """
-    raw = dict(raw)
+    raw = {"memory": AUTO} | raw  # records from before there was a choice have none
     _check_values(raw)
     if raw["method"]["name"] == registry.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
@@ -147,6 +150,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         seed=raw["seed"],
         device=pick_device(raw["device"]),
         backend=raw["backend"],
+        memory=raw["memory"],
         force=raw["force"],
         strict=raw["strict"],
         results_dir=Path(raw["results_dir"]).expanduser(),

@@ -51,6 +51,7 @@ def calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
         cache=config.cache_dir,
         device=config.device,
         prompts=config.calibration_prompts,
+        memory=config.memory,
     )
 
 
@@ -100,7 +101,9 @@ def fitted(
 
 
 def built(config: RunConfig, target: Target, recipe: ModelRecipe) -> nn.Module:
-    return build(target, recipe, dtype=_dtype(config), device=config.device, backend=config.backend)
+    return build(
+        target, recipe, dtype=_dtype(config), device=config.device, backend=config.backend, memory=config.memory
+    )
 
 
 def account(
