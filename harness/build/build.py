@@ -49,9 +49,8 @@ def build(
     model = copy_without(target.transformer, touched_layers(target, recipe))
     cast(model, dtype, lies_on)
     for name in touched_layers(target, recipe):
-        original = target.module(name)
-        linear = _linear(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend).to(lies_on)
-        set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
+        layer = build_module(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
+        set_submodule(model, name, layer.to(lies_on))
         trim()
     steady(model)
     hang(model, block_folds(target, recipe, _transforms(recipe), dtype), clock, device)
@@ -88,6 +87,12 @@ def dtype_of(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def build_module(target: Target, recipe: ModelRecipe, name: str, **settings: Any) -> nn.Module:
+    """What `build` puts in the place of the layer of that name. settings: see `build_layer`."""
+    original, linear = target.module(name), _linear(target.on(settings["device"]), recipe, name, **settings)
+    return QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear
 
 
 def build_layer(

@@ -42,6 +42,11 @@ def chosen(
     return {"memory": memory, "asked": asked, "weights_bytes": needed, "free_bytes": free}
 
 
+def offloaded(model: nn.Module) -> bool:
+    placement: Any = getattr(model, "memory", None) or {}
+    return placement.get("memory") == OFFLOAD
+
+
 def weights_bytes(
     target: Target, recipe: ModelRecipe, dtype: torch.dtype, device: torch.device, backend: str = AUTO
 ) -> int:
@@ -66,8 +71,14 @@ def offload(model: nn.Module, blocks: Iterable[str], device: torch.device) -> No
         if id(module) not in inside:
             _move(module, device, moved)
     guests = [model.get_submodule(name) for name in names]
-    guests += [each for block in guests for each in block.modules() if isinstance(each, QuantLinear | RangedLinear)]
-    for module in guests:  # a layer is called without its block where its error is measured
+    # Parts are called without their block too: layers whose error is measured, DiT's embedder that the last layer borrows.
+    guests += [
+        each
+        for block in guests
+        for each in block.modules()
+        if each is not block and (_own(each) or isinstance(each, QuantLinear | RangedLinear))
+    ]
+    for module in guests:
         visit = _Visit(device)
         module.register_forward_pre_hook(visit.enter, prepend=True)
         module.register_forward_hook(visit.leave, always_call=True)
@@ -102,14 +113,21 @@ class _Visit:
         self.open: list[Any] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        visit = placed_on(module, self.device)
-        visit.__enter__()
+        visit = None if _is_on(module, self.device) else placed_on(module, self.device)
+        if visit is not None:
+            visit.__enter__()
         self.open.append(visit)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.open:  # empty if there was no room to come in
-            self.open.pop().__exit__(None, None, None)
+        visit = self.open.pop() if self.open else None  # empty if there was no room to come in
+        if visit is not None:
+            visit.__exit__(None, None, None)
             _forget(module)
+
+
+def _is_on(module: nn.Module, device: torch.device) -> bool:
+    """It came with what it is part of."""
+    return all(t.device == device for each in module.modules() for t in _own(each))
 
 
 def _own(module: nn.Module) -> list[Tensor]:

@@ -54,6 +54,15 @@ class Recorder:
         shared = {path: keep(tensor) for path, tensor in shape.shared.items()}
         self.calls[step].append(Call(kept, Shape(shape.tree, shared)))
 
+    def mark(self) -> list[int]:
+        """How far it has come; see `back_to`."""
+        return [len(calls) for calls in self.calls]
+
+    def back_to(self, mark: list[int]) -> None:
+        """Forget the calls since: those of a batch that ran out of memory half way."""
+        for calls, length in zip(self.calls, mark, strict=True):
+            del calls[length:]
+
     def finished(self) -> Steps:
         """The calls of every step.
 

@@ -15,15 +15,20 @@ from ditbench.harness.build.build import clock_of, float_copy
 from ditbench.harness.build.offload import RESIDENT
 from ditbench.harness.calibration.reached import check_fused, unreached
 from ditbench.harness.calibration.recorder import Recorder, read, saved_seconds, write
+from ditbench.harness.common.batches import in_batches
 from ditbench.harness.common.code_identity import code_identity
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import cached, canonical_sha256
 from ditbench.harness.common.progress import progress as progress_bar
 from ditbench.harness.models.base import LoadedModel, Sampler
+from ditbench.harness.models.batch_sizes import batch_of
 from ditbench.harness.models.calls import FEW, MORE, Call, float_dtype, placed, row_dims, side_by_side
+from ditbench.harness.models.encoded_prompts import keeping
 from ditbench.harness.samples.conditions import PROMPTS, Conditions
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.samples.seeds import sample_seeds
+
+MOST = 32  # samples of a batch that is found
 
 
 class Estimate(NamedTuple):
@@ -49,6 +54,9 @@ class Calibration:
     device: torch.device = torch.device("cpu")  # where models that are observed on it run
     saved_s: dict[str, float] = field(default_factory=dict, compare=False)  # seconds that the cache saved, by what
     unreached: tuple[str, ...] = ()
+    batch: dict[str, Any] = field(
+        default_factory=dict, compare=False
+    )  # what it was drawn with, if it was drawn just now
 
     @property
     def num_steps(self) -> int:
@@ -103,7 +111,7 @@ def calibrate(
     n: int,
     seed: int,
     *,
-    batch_size: int = 64,
+    batch_size: int | str = 64,
     cache: Path | None = None,
     device: torch.device | str = "cpu",
     prompts: Sequence[Prompt] = (),
@@ -112,8 +120,10 @@ def calibrate(
     """Record n samples with classes drawn at random (or with the model's calibration prompts), or read the recording of
     the same arguments from the cache.
 
+    batch_size: or "auto" (`batch_of`, MOST at most). What does not fit into memory is halved; `Calibration.batch` says what was used.
+
     Raises:
-        UserError: n < 1, or the model produces NaN.
+        UserError: n < 1, one sample does not fit into memory, or the model produces NaN.
     """
     if n < 1:
         raise UserError(f"calibration.n must be at least 1, got {n}")
@@ -141,17 +151,27 @@ def calibrate(
         sampler.steps, row_dims(model.step_inputs(FEW, device), model.step_inputs(MORE, device), model.adapter.ROWS)
     )
     transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device, memory=memory)
-    starts = range(0, n, batch_size)
-    bar = progress_bar(total=sampler.steps * len(starts), desc="calibrate")
-    with torch.no_grad(), unreached(transformer) as left, bar as progress:
-        for batch, start in enumerate(starts):
+    batch = batch_of(batch_size, model, transformer, most=MOST)
+    bar = progress_bar(total=sampler.steps * n, desc="calibrate")
+    texts = [prompt.text for prompt in wanted.prompts]
+    with torch.no_grad(), unreached(transformer) as left, bar as progress, keeping(model.pipe, texts, cache):
 
-            def record(step: int, arguments: Mapping[str, Any], before: int = batch * sampler.steps) -> None:
+        def sample(rows: range) -> None:
+            mark = recorder.mark()
+
+            def record(step: int, arguments: Mapping[str, Any]) -> None:
                 recorder(step, arguments)
-                progress.update(before + step + 1 - progress.n)
+                progress.update(rows.start * sampler.steps + (step + 1) * len(rows) - progress.n)
 
-            part = wanted.rows(start, min(start + batch_size, n))
-            model.adapter.sample(model.pipe, transformer, part, sampler, on_call=record, decode=False)
+            try:
+                part = wanted.rows(rows.start, rows.stop)
+                model.adapter.sample(model.pipe, transformer, part, sampler, on_call=record, decode=False)
+            except Exception:
+                recorder.back_to(mark)
+                raise
+
+        for _ in in_batches(range(n), batch, sample, what="calibrate", device=device):
+            pass
     steps = recorder.finished()
     if not all(tensor.isfinite().all() for call in steps[-1] for tensor in call.tensors()):
         raise UserError(
@@ -161,7 +181,7 @@ def calibrate(
     silent = tuple(sorted(left))
     if path is not None:
         write(path, steps, recorder.tensors, perf_counter() - start_time, silent)
-    return Calibration(steps, key, None if path is None else path.parent, device, unreached=silent)
+    return Calibration(steps, key, None if path is None else path.parent, device, unreached=silent, batch=batch.note())
 
 
 def conditions_for_calibration(model: LoadedModel, n: int, seed: int, prompts: Sequence[Prompt] = ()) -> Conditions:

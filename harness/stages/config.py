@@ -32,8 +32,6 @@ COUNTS = {
     "protocol.n": 1,
     "protocol.steps": 1,
     "calibration.n": 1,
-    "calibration.batch_size": 1,
-    "generate.batch_size": 1,
     "generate.noise_floor_seeds": 0,
     "measure.samples": 1,
     "measure.repeats": 1,
@@ -41,6 +39,7 @@ COUNTS = {
     "metrics.resamples": 2,  # a spread has to come from two at least
     "seed": 0,
 }
+BATCHES = ("calibration.batch_size", "generate.batch_size")  # the same, or "auto"
 FLAGS = (
     "protocol.attention",
     "bits.weight.symmetric",
@@ -159,10 +158,13 @@ def parse(raw: dict[str, Any]) -> RunConfig:
 
 
 def _check_values(raw: dict[str, Any]) -> None:
-    for name, smallest in COUNTS.items():
+    batches = {name: 1 for name in BATCHES if _value(raw, name) != AUTO}
+    for name, smallest in (COUNTS | batches).items():
         value = _value(raw, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise UserError(f"{name} must be a whole number, at least {smallest}; got {value!r}")
+            raise UserError(
+                f"{name} must be a whole number, at least {smallest}{' (or auto)' if name in BATCHES else ''}; got {value!r}"
+            )
     for name in FLAGS:
         if not isinstance(_value(raw, name), bool):
             raise UserError(f"{name} must be true or false, got {_value(raw, name)!r}")

@@ -138,3 +138,14 @@ def test_folds_and_layer_errors_are_the_same_when_blocks_are_guests(second, tmp_
         assert quantized.memory["memory"] == memory and quant_layers(quantized)
         found[memory] = error_atlas(target, recipe, quantized, recording).noise_LS
     assert (found["resident"] == found["offload"]).all() and found["resident"].any()
+
+
+def test_a_model_whose_blocks_are_guests_is_not_timed_and_the_record_says_why(second, model):
+    from ditbench.harness.measurement.latency import measure
+
+    target = model.target()
+    settings = {"kind": "measured", "samples": 1, "repeats": 1, "warmup": 0, "device": second}
+    for memory in ("resident", "offload"):
+        transformer = float_copy(target, dtype=torch.bfloat16, device=second, memory=memory)
+        found = measure(model, target, transformer, **settings, memory="offload")
+        assert found["latency_ms"] is None and "that of the bus" in found["not_timed"]
