@@ -136,7 +136,8 @@ def _own(module: nn.Module) -> list[Tensor]:
 
 def _move(module: nn.Module, device: torch.device, moved: dict[int, Tensor]) -> None:
     """Its own parameters and buffers; one that was moved under another name is taken from `moved`."""
-    for table in (module._parameters, module._buffers):
+    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for table in tables:
         for name, tensor in table.items():
             if tensor is None:
                 continue
