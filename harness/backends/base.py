@@ -33,6 +33,9 @@ class Kernel(nn.Module):
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Let go of what was made of the buffers at run time, and can be made again."""
+
 
 class FusedKernel(Kernel):
     """A kernel that takes over what a QuantLinear does around it: transform, low-rank branch, bias and the cast back."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ditbench.harness.backends.base import Kernel
 from ditbench.harness.backends.exact_sums import WholeWeight
+from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.quant.packing import pack, unpack
 from ditbench.harness.quant.quantizers import (
     ActQuant,
@@ -78,6 +78,9 @@ class SimulatedKernel(Kernel):
         self._whole: WholeWeight | None = None
         self._decided_on: torch.device | None = None
 
+    def forget(self) -> None:
+        self._unpacked = self._whole = self._decided_on = None
+
     def quantized_weight(self) -> QuantizedWeight | LookupWeight:
         if hasattr(self, "levels"):
             codes_OC = unpack(self.packed, self.code_bits, self.width)
@@ -105,13 +108,13 @@ class SimulatedKernel(Kernel):
 
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
         if self.act is None and not self.quantized:
-            return F.linear(x.to(self.weight_OC.dtype), self.weight_OC)
+            return linear(x.to(self.weight_OC.dtype), self.weight_OC)
         x = x if x.dtype == torch.float64 else x.float()
         if self.multiplies_codes:
             return self.product(x, step)
         if self.act is not None:
             x = fake_quantize_activation(x, self.act, step)
-        return F.linear(x, self.unpacked().to(x.dtype))
+        return linear(x, self.unpacked().to(x.dtype))
 
     def product(self, x: Tensor, step: Tensor | None) -> Tensor:
         """Σ_g ((Σ_c x_code w_code) · s_w) · s_x over the groups of either side."""
@@ -129,7 +132,7 @@ class SimulatedKernel(Kernel):
             scale_x = scale[..., group % x_groups, :] if grouped else scale
             columns = slice(group * width, (group + 1) * width)
             ours = codes[..., group, :]
-            sums = F.linear(ours, weight_OC[:, columns]) if whole is None else whole.product(ours, columns)
+            sums = linear(ours, weight_OC[:, columns]) if whole is None else whole.product(ours, columns)
             part = sums * scale_OG[:, group % w_groups] * scale_x
             total = part if total is None else total + part
         assert total is not None

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditbench.harness.backends.base import FusedKernel, Kernel
+from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.backends.integers import act_lacks, not_integers, weight_lacks
 from ditbench.harness.common.files import atomic_path, canonical_sha256
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine
@@ -109,7 +110,7 @@ class VnniKernel(FusedKernel):
             return self.product(moved, step, None if bias is None else bias.at(step).float(), x.dtype)
         down_rC, up_Or = low_rank
         y = self.product(moved, step, None, torch.float32)
-        y = y + F.linear(F.linear(moved.to(down_rC.dtype), down_rC), up_Or)
+        y = y + linear(linear(moved.to(down_rC.dtype), down_rC), up_Or)
         return (y if bias is None else y + bias.at(step)).to(x.dtype)
 
     def product(self, x: Tensor, step: Tensor | None, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:

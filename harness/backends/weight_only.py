@@ -6,11 +6,11 @@ One layer's weight exists in bfloat16 (float32 for float32 inputs) at a time. It
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ditbench.harness.backends import vnni
 from ditbench.harness.backends.base import Kernel
+from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.backends.integers import e4m3_of
 from ditbench.harness.quant.packing import pack
 from ditbench.harness.quant.quantizers import LookupWeight, QuantizedWeight
@@ -64,7 +64,7 @@ class WeightOnlyKernel(Kernel):
 
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
         x = x if x.dtype == torch.bfloat16 else x.float()
-        return F.linear(x, self.weight(x.dtype))
+        return linear(x, self.weight(x.dtype))
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(O, C)."""

@@ -18,7 +18,8 @@ from ditbench.harness.build.build import quant_layers
 from ditbench.harness.common.devices import synchronize
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.base import LoadedModel, Sampler
-from ditbench.harness.models.parts import forget_prompts, replaced
+from ditbench.harness.models.encoded_prompts import forget_prompts
+from ditbench.harness.models.parts import replaced
 from ditbench.harness.samples.conditions import Conditions
 
 LAYERS, STEP = "quantized layers", "step"

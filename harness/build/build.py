@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.backends.base import AUTO
+from ditbench.harness.backends.few_rows import steady
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.layer import QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
+from ditbench.harness.build.offload import OFFLOAD, RESIDENT, chosen, offload
+from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.memory import trim
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.folds import block_folds
@@ -30,26 +33,34 @@ def build(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     backend: str = AUTO,
+    memory: str = RESIDENT,
 ) -> nn.Module:
     """The quantized copy of target.transformer; float parts in dtype, everything on device, where each layer is made too.
 
-    The model carries `clock` (a StepClock): whoever samples sets the step before each call.
+    The model carries `clock` (a StepClock): whoever samples sets the step before each call; and `memory`, what a record says of
+    where its weights lie (`offload.chosen`).
+    memory: resident, offload or auto; only of models that learn nothing.
     """
     device = torch.device(device)
+    placement = chosen(memory, target, recipe, dtype, device, backend)
+    lies_on = CPU if placement["memory"] == OFFLOAD else device
     target = target.on(device)
     clock = StepClock(recipe.num_steps, recipe.starts).to(device)
     model = copy_without(target.transformer, touched_layers(target, recipe))
-    cast(model, dtype, device)
+    cast(model, dtype, lies_on)
     for name in touched_layers(target, recipe):
-        original = target.module(name)
-        linear = _linear(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
-        set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
+        layer = build_module(target, recipe, name, clock=clock, dtype=dtype, device=device, backend=backend)
+        set_submodule(model, name, layer.to(lies_on))
         trim()
+    steady(model)
     hang(model, block_folds(target, recipe, _transforms(recipe), dtype), clock, device)
     for name, attention in recipe.attention.items():
         set_processor(model, name, QuantAttnProcessor(to_device(attention, device), clock))
     model.clock = clock  # type: ignore[assignment]
     _check_steps(model, recipe)
+    if placement["memory"] == OFFLOAD:
+        offload(model, target.blocks, device)
+    model.memory = placement  # type: ignore[assignment]
     return model.eval().requires_grad_(False)
 
 
@@ -76,6 +87,12 @@ def dtype_of(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def build_module(target: Target, recipe: ModelRecipe, name: str, **settings: Any) -> nn.Module:
+    """What `build` puts in the place of the layer of that name. settings: see `build_layer`."""
+    original, linear = target.module(name), _linear(target.on(settings["device"]), recipe, name, **settings)
+    return QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear
 
 
 def build_layer(
@@ -118,9 +135,11 @@ def _transforms(recipe: ModelRecipe) -> dict[str, Transform]:
     return {name: layer.transform for name, layer in recipe.layers.items()}
 
 
-def float_copy(target: Target, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+def float_copy(
+    target: Target, *, dtype: torch.dtype, device: torch.device | str = "cpu", memory: str = RESIDENT
+) -> nn.Module:
     """The float transformer in another dtype, with a clock like a quantized one."""
-    return build(target, ModelRecipe(layers={}), dtype=dtype, device=device)
+    return build(target, ModelRecipe(layers={}), dtype=dtype, device=device, memory=memory)
 
 
 def clock_of(model: nn.Module) -> StepClock:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import ditbench
 from ditbench.harness.backends.base import AUTO
+from ditbench.harness.backends.few_rows import steady
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
 from ditbench.harness.build.build import cast, clock_of, copy_without, dtype_of, set_submodule
 from ditbench.harness.build.export_checks import (
@@ -298,6 +299,7 @@ def _assembled(
         linear = RangedLinear(variants, parts["of_range"]) if "variants" in parts else variants[0]
         original = transformer.get_submodule(name)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
+    steady(model)
     folds = {name: decode(each, tensors, f"folds/{name}") for name, each in described["folds"].items()}
     for name, of_block in folds.items():
         check_folds(f"folds/{name}", of_block, find(f"folds/{name}", transformer, name), clock.num_steps)

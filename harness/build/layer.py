@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditbench.harness.backends.base import AUTO, FusedKernel, choose
+from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.quant.effective import EffectiveLinear
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.steps import StepClock, StepTable
@@ -69,7 +70,7 @@ class QuantLinear(nn.Module):
             x = self.transform(x if dtype == torch.float64 else x.float(), step)
         y = self.kernel(x, step)
         if self.has_low_rank:
-            y = y + F.linear(F.linear(x.to(self.down_rC.dtype), self.down_rC), self.up_Or)
+            y = y + linear(linear(x.to(self.down_rC.dtype), self.down_rC), self.up_Or)
         if self.bias is not None:
             y += self.bias.at(step)
         return y.to(dtype)

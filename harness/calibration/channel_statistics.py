@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ditbench.harness.backends.base import AUTO
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.artifacts import obtain
@@ -84,7 +85,7 @@ def channel_stats(target: Target, calibration: Calibration) -> dict[str, Channel
 
 def _observe_sites(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
     steps = calibration.num_steps
-    model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device)
+    model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device, memory=AUTO)
     running: dict[str, dict[str, Tensor]] = {}
     samples: dict[str, Tensor] = {}
 
@@ -174,7 +175,7 @@ def token_sample(target: Target, calibration: Calibration, sites: list[Site], to
         found[site].append(x_NC[kept.to(x_NC.device)])
 
     if sites:
-        model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device)
+        model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device, memory=AUTO)
         with inputs_observed(model, {site.consumers[0]: site.name for site in sites}, observe) as set_step:
             run_calibration(model, calibration, set_step, "sample")
     missing = [name for name, parts in found.items() if not parts]

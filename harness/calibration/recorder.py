@@ -51,6 +51,15 @@ class Recorder:
             }
         )
 
+    def mark(self) -> list[int]:
+        """How far it has come; see `back_to`."""
+        return [len(calls) for calls in self.calls]
+
+    def back_to(self, mark: list[int]) -> None:
+        """Forget the calls since: those of a batch that ran out of memory half way."""
+        for calls, length in zip(self.calls, mark, strict=True):
+            del calls[length:]
+
     def finish(self, unreached: Iterable[str] = ()) -> None:
         """Write what is left, and the index. unreached: linear layers that no call reached.
 

@@ -14,22 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of, float_copy
+from ditbench.harness.build.offload import RESIDENT
 from ditbench.harness.calibration.on_disk import ChosenRows, TensorFiles
 from ditbench.harness.calibration.reached import check_fused, unreached
 from ditbench.harness.calibration.recorder import Recorder, read
 from ditbench.harness.common.artifacts import Address, filled
+from ditbench.harness.common.batches import in_batches
 from ditbench.harness.common.code_identity import RECORDING, code_identity
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.files import canonical_sha256, tensors_sha256
+from ditbench.harness.common.files import canonical_sha256, read_json, tensors_sha256, write_json
 from ditbench.harness.common.progress import progress as progress_bar
 from ditbench.harness.common.scratch import Scratch
 from ditbench.harness.models.base import LoadedModel, Sampler
+from ditbench.harness.models.batch_sizes import batch_of
 from ditbench.harness.models.calls import FEW, MORE, Call, float_dtype, placed, row_dims, side_by_side
+from ditbench.harness.models.encoded_prompts import keeping
 from ditbench.harness.samples.conditions import PROMPTS, Conditions
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.samples.seeds import sample_seeds
 
 KIND = "recording"  # of artifact
+BATCH = "batch.json"  # what a recording was drawn with
+MOST = 32  # samples of a batch that is found
 
 
 class Estimate(NamedTuple):
@@ -56,6 +62,7 @@ class Calibration:
     saved_s: dict[str, float] = field(default_factory=dict, compare=False)  # seconds that the cache saved, by what
     unreached: tuple[str, ...] = ()
     whole: str | None = None
+    batch: dict[str, Any] = field(default_factory=dict, compare=False)  # what it was drawn with
 
     def derived(self, kind: str, key: str, title: str) -> Address | None:
         """Where what is made from it is kept; None: nowhere."""
@@ -122,31 +129,36 @@ def calibrate(
     n: int,
     seed: int,
     *,
-    batch_size: int = 64,
+    batch_size: int | str = 64,
     cache: Path | None = None,
     device: torch.device | str = "cpu",
     prompts: Sequence[Prompt] = (),
+    memory: str = RESIDENT,
 ) -> Calibration:
     """Record n samples with classes drawn at random (or with the model's calibration prompts), or find the recording of
     the same arguments in the cache. Without a cache it lies in a temporary folder for as long as it is used.
 
+    batch_size: or "auto" (`batch_of`, MOST at most). What does not fit into memory is halved; `Calibration.batch` says what was used.
+
     Raises:
-        UserError: n < 1, or the model produces NaN.
+        UserError: n < 1, one sample does not fit into memory, or the model produces NaN.
     """
     key = key_of(model, sampler, n, seed, batch_size=batch_size, device=device, prompts=prompts)
     device = torch.device(device)
 
     def fill(folder: Path) -> None:
-        _record(model, sampler, conditions_for_calibration(model, n, seed, prompts), batch_size, device, folder)
+        wanted = conditions_for_calibration(model, n, seed, prompts)
+        _record(model, sampler, wanted, batch_size, device, folder, memory, cache)
 
     if cache is None:
         scratch = Scratch(None)
         fill(scratch.folder)
         steps, silent = read(scratch.folder, owner=scratch)
-        return Calibration(steps, key, None, device, unreached=silent)
-    kept = filled(Address(cache, KIND, key, f"the recording of {model.spec.name}"), fill, read)
-    steps, silent = kept.value
-    return Calibration(steps, key, cache, device, {"calibration": kept.saved_s}, silent)
+        return Calibration(steps, key, None, device, unreached=silent, batch=read_json(scratch.folder / BATCH))
+    address = Address(cache, KIND, key, f"the recording of {model.spec.name}")
+    kept = filled(address, fill, lambda folder: (*read(folder), read_json(folder / BATCH)))
+    steps, silent, batch = kept.value
+    return Calibration(steps, key, cache, device, {"calibration": kept.saved_s}, silent, batch=batch)
 
 
 def key_of(
@@ -155,7 +167,7 @@ def key_of(
     n: int,
     seed: int,
     *,
-    batch_size: int = 64,
+    batch_size: int | str = 64,
     device: torch.device | str = "cpu",
     prompts: Sequence[Prompt] = (),
 ) -> str:
@@ -184,7 +196,14 @@ def key_of(
 
 
 def _record(
-    model: LoadedModel, sampler: Sampler, wanted: Conditions, batch_size: int, device: torch.device, folder: Path
+    model: LoadedModel,
+    sampler: Sampler,
+    wanted: Conditions,
+    batch_size: int | str,
+    device: torch.device,
+    folder: Path,
+    memory: str,
+    cache: Path | None,
 ) -> None:
     """Sample in float, and write the transformer's calls into the folder."""
     recorder = Recorder(
@@ -192,19 +211,30 @@ def _record(
         row_dims(model.step_inputs(FEW, device), model.step_inputs(MORE, device), model.adapter.ROWS),
         TensorFiles(folder),
     )
-    transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device)
-    starts = range(0, len(wanted), batch_size)
-    bar = progress_bar(total=sampler.steps * len(starts), desc="calibrate")
-    with torch.no_grad(), unreached(transformer) as left, bar as progress:
-        for batch, start in enumerate(starts):
+    transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device, memory=memory)
+    batch = batch_of(batch_size, model, transformer, most=MOST)
+    bar = progress_bar(total=sampler.steps * len(wanted), desc="calibrate")
+    texts = [prompt.text for prompt in wanted.prompts]
+    with torch.no_grad(), unreached(transformer) as left, bar as progress, keeping(model.pipe, texts, cache):
 
-            def record(step: int, arguments: Mapping[str, Any], before: int = batch * sampler.steps) -> None:
+        def sample(rows: range) -> None:
+            mark = recorder.mark()
+
+            def record(step: int, arguments: Mapping[str, Any]) -> None:
                 recorder(step, arguments)
-                progress.update(before + step + 1 - progress.n)
+                progress.update(rows.start * sampler.steps + (step + 1) * len(rows) - progress.n)
 
-            part = wanted.rows(start, min(start + batch_size, len(wanted)))
-            model.adapter.sample(model.pipe, transformer, part, sampler, on_call=record, decode=False)
+            try:
+                part = wanted.rows(rows.start, rows.stop)
+                model.adapter.sample(model.pipe, transformer, part, sampler, on_call=record, decode=False)
+            except Exception:
+                recorder.back_to(mark)
+                raise
+
+        for _ in in_batches(range(len(wanted)), batch, sample, what="calibrate", device=device):
+            pass
     recorder.finish(sorted(left))
+    write_json(folder / BATCH, batch.note())
     steps, _ = read(folder)
     if not all(tensor.isfinite().all() for call in steps[-1] for tensor in call.tensors()):
         raise UserError(

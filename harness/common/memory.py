@@ -1,4 +1,4 @@
-"""The most memory a stretch of code held: of the whole process on the CPU, of torch's allocator on a GPU."""
+"""The most memory a stretch of code held (of the whole process on the CPU, of torch's allocator on a GPU), and what is free."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ditbench.harness.common.devices import memory_of
+from ditbench.harness.common.devices import functions_of, memory_of
 
 PROCESS = Path("/proc/self")  # Linux only; elsewhere nothing is measured
+MEMINFO = Path("/proc/meminfo")
+GROUP = Path("/sys/fs/cgroup")  # of a container that sees its own limits (version 2)
 
 
 @dataclass
@@ -44,6 +46,32 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     found.peak_bytes = max(found.before_bytes or 0, _status_bytes("VmHWM"))  # the kernel counts in coarse steps
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on the device now: of a GPU what its driver has and what torch's allocator holds unused; of the CPU
+    what the system, and the group of processes that we are in, may still give. None where nobody tells.
+    """
+    functions = functions_of(device)
+    if functions is not None and hasattr(functions, "mem_get_info"):
+        unused = 0
+        if hasattr(functions, "memory_reserved") and memory_of(device) is not None:
+            unused = functions.memory_reserved(device) - functions.memory_allocated(device)
+        return int(functions.mem_get_info(device)[0]) + unused
+    if device.type != "cpu":
+        return None
+    told = [_line_bytes(MEMINFO, "MemAvailable"), _left_in_group()]
+    return min((each for each in told if each is not None), default=None)
+
+
+def _left_in_group() -> int | None:
+    """Of a container's limit; what files keep in memory counts as free, as it does in MemAvailable."""
+    try:
+        limit, used = ((GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        lines = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - int(used) + int(lines["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # "max" is no number: there is no limit
+        return None
+
+
 def trim() -> None:
     """Give memory that the process no longer uses back to the system.
 
@@ -57,5 +85,17 @@ def trim() -> None:
 
 
 def _status_bytes(field: str) -> int:
-    lines = (PROCESS / "status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+    found = _line_bytes(PROCESS / "status", field)
+    if found is None:
+        raise OSError(f"{PROCESS}/status has no {field}")
+    return found
+
+
+def _line_bytes(path: Path, field: str) -> int | None:
+    """Of a line such as "VmRSS:  1234 kB"; None if there is none."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith(f"{field}:")]
+    return 1024 * int(found[0].split()[1]) if found else None

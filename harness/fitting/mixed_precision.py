@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.backends import simulate
+from ditbench.harness.backends.base import AUTO
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
-from ditbench.harness.build.build import build, clock_of, quant_layers, set_submodule
+from ditbench.harness.build.build import build, build_module, clock_of, quant_layers, set_submodule
 from ditbench.harness.calibration.recording import Calibration, spread
 from ditbench.harness.common.artifacts import obtain
 from ditbench.harness.common.code_identity import STATE, code_identity
@@ -180,13 +182,12 @@ def sensitivities(
 ) -> list[list[float]]:
     """The relative squared error of the output for each unit, rounded alone, in each range; simulated, in float32.
 
-    Two models stand side by side, one of them without any rounding, and a unit's modules change places.
+    One model is there, without any rounding. Each unit's modules, built for that time, take their places in it in turn.
     """
-    exact, rounded = (
-        build(target, each, dtype=torch.float32, device=calibration.device, backend="simulate")
-        for each in (recipe.without_rounding(), recipe)
-    )
-    rounds = {name for name, layer in quant_layers(rounded).items() if layer.rounds}
+    settings: dict[str, Any] = {"dtype": torch.float32, "device": calibration.device, "backend": simulate.NAME}
+    exact = build(target, recipe.without_rounding(), **settings, memory=AUTO)
+    settings["clock"] = clock_of(exact)
+    rounds = {name for name, layer in recipe.layers.items() if layer.weight is not None or layer.act is not None}
     outputs = {step: _output(exact, calibration, step) for steps in steps_R for step in steps}
     errors = []
     for unit in progress(units, total=len(units), desc="sensitivities"):
@@ -196,12 +197,11 @@ def sensitivities(
         before = {n: exact.get_submodule(n) for n in unit if n in recipe.layers}
         processors = {n: exact.get_submodule(n).processor for n in unit if n in recipe.attention}
         for name in before:
-            set_submodule(exact, name, rounded.get_submodule(name))
+            set_submodule(exact, name, build_module(target, recipe, name, **settings).eval().requires_grad_(False))
         for name in processors:
             set_processor(exact, name, QuantAttnProcessor(recipe.attention[name], clock_of(exact)))
         found = {}
         for step in outputs:
-            clock_of(rounded).set(step, calibration.num_steps)  # its modules keep its clock
             noise = (_output(exact, calibration, step) - outputs[step]).square().sum()
             found[step] = float(noise / outputs[step].square().sum())
         for name, module in before.items():

@@ -14,10 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ditbench.harness.build.build import clock_of
+from ditbench.harness.common.batches import Batch, in_batches
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path
 from ditbench.harness.common.progress import progress as progress_bar
 from ditbench.harness.models.base import Correction, LoadedModel, Sampler
+from ditbench.harness.models.decoding import decoded
 from ditbench.harness.samples.conditions import PROMPTS, Conditions
 from ditbench.harness.samples.samples import FPS, Prompt, Samples
 from ditbench.harness.samples.seeds import sample_seeds
@@ -93,16 +96,19 @@ def draw(
 
     transformer: gives the model to draw with; not asked where nothing is missing.
 
+    A piece that does not fit into memory is drawn in halves.
+
     Raises:
-        UserError: the samples contain NaN or infinity.
+        UserError: the samples contain NaN or infinity, or one alone does not fit into memory.
     """
     store.drop_damaged()
+    batch = _batch_of(store)
     total = len(wanted) * sampler.steps
     with progress_bar(total=total, desc=title, unit="img·step") as progress:
         while missing := store.missing():
             progress.n = total - sum(len(piece.rows) for piece in missing) * sampler.steps
             ours = sum(
-                _draw_piece(model, transformer, wanted, sampler, store, piece, correct, title, progress)
+                _draw_piece(model, transformer, wanted, sampler, store, piece, batch, correct, title, progress)
                 for piece in missing
             )
             if not ours:
@@ -117,6 +123,7 @@ def _draw_piece(
     sampler: Sampler,
     store: SampleStore,
     piece: Piece,
+    batch: Batch,
     correct: Correction | None,
     title: str,
     progress: tqdm,
@@ -124,11 +131,27 @@ def _draw_piece(
     """Whether it was ours to draw."""
     with store.claim(piece) as ours:
         if ours:
-            start = perf_counter()
-            pixels, latents = _drawn(model, transformer(), wanted, piece.rows, sampler, correct, title, progress.update)
-            seconds = perf_counter() - start
-            store.publish(piece, pixels, latents, FPS, batch=len(piece.rows), seconds=seconds)
+            start, drawing = perf_counter(), transformer()
+
+            def sample(rows: range) -> tuple[Tensor, Tensor]:
+                return _drawn(model, drawing, wanted, rows, sampler, correct, title, progress.update)
+
+            device = clock_of(drawing).step.device
+            drawn = [found for _, found in in_batches(piece.rows, batch, sample, what=title, device=device)]
+            pixels, latents = (torch.cat(each) for each in zip(*drawn, strict=True))
+            how = {
+                "batch": batch.note(),
+                "seconds": perf_counter() - start,
+                "decoded": decoded(getattr(model.pipe, "vae", None)),
+            }
+            store.publish(piece, pixels, latents, FPS, **how)
         return ours
+
+
+def _batch_of(store: SampleStore) -> Batch:
+    """A piece at a time, or what fitted into memory when the store was drawn into before."""
+    sizes = [store.note(piece)["batch"]["size"] for piece in store.pieces if store.has(piece)]
+    return Batch(min([store.index["piece"], *sizes]))
 
 
 @torch.no_grad()

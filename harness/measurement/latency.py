@@ -14,13 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.backends.base import AUTO
 from ditbench.harness.build.build import clock_of, float_copy
 from ditbench.harness.build.layer import QuantLinear
+from ditbench.harness.build.offload import offloaded
 from ditbench.harness.common.devices import device_name, memory_of, synchronize
 from ditbench.harness.measurement.timing import in_turns
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
 from ditbench.harness.quant.target import Target
+
+OFFLOADED = "blocks are offloaded, their time is that of the bus"
 
 
 def kind_of(model: nn.Module, quantized_attention: bool) -> str:
@@ -49,12 +53,14 @@ def measure(
     warmup: int,
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
+    memory: str = AUTO,
 ) -> dict[str, Any]:
     """The record's `efficiency` field without the byte counts. dtype: of what is not quantized in `quantized`.
 
     One latency is one call of the transformer on `samples` samples with guidance (2 · samples rows); where the model changes
     with the range of steps, the mean of its calls over the steps. A simulated model gets no latency, speed-up or peak
-    memory: its arithmetic is not the one it stands for.
+    memory: its arithmetic is not the one it stands for. Nor does one whose blocks, or those of the baseline beside it, do not fit on
+    the device (memory=offload, or auto): its time would be that of the bus; the record then says `not_timed`.
     """
     found: dict[str, Any] = {
         "kind": kind,
@@ -71,7 +77,11 @@ def measure(
     }
     if kind != "measured":
         return found
-    baseline = float_copy(target, dtype=torch.bfloat16, device=device)
+    if offloaded(quantized):
+        return found | {"not_timed": OFFLOADED}
+    baseline = float_copy(target, dtype=torch.bfloat16, device=device, memory=memory)
+    if offloaded(baseline):
+        return found | {"not_timed": f"the baseline beside it: {OFFLOADED}"}
     step_inputs = model.step_inputs(2 * samples, device)
     baseline_inputs, inputs = (placed(step_inputs, wanted, device) for wanted in (torch.bfloat16, dtype))
     calls = {

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.backends.base import AUTO
 from ditbench.harness.build.build import build, clock_of, quant_layers
 from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.calibration.block_stream import HELD_BYTES
@@ -87,7 +88,7 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
     if not layers:
         return None
     device = clock_of(model).step.device
-    exact = build(target, recipe.without_rounding(), dtype=torch.float32, device=device)
+    exact = build(target, recipe.without_rounding(), dtype=torch.float32, device=device, memory=AUTO)
     exact_layers = quant_layers(exact)
     names = (*layers, *target.blocks)
     steps = tuple(spread(calibration.num_steps, MAX_STEPS).tolist())

@@ -13,7 +13,7 @@ are checked against their SHA-256 as they are read; a piece with a damaged file 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -231,8 +231,8 @@ class StoredRows:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def open_store(address: Address, wanted: Conditions, piece: int, latents: bool) -> SampleStore:
-    """The store at that address, made if it is not there; one that is there keeps the size of its pieces.
+def open_store(address: Address, wanted: Conditions, piece: Callable[[], int], latents: bool) -> SampleStore:
+    """The store at that address, made if it is not there, in pieces of so many rows; one that is there keeps the size of its own.
 
     Raises:
         UserError: it is not there and the cache cannot be written.
@@ -246,7 +246,7 @@ def open_store(address: Address, wanted: Conditions, piece: int, latents: bool) 
                 with atomic_path(lines) as part:
                     part.write_text("".join(json.dumps(line) + "\n" for line in _described(wanted)))
                 values = {"format": FORMAT, "kind": KIND, "key": address.key, "title": address.title, "n": len(wanted)}
-                values |= {"made_from": dict(address.made_from), "piece": piece, "latents": latents}
+                values |= {"made_from": dict(address.made_from), "piece": piece(), "latents": latents}
                 write_manifest(index, values | {"lines": entry_of(lines)})
     return found_store(address.folder, address.cache)
 

@@ -12,6 +12,7 @@ import torch
 
 from ditbench.eval.base import known_metrics
 from ditbench.harness.backends.base import AUTO, known_backends
+from ditbench.harness.build.offload import MEMORY
 from ditbench.harness.common.devices import pick_device
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.type_checks import check_types
@@ -31,8 +32,6 @@ COUNTS = {
     "protocol.n": 1,
     "protocol.steps": 1,
     "calibration.n": 1,
-    "calibration.batch_size": 1,
-    "generate.batch_size": 1,
     "generate.noise_floor_seeds": 0,
     "measure.samples": 1,
     "measure.repeats": 1,
@@ -40,6 +39,7 @@ COUNTS = {
     "metrics.resamples": 2,  # a spread has to come from two at least
     "seed": 0,
 }
+BATCHES = ("calibration.batch_size", "generate.batch_size")  # the same, or "auto"
 FLAGS = (
     "protocol.attention",
     "bits.weight.symmetric",
@@ -53,6 +53,7 @@ TEXTS = ("name", "device", "results_dir", "cache_dir")
 TEXTS_OR_NULL = ("metrics.reference", "protocol.prompts", "calibration.prompts")
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
+    "memory": MEMORY,
     "protocol.scope": ("blocks", "all"),
     "protocol.labels": ("balanced", "random"),
     "generate.dtype": DTYPES,
@@ -92,6 +93,7 @@ class RunConfig:
     seed: int
     device: torch.device
     backend: str
+    memory: str
     force: bool
     strict: bool
     results_dir: Path
@@ -110,7 +112,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     Raises:
         UserError: a value that no part of ditbench can use; says which and what to do.
     """
-    raw = dict(raw)
+    raw = {"memory": AUTO} | raw  # records from before there was a choice have none
     _check_values(raw)
     if raw["method"]["name"] == registry.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
@@ -148,6 +150,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         seed=raw["seed"],
         device=pick_device(raw["device"]),
         backend=raw["backend"],
+        memory=raw["memory"],
         force=raw["force"],
         strict=raw["strict"],
         results_dir=Path(raw["results_dir"]).expanduser(),
@@ -156,10 +159,13 @@ def parse(raw: dict[str, Any]) -> RunConfig:
 
 
 def _check_values(raw: dict[str, Any]) -> None:
-    for name, smallest in COUNTS.items():
+    batches = {name: 1 for name in BATCHES if _value(raw, name) != AUTO}
+    for name, smallest in (COUNTS | batches).items():
         value = _value(raw, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise UserError(f"{name} must be a whole number, at least {smallest}; got {value!r}")
+            raise UserError(
+                f"{name} must be a whole number, at least {smallest}{' (or auto)' if name in BATCHES else ''}; got {value!r}"
+            )
     for name in FLAGS:
         if not isinstance(_value(raw, name), bool):
             raise UserError(f"{name} must be true or false, got {_value(raw, name)!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,8 @@ from ditbench.harness.generation.generate import draw, save_animation, save_grid
 from ditbench.harness.generation.generate import generate as held
 from ditbench.harness.measurement.layer_errors import ErrorAtlas
 from ditbench.harness.models.base import Correction, LoadedModel
+from ditbench.harness.models.batch_sizes import batch_of
+from ditbench.harness.models.encoded_prompts import keeping
 from ditbench.harness.records import sample_values
 from ditbench.harness.samples.samples import Samples
 from ditbench.harness.samples.store import SampleStore, open_store
@@ -61,7 +64,7 @@ def few(config: RunConfig, model: LoadedModel, quantized: Quantized) -> Samples:
         quantized.model,
         wanted(config, model, config.seed),
         config.protocol.sampler,
-        batch_size=config.section("generate")["batch_size"],
+        batch_size=batch_of(config.section("generate")["batch_size"], model, quantized.model).size,
         correct=registry.correction(config.method, quantized.state, config.params),
         title=f"generate {title(config)}",
     )
@@ -75,7 +78,9 @@ def float_samples(config: RunConfig, model: LoadedModel, seed: int, dtype: str |
     return drawn(
         config,
         model,
-        cache(lambda: float_copy(model.target(), dtype=getattr(torch, dtype), device=config.device)),
+        cache(
+            lambda: float_copy(model.target(), dtype=getattr(torch, dtype), device=config.device, memory=config.memory)
+        ),
         samples_address(config, model, seed=seed, dtype=dtype),
         seed=seed,
     )
@@ -90,9 +95,12 @@ def drawn(
     seed: int,
     correct: Correction | None = None,
 ) -> Drawn:
-    conditions = wanted(config, model, seed)
-    store = open_store(address, conditions, config.section("generate")["batch_size"], keeps_latents(config))
-    with disk_errors_explained(config.cache_dir):
+    conditions, asked = wanted(config, model, seed), config.section("generate")["batch_size"]
+    texts = [prompt.text for prompt in conditions.prompts]
+    with disk_errors_explained(config.cache_dir), keeping(model.pipe, texts, config.cache_dir):
+        store = open_store(
+            address, conditions, lambda: batch_of(asked, model, transformer()).size, keeps_latents(config)
+        )
         draw(
             model,
             transformer,
@@ -107,7 +115,9 @@ def drawn(
 
 def _how(store: SampleStore) -> dict[str, Any]:
     notes = [store.note(piece) for piece in store.pieces]
-    return {"draw_s": sum(note["seconds"] for note in notes), "draw_batch": max(note["batch"] for note in notes)}
+    ways = {json.dumps([note["batch"], note["decoded"]]): note for note in notes}.values()
+    drawn = [{"batch": note["batch"], "decoded": note["decoded"]} for note in ways]
+    return {"draw_s": sum(note["seconds"] for note in notes), "drawn": drawn}
 
 
 def save_artifacts(

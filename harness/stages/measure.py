@@ -35,6 +35,7 @@ def measure(config: RunConfig, model: LoadedModel, target: Target, quantized: Qu
         warmup=section["warmup"],
         device=config.device,
         dtype=getattr(torch, config.section("generate")["dtype"]),
+        memory=config.memory,
     )
 
 

@@ -42,7 +42,9 @@ def target_of(config: RunConfig, model: LoadedModel) -> Target:
 
 def calibrate(config: RunConfig, model: LoadedModel) -> Calibration:
     n, cache = config.section("calibration")["n"], config.cache_dir
-    return recordings.calibrate(model, config.protocol.sampler, n, config.seed, cache=cache, **_recorded(config))
+    return recordings.calibrate(
+        model, config.protocol.sampler, n, config.seed, cache=cache, memory=config.memory, **_recorded(config)
+    )
 
 
 def recording_key(config: RunConfig, model: LoadedModel) -> str:
@@ -80,7 +82,9 @@ def planned(
 
 
 def built(config: RunConfig, target: Target, recipe: ModelRecipe) -> nn.Module:
-    return build(target, recipe, dtype=_dtype(config), device=config.device, backend=config.backend)
+    return build(
+        target, recipe, dtype=_dtype(config), device=config.device, backend=config.backend, memory=config.memory
+    )
 
 
 def account(

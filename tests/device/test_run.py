@@ -76,3 +76,12 @@ def test_runs_of_a_sweep_share_a_pipeline_and_do_not_disturb_each_other(second, 
         for name, device in (("far", "second_device"), ("near", "cpu"), ("again", "second_device"))
     )
     assert values(again) == values(far) == about(near)
+
+
+def test_a_run_that_offloads_is_the_same_run_with_the_same_numbers(second, tmp_path):
+    resident, offloaded = (
+        run(tmp_path / memory, *DIGITS, "device=second_device", f"memory={memory}")
+        for memory in ("resident", "offload")
+    )
+    assert values(offloaded) == values(resident) and offloaded["run_id"] == resident["run_id"]
+    assert offloaded["layers"] == resident["layers"] and offloaded["config"]["memory"] == "offload"

@@ -13,6 +13,7 @@ import torch
 from ditbench.harness.common.artifacts import Address
 from ditbench.harness.generation.generate import draw
 from ditbench.harness.models.base import Drawn, Sampler
+from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.store import SampleStore, open_store
 
@@ -24,7 +25,7 @@ def wanted(n: int) -> Conditions:
 
 
 def store_in(cache: Path, n: int, latents: bool = True) -> SampleStore:
-    return open_store(Address(cache, "samples", "b" * 32, "painted seeds"), wanted(n), PIECE, latents)
+    return open_store(Address(cache, "samples", "b" * 32, "painted seeds"), wanted(n), lambda: PIECE, latents)
 
 
 def painted(seeds: tuple[int, ...]) -> Drawn:
@@ -41,8 +42,9 @@ def draw_all(store: SampleStore, n: int, log: Path | None = None, seconds: float
         time.sleep(seconds)
         return painted(part.seeds)
 
+    transformer = SimpleNamespace(clock=StepClock(1))
     model = SimpleNamespace(adapter=SimpleNamespace(sample=sample), pipe=None)
-    draw(model, lambda: None, wanted(n), Sampler("any", 1, 1.0), store)
+    draw(model, lambda: transformer, wanted(n), Sampler("any", 1, 1.0), store)
 
 
 def process_that_draws(cache: Path, n: int, log: Path) -> multiprocessing.Process:

@@ -57,7 +57,7 @@ def test_images_and_videos_are_kept_without_loss(tmp_path, shape):
     pixels = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     prompts = tuple(Prompt(f"prompt {row}", {"tag": row}) for row in range(3))
     store = open_store(
-        Address(tmp_path, "samples", "c" * 32, "noise"), Conditions((1, 2, 3), prompts=prompts), 2, False
+        Address(tmp_path, "samples", "c" * 32, "noise"), Conditions((1, 2, 3), prompts=prompts), lambda: 2, False
     )
     for piece in store.missing():
         store.publish(piece, pixels[piece.rows.start : piece.rows.stop], None, 12.5)

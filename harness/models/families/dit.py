@@ -14,11 +14,13 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
+from ditbench.harness.build.build import clock_of
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.placement import placed_on
 from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
 from ditbench.harness.models.calls import RowDims
 from ditbench.harness.models.checkpoint import Checkpoint
-from ditbench.harness.models.parts import placed_on
+from ditbench.harness.models.decoding import decode_within_memory
 from ditbench.harness.models.samplers import CorrectedDDPM
 from ditbench.harness.quant.blocks import OneStream
 from ditbench.harness.quant.target import AdaLNRows, Site, ValueRows
@@ -103,7 +105,7 @@ def sample(
     Latents are (B, C, h, w), on the transformer's device; noise is drawn on the CPU. Guidance > 1 doubles the batch: [conditional, null].
     on_call(step, kwargs) sees the transformer's inputs; `correct` may replace the guided estimate, and DDPM's variance.
     """
-    config, device = transformer.config, next(transformer.parameters()).device
+    config, device = transformer.config, clock_of(transformer).step.device
     dtype = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight.dtype
     learned_variance = config.out_channels == 2 * config.in_channels
     most = pipe.scheduler.config.num_train_timesteps
@@ -161,8 +163,8 @@ def pixels(pipe: DiTPipeline, latents: Tensor) -> Tensor:
         images = latents
     else:
         with placed_on(pipe.vae, latents.device):
-            parameter = next(pipe.vae.parameters())
-            images = pipe.vae.decode(latents.to(parameter) / pipe.vae.config.scaling_factor).sample.float()
+            scaled = latents.to(next(pipe.vae.parameters())) / pipe.vae.config.scaling_factor
+            images = decode_within_memory(pipe.vae, pipe.vae.decode, scaled).sample.float()
     return (images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)).clamp(-1, 1)
 
 

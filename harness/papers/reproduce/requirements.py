@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ditbench.harness.calibration import recording
 from ditbench.harness.fitting import registry
+from ditbench.harness.models import batch_sizes
 from ditbench.harness.papers.reported import Reproduce, Table, row_title
 from ditbench.harness.papers.reproduce.rows import (
     NOT_YET,
@@ -86,16 +88,21 @@ def _image_sets(configs: Iterable[Mapping[str, Any]]) -> list[tuple[int, int, in
     for config in configs:
         protocol, generate, calibration = config["protocol"], config["generate"], config["calibration"]
         copies = 2 if protocol["guidance"] > 1 else 1
-        drawn = (protocol["n"], protocol["steps"], copies, generate["batch_size"])
+        drawn = (protocol["n"], protocol["steps"], copies, _batch(generate, batch_sizes.MOST))
         sets.append(drawn)
         extra = generate["noise_floor_seeds"] + (generate["dtype"] != generate["reference_dtype"]) * (
             generate["noise_floor_seeds"] > 0
         )
         shared[json.dumps([protocol[key] for key in ("sampler", "steps", "guidance", "n")])] = [
             *([drawn] * (1 + extra)),
-            (calibration["n"], protocol["steps"], copies, calibration["batch_size"]),
+            (calibration["n"], protocol["steps"], copies, _batch(calibration, recording.MOST)),
         ]
     return [*sets, *(each for of_protocol in shared.values() for each in of_protocol)]
+
+
+def _batch(section: Mapping[str, Any], most: int) -> int:
+    """A size that is found may be smaller on a small device."""
+    return most if section["batch_size"] == batch_sizes.AUTO else section["batch_size"]
 
 
 def _protocol(configs: Iterable[Mapping[str, Any]]) -> str:

@@ -105,11 +105,11 @@ class OpenSoraPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return OpenSoraOutput(frames) if return_dict else (frames,)
 
-    def encode_prompt(self, prompts: Sequence[str], aesthetic_score: float | None) -> tuple[Tensor, Tensor]:
+    def encode_prompt(self, prompt: Sequence[str], aesthetic_score: float | None) -> tuple[Tensor, Tensor]:
         """T5's last states (B, L, C) and which of them are the caption's (B, L)."""
         score = "" if aesthetic_score is None else f" aesthetic score: {aesthetic_score:.1f}."
         tokens = self.tokenizer(
-            [f"{prompt}{score}".lower().strip() for prompt in prompts],
+            [f"{each}{score}".lower().strip() for each in prompt],
             max_length=self.transformer.config.model_max_length,
             padding="max_length",
             truncation=True,

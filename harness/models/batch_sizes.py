@@ -1,0 +1,71 @@
+"""How many samples to compute with at once: from the tokens that a sample has, and from a probe of the memory that one takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditbench.harness.build.build import clock_of
+from ditbench.harness.common.batches import Batch, out_of_memory, release
+from ditbench.harness.common.memory import free_memory, peak_memory
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.models.calls import float_dtype, placed
+
+AUTO = "auto"
+MOST = 64  # samples, however small
+TOKENS = 2**15  # of all rows of a batch: more would not keep a device busier
+ROOM = 0.8  # of free memory that a batch may take
+
+
+@torch.no_grad()
+def batch_of(asked: int | str, model: LoadedModel, transformer: nn.Module, *, most: int = MOST) -> Batch:
+    """asked: a number of samples, or "auto": a power of two, at most `most`, so that its rows (two a sample, as with guidance) have at
+    most TOKENS tokens, and that what one more sample took in a call of this transformer, on its device, fits into the memory that is free.
+
+    Where a device does not tell its memory, tokens decide alone. What does not fit after all is halved by `in_batches`.
+    """
+    if asked != AUTO:
+        return Batch(int(asked))
+    device = clock_of(transformer).step.device
+    free = free_memory(device)
+    try:
+        first, tokens = _probe(model, transformer, 1, device)
+        size = max(1, min(most, TOKENS // (2 * tokens)))
+        second = first if size == 1 else _probe(model, transformer, 2, device)[0]
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        size = 1
+    else:
+        if free is not None and first is not None and second is not None and second > first:
+            each = second - first
+            size = max(1, min(size, int(ROOM * free - first) // each + 1))
+    release(device)
+    return Batch(2 ** (size.bit_length() - 1), asked=AUTO)
+
+
+def _probe(model: LoadedModel, transformer: nn.Module, samples: int, device: torch.device) -> tuple[int | None, int]:
+    """(bytes that a call on these samples held at most, tokens of a row); None where the device does not tell."""
+    inputs = placed(model.step_inputs(2 * samples, device), float_dtype(transformer), device)
+    clock = clock_of(transformer)
+    clock.set(0, clock.num_steps or 1)
+    tokens: list[int] = []
+    block = transformer.get_submodule(model.adapter.blocks(transformer)[0])
+    handle = block.register_forward_hook(lambda _, args, output: tokens.append(tokens_in(output, 2 * samples)))
+    try:
+        with peak_memory(device) as memory:
+            transformer(**inputs)
+    finally:
+        handle.remove()
+    if memory.peak_bytes is None or memory.before_bytes is None:
+        return None, tokens[0]
+    return memory.peak_bytes - memory.before_bytes, tokens[0]
+
+
+def tokens_in(output: Any, rows: int) -> int:
+    """Of one row of what a block gave, all its streams counted: (…, C), or maps (B, C, h, w)."""
+    parts = [each for each in (output if isinstance(output, list | tuple) else [output]) if isinstance(each, Tensor)]
+    numbers = sum(part.numel() // part.shape[1 if part.ndim == 4 else -1] for part in parts)
+    return max(1, numbers // rows)
