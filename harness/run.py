@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from pathlib import Path
 
 from ditbench.harness.common.errors import reason
 from ditbench.harness.common.files import disk_errors_explained, is_disk_error
@@ -56,8 +55,11 @@ def run(config: RunConfig) -> Record:
         attempts.attempt(config.results_dir, config.name, its_id) as attempt,
     ):
         try:
-            carry_out(config, model, values, attempt.folder)
+            carry_out(config, model, values, attempt)
             values.status = "ok"
+        except attempts.PublishedElsewhere as done:
+            say(f"{title(config)}: {done}")
+            return done.record
         except Exception as error:
             if is_disk_error(error):
                 raise  # the record could not be written either
@@ -74,8 +76,10 @@ def run(config: RunConfig) -> Record:
     return recorded
 
 
-def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Path) -> None:
-    """Fill the record, stage by stage; what is filled stays if a later stage fails."""
+def carry_out(config: RunConfig, model: LoadedModel, values: Record, attempt: attempts.Attempt) -> None:
+    """Fill the record, stage by stage; what is filled stays if a later stage fails. All processes that do this run draw and
+    score together; one of them measures.
+    """
     timer, target = Timer(values.timings_s), target_of(config, model)
     with timer("reference"):
         float_model = float_samples(config, model, seed=config.seed)
@@ -94,6 +98,7 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
         values.metrics, per_sample = evaluate(config, model, samples, float_model)
     with timer("noise_floor"):
         values.made_from["noise_samples"] = add_noise_floor(config, model, values.metrics)
+    attempt.take_turn()
     with timer("measure"):
         values.efficiency = measure(config, model, target, quantized) | size
     with timer("parity"):
@@ -102,7 +107,7 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, folder: Pat
         atlas = layer_errors(config, target, quantized, recording)
         values.layers = layer_table(quantized.model, atlas)
     values.cost = fit_cost(values.timings_s, recording, memory) | samples.how
-    values.artifacts = save_artifacts(samples, float_model, per_sample, atlas, quantized.state, folder)
+    values.artifacts = save_artifacts(samples, float_model, per_sample, atlas, quantized.state, attempt.folder)
 
 
 def track(config: RunConfig, recorded: Record) -> None:

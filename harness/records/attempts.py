@@ -25,6 +25,14 @@ from ditbench.harness.records import record as records
 from ditbench.harness.records.record import ATTEMPT, DamagedRecord, Record, failed_metrics, read
 
 
+class PublishedElsewhere(Exception):
+    """Another process was done first; `record` is what it published."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(f"{record.folder} was published meanwhile")
+        self.record = record
+
+
 @dataclass
 class Attempt:
     """One attempt at a run. folder: a scratch folder, until it is published; seen: the attempts there were before."""
@@ -34,6 +42,25 @@ class Attempt:
     folder: Path
     seen: frozenset[str] = field(default_factory=frozenset)
     published: bool = False
+    turn: FileLock | None = None
+
+    def take_turn(self) -> None:
+        """Wait until nobody else measures this run; nobody does until this attempt ends.
+
+        Raises:
+            PublishedElsewhere: another process has published this run since this attempt began.
+        """
+        self.turn = FileLock(self.home / f".{self.run_id}.lock")
+        try:
+            self.turn.acquire(timeout=1.0)
+        except Timeout:
+            tell(f"run {self.run_id}: another process measures it; waiting")
+            self.turn.acquire()
+        new = [
+            each for each in _attempts_in(self.home, self.run_id) if each.folder and each.folder.name not in self.seen
+        ]
+        if (rival := best_of([each for each in new if each.status == "ok"])) is not None:
+            raise PublishedElsewhere(rival)
 
     def publish(self, record: Record, force: bool = False) -> Record:
         """Write the record and give the folder its name, at once → the record as it is read back.
@@ -77,11 +104,14 @@ def attempt(results_dir: Path, experiment: str, run_id: str) -> Iterator[Attempt
         lock = FileLock(folder.with_suffix(".lock"))
         lock.acquire(timeout=0)
         folder.mkdir()
+    ours = Attempt(home, run_id, folder, seen)
     try:
-        yield Attempt(home, run_id, folder, seen)
+        yield ours
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _let_go(lock)
+        if ours.turn is not None:
+            _let_go(ours.turn)
 
 
 def experiment_folder(results_dir: Path, experiment: str) -> Path:
