@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -364,9 +363,9 @@ def test_numbers_that_are_not_finite_are_null_in_the_record_and_named(run, tmp_p
     assert record["non_finite"] == ["efficiency/speedup: nan", f"layers/{layer}/sqnr_db: inf"]
 
 
-def test_a_finished_run_is_found_at_once(run, twice, capsys):
+def test_a_finished_run_is_found_without_doing_any_of_it(run, twice, capsys, monkeypatch):
     """A sweep that is started again must not pay for what it has."""
-    start = time.monotonic()
+    monkeypatch.setattr(running, "carry_out", None)
+    monkeypatch.setattr(running.attempts, "attempt", None)
     assert run("bits=w4a4", f"results_dir={twice}") == 0
-    assert time.monotonic() - start < 5
     assert "already recorded" in capsys.readouterr().err
