@@ -93,7 +93,7 @@ def test_only_the_layers_of_the_recipe_are_rebuilt(small_target):
     built = build(small_target, nearest(small_target, DYNAMIC, {}), dtype=torch.float32)
     assert set(quant_layers(built)) == set(small_target.layers)
     assert isinstance(built.pos_embed.proj, nn.Conv2d)
-    assert type(built.transformer_blocks[0].norm1.linear) is nn.Linear
+    assert isinstance(built.transformer_blocks[0].norm1.linear, nn.Linear)
 
 
 def in_float64(weight) -> Tensor:
