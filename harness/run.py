@@ -17,7 +17,7 @@ from ditbench.harness.records.environment import environment, now
 from ditbench.harness.records.record import Record, failed_metrics
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.evaluate import add_noise_floor, evaluate, refuse_skipped_metrics
-from ditbench.harness.stages.generate import float_samples, generate, save_artifacts
+from ditbench.harness.stages.generate import drawing_cost, float_samples, generate, save_artifacts
 from ditbench.harness.stages.identity import run_id, title
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.measure import layer_errors, measure, parity
@@ -106,7 +106,7 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, attempt: at
     with timer("layer_errors"):
         atlas = layer_errors(config, target, quantized, recording)
         values.layers = layer_table(quantized.model, atlas)
-    values.cost = fit_cost(values.timings_s, recording, memory) | samples.how
+    values.cost = fit_cost(values.timings_s, recording, memory) | drawing_cost(quantized, recording, samples)
     values.artifacts = save_artifacts(samples, float_model, per_sample, atlas, quantized.state, attempt.folder)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from ditbench.harness.common.artifacts import LOCKS, MANIFEST, Damaged, check, checked_manifest, lock_of, read_manifest
+from ditbench.harness.common.artifacts import LOCKS, MANIFEST, Damaged, check, lock_of, read_manifest
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.records.attempts import read_all
 from ditbench.harness.samples.store import INDEX, KIND, found_store
@@ -55,8 +55,8 @@ def damaged(cached: Cached) -> list[str]:
     """What is not as it was written, one sentence each; every file is read."""
     try:
         if cached.kind != KIND:
-            checked_manifest(cached.folder)
-            return []
+            files = read_manifest(cached.folder / MANIFEST)["files"].items()
+            return [problem for name, entry in files if (problem := _problem(cached.folder / name, entry))]
         store = found_store(cached.folder)
         found = [_problem(cached.folder / store.lines_file, store.index["lines"])]
         for piece in store.pieces:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
+from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.artifacts import Address
 from ditbench.harness.common.files import disk_errors_explained
 from ditbench.harness.common.tensor_files import save_hashed
@@ -111,6 +112,11 @@ def drawn(
             title=f"generate {address.title}",
         )
     return Drawn(samples_in(store.folder), address.key, store.folder, _how(store))
+
+
+def drawing_cost(quantized: Quantized, recording: Calibration, samples: Drawn) -> dict[str, Any]:
+    """What the record's `cost` says of how samples and recording were drawn: seconds, batches, how the VAE decoded, memory policy."""
+    return samples.how | {"calibrated_in": recording.batch, "memory": quantized.model.memory}
 
 
 def _how(store: SampleStore) -> dict[str, Any]:

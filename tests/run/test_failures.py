@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def test_a_metric_that_breaks_costs_the_run_its_number_and_nothing_else(
     broken, whole = read_records(tmp_path).values()
     assert (broken["status"], broken["metrics"][name]["status"]) == ("ok", "failed")
     assert broken["metrics"]["psnr"]["value"] == whole["metrics"]["psnr"]["value"]
-    assert broken["artifacts"]["images"] and broken["efficiency"]["latency_ms"]["median"] > 0
+    assert broken["made_from"]["samples"] and broken["efficiency"]["latency_ms"]["median"] > 0
     assert whole["metrics"][name]["noise_floor"] > 0, "though the noise floors kept by the first run lack it"
 
 
@@ -176,8 +177,8 @@ def test_damaged_cache_files_are_made_again_and_named(run, tmp_path, read_record
     assert run("method=smoothquant") == 0
     files = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".npz", ".json", ".safetensors")]
     files = [path for path in files if path.name != "manifest.json"]  # without one the folder is named, not its files
-    kinds = {path.name.split("-")[0].partition(".")[0] for path in files}
-    assert {"images", "values", "calls", "statistics", "state"} < kinds, "and the noise floors, named by their hash"
+    kinds = {path.relative_to(tmp_path / "cache").parts[0] for path in files}
+    assert {"recording", "statistics", "state", "samples", "values"} <= kinds
     for path in files:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "cut" else b"garbage")
     assert run("method=smoothquant", "--force") == 0
@@ -185,15 +186,13 @@ def test_damaged_cache_files_are_made_again_and_named(run, tmp_path, read_record
     values = [{name: (m["value"], m["noise_floor"]) for name, m in each["metrics"].items()} for each in (before, after)]
     assert values[0] == values[1]
     said = capsys.readouterr().err
-    assert all(f"{folder}/" in said for folder in {path.parent for path in files}), (
-        "of an artifact its first damaged file"
-    )
+    artifacts = {"/".join(path.relative_to(tmp_path / "cache").parts[:2]) for path in files}
+    assert [name for name in artifacts if f"cache/{name}/" not in said] == [], "of an artifact its first damaged file"
 
 
 def test_a_metric_that_was_skipped_when_the_noise_floor_was_cached_gets_one_later(run, tmp_path, read_records):
     assert run() == 0
-    (floors,) = (tmp_path / "cache" / "noise").glob("*.json")
-    floors.write_text("{}")
+    shutil.rmtree(tmp_path / "cache" / "values")
     assert run("--force") == 0
     first, second = (each["metrics"]["torchmetrics/fid_judge"] for each in read_records(tmp_path).values())
     assert first["noise_floor"] == second["noise_floor"] > 0
@@ -272,7 +271,7 @@ def test_a_killed_run_leaves_no_record_and_the_next_start_cleans_up(run, tiny, t
         assert process.wait(timeout=30) == -signal.SIGKILL
     home = tmp_path / "runs" / "default"
     left = sorted(home.iterdir())
-    assert [path.suffix for path in left] == [".lock", ".part"], "only a hidden scratch folder is left, and its lock"
+    assert {path.suffix for path in left} == {".lock", ".part"}, "only a hidden scratch folder is left, and locks"
     assert all(path.name.startswith(".") for path in left)
     assert read_records(tmp_path) == {}
 
@@ -284,7 +283,7 @@ def test_a_killed_run_leaves_no_record_and_the_next_start_cleans_up(run, tiny, t
 def test_a_run_that_another_process_published_meanwhile_is_found_and_not_recorded_twice(
     run, tmp_path, read_records, monkeypatch, capsys
 ):
-    original, others = running.measure, []
+    original, others = running.evaluate, []
 
     def somebody_is_faster(config, *args):
         if not others:
@@ -292,11 +291,11 @@ def test_a_run_that_another_process_published_meanwhile_is_found_and_not_recorde
             assert running.run(config).status == "ok"
         return original(config, *args)
 
-    monkeypatch.setattr(running, "measure", somebody_is_faster)
+    monkeypatch.setattr(running, "evaluate", somebody_is_faster)
     assert run(*QUICK) == 0
     (folder,) = (tmp_path / "runs" / "default").iterdir()
     assert folder.name in read_records(tmp_path), "one record, and no scratch folder"
-    assert "is as good and stays" in capsys.readouterr().err
+    assert "was published meanwhile" in capsys.readouterr().err
 
 
 def test_the_same_command_completes_a_run_whose_metric_failed(run, tmp_path, read_records, monkeypatch, capsys):
