@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from ditbench.eval import features, libraries
+from ditbench.eval import batches, features, libraries
 from ditbench.eval.base import Reference, evaluate, known_metrics
 from ditbench.eval.features import judge_pair, outputs
 from ditbench.harness.common.errors import UserError
@@ -251,13 +251,13 @@ def test_small_products_run_on_one_thread_and_the_number_of_threads_comes_back(e
 
 def test_features_are_forgotten_with_the_images_and_the_evidence(evidence_of):
     gc.collect()
-    before = len(features._outputs), len(features._pairs)
+    before = len(batches._outputs), len(features._pairs)
     evidence = evidence_of()
     evaluate(["clean_fid/fid_judge"], evidence)
-    assert (len(features._outputs), len(features._pairs)) == (before[0] + 2, before[1] + 1)
+    assert (len(batches._outputs), len(features._pairs)) == (before[0] + 3, before[1] + 1), "two sets and latents"
     del evidence
     gc.collect()
-    assert (len(features._outputs), len(features._pairs)) == before
+    assert (len(batches._outputs), len(features._pairs)) == before
 
 
 def test_images_made_in_inference_mode_can_be_scored(evidence):
