@@ -54,13 +54,16 @@ class StoredTensor:
         with safe_open(self.path, framework="pt") as file:
             rows = file.get_slice(self.name)[first : last + 1]  # mapped: what is not picked is not read
             if len(kept) == len(rows) and bool((kept.diff() == 1).all()):
-                return rows.to(self.device, copy=True)
-            return rows[kept - first].to(self.device)
+                return self._as_kept(rows.clone())
+            return self._as_kept(rows[kept - first])
 
     def whole(self) -> Tensor:
         """All of it, also of a tensor without dimensions."""
         with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(self.name).to(self.device, copy=True)
+            return self._as_kept(file.get_tensor(self.name).clone())
+
+    def _as_kept(self, written: Tensor) -> Tensor:
+        return (torch.view_as_complex(written) if self.dtype.is_complex else written).to(self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +136,10 @@ class TensorFiles:
     def flush(self) -> None:
         """Write what waits."""
         if self._waiting:
-            save_tensors(self._waiting, self.folder / f"{self._files}.safetensors")
+            save_tensors(
+                {name: as_written(tensor) for name, tensor in self._waiting.items()},
+                self.folder / f"{self._files}.safetensors",
+            )
             self._waiting, self._files = {}, self._files + 1
 
 
@@ -150,10 +156,15 @@ class Spool:
     def keep(self, tensor: Tensor) -> StoredTensor:
         path = self.scratch.folder / f"{self._count}.safetensors"
         self._count += 1
-        save_tensors({"tensor": tensor.detach().cpu().contiguous()}, path)
+        save_tensors({"tensor": as_written(tensor.detach().cpu().contiguous())}, path)
         kept = StoredTensor(path, "tensor", tuple(tensor.shape), tensor.dtype, tensor.device, owner=self.scratch)
         weakref.finalize(kept, path.unlink, missing_ok=True).atexit = False
         return kept
+
+
+def as_written(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs: safetensors does not know complex128, in which some models have their rotary tables."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def stored(folder: Path, name: str, place: Sequence[Any], owner: object = None) -> StoredTensor:

@@ -24,7 +24,9 @@ def kept(folder: Path, *tensors: Tensor):
 
 
 @pytest.mark.parametrize("wanted", [slice(1, 4), slice(None), [2], [4, 0, 0, 3], []])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.complex64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.complex64, torch.complex128, torch.bool]
+)
 def test_rows_are_those_of_the_tensor_that_was_kept(tmp_path, wanted, dtype):
     tensor = torch.arange(30).reshape(5, 3, 2).to(dtype)
     wanted = wanted if isinstance(wanted, slice) else torch.tensor(wanted, dtype=torch.int64)

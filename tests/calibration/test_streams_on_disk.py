@@ -77,12 +77,6 @@ def test_a_budget_of_rows_is_the_same_on_disk(small_target, small_calibration, o
     assert all(call.num_rows == 1 for call in few.inputs)
 
 
-def test_what_all_calls_share_is_held_once(small_target, small_calibration):
-    stream = stream_of(small_target, small_calibration)
-    tables = [table for call in stream.inputs for table in call.others.shape.shared.values()]
-    assert len({id(table) for table in tables}) == len({tensors_sha256({"": table}) for table in tables})
-
-
 @pytest.mark.parametrize(
     ("name", "bits", "settings"),
     [

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.build.step_finder import StepFinder
+from ditbench.harness.calibration import block_stream
 from ditbench.harness.calibration.block_stream import BlockStream
 from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import tensors_sha256
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
 from ditbench.harness.models.loading import load_model
@@ -174,6 +176,25 @@ def test_blocks_walked_one_by_one_are_the_model(model, calibration):
     torch.testing.assert_close(
         found.sort().values, torch.cat([part.flatten() for part in expected]).sort().values, rtol=1e-3, atol=1e-4
     )
+
+
+def test_blocks_walked_on_disk_are_those_walked_in_memory_and_tables_are_held_once(model, calibration, monkeypatch):
+    """Whatever a family's blocks are called with: masks, complex tables, lists."""
+    target = model.target()
+    if isinstance(target.block_call, NotInLine):
+        pytest.skip("refuses methods that work block by block")
+    transformer = float_copy(target, dtype=torch.float32)
+    held = BlockStream(transformer, target, calibration)
+    monkeypatch.setattr(block_stream, "HELD_BYTES", 0)
+    stored = BlockStream(transformer, target, calibration)
+    for _ in zip(held, stored, strict=True):
+        pass
+    for one, other in zip(held.inputs, stored.inputs, strict=True):
+        assert torch.equal(one.hidden_BTC, other.hidden_BTC) and one.is_like(other)
+        for name, rows in one.others.items():
+            assert all(torch.equal(a, b) for a, b in zip(rows, other.others[name], strict=True))
+    tables = [table for call in held.inputs for table in call.others.shape.shared.values()]
+    assert len({id(table) for table in tables}) == len({tensors_sha256({"": table}) for table in tables})
 
 
 def test_some_rows_of_a_blocks_input_give_what_they_gave_among_all(model, calibration):

@@ -147,6 +147,18 @@ def test_cost_is_that_of_a_run_that_finds_nothing(fitted):
     assert seconds(fourth, "state") > 0 and seconds(fourth, "statistics") == seconds(second, "statistics")
 
 
+def test_cost_is_told_of_a_state_that_was_fitted_beside_another(fitted, tmp_path):
+    """As the candidates of mixed precision are: the second found the statistics that the first had made."""
+    config = config_of(f"cache_dir={tmp_path}")
+    model = model_of(config.model)
+    recording, target = calibrate(config, model), target_of(config, model)
+    for bits in (config.bits, config.bits.with_widths(4, 4)):
+        states.fitted(config, target, recording, bits)
+    assert sum(recording.saved_s.values()) == 0, "this run made all of it"
+    _, _, alone = fitted(bits=config.bits.with_widths(4, 4))
+    assert sum(value for what, value in alone.saved_s.items() if what.startswith("statistics")) > 0
+
+
 def test_the_memory_of_a_fit_that_was_not_done_is_not_told(fitted):
     memory, timings = PeakMemory(1, 2), {"calibrate": 1.0, "quantize": 1.0}
     peaks = [fit_cost(timings, fitted()[2], memory)["peak_memory_bytes"] for _ in range(2)]
@@ -161,7 +173,9 @@ def test_what_apply_draws_does_not_depend_on_whether_fit_ran(fitted, monkeypatch
         return apply(*arguments)
 
     monkeypatch.setattr(smoothquant, "apply", drawing)
-    fitted(), fitted()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        fitted()
     assert drawn[0] == drawn[1]
 
 
