@@ -94,8 +94,12 @@ def fingerprint_without_loading(spec: ModelSpec) -> str:
         if spec.random is not None:
             _refuse_of_random(spec)
             return fingerprint_of(spec, parts_of_random(spec.family, spec.random, spec.seed))
-        checkpoint = found_checkpoint(spec, adapter)
-        return fingerprint_of(spec, _parts(adapter, checkpoint, files(loras(spec.lora), local_only=True)))
+        return fingerprint_of(spec, parts_on_disk(spec, adapter, found_checkpoint(spec, adapter)))
+
+
+def parts_on_disk(spec: ModelSpec, adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
+    """The hash of each part that would be loaded. Raises UserError: one is not on this machine."""
+    return _parts(adapter, checkpoint, files(loras(spec.lora), local_only=True))
 
 
 def _parts(adapter: Adapter, checkpoint: Checkpoint, adapters: list[Path]) -> dict[str, str]:
