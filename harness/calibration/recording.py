@@ -113,21 +113,8 @@ def calibrate(
     Raises:
         UserError: n < 1, or the model produces NaN.
     """
-    if n < 1:
-        raise UserError(f"calibration.n must be at least 1, got {n}")
+    key = key_of(model, sampler, n, seed, batch_size=batch_size, device=device, prompts=prompts)
     wanted = conditions_for_calibration(model, n, seed, prompts)
-    key = canonical_sha256(
-        {
-            "model": model.fingerprint,
-            "sampler": vars(sampler),
-            "n": n,
-            "seed": seed,
-            "prompts": [prompt.text for prompt in wanted.prompts],
-            "batch_size": batch_size,
-            "device": torch.device(device).type,
-            "code": code_identity(),
-        }
-    )
     device = torch.device(device)
     path = None if cache is None else cache / "calibration" / key / "inputs.safetensors"
     if path is not None and (kept := cached(path, read)) is not None:
@@ -160,6 +147,38 @@ def calibrate(
     if path is not None:
         write(path, steps, recorder.tensors, perf_counter() - start_time, silent)
     return Calibration(steps, key, None if path is None else path.parent, device, unreached=silent)
+
+
+def key_of(
+    model: LoadedModel,
+    sampler: Sampler,
+    n: int,
+    seed: int,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    prompts: Sequence[Prompt] = (),
+) -> str:
+    """The key of what `calibrate` makes of the same arguments; nothing is made.
+
+    Raises:
+        UserError: n < 1, or a model that is told by prompts has none.
+    """
+    if n < 1:
+        raise UserError(f"calibration.n must be at least 1, got {n}")
+    wanted = conditions_for_calibration(model, n, seed, prompts)
+    return canonical_sha256(
+        {
+            "model": model.fingerprint,
+            "sampler": vars(sampler),
+            "n": n,
+            "seed": seed,
+            "prompts": [prompt.text for prompt in wanted.prompts],
+            "batch_size": batch_size,
+            "device": torch.device(device).type,
+            "code": code_identity(),
+        }
+    )
 
 
 def conditions_for_calibration(model: LoadedModel, n: int, seed: int, prompts: Sequence[Prompt] = ()) -> Conditions:

@@ -157,9 +157,9 @@ def counting(pipe: Any) -> Iterator[tuple[Tally, Attention, Live]]:
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, which then reads its environment
 
     parts = module_parts(pipe).values()
-    with torch.no_grad(), ValuesStay(), Live(parts) as live, FlopCounterMode(display=False) as products:
-        with Attention(products) as attention:
-            yield Tally(products, attention), attention, live
+    products = FlopCounterMode(display=False)
+    with torch.no_grad(), ValuesStay(), Live(parts) as live, products, Attention(products) as attention:
+        yield Tally(products, attention), attention, live
 
 
 def _call(model: LoadedModel, found: Counts) -> None:

@@ -86,7 +86,9 @@ def _pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             folder = folder if (folder / CONFIG).exists() else folder / TRANSFORMER
         parts[name] = _part(*index[name], folder, dtype)
     wanted = {name: None for name, of in index.items() if of == [None, None]}
-    settings = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
+    settings = {
+        name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)
+    }
     return kind(**wanted, **parts, **settings)
 
 
