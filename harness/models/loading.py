@@ -56,7 +56,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     quiet_libraries()
     adapter, dtype = adapter_of(spec), getattr(torch, spec.dtype)
     extras: dict[str, Path] = {}
-    with _of_model(spec.name):
+    with of_model(spec.name):
         if spec.random is not None:
             _refuse_of_random(spec)
             with _private_seed(spec.seed):
@@ -90,7 +90,7 @@ def fingerprint_without_loading(spec: ModelSpec) -> str:
         UserError: no such weights, or they are not on this machine.
     """
     adapter = adapter_of(spec)
-    with _of_model(spec.name):
+    with of_model(spec.name):
         if spec.random is not None:
             _refuse_of_random(spec)
             return fingerprint_of(spec, parts_of_random(spec.family, spec.random, spec.seed))
@@ -133,7 +133,7 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def _of_model(name: str) -> Iterator[None]:
+def of_model(name: str) -> Iterator[None]:
     """Says in every error which model it is about."""
     try:
         yield

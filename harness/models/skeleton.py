@@ -27,6 +27,7 @@ from ditbench.harness.models.loading import (
     check_only_one_denoises,
     found_checkpoint,
     load_model,
+    of_model,
     parts_on_disk,
     quiet_libraries,
 )
@@ -43,6 +44,11 @@ def skeleton(spec: ModelSpec) -> LoadedModel:
         UserError: no such model, it is not on this machine, or it cannot be put together without its weights.
     """
     quiet_libraries()
+    with of_model(spec.name):
+        return _bare(spec)
+
+
+def _bare(spec: ModelSpec) -> LoadedModel:
     adapter, dtype = adapter_of(spec), getattr(torch, spec.dtype)
     if spec.random is not None:
         with WeightsOnMeta():
@@ -110,7 +116,7 @@ def _loaded(spec: ModelSpec, checkpoint: Checkpoint) -> LoadedModel:
     """Of a family that reads its folder in a way of its own, the model itself, where it is small."""
     held = sum(path.stat().st_size for path in Path(checkpoint.base.where).rglob("*.safetensors"))
     if held > SMALL_BYTES:
-        raise UserError(f"model {spec.name}: a folder without {INDEX} is planned only if it is small")
+        raise UserError(f"a folder without {INDEX} is planned only if it is small")
     model = load_model(spec)
     model.transformer.clock = StepClock(None)
     return model

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from textwrap import wrap
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +27,7 @@ from ditbench.harness.sweep.estimate import Estimate, RunPlan, Stage
 from ditbench.harness.sweep.launch import through_hydra
 from ditbench.harness.sweep.rates import Earlier, Rates, earlier, probed, readable
 
+WIDTH = 118
 NOBODY_ELSE = 0.9  # of free memory that a run may take
 
 
@@ -52,9 +55,10 @@ def plan(arguments: list[str]) -> str:
     ]
     for _, each in plans:
         lines += ["", *described(each)]
-    lines += ["", *summed([each for _, each in plans]), *problems(plans)]
-    lines += [f"left out: {error}" for error in dict.fromkeys(map(str, refused))]
-    return "\n".join(lines)
+    ends = [*summed([each for _, each in plans]), *problems(plans, planner)]
+    ends += [f"left out: {error}" for error in dict.fromkeys(map(str, refused))]
+    lines += ["", *ends] if ends else []
+    return "\n".join(part for line in lines for part in (wrap(line, WIDTH, subsequent_indent="  ") or [""]))
 
 
 def configurations(arguments: list[str]) -> tuple[list[RunConfig], list[UserError]]:
@@ -85,6 +89,7 @@ class Planner:
         self._counts: dict[str, Counts] = {}
         self._rates: dict[str, Rates] = {}
         self._records: dict[Path, list[record.Record]] = {}
+        self.estimates: dict[str, Estimate] = {}  # by run id
 
     def planned(self, config: RunConfig) -> RunPlan:
         model = _once(self._models, repr(config.model), lambda: skeleton(config.model))
@@ -110,6 +115,7 @@ class Planner:
             there = RunPlan("", "", None, replace(estimate, accelerated=True).stages(set(self.made)))
             found.accelerated = there.most(lambda s: s.host_bytes), there.most(lambda s: s.device_bytes)
             found.stages = estimate.stages(self.made)
+            self.estimates[its_id] = estimate
         return found
 
 
@@ -170,7 +176,7 @@ def _in_all(plans: list[RunPlan]) -> str:
     )
 
 
-def problems(plans: list[tuple[RunConfig, RunPlan]]) -> list[str]:
+def problems(plans: list[tuple[RunConfig, RunPlan]], planner: Planner) -> list[str]:
     """What would not fit here, and which setting mends it."""
     found: list[str] = []
     disk = sum(plan.total(lambda s: s.disk_bytes) for _, plan in plans)
@@ -181,31 +187,36 @@ def problems(plans: list[tuple[RunConfig, RunPlan]]) -> list[str]:
         )
     for config, plan in plans:
         for what, of, here in (
-            ("host memory", lambda s: s.host_bytes, _free_host()),
-            ("device memory", lambda s: s.device_bytes, _free_device(config.device)),
+            ("host memory", lambda stage: stage.host_bytes, _free_host()),
+            ("device memory", lambda stage: stage.device_bytes, _free_device(config.device)),
         ):
             if here is None or not plan.stages:
                 continue
             worst = max(plan.stages, key=of)
             if of(worst) > NOBODY_ELSE * here:
-                found.append(
-                    f"{what} ({plan.title}, {worst.name}): {size(of(worst))} of {size(here)} free; {_mend(config, what)}"
-                )
+                mend = _mend(planner.estimates[plan.run_id], of, NOBODY_ELSE * here)
+                found.append(f"{what} ({plan.title}, {worst.name}): {size(of(worst))} of {size(here)} free; {mend}")
     return [f"does not fit: {each}" for each in dict.fromkeys(found)]
 
 
-def _mend(config: RunConfig, what: str) -> str:
-    mends = []
-    if config.section("generate")["batch_size"] > 1:
-        mends.append("generate.batch_size=1")
-    if what == "device memory" and "memory" in config.raw:
-        mends.append("memory=offload")
+def _mend(estimate: Estimate, of: Callable[[Stage], float], room: float) -> str:
+    """The largest batch that fits, or what else there is to do."""
+    config = estimate.config
+    batch = min(config.section("generate")["batch_size"], config.protocol.n)
+    while batch > 1:
+        batch //= 2
+        smaller = {"generate": {"batch_size": batch}, "calibration": {"batch_size": batch}}
+        raw = config.raw | {name: config.section(name) | values for name, values in smaller.items()}
+        stages = replace(estimate, config=replace(config, raw=raw)).stages(set())
+        if max(map(of, stages)) <= room:
+            return f"generate.batch_size={batch} calibration.batch_size={batch}"
     section = config.section("generate")
+    mends = ["memory=offload"] if "memory" in config.raw and estimate.accelerated else []
     if "float32" in (section["dtype"], section["reference_dtype"], config.model.dtype):
-        mends.append("model.dtype and generate.reference_dtype bfloat16")
+        mends.append("model.dtype, generate.dtype and generate.reference_dtype bfloat16")
     if config.section("measure")["layer_errors"]:
-        mends.append("measure.layer_errors=false")
-    return ", ".join([*mends, "or a machine with more"])
+        mends.append("measure.layer_errors=false (a float32 copy of the transformer)")
+    return f"not in batches of 1 either: {', '.join([*mends, 'a machine with more'])}"
 
 
 def _held_bytes() -> float:
