@@ -78,13 +78,13 @@ def test_an_experiments_runs_are_those_of_its_sweep():
 
 
 def test_a_run_that_would_be_refused_is_named_beside_the_others(plan):
-    text = plan("-m", "model=tiny-dit,sd3.5-medium")
-    assert "plan of 1 run on" in text and "left out: model sd3.5-medium: " in text
+    text = plan("-m", "model=tiny-dit,dit-xl-2-512")
+    assert "plan of 1 run on" in text and "left out: model dit-xl-2-512: " in text
 
 
 def test_a_plan_of_nothing_but_refused_runs_is_an_error(tmp_path, capsys):
-    assert main(["run", "model=sd3.5-medium", f"results_dir={tmp_path}", "--plan"]) == 2
-    assert capsys.readouterr().err.startswith("ditbench: model sd3.5-medium: ")
+    assert main(["run", "model=dit-xl-2-512", f"results_dir={tmp_path}", "--plan"]) == 2
+    assert capsys.readouterr().err.startswith("ditbench: model dit-xl-2-512: ")
 
 
 def test_what_does_not_fit_is_said_with_the_batch_that_does(plan, monkeypatch):
