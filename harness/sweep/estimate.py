@@ -26,6 +26,14 @@ NO_STATISTICS = (registry.FLOAT, "rtn")  # of the others what they learn beside 
 SIMULATED_BYTES, KERNEL_BYTES = 4, 1  # of a weight of a quantized model on the CPU: codes as they are multiplied
 
 
+MOST = {"calibration": 32, "generate": 64}  # samples side by side, where the configuration leaves it to memory
+
+
+def batch_size(config: RunConfig, section: str, n: int) -> int:
+    asked = config.section(section)["batch_size"]
+    return min(n, asked if isinstance(asked, int) else MOST[section])
+
+
 @dataclass
 class Stage:
     """state: "" (to do), cached, shared (with an earlier run of the plan), or ? (unknown). at_least: more is known to come."""
@@ -92,7 +100,7 @@ class Estimate:
         stage = Stage("calibrate", self._state(place, made), macs, disk_bytes=rows * self.counts.input_bytes)
         dtype = self.config.model.dtype
         stage.seconds = macs / self.rates.float_macs_s[dtype]
-        batch = min(n, self.config.section("calibration")["batch_size"])
+        batch = batch_size(self.config, "calibration", n)
         self._hold(stage, self._weights(dtype), self._activations(batch, dtype))
         return self._unless_there(stage)
 
@@ -198,7 +206,7 @@ class Estimate:
 
     @property
     def _batch(self) -> int:
-        return min(self.config.section("generate")["batch_size"], self.config.protocol.n)
+        return batch_size(self.config, "generate", self.config.protocol.n)
 
     @property
     def sample_bytes(self) -> float:

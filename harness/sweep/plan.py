@@ -23,7 +23,7 @@ from ditbench.harness.models.transformer_only import TransformerOnly
 from ditbench.harness.records import record
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.identity import run_id, title
-from ditbench.harness.sweep.estimate import Estimate, RunPlan, Stage
+from ditbench.harness.sweep.estimate import Estimate, RunPlan, Stage, batch_size
 from ditbench.harness.sweep.launch import through_hydra
 from ditbench.harness.sweep.rates import Earlier, Rates, earlier, probed, readable
 
@@ -202,7 +202,7 @@ def problems(plans: list[tuple[RunConfig, RunPlan]], planner: Planner) -> list[s
 def _mend(estimate: Estimate, of: Callable[[Stage], float], room: float) -> str:
     """The largest batch that fits, or what else there is to do."""
     config = estimate.config
-    batch = min(config.section("generate")["batch_size"], config.protocol.n)
+    batch = batch_size(config, "generate", config.protocol.n)
     while batch > 1:
         batch //= 2
         smaller = {"generate": {"batch_size": batch}, "calibration": {"batch_size": batch}}

@@ -34,6 +34,7 @@ SMALL_BYTES, SMALL_MACS = (
     2e10,
 )  # weights, and multiply-accumulates of a probe's step, of a model that is drawn with
 FEW, MORE = 2, 4  # steps of the two drawings whose difference is the time of a step
+MOST_ROWS = 64  # samples that are drawn side by side
 ROWS = 256  # of a layer that is computed alone
 SHAPES = 2  # that are computed, those with most of the operations
 BUSY_S = 1.0  # of one probe
@@ -97,7 +98,8 @@ def _add(found: Earlier, record: Record, raw: dict[str, Any]) -> None:
 def probed(config: RunConfig, skeleton: LoadedModel, counts: Counts) -> Rates:
     """Up to ten seconds of computing on the run's device."""
     bits = _dynamic(config.bits)
-    rows = min(config.section("generate")["batch_size"], config.protocol.n)
+    asked = config.section("generate")["batch_size"]
+    rows = min(asked if isinstance(asked, int) else MOST_ROWS, config.protocol.n)
     drawable = skeleton.adapter.CONDITION != PROMPTS or bool(config.protocol.prompts)
     small = sum(counts.part_bytes.values()) <= SMALL_BYTES and counts.step_macs <= SMALL_MACS
     if small and drawable:
