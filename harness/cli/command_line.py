@@ -15,6 +15,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
 
   ditbench run method=smoothquant bits=w4a8 model=tiny-dit       one run
   ditbench run -m method=rtn,smoothquant,quarot bits=w8a8,w4a4   a sweep (every combination)
+  ditbench run … --plan                                          what that would take: operations, time, memory, disk
   ditbench run experiment=demo                                   a sweep from conf/experiment/
   ditbench report --format html                                  tables and plots of what was recorded
   ditbench compare EXPERIMENT --metric psnr                      paired tests between methods, prompt by prompt

@@ -12,6 +12,11 @@ def command(arguments: list[str]) -> int:
 
         print(HELP)
         return 0
+    if "--plan" in arguments:
+        from ditbench.harness.sweep.plan import plan
+
+        print(plan(flags_to_overrides([argument for argument in arguments if argument != "--plan"])))
+        return 0
     from ditbench.harness.sweep.launch import launch
 
     return launch(flags_to_overrides(arguments))

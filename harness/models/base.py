@@ -7,7 +7,7 @@ its adapter, `harness/models/<family>.py`, found by file name. The rest of the h
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from ditbench.harness.common.files import canonical_sha256, tensors_sha256
 from ditbench.harness.models.calls import RowDims
 from ditbench.harness.models.checkpoint import Checkpoint
 from ditbench.harness.models.layers import as_run
+from ditbench.harness.models.lora import loras
 from ditbench.harness.models.macs import count_macs
 from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.quant.blocks import BlockCall
@@ -136,11 +137,18 @@ class Adapter(Protocol):
     def step_inputs(self, pipe: Any, batch: int, device: torch.device) -> dict[str, Any]: ...
 
 
+def fingerprint_of(spec: ModelSpec, parts: Mapping[str, str]) -> str:
+    """Of a model's parts (`models/identity.py`) and of what its settings make of them."""
+    settings = {name: getattr(spec, name) for name in ("family", "dtype", "size", "stress", "fuse_qkv")}
+    settings["lora_scales"] = [lora.scale for lora in loras(spec.lora)]
+    return canonical_sha256({"settings": settings, "parts": dict(parts)})
+
+
 @dataclass
 class LoadedModel:
-    """A pipeline in float, its adapter, and a hash of its weights.
+    """A pipeline in float, its adapter, and hashes of what it was loaded from.
 
-    parts: hashes of what was put into the pipeline, such as another transformer's configuration or an adapter's file.
+    parts: hash of the files of each part, or of what random weights are drawn from (`models/identity.py`).
     """
 
     spec: ModelSpec
@@ -155,12 +163,15 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all weights: transformer, and VAE and text encoders, if any; and of `parts`, if any."""
-        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
-        weights = tensors_sha256(
-            {f"{name}.{n}": t for name, part in parts.items() for n, t in part.state_dict().items()}
+        """SHA-256 of everything that was loaded, and of the settings by which; nothing else. Of a pipeline that was made in
+        memory, of its weights.
+        """
+        if self.parts:
+            return fingerprint_of(self.spec, self.parts)
+        modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        return tensors_sha256(
+            {f"{name}.{n}": t for name, part in modules.items() for n, t in part.state_dict().items()}
         )
-        return canonical_sha256({"weights": weights} | self.parts) if self.parts else weights
 
     @cached_property
     def macs(self) -> dict[str, int]:

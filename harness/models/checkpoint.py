@@ -115,7 +115,7 @@ class Checkpoint:
             if place is not None and place.kind == FILE:
                 _refuse_rounded(Path(place.where))
         if self.transformer is not None and self.transformer.kind == FOLDER:
-            _check_part(_model_folder(Path(self.transformer.where)), self._variant_of(self.transformer))
+            _check_part(model_folder(Path(self.transformer.where)), self._variant_of(self.transformer))
 
     def check_cached(self) -> None:
         """The same of what the hub's cache has of the pipeline by now."""
@@ -183,7 +183,7 @@ class Checkpoint:
             return self._transformer_of_one_file(kind, place.where)
         folder, inside = place.where, None
         if place.kind == FOLDER:
-            folder = str(_model_folder(Path(folder)))
+            folder = str(model_folder(Path(folder)))
         elif not _has_config(kind, folder):
             inside = TRANSFORMER  # of a whole pipeline on the hub
         settings = {"subfolder": inside, "local_files_only": place.local}
@@ -228,7 +228,7 @@ class Checkpoint:
         """A transformer folder need not have the pipeline's variant; of the hub it is asked for."""
         if self.variant is None or place.kind == HUB:
             return self.variant
-        return self.variant if self.variant in _variants(_model_folder(Path(place.where))) else None
+        return self.variant if self.variant in _variants(model_folder(Path(place.where))) else None
 
 
 def _has_config(kind: Any, hub_id: str) -> bool:
@@ -239,7 +239,7 @@ def _has_config(kind: Any, hub_id: str) -> bool:
     return True
 
 
-def _model_folder(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
     """Of a transformer: the folder itself, or its place in a whole pipeline."""
     for found in (folder, folder / TRANSFORMER):
         if (found / CONFIG).is_file():

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditbench.harness.build.export import architecture
 from ditbench.harness.common.errors import UserError, unknown_name
-from ditbench.harness.common.files import canonical_sha256, file_sha256
-from ditbench.harness.models.base import Adapter, LoadedModel, ModelSpec
+from ditbench.harness.models.base import Adapter, LoadedModel, ModelSpec, fingerprint_of
 from ditbench.harness.models.checkpoint import (
     CONFIG,
     FILE,
@@ -30,8 +28,9 @@ from ditbench.harness.models.checkpoint import (
     already_quantized,
     locate,
 )
+from ditbench.harness.models.identity import parts_of, parts_of_adapters, parts_of_random
 from ditbench.harness.models.layers import fuse_qkv
-from ditbench.harness.models.lora import Lora, files, fuse, loras
+from ditbench.harness.models.lora import files, fuse, loras
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.quant.layer_names import carries_adapters
 
@@ -55,28 +54,24 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         UserError: no such weights, unreadable, truncated or already quantized weights, another architecture, NaN in the weights.
     """
     quiet_libraries()
-    adapter = family(spec.family)
-    if spec.size:
-        if not is_dataclass(adapter):
-            raise UserError(f"model {spec.name}: family {spec.family} draws one size; leave model.size out")
-        adapter = replace(adapter, size=spec.size)
-    dtype = getattr(torch, spec.dtype)
+    adapter, dtype = adapter_of(spec), getattr(torch, spec.dtype)
     extras: dict[str, Path] = {}
-    parts: dict[str, str] = {}
-    with _of_model(spec.name):
+    with of_model(spec.name):
         if spec.random is not None:
             _refuse_of_random(spec)
             with _private_seed(spec.seed):
                 pipe = adapter.random_pipeline(dict(spec.random), dtype)
+            parts = parts_of_random(spec.family, spec.random, spec.seed)
         else:
-            checkpoint = _found(spec, getattr(adapter, "INDEX", INDEX), dtype)
+            checkpoint = found_checkpoint(spec, adapter)
             wanted = loras(spec.lora)
             adapters = list(zip(wanted, files(wanted), strict=True))
             pipe = _load_pipeline(adapter, spec, checkpoint)
-            if (Path(checkpoint.source.where) / "judge").is_dir():
-                extras["judge"] = Path(checkpoint.source.where) / "judge"
+            extras = beside(checkpoint)
             _check_pipeline(pipe)
-            parts = _put_in(pipe, spec, adapters)
+            for lora, file in adapters:
+                fuse(pipe, lora, file)
+            parts = _parts(adapter, checkpoint, [file for _, file in adapters])
         if spec.fuse_qkv:
             fuse_qkv(pipe.transformer)
         check_only_one_denoises(pipe)
@@ -86,6 +81,46 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     if spec.stress:
         model.inject_outliers(**spec.stress)
     return model
+
+
+def fingerprint_without_loading(spec: ModelSpec) -> str:
+    """`load_model(spec).fingerprint`, from the files alone. Nothing is downloaded.
+
+    Raises:
+        UserError: no such weights, or they are not on this machine.
+    """
+    adapter = adapter_of(spec)
+    with of_model(spec.name):
+        if spec.random is not None:
+            _refuse_of_random(spec)
+            return fingerprint_of(spec, parts_of_random(spec.family, spec.random, spec.seed))
+        return fingerprint_of(spec, parts_on_disk(spec, adapter, found_checkpoint(spec, adapter)))
+
+
+def parts_on_disk(spec: ModelSpec, adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
+    """The hash of each part that would be loaded. Raises UserError: one is not on this machine."""
+    return _parts(adapter, checkpoint, files(loras(spec.lora), local_only=True))
+
+
+def _parts(adapter: Adapter, checkpoint: Checkpoint, adapters: list[Path]) -> dict[str, str]:
+    folders = getattr(adapter, "folders", None)
+    return parts_of(checkpoint, folders and folders(checkpoint)) | parts_of_adapters(adapters)
+
+
+def adapter_of(spec: ModelSpec) -> Adapter:
+    """The model's family, drawing the model's size."""
+    adapter = family(spec.family)
+    if not spec.size:
+        return adapter
+    if not is_dataclass(adapter):
+        raise UserError(f"model {spec.name}: family {spec.family} draws one size; leave model.size out")
+    return replace(adapter, size=spec.size)
+
+
+def beside(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Files beside the weights: the judge's folder, if there is one."""
+    judge = Path(checkpoint.source.where) / "judge"
+    return {"judge": judge} if judge.is_dir() else {}
 
 
 def quiet_libraries() -> None:
@@ -98,7 +133,7 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def _of_model(name: str) -> Iterator[None]:
+def of_model(name: str) -> Iterator[None]:
     """Says in every error which model it is about."""
     try:
         yield
@@ -113,11 +148,13 @@ def _refuse_of_random(spec: ModelSpec) -> None:
             raise UserError(f"model.{option} needs weights to load, and this model draws random ones; set model.source")
 
 
-def _found(spec: ModelSpec, index: str, dtype: torch.dtype) -> Checkpoint:
+def found_checkpoint(spec: ModelSpec, adapter: Adapter) -> Checkpoint:
     """Where the weights are, looked at.
 
-    index: the file by which the family knows a folder.
+    Raises:
+        UserError: they are not there, or not what can be loaded.
     """
+    index, dtype = getattr(adapter, "INDEX", INDEX), getattr(torch, spec.dtype)
     assert spec.source is not None, "a model has a source or random weights"
     if spec.source.startswith("zoo:"):
         folder = WEIGHTS / spec.source.removeprefix("zoo:")
@@ -149,17 +186,6 @@ def _lone_model(place: Place) -> str:
     if not (Path(place.where) / CONFIG).is_file():
         return ""
     return f"; if it is a transformer's, set model.transformer={place.where} and model.source to the pipeline"
-
-
-def _put_in(pipe: Any, spec: ModelSpec, adapters: list[tuple[Lora, Path]]) -> dict[str, str]:
-    """Fuse the adapters → hashes of what the pipeline has beside its own weights; the weights are in the fingerprint."""
-    parts = {}
-    if spec.transformer or spec.config:
-        parts["transformer_config"] = canonical_sha256(architecture(pipe.transformer))
-    for index, (lora, file) in enumerate(adapters):
-        fuse(pipe, lora, file)
-        parts[f"lora.{index}"] = file_sha256(file)
-    return parts
 
 
 def _check_pipeline(pipe: Any) -> None:

@@ -49,15 +49,15 @@ def loras(value: Any) -> tuple[Lora, ...]:
     return tuple(found)
 
 
-def files(wanted: Sequence[Lora]) -> list[Path]:
-    """Of each adapter the one file on this machine, before anything large is loaded.
+def files(wanted: Sequence[Lora], local_only: bool = False) -> list[Path]:
+    """Of each adapter the one file on this machine, before anything large is loaded; local_only: nothing is downloaded.
 
     Raises:
         UserError: a file is missing, or peft is.
     """
     if wanted and importlib.util.find_spec("peft") is None:
         raise UserError("model.lora needs the package peft, which is not installed: pip install 'ditbench[lora]'")
-    return [_file(lora) for lora in wanted]
+    return [_file(lora, local_only) for lora in wanted]
 
 
 def fuse(pipe: Any, lora: Lora, file: Path) -> None:
@@ -83,13 +83,13 @@ def fuse(pipe: Any, lora: Lora, file: Path) -> None:
     pipe.unload_lora_weights()
 
 
-def _file(lora: Lora) -> Path:
+def _file(lora: Lora, local_only: bool) -> Path:
     """The adapter's one file on this machine; from the hub only if the path is a hub id."""
     place = locate(lora.path, "model.lora", f"a {SUFFIX} file, a folder or a hub id")
     if place.kind == FILE:
         return Path(place.where)
     if place.kind == HUB:
-        return _downloaded(place, lora.weight_name or USUAL_FILE)
+        return _downloaded(place, lora.weight_name or USUAL_FILE, local_only)
     folder = Path(place.where)
     names = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
     name = lora.weight_name or (names[0] if len(names) == 1 else USUAL_FILE)
@@ -99,12 +99,12 @@ def _file(lora: Lora) -> Path:
     return folder / name
 
 
-def _downloaded(place: Place, name: str) -> Path:
+def _downloaded(place: Place, name: str, local_only: bool) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(hf_hub_download(place.where, name))
+        return Path(hf_hub_download(place.where, name, local_files_only=local_only))
     except (HfHubHTTPError, OSError) as error:
         folder = f"./weights/{place.where.rsplit('/', 1)[-1]}"
         raise UserError(

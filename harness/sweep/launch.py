@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import hydra
@@ -30,14 +30,9 @@ def launch(arguments: list[str]) -> int:
     Raises:
         UserError: a choice, override or value that cannot be used.
     """
-    compose.register()
-    overrides = [a for a in arguments if ("=" in a or a.startswith("~")) and not a.startswith("-")]
-    arguments = overrides + [a for a in arguments if a not in overrides]  # Hydra wants them in one piece
-    compose.check_overrides(overrides)
     _done.clear()
     _refused.clear()
-    with _arguments(arguments), compose.hydra_errors_explained():
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    through_hydra(arguments, job)
     if _done:
         print(comparison_table(_done))
     failed = [record for record in _done if record.status == "failed"]
@@ -51,6 +46,20 @@ def launch(arguments: list[str]) -> int:
             say(f"ditbench: {error}")
         raise last
     return EXIT_FAILED_RUNS if failed else 0
+
+
+def through_hydra(arguments: list[str], job: Callable[[DictConfig], str]) -> None:
+    """Every job that the arguments make, one after the other or as their launcher has it.
+
+    Raises:
+        UserError: a choice, override or value that cannot be used.
+    """
+    compose.register()
+    overrides = [a for a in arguments if ("=" in a or a.startswith("~")) and not a.startswith("-")]
+    arguments = overrides + [a for a in arguments if a not in overrides]  # Hydra wants them in one piece
+    compose.check_overrides(overrides)
+    with _arguments(arguments), compose.hydra_errors_explained():
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
 
 
 def job(config: DictConfig) -> str:

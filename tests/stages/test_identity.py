@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from ditbench.harness.common.files import canonical_sha256
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.fitting import registry
+from ditbench.harness.models.base import ModelSpec
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.identity import identity
 from ditbench.harness.stages.loaded import model_of
@@ -21,13 +22,13 @@ from ditbench.harness.sweep import compose
 BASE = ("method=smoothquant", "bits=w4a8")
 
 
-def run_id(*overrides: str, fresh: bool = False) -> str:
+def run_id(*overrides: str, parts: dict[str, str] | None = None) -> str:
     compose.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra_compose("config", overrides=[*BASE, *overrides])
     config = parse(OmegaConf.to_container(composed, resolve=True))
     model = model_of(config.model)
-    return canonical_sha256(identity(config, replace(model) if fresh else model))[:12]  # replace: nothing cached in it
+    return canonical_sha256(identity(config, model if parts is None else replace(model, parts=parts)))[:12]
 
 
 CHANGES = [
@@ -94,9 +95,10 @@ def test_an_edited_method_makes_new_runs(base, monkeypatch, tmp_path):
     assert run_id() != base
 
 
-def test_other_weights_under_the_same_name_make_new_runs(base, monkeypatch):
-    monkeypatch.setattr("ditbench.harness.models.base.tensors_sha256", lambda tensors: "0" * 64)
-    assert run_id(fresh=True) != base
+def test_other_weights_under_the_same_name_make_new_runs(base):
+    parts = model_of(ModelSpec("tiny-dit", "dit", source="zoo:tiny-dit")).parts
+    assert run_id(parts=parts) == base
+    assert run_id(parts=parts | {"transformer": "0" * 64}) != base
 
 
 @pytest.mark.parametrize("of", ["protocol", "calibration"])

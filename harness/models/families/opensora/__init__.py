@@ -69,6 +69,18 @@ class OpenSoraFamily(PipelineFamily):
             return pipeline_of(*_parts(folder), dtype)
         return pipeline_of(*_downloaded(checkpoint.source.where, checkpoint.revision), dtype)
 
+    def folders(self, checkpoint: Checkpoint) -> dict[str, Path] | None:
+        """Where each part is on this machine, unless a pipeline's index says it."""
+        folder = Path(checkpoint.source.where)
+        if (folder / "model_index.json").exists():
+            return None
+        found = (
+            _parts(folder)
+            if checkpoint.source.local
+            else _downloaded(checkpoint.source.where, checkpoint.revision, local_only=True)
+        )
+        return dict(zip(PARTS, found, strict=True))
+
 
 def _parts(folder: Path) -> list[Path]:
     missing = [part for part in PARTS if not (folder / part / CONFIG).exists()]
@@ -77,14 +89,14 @@ def _parts(folder: Path) -> list[Path]:
     return [folder / part for part in PARTS]
 
 
-def _downloaded(transformer: str, revision: str | None) -> list[Path]:
-    """All three from the hub, or from its cache; `revision` is the transformer's."""
-    files = [CONFIG, WEIGHTS]
+def _downloaded(transformer: str, revision: str | None, local_only: bool = False) -> list[Path]:
+    """All three from the hub, or from its cache (local_only); `revision` is the transformer's."""
+    files, where = [CONFIG, WEIGHTS], {"local_files_only": local_only}
     try:
         return [
-            Path(snapshot_download(transformer, revision=revision, allow_patterns=files)),
-            Path(snapshot_download(VAE, allow_patterns=files)),
-            Path(snapshot_download(TEXT_ENCODER)),
+            Path(snapshot_download(transformer, revision=revision, allow_patterns=files, **where)),
+            Path(snapshot_download(VAE, allow_patterns=files, **where)),
+            Path(snapshot_download(TEXT_ENCODER, **where)),
         ]
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise UserError(
