@@ -104,7 +104,8 @@ def encoding_once(pipe: Any, running: Any, device: torch.device) -> Encode:
     @functools.wraps(encode)
     def remembering(*args: Any, **kwargs: Any) -> Any:
         given = _by_name(encode, args, kwargs)
-        if not all(isinstance(leaf, (*PLAIN, torch.device, torch.dtype)) for leaf in tree_leaves(given)):
+        plain = all(isinstance(leaf, (*PLAIN, torch.device, torch.dtype)) for leaf in tree_leaves(given))
+        if not plain or _without_weights(pipe):
             return encode(*args, **kwargs)
         asked = _Asked(_shelves.setdefault(pipe, Shelf()), pipe, running, encode, device)
         return tree_map_only(Tensor, lambda tensor: tensor.to(device, copy=True), asked.of(given))
@@ -238,6 +239,12 @@ def _reading(pipe: Any) -> list[tuple[str, Any]]:
     return [
         (n, part) for n, part in sorted(pipe.components.items()) if not n.startswith(READ_NOTHING) and part is not None
     ]
+
+
+def _without_weights(pipe: Any) -> bool:
+    """Of a plan: nothing is encoded, only counted."""
+    parts = [part for _, part in _reading(pipe) if isinstance(part, nn.Module)]
+    return any(parameter.is_meta for part in parts for parameter in part.parameters())
 
 
 def _made_by(pipe: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.counts import Counts, counted
 from ditbench.harness.models.skeleton import skeleton
 from ditbench.harness.models.transformer_only import TransformerOnly
-from ditbench.harness.records import record
+from ditbench.harness.records import attempts
+from ditbench.harness.records.record import Record
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.identity import run_id, title
 from ditbench.harness.sweep.estimate import Estimate, RunPlan, Stage, batch_size
@@ -88,7 +89,7 @@ class Planner:
         self._models: dict[str, LoadedModel] = {}
         self._counts: dict[str, Counts] = {}
         self._rates: dict[str, Rates] = {}
-        self._records: dict[Path, list[record.Record]] = {}
+        self._records: dict[Path, list[Record]] = {}
         self.estimates: dict[str, Estimate] = {}  # by run id
 
     def planned(self, config: RunConfig) -> RunPlan:
@@ -99,9 +100,9 @@ class Planner:
         section = config.section("generate")
         key = repr((key, config.bits, config.device, config.backend, section, config.raw["protocol"]["n"]))
         rates = _once(self._rates, key, lambda: probed(config, model, counts))
-        known = _once(self._records, config.results_dir, lambda: readable(lambda: record.read_all(config.results_dir)))
+        known = _once(self._records, config.results_dir, lambda: readable(lambda: attempts.read_all(config.results_dir)))
         before = earlier(config, known)
-        done = record.finished(config.results_dir, config.name, its_id := run_id(config, model))
+        done = attempts.finished(config.results_dir, config.name, its_id := run_id(config, model))
         found = RunPlan(
             title(config), its_id, done.folder if done and not config.force else None, source=_source(rates, before)
         )
