@@ -49,3 +49,13 @@ def of_the_system(error: OSError) -> UserError:
     explained = UserError(f"{error.filename or 'a file'}: {error.strerror or error}; --debug shows where")
     explained.__cause__ = error
     return explained
+
+
+def first_words(error: BaseException) -> str:
+    """What a library says is wrong, in at most 300 characters: its first line, and the second where the first only announces it.
+
+    The name of the error stands before words that mean nothing without it (a key, an index).
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    words = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return (f"{type(error).__name__}: {words}" if isinstance(error, LookupError) else words)[:300]

@@ -7,8 +7,6 @@ otherwise be a traceback, a silent download or a model that is not what its file
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,21 +17,30 @@ import torch
 import transformers
 from diffusers.loaders import FromOriginalModelMixin
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
-from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.errors import UserError, first_words
+from ditbench.harness.models.checkpoint_files import (
+    CONFIG,
+    INDEX,
+    OLD_NAMES,
+    SUFFIX,
+    TRANSFORMER,
+    check_part,
+    check_pipeline_folder,
+    check_weights,
+    variants,
+)
 
 FOLDER, FILE, HUB = "folder", "file", "hub"
-INDEX, CONFIG, TRANSFORMER = "model_index.json", "config.json", "transformer"
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"  # of a diffusers model that is one file
-SUFFIX = ".safetensors"
+LACKS = "meta tensor"  # what diffusers says of a file that leaves some of its model's weights without a value
 SUFFIXES = (SUFFIX, ".gguf", ".ckpt", ".pt", ".pth", ".bin")  # no hub id ends so
-SHARD = r"(?:-\d{5}-of-\d{5})?"
-WEIGHTS = re.compile(
-    rf"(?:diffusion_pytorch_model|pytorch_model|model){SHARD}(?:\.([^.]+?))?{SHARD}\.(?:safetensors|bin)"
-)
-ROUNDED = ("F8", "F6", "F4", "I8", "U8", "I4", "U4")  # how safetensors names dtypes that hold codes, not weights
+
+
+class AnotherFamily(TypeError):
+    """A pipeline that could be loaded, and is none that the family knows: another model= is wanted."""
 
 
 @dataclass(frozen=True)
@@ -107,23 +114,30 @@ class Checkpoint:
         """Look at what is here before the libraries do.
 
         Raises:
-            UserError: weights that are already quantized; only files of a variant that was not asked for, or none of one that was.
+            UserError: what is broken, missing or already quantized; only files of a variant that was not asked for, or none of
+                one that was.
         """
         if self.base.kind == FOLDER:
-            _check_parts(Path(self.base.where), self.variant, self._replaced())
+            check_pipeline_folder(Path(self.base.where), self.variant, self._replaced())
         for place in (self.source, self.transformer):
             if place is not None and place.kind == FILE:
-                _refuse_rounded(Path(place.where))
+                check_weights(Path(place.where))
         if self.transformer is not None and self.transformer.kind == FOLDER:
-            _check_part(model_folder(Path(self.transformer.where)), self._variant_of(self.transformer))
+            check_part(model_folder(Path(self.transformer.where)), self._variant_of(self.transformer))
 
     def check_cached(self) -> None:
-        """The same of what the hub's cache has of the pipeline by now."""
-        index = (
-            try_to_load_from_cache(self.base.where, INDEX, revision=self.revision) if self.base.kind == HUB else None
-        )
-        if isinstance(index, str):
-            _check_parts(Path(index).parent, self.variant, self._replaced())
+        """The same of what the hub's cache has by now."""
+        if folder := self._cached(self.base, INDEX):
+            check_pipeline_folder(folder, self.variant, self._replaced(), whole=False)
+        for file in (CONFIG, f"{TRANSFORMER}/{CONFIG}"):  # of a transformer's folder, or of a whole pipeline
+            if self.transformer is not None and (folder := self._cached(self.transformer, file)):
+                check_part(folder, self.variant)
+
+    def _cached(self, place: Place, file: str) -> Path | None:
+        """Of a hub id the folder of a file in the cache."""
+        revision = self.revision if place == self.base else None
+        found = try_to_load_from_cache(place.where, file, revision=revision) if place.kind == HUB else None
+        return Path(found).parent if isinstance(found, str) else None
 
     def _replaced(self) -> set[str]:
         return {TRANSFORMER} if self.transformer or self.source.kind == FILE else set()
@@ -180,7 +194,15 @@ class Checkpoint:
     def _transformer(self, place: Place) -> nn.Module:
         kind = self._transformer_class()
         if place.kind == FILE:
-            return self._transformer_of_one_file(kind, place.where)
+            try:
+                return self._transformer_of_one_file(kind, place.where)
+            except (LookupError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+                if LACKS in str(error):
+                    raise
+                raise UserError(
+                    f"model.transformer={place.where} cannot be read as a {kind.__name__} ({first_words(error)}); is it of "
+                    "another model?"
+                ) from error
         folder, inside = place.where, None
         if place.kind == FOLDER:
             folder = str(model_folder(Path(folder)))
@@ -188,7 +210,7 @@ class Checkpoint:
             inside = TRANSFORMER  # of a whole pipeline on the hub
         settings = {"subfolder": inside, "local_files_only": place.local}
         found = kind.load_config(folder, **settings).get("_class_name", kind.__name__)
-        if found != kind.__name__:
+        if found not in (kind.__name__, *OLD_NAMES):
             raise UserError(f"model.transformer={place.where} is a {found}, the pipeline has a {kind.__name__}")
         return kind.from_pretrained(folder, variant=self._variant_of(place), dtype=self.dtype, **settings)
 
@@ -228,7 +250,7 @@ class Checkpoint:
         """A transformer folder need not have the pipeline's variant; of the hub it is asked for."""
         if self.variant is None or place.kind == HUB:
             return self.variant
-        return self.variant if self.variant in _variants(model_folder(Path(place.where))) else None
+        return self.variant if self.variant in variants(model_folder(Path(place.where))) else None
 
 
 def _has_config(kind: Any, hub_id: str) -> bool:
@@ -245,56 +267,3 @@ def model_folder(folder: Path) -> Path:
         if (found / CONFIG).is_file():
             return found
     raise UserError(f"model.transformer={folder} is no folder of a diffusers model (no {CONFIG} in it)")
-
-
-def _check_parts(folder: Path, variant: str | None, replaced: Collection[str]) -> None:
-    parts = [path.parent for path in sorted(folder.glob(f"*/{CONFIG}")) if path.parent.name not in replaced]
-    known = {name for part in parts for name in _variants(part) if name}
-    if variant is not None and variant not in known:
-        there = f"there are those of {', '.join(sorted(known))}" if known else "leave it out"
-        raise UserError(f"model.variant={variant}: no part of {folder} has files of that variant; {there}")
-    for part in parts:
-        _check_part(part, variant)
-
-
-def _check_part(part: Path, variant: str | None) -> None:
-    """One model's folder."""
-    try:
-        config = json.loads((part / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{part / CONFIG} cannot be read ({error})") from error
-    if config.get("quantization_config"):
-        raise already_quantized(part.name, config["quantization_config"])
-    variants = _variants(part)
-    if variants and not variants & {"", variant}:
-        raise UserError(f"{part} has files of a variant only; add model.variant={sorted(variants)[0]}")
-    for file in part.glob(f"*{SUFFIX}"):
-        _refuse_rounded(file)
-
-
-def _variants(part: Path) -> set[str]:
-    """Of the weight files in a model's folder, such as "fp16"; "" is none."""
-    found = (WEIGHTS.fullmatch(path.name) for path in part.iterdir())
-    return {match[1] or "" for match in found if match}
-
-
-def _refuse_rounded(file: Path) -> None:
-    """By the header alone; what cannot be read is left to whoever loads it."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118, not a dict
-                dtype = opened.get_slice(name).get_dtype()
-                if dtype.startswith(ROUNDED):
-                    raise UserError(f"{file} is already quantized ({name} is stored as {dtype}); {FLOAT_NEEDED}")
-    except (OSError, SafetensorError):
-        return
-
-
-FLOAT_NEEDED = "ditbench quantizes float weights: give it a checkpoint in float32, bfloat16 or float16"
-
-
-def already_quantized(part: str, config: Any) -> UserError:
-    """config: `quantization_config`, a dictionary or an object of one of many libraries."""
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    by = f" ({getattr(method, 'value', method)})" if method else ""
-    return UserError(f"its {part} is already quantized{by}; {FLOAT_NEEDED}")

@@ -26,11 +26,11 @@ from ditbench.harness.models.checkpoint import (
     INDEX,
     SUFFIX,
     TRANSFORMER,
-    WEIGHTS,
     Checkpoint,
     Place,
     model_folder,
 )
+from ditbench.harness.models.checkpoint_files import WEIGHTS
 
 TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configurations, vocabularies, chat templates
 SHARDS = ".index.json"  # says in which file a weight lies

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import pkgutil
-import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
-from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.errors import UserError, first_words, unknown_name
 from ditbench.harness.models.base import Adapter, LoadedModel, ModelSpec, fingerprint_of
-from ditbench.harness.models.checkpoint import (
-    CONFIG,
-    FILE,
-    FLOAT_NEEDED,
-    FOLDER,
-    INDEX,
-    Checkpoint,
-    Place,
-    already_quantized,
-    locate,
-)
+from ditbench.harness.models.checkpoint import FILE, FOLDER, LACKS, AnotherFamily, Checkpoint, Place, locate
+from ditbench.harness.models.checkpoint_files import CONFIG, FETCH_AGAIN, FLOAT_NEEDED, INDEX
+from ditbench.harness.models.checkpoint_parts import check_pipeline
+from ditbench.harness.models.heard import NOT_WHOLE, listening, refuse_left_out, refuse_made_up
 from ditbench.harness.models.identity import parts_of, parts_of_adapters, parts_of_random
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.lora import files, fuse, loras
 from ditbench.harness.models.zoo import WEIGHTS
-from ditbench.harness.quant.layer_names import carries_adapters
-
-NOT_WHOLE = "the checkpoint lacks weights: it is not whole, or of another model"
 
 
 def family(name: str) -> Adapter:
@@ -68,7 +58,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             adapters = list(zip(wanted, files(wanted), strict=True))
             pipe = _load_pipeline(adapter, spec, checkpoint)
             extras = beside(checkpoint)
-            _check_pipeline(pipe)
+            check_pipeline(pipe, adapter.CONDITION)
             for lora, file in adapters:
                 fuse(pipe, lora, file)
             parts = _parts(adapter, checkpoint, [file for _, file in adapters])
@@ -188,19 +178,6 @@ def _lone_model(place: Place) -> str:
     return f"; if it is a transformer's, set model.transformer={place.where} and model.source to the pipeline"
 
 
-def _check_pipeline(pipe: Any) -> None:
-    """Raise UserError if a library made weights that are codes, or left an adapter beside them."""
-    for name, part in pipe.components.items():
-        if not isinstance(part, nn.Module):
-            continue
-        if config := getattr(getattr(part, "config", None), "quantization_config", None):
-            raise already_quantized(name, config)
-        if carries_adapters(part):
-            raise UserError(
-                f"its {name} carries LoRA adapters that are not fused; take the plain weights and set model.lora"
-            )
-
-
 def check_only_one_denoises(pipe: Any) -> None:
     """Raise UserError if the pipeline denoises with more networks than the one that would be quantized (Wan 2.2, Ideogram 4)."""
     parts = pipe.components.items()
@@ -226,14 +203,20 @@ def _load_pipeline(adapter: Adapter, spec: ModelSpec, checkpoint: Checkpoint) ->
     from safetensors import SafetensorError
 
     where = f"model {spec.name} ({checkpoint.source.where})"
-    unreadable = (OSError, SafetensorError, ImportError, SingleFileComponentError)
+    unreadable = (OSError, SafetensorError, ImportError, SingleFileComponentError, UnpicklingError)
     no_fit = (ValueError, RuntimeError, AttributeError, TypeError, LookupError)
     try:
-        with _nothing_made_up(where):
-            return adapter.load(checkpoint)
-    except (*unreadable, *no_fit) as error:
+        with listening() as said:
+            pipe = adapter.load(checkpoint)
+            refuse_made_up(said, where)
+            refuse_left_out(said, where, pipe)
+    except Exception as error:
+        if not isinstance(error, (*unreadable, *no_fit)) and type(error) is not Exception:  # which tokenizers raises
+            raise
         checkpoint.check_cached()  # may know better why
         raise _explained(error, where, spec, checkpoint) from error
+    checkpoint.check_cached()  # of the hub nothing was here to be looked at before
+    return pipe
 
 
 def _explained(error: Exception, where: str, spec: ModelSpec, checkpoint: Checkpoint) -> UserError:
@@ -241,25 +224,34 @@ def _explained(error: Exception, where: str, spec: ModelSpec, checkpoint: Checkp
     from safetensors import SafetensorError
 
     if isinstance(error, ImportError):  # of the package that the weights were quantized with, mostly
-        return UserError(f"{where}: {_first_line(error)}; if its weights are quantized: {FLOAT_NEEDED}")
+        return UserError(f"{where}: {first_words(error)}; if its weights are quantized: {FLOAT_NEEDED}")
     if isinstance(error, OSError | SafetensorError):
         damaged = next((each for each in _with_causes(error) if isinstance(each, SafetensorError)), None)
         if damaged is not None:  # diffusers says OSError, "Unable to load weights", and where, but not why
-            return UserError(
-                f"{where}: weights cannot be read ({damaged}); the file is corrupt or truncated, fetch it again: "
-                f"{_first_line(error)}"
-            )
+            return UserError(f"{where}: weights cannot be read ({damaged}); {FETCH_AGAIN}: {first_words(error)}")
         for option in ("transformer", "source", "config"):
             place = getattr(checkpoint, option)
             if place is not None and not place.local and (option != "transformer" or place.where in str(error)):
                 return _missing_weights(spec, option, place.where)
-        return UserError(f"{where}: {_first_line(error)}")
-    if "meta tensor" in str(error):  # diffusers, of a file that leaves some of its model's weights without a value
+        return UserError(f"{where}: {first_words(error)}")
+    if LACKS in str(error):
         return UserError(f"{where}: {NOT_WHOLE}{_lone_file(checkpoint)}")
+    if isinstance(error, AnotherFamily):
+        return UserError(
+            f"{where}: not a checkpoint of family {spec.family!r}: {first_words(error)}; choose the matching model="
+            f"{_lone_file(checkpoint)}"
+        )
     return UserError(
-        f"{where}: not a checkpoint of family {spec.family!r}: {_first_line(error)}; choose the matching model="
-        f"{_lone_file(checkpoint)}"
+        f"{where}: {_part_of(error)}cannot be loaded: {first_words(error).rstrip('.')}{_lone_file(checkpoint)}"
     )
+
+
+def _part_of(error: Exception) -> str:
+    """ "its tokenizer ", if diffusers was loading that when the error came. It does not say so itself."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "load_sub_model" and "name" in frame.f_locals:
+            return f"its {frame.f_locals['name']} "
+    return ""
 
 
 def _lone_file(checkpoint: Checkpoint) -> str:
@@ -269,27 +261,6 @@ def _lone_file(checkpoint: Checkpoint) -> str:
         f", or, if the file holds a transformer only, set model.transformer={checkpoint.source.where} and "
         f"model.source={checkpoint.base.where}"
     )
-
-
-@contextmanager
-def _nothing_made_up(where: str) -> Iterator[None]:
-    """Raise UserError where a library draws weights that a checkpoint lacks: both say so in their logs only."""
-    said: list[str] = []
-    listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda entry: said.append(entry.getMessage())  # type: ignore[method-assign]
-    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    for library in libraries:
-        library.addHandler(listener)
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.removeHandler(listener)
-    for text in said:
-        if "newly initialized" in text:
-            first = re.search(r"'([\w.]+)'\]|(\S+)\s*\|\s*MISSING|\['([\w.]+)'", text)
-            name = next((each for each in first.groups() if each), "some") if first else "some"
-            raise UserError(f"{where}: no weights for {name}, which would be random; {NOT_WHOLE}")
 
 
 def _missing_weights(spec: ModelSpec, option: str, hub_id: str) -> UserError:
@@ -304,10 +275,6 @@ def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]
 
 
 class _private_seed:

@@ -21,7 +21,7 @@ from ditbench.harness.build.build import clock_of
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
 from ditbench.harness.models.calls import RowDims, float_dtype, placed
-from ditbench.harness.models.checkpoint import Checkpoint
+from ditbench.harness.models.checkpoint import AnotherFamily, Checkpoint
 from ditbench.harness.models.parts import replaced, running_on
 from ditbench.harness.models.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
 from ditbench.harness.models.transformer_only import TransformerOnly, random_transformer
@@ -72,9 +72,11 @@ class PipelineFamily:
         return pipe
 
     def _check(self, pipe: Any) -> None:
+        if type(pipe).__name__ in self.pipelines and pipe.transformer is None:
+            raise UserError(f"its transformer is empty, and a {type(pipe).__name__} draws nothing without it")
         found = type(pipe.transformer).__name__ if hasattr(pipe, "transformer") else "missing"
         if type(pipe).__name__ not in self.pipelines or found != self.transformer:
-            raise TypeError(
+            raise AnotherFamily(
                 f"a {type(pipe).__name__} whose transformer is a {found}; expected {' or '.join(self.pipelines)} with a "
                 f"{self.transformer}"
             )

@@ -100,7 +100,9 @@ class Planner:
         section = config.section("generate")
         key = repr((key, config.bits, config.device, config.backend, section, config.raw["protocol"]["n"]))
         rates = _once(self._rates, key, lambda: probed(config, model, counts))
-        known = _once(self._records, config.results_dir, lambda: readable(lambda: attempts.read_all(config.results_dir)))
+        known = _once(
+            self._records, config.results_dir, lambda: readable(lambda: attempts.read_all(config.results_dir))
+        )
         before = earlier(config, known)
         done = attempts.finished(config.results_dir, config.name, its_id := run_id(config, model))
         found = RunPlan(

@@ -75,14 +75,14 @@ def test_frequencies_that_were_saved_in_bf16_are_taken(downloads):
 def test_other_frequencies_are_refused(downloads):
     _, folder = downloads
     changed(folder, **{"rope.freqs": 100 ** (-torch.arange(0, 8, 2) / 8)})
-    with pytest.raises(UserError, match=r"not a checkpoint of family 'opensora': rope.freqs"):
+    with pytest.raises(UserError, match="cannot be loaded: rope.freqs"):
         load(folder)
 
 
 def test_a_missing_tensor_is_refused(downloads):
     _, folder = downloads
     changed(folder, **{"temporal_blocks.1.attn.q_norm.weight": None})
-    with pytest.raises(UserError, match="not a checkpoint of family 'opensora'"):
+    with pytest.raises(UserError, match='cannot be loaded: .*"temporal_blocks.1.attn.q_norm.weight"'):
         load(folder)
 
 

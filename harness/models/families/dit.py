@@ -19,7 +19,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.placement import placed_on
 from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
 from ditbench.harness.models.calls import RowDims
-from ditbench.harness.models.checkpoint import Checkpoint
+from ditbench.harness.models.checkpoint import AnotherFamily, Checkpoint
 from ditbench.harness.models.decoding import decode_within_memory
 from ditbench.harness.models.samplers import CorrectedDDPM
 from ditbench.harness.quant.blocks import OneStream
@@ -35,8 +35,9 @@ ROWS: RowDims = {}  # inferred
 
 def load(checkpoint: Checkpoint) -> DiTPipeline:
     pipe = checkpoint.pipeline()
-    if not isinstance(pipe.transformer, DiTTransformer2DModel):
-        raise TypeError(f"its transformer is a {type(pipe.transformer).__name__}, not a DiTTransformer2DModel")
+    found = getattr(pipe, "transformer", None)
+    if not isinstance(found, DiTTransformer2DModel):
+        raise AnotherFamily(f"its transformer is a {type(found).__name__}, not a DiTTransformer2DModel")
     return pipe
 
 

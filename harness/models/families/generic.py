@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.models.checkpoint import Checkpoint
+from ditbench.harness.models.checkpoint import AnotherFamily, Checkpoint
 from ditbench.harness.models.prompted import PipelineFamily
 from ditbench.harness.quant.blocks import NotInLine
 from ditbench.harness.quant.target import is_linear_map
@@ -47,7 +47,7 @@ class GenericFamily(PipelineFamily):
 
     def _check(self, pipe: Any) -> None:
         if not isinstance(getattr(pipe, "transformer", None), nn.Module):
-            raise TypeError(f"a {type(pipe).__name__} without a transformer")
+            raise AnotherFamily(f"a {type(pipe).__name__} without a transformer")
         self._check_experts(pipe.transformer)
 
     def _check_experts(self, transformer: nn.Module) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ditbench.harness.common.errors import UserError
@@ -34,3 +36,15 @@ def refused(source: Path | str, family: str = "flux", **more) -> str:
 
 def weights(model: LoadedModel) -> dict[str, Tensor]:
     return model.transformer.state_dict()
+
+
+def edit(path: Path, **values) -> None:
+    """Set values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def edit_weights(file: Path, change) -> None:
+    """change(tensors) alters a weight file's tensors in place."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from checkpoint_cases import WEIGHTS
 from safetensors.torch import load_file, save_file
 from small_pipelines import SMALL
+
+LIBRARIES = ("diffusers", "transformers", "peft")
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +31,24 @@ def tried(monkeypatch) -> list[str]:
     return found
 
 
+@pytest.fixture
+def printed() -> Iterator[list[str]]:
+    """What the libraries' own handlers would print."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda entry: found.append(entry.getMessage())  # type: ignore[method-assign]
+    for name in LIBRARIES:
+        logging.getLogger(name).addHandler(handler)
+    yield found
+    for name in LIBRARIES:
+        logging.getLogger(name).removeHandler(handler)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Small pipelines as diffusers saves them. Not to be changed: copy them first."""
     root = tmp_path_factory.mktemp("folders")
-    for name in ("flux", "pixart", "ltx"):
+    for name in ("flux", "pixart", "ltx", "sd3", "wan"):
         torch.manual_seed(0)
         pipe = SMALL[name]()
         pipe.save_pretrained(root / name)
