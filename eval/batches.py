@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ditbench.harness.samples.samples import Rows, Samples
 
 BYTES = 2**28  # 256 MiB
+READ = 8  # an eighth of BYTES is read at once where a batch is only passed through: a store reads and joins, which takes twice that
 BATCH = 512  # samples or frames at once, however small they are
 
 _outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # rows → {network: {output's name: (version, output)}}
@@ -32,8 +33,8 @@ def batches(rows: Rows, held: int, most: int = BATCH) -> Iterator[Tensor]:
 
 
 def one_by_one(rows: Rows) -> Iterator[Tensor]:
-    """One row after the other, read as many at a time as fit."""
-    for batch in batches(rows, held=rows.dtype.itemsize):
+    """One row after the other."""
+    for batch in batches(rows, READ * rows.dtype.itemsize):
         yield from batch
 
 
@@ -89,6 +90,6 @@ def diverged(samples: Samples | None) -> list[int]:
     latents = samples.latents
 
     def whole_N() -> Tensor:
-        return torch.cat([batch.isfinite().flatten(1).all(dim=1) for batch in batches(latents, held=9)])
+        return torch.cat([batch.isfinite().flatten(1).all(dim=1) for batch in batches(latents, READ * 4)])
 
     return (~remembered(latents, diverged, "finite", whole_N)).nonzero().flatten().tolist()

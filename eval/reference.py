@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditbench.eval.base import Reference
-from ditbench.eval.batches import batches, remembered
+from ditbench.eval.batches import READ, batches, remembered
 from ditbench.eval.data import REFERENCE, names_of, need_file
 from ditbench.eval.reference_files import folder_rows, npz_rows
 from ditbench.harness.common.errors import UserError, unknown_name
@@ -64,7 +64,7 @@ def images_sha256(images_NHWC: Rows) -> str:
 
     def of_all() -> str:
         digest = hashlib.sha256()
-        for batch in batches(images_NHWC, held=2):
+        for batch in batches(images_NHWC, READ):
             digest.update(batch.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 

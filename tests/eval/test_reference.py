@@ -83,7 +83,7 @@ def test_a_references_images_are_read_as_a_tensors_rows_are_and_none_is_held(kin
         assert torch.equal(rows[wanted], expected), wanted
     assert [len(part) for part in rows.split(2)] == [2, 2, 1]
     assert torch.equal(torch.stack(list(rows)), torch.from_numpy(images))
-    monkeypatch.setattr(batches, "BYTES", 2 * 2 * 6 * 4 * 3)  # two images at a time
+    monkeypatch.setattr(batches, "BYTES", 2 * batches.READ * 6 * 4 * 3)  # two images at a time
     assert images_sha256(rows) == hashlib.sha256(images.tobytes()).hexdigest()
 
 
