@@ -1,0 +1,140 @@
+"""A sweep that is killed again and again, two processes at a time, its cache damaged meanwhile; then what it left is held against the
+same sweep undisturbed. `python tests/run/chaos.py KILLS [SEED]` prints what was found.
+
+Processes are forks of this one, which has imported all and computed nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from ditbench.harness.cli import main
+from ditbench.harness.records.attempts import survey
+from ditbench.harness.records.record import failed_metrics
+
+TINY = (
+    "protocol.n=6", "protocol.steps=2", "generate.batch_size=2", "calibration.n=2", "metrics.resamples=5",
+    "metrics.names=[psnr,sqnr,accuracy,torchmetrics/fid_judge]", "generate.noise_floor_seeds=1", "measure.repeats=2",
+    "measure.warmup=1", "measure.samples=1", "tracker=none", "name=chaos",
+)  # fmt: skip
+SWEEP = ("-m", "method=rtn,smoothquant,quarot", "bits=w8a8,w4a8", "seed=0,1")  # 12 runs
+MOST_FILES, LONGEST_S = 40, 60.0  # that come into being before the next kill
+
+
+def sweep(results_dir: Path, log: Path, arguments: tuple[str, ...] = SWEEP) -> multiprocessing.Process:
+    def run() -> None:
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            torch.set_num_threads(1)
+            code = main(["run", *arguments, *TINY, f"results_dir={results_dir}"])
+        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process  # type: ignore[return-value]
+
+
+def damage(results_dir: Path, drawn: random.Random) -> Path | None:
+    """Flip one bit of one file of the cache."""
+    files = [path for path in (results_dir / "cache").rglob("*") if path.is_file() and "locks" not in path.parts]
+    if not files:
+        return None
+    path = drawn.choice(sorted(files))
+    try:
+        content = bytearray(path.read_bytes())
+        content[drawn.randrange(len(content))] ^= 1 << drawn.randrange(8)
+        path.write_bytes(content)
+    except (OSError, ValueError):  # gone meanwhile, or empty
+        return None
+    return path
+
+
+def disturbed(
+    results_dir: Path, kills: int, drawn: random.Random, arguments: tuple[str, ...] = SWEEP
+) -> dict[str, int]:
+    """Kill, damage, and in the end let two processes finish → what was done to it."""
+    log, done = results_dir / "log.txt", {"kills": 0, "damaged files": 0, "starts": 0}
+    results_dir.mkdir()
+    pair: list[multiprocessing.Process | None] = [None, None]
+    while done["kills"] < kills:
+        for place in range(2):
+            if pair[place] is None or not pair[place].is_alive():
+                pair[place] = sweep(results_dir, log, arguments)
+                done["starts"] += 1
+        wait_for_files(results_dir, drawn.randrange(MOST_FILES))
+        time.sleep(drawn.uniform(0, 0.2))
+        victim = pair[drawn.randrange(2)]
+        if victim is not None and victim.is_alive():
+            victim.kill()
+            victim.join()
+            done["kills"] += 1
+        if drawn.random() < 0.5:
+            done["damaged files"] += damage(results_dir, drawn) is not None
+    for process in filter(None, pair):
+        process.join()
+    for _ in range(3):  # what was damaged under a reader's hands is completed by the same command
+        if not unfinished(results_dir):
+            break
+        last = [sweep(results_dir, log, arguments) for _ in range(2)]
+        done["starts"] += 2
+        for process in last:
+            process.join()
+    return done
+
+
+def wait_for_files(results_dir: Path, more: int) -> None:
+    """Until so many files were written, or nothing comes any more."""
+    start = time.monotonic()
+    before = count = sum(1 for _ in results_dir.rglob("*"))
+    while count < before + more and time.monotonic() < start + LONGEST_S:
+        time.sleep(0.02)
+        count = max(count, sum(1 for _ in results_dir.rglob("*")))
+
+
+def unfinished(results_dir: Path) -> bool:
+    found = survey(results_dir)
+    return bool(found.damaged) or any(r.status != "ok" or failed_metrics(r) for r in found.records) or not found.records
+
+
+def numbers(results_dir: Path) -> dict[str, str]:
+    """What must not depend on kills: {run id: its metrics, bits, layers and keys}."""
+    return {
+        record.run_id: json.dumps([record.metrics, record.bits, record.layers, record.made_from], sort_keys=True)
+        for record in survey(results_dir).records
+    }
+
+
+def leftovers(results_dir: Path) -> list[str]:
+    found = [path for path in results_dir.rglob("*") if ".part" in path.name or path.suffix == ".lock"]
+    return [str(path.relative_to(results_dir)) for path in found]
+
+
+def chaos(folder: Path, kills: int, seed: int, arguments: tuple[str, ...] = SWEEP) -> dict[str, object]:
+    calm = sweep(folder / "calm", folder / "calm.txt", arguments)
+    calm.join()
+    done = disturbed(folder / "chaos", kills, random.Random(seed), arguments)
+    expected, found = numbers(folder / "calm"), numbers(folder / "chaos")
+    return done | {
+        "runs": len(expected),
+        "records that differ": [name for name in expected if expected[name] != found.get(name)],
+        "records too many": sorted(set(found) - set(expected)),
+        "leftovers": leftovers(folder / "chaos"),
+        "tracebacks": (folder / "chaos" / "log.txt").read_text().count("Traceback"),
+    }
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.monotonic()
+        result = chaos(Path(scratch), int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+        print(json.dumps(result | {"seconds": round(time.monotonic() - start)}, indent=1))
