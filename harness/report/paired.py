@@ -19,7 +19,7 @@ from ditbench.harness.records.sample_values import Values
 from ditbench.harness.report import compare
 from ditbench.harness.report.compare import FLOAT_METHOD, Group
 from ditbench.harness.report.table import decimals_for, short_names
-from ditbench.harness.report.whole import beside
+from ditbench.harness.report.whole import values_with
 
 FLOAT = "float model"
 ALPHA = 0.05
@@ -138,7 +138,7 @@ def _candidates(group: Group, metric: str) -> list[tuple[str, str, str, tuple[Pe
     runs: dict[tuple[str, str], tuple[Record, Values]] = {}  # of twins that no setting tells apart, the first
     for record, name in zip(group.records, group.run_names, strict=True):
         values: Values | None = (
-            None if record.method == FLOAT_METHOD or compare.alarms(record) else beside(record, "per_sample")
+            None if record.method == FLOAT_METHOD or compare.alarms(record) else values_with(record, metric)
         )
         if values is not None and metric in values.run and compare.value(record, metric) is not None:
             runs.setdefault((compare.bits_label(record), name), (record, values))

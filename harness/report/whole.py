@@ -79,6 +79,18 @@ def beside(record: Record, artifact: str) -> Any:
         return None
 
 
+def values_with(record: Record, metric: str) -> sample_values.Values | None:
+    """The values per sample of a metric: beside the record, or beside the metric if it was computed later."""
+    found = beside(record, "per_sample")
+    if record.folder is None or (found is not None and metric in found.run):
+        return found
+    path = record.folder / "metrics" / f"{metric}.npz"
+    try:
+        return _read("per_sample", path, path.stat().st_mtime_ns)
+    except Exception:  # there is none, or none that can be read
+        return found
+
+
 @lru_cache(maxsize=256)
 def _read(artifact: str, path: Path, mtime_ns: int) -> Any:
     return READERS[artifact](path)

@@ -106,12 +106,17 @@ def unfinished(results_dir: Path) -> bool:
     return bool(found.damaged) or any(r.status != "ok" or failed_metrics(r) for r in found.records) or not found.records
 
 
-def numbers(results_dir: Path) -> dict[str, str]:
+def numbers(results_dir: Path) -> dict[str, dict[str, object]]:
     """What must not depend on kills: {run id: its metrics, bits, layers and keys}."""
-    return {
-        record.run_id: json.dumps([record.metrics, record.bits, record.layers, record.made_from], sort_keys=True)
-        for record in survey(results_dir).records
-    }
+    fields = ("metrics", "bits", "layers", "made_from")
+    return {r.run_id: {name: getattr(r, name) for name in fields} for r in survey(results_dir).records}
+
+
+def differences(expected: object, found: object, where: str = "") -> list[str]:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        names = sorted(expected.keys() | found.keys())
+        return [d for n in names for d in differences(expected.get(n), found.get(n), f"{where}/{n}")]
+    return [] if expected == found else [f"{where}: {str(expected)[:60]} {str(found)[:60]}"]
 
 
 def leftovers(results_dir: Path) -> list[str]:
@@ -126,8 +131,7 @@ def chaos(folder: Path, kills: int, seed: int, arguments: tuple[str, ...] = SWEE
     expected, found = numbers(folder / "calm"), numbers(folder / "chaos")
     return done | {
         "runs": len(expected),
-        "records that differ": [name for name in expected if expected[name] != found.get(name)],
-        "records too many": sorted(set(found) - set(expected)),
+        "what differs": differences(expected, found),
         "leftovers": leftovers(folder / "chaos"),
         "tracebacks": (folder / "chaos" / "log.txt").read_text().count("Traceback"),
     }

@@ -10,6 +10,7 @@ from ditbench.harness import run as running
 from ditbench.harness.cli import main
 from ditbench.harness.generation import generate as generation
 from ditbench.harness.records.attempts import read_all
+from ditbench.harness.report.whole import values_with
 from ditbench.harness.stages import evaluate as evaluating
 
 W4 = ("bits=w4a4", "name=kept")
@@ -102,7 +103,8 @@ def test_a_finished_run_is_scored_with_another_metric(run, tmp_path, drawn, comp
     record = the_record(tmp_path)
     assert drawn == [] and set(computed) == {"ssim", "accuracy"} and "psnr: recorded already" in said
     assert 0 < record.metrics["ssim"]["value"] <= 1 and record.metrics["accuracy"]["noise_floor"] is not None
-    assert record.folder is not None and (record.folder / "metrics" / "ssim.npz").is_file()
+    assert values_with(record, "ssim").run["ssim"].values_N.shape == (4,), "for paired tests"
+    assert values_with(record, "accuracy").float_model["accuracy"].yes_no
     assert main(["evaluate", "kept", "--metrics", "ssim", "--results-dir", str(tmp_path)]) == 0
     assert "ssim: recorded already" in capsys.readouterr().out
 
