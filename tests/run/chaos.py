@@ -1,5 +1,5 @@
 """A sweep that is killed again and again, two processes at a time, its cache damaged meanwhile; then what it left is held against the
-same sweep undisturbed. `python tests/run/chaos.py KILLS [SEED]` prints what was found.
+same sweep undisturbed. `python tests/run/chaos.py KILLS [SEED [OVERRIDE …]]` prints what was found.
 
 Processes are forks of this one, which has imported all and computed nothing.
 """
@@ -138,7 +138,8 @@ def chaos(folder: Path, kills: int, seed: int, arguments: tuple[str, ...] = SWEE
 
 
 if __name__ == "__main__":
+    kills, seed, *arguments = sys.argv[1:] + ["0"] * (len(sys.argv) < 3)
     with tempfile.TemporaryDirectory() as scratch:
         start = time.monotonic()
-        result = chaos(Path(scratch), int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+        result = chaos(Path(scratch), int(kills), int(seed), tuple(arguments) or SWEEP)
         print(json.dumps(result | {"seconds": round(time.monotonic() - start)}, indent=1))
