@@ -18,6 +18,7 @@ from ditbench.harness.build.build import clock_of
 from ditbench.harness.common.batches import Batch, in_batches
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path
+from ditbench.harness.common.memory import trim
 from ditbench.harness.common.progress import progress as progress_bar
 from ditbench.harness.models.base import Correction, LoadedModel, Sampler
 from ditbench.harness.models.decoding import decoded
@@ -145,6 +146,7 @@ def _draw_piece(
                 "decoded": decoded(getattr(model.pipe, "vae", None)),
             }
             store.publish(piece, pixels, latents, FPS, **how)
+            trim()
         return ours
 
 

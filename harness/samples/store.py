@@ -13,10 +13,12 @@ are checked against their SHA-256 as they are read; a piece with a damaged file 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,20 @@ from ditbench.harness.common.artifacts import (
     write_manifest,
 )
 from ditbench.harness.common.files import atomic_path
+from ditbench.harness.common.memory import trim
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.pixels import ENDINGS, decoded, encoded
 from ditbench.harness.samples.samples import Prompt, Samples
 
 KIND = "samples"
 INDEX, LINES, PIECES, LATENTS = "store.json", "samples.jsonl", "pieces", "latents"
-THREADS = 4  # that encode and decode at once
+THREADS = 2  # that encode and decode at once
+
+
+@cache
+def threads(process: int) -> ThreadPoolExecutor:
+    """One pool for all pieces of a process: new threads for each would leave memory of their own behind, piece by piece."""
+    return ThreadPoolExecutor(THREADS)
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,7 @@ class SampleStore:
             with atomic_path(self.folder / name) as part:
                 encoded(pixels, fps, part)
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(write, names, pixels_N))
+        list(threads(os.getpid()).map(write, names, pixels_N))
         if self.index["latents"]:
             assert latents_N is not None
             names.append(f"{LATENTS}/{piece.number}.safetensors")
@@ -179,8 +187,7 @@ class SampleStore:
             name, entry = files[row - piece.rows.start]
             return decoded(check_bytes(self.folder / name, entry), self.folder / name)
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            return torch.stack(list(pool.map(read, rows)))
+        return torch.stack(list(threads(os.getpid()).map(read, rows)))
 
     def _latents_of(self, piece: Piece, rows: Sequence[int]) -> Tensor:
         name = f"{LATENTS}/{piece.number}.safetensors"
@@ -212,6 +219,7 @@ class StoredRows:
         """Batches of `size` rows, the last perhaps smaller."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
+            trim()  # what the last batch took, and whatever was made of it
 
     def __getitem__(self, wanted: int | slice | Sequence[int] | Tensor) -> Tensor:
         if isinstance(wanted, int):
