@@ -34,7 +34,7 @@ from ditbench.harness.fitting.bit_allocation import (
     fixed_units,
     merged,
     merged_by_range,
-    readers_of_one_site,
+    readers_of_one_tensor,
     solve,
     units_of,
 )
@@ -95,7 +95,7 @@ def quantize(
     ]
     errors_RUK = np.array(measured_KUR).T * shares_R[:, None, None]
     costs, rest = COSTS[bits.budget](timing, model, target, recipes, labels, units, shares_R)
-    pairs, acts = readers_of_one_site(target, units), [each.act for each in bits.candidates]
+    pairs, acts = readers_of_one_tensor(target, units), [each.act for each in bits.candidates]
 
     def planned(fixed: Sequence[int]) -> np.ndarray:
         try:
