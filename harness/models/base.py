@@ -151,6 +151,7 @@ class LoadedModel:
     adapter: Adapter
     extras: dict[str, Path] = field(default_factory=dict)  # files beside the weights: the judge's folder
     parts: dict[str, str] = field(default_factory=dict)
+    _macs: dict[str, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def transformer(self) -> nn.Module:
@@ -165,10 +166,16 @@ class LoadedModel:
         )
         return canonical_sha256({"weights": weights} | self.parts) if self.parts else weights
 
-    @cached_property
+    @property
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of one call on one row, by layer name, "" for the whole call (see `count_macs`)."""
-        return count_macs(self.transformer, self.step_inputs(1))
+        return self.macs_on(CPU)
+
+    def macs_on(self, device: torch.device) -> dict[str, int]:
+        """The same. device: where text encoders run for it; counted once, whatever the device."""
+        if self._macs is None:
+            self._macs = count_macs(self.transformer, self.step_inputs(1, device))
+        return self._macs
 
     def step_inputs(self, batch: int, device: torch.device = CPU) -> dict[str, Any]:
         """Arguments of one transformer call on `batch` rows; one denoising step with guidance has twice the samples.
