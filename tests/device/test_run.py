@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import second_device
 from device_chain import saved
 from operations import counted
 
 from ditbench.harness.cli import main
+from ditbench.harness.common.devices import memory_of
 
 TINY = (
     "bits=w4a8", "backend=simulate", "generate.dtype=float32", "generate.reference_dtype=float32", "protocol.n=4",
@@ -68,6 +70,16 @@ def test_its_index_makes_no_other_run(second, tmp_path, capsys):
 def test_the_float_model_alone_is_timed_on_it(second, tmp_path):
     record = run(tmp_path, "model=tiny-dit", "method=fp", "metrics.names=[psnr]", "device=second_device")
     assert record["efficiency"]["kind"] == "measured" and record["efficiency"]["latency_ms"]["median"] > 0
+
+
+def test_a_device_that_does_not_tell_its_memory_gets_no_number_of_the_cpus(second, monkeypatch, tmp_path):
+    monkeypatch.delattr(second_device.Module, "memory_allocated")
+    assert memory_of(second) is None
+    record = run(tmp_path, "model=tiny-dit", "method=fp", "metrics.names=[psnr]", "device=second_device")
+    measured = record["efficiency"]
+    assert measured["kind"] == "measured" and measured["latency_ms"]["median"] > 0
+    assert measured["peak_memory_bytes"] is measured["baseline_peak_memory_bytes"] is None
+    assert record["cost"]["peak_memory_bytes"] is None
 
 
 def test_runs_of_a_sweep_share_a_pipeline_and_do_not_disturb_each_other(second, tmp_path):
