@@ -190,7 +190,9 @@ def outlier_scores(
 ) -> dict[str, Tensor]:
     """{site: o_j}, from one pass over the block's inputs."""
     scores = {site.name: ChannelMagnitude(score) for site in sites}
-    stream.watch(module, {layers[next(n for n in s.consumers if n in layers)].layer: scores[s.name].see for s in sites})
+    readers = [[name for name in group if name in layers] for site in sites for group in site.groups]
+    site_of = {name: site.name for site in sites for name in site.consumers}
+    stream.watch(module, {layers[names[0]].layer: scores[site_of[names[0]]].see for names in readers if names})
     return {name: magnitude.of_channels(name).cpu() for name, magnitude in scores.items()}
 
 
@@ -228,7 +230,7 @@ def transforms(
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One quantizer under search: the weight of a layer, or the input that the layers of a site share."""
+    """One quantizer under search: the weight of a layer, or the tensor that several layers read."""
 
     side: str  # weight | act
     layers: tuple[str, ...]
@@ -327,8 +329,10 @@ def clps(
 
 def quantizers(sites: list[Site], layers: dict[str, TrialLayer], bits: Bits) -> list[Quantizer]:
     found = []
-    for site in sites:
-        readers = tuple(name for name in layers if name in site.consumers)
+    for group in (group for site in sites for group in site.groups):
+        readers = tuple(name for name in layers if name in group)
+        if not readers:
+            continue
         found += [] if bits.act is None else [Quantizer("act", readers, bits.act)]
         found += [] if bits.weight is None else [Quantizer("weight", (name,), bits.weight) for name in readers]
     return found

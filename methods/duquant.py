@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibration.channel_statistics import channel_stats, token_sample
+from ditbench.harness.calibration.channel_statistics import channel_stats, of_site, token_sample, tokens_of_site
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
@@ -57,10 +57,10 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
     tokens = token_sample(target, calibration, sites, params.tokens)
     state: dict[str, Tensor] = {}
     for site, seed in zip(sites, sample_seeds(params.seed, len(sites), stream="duquant"), strict=True):
-        absmax_C = stats[site.consumers[0]].absmax_C
+        absmax_C = of_site(stats, site).absmax_C
         scale_C = smoothing_scale(absmax_C, weight_absmax(target, site), params.alpha, params.floor)
         generator = torch.Generator().manual_seed(seed)
-        x_NC = tokens[site.name].to(target.device) / scale_C.to(target.device)
+        x_NC = tokens_of_site(tokens, site).to(target.device) / scale_C.to(target.device)
         dual = dual_rotation(x_NC, params.block_size, params.steps, generator)
         state |= {f"{site.name}/scale": scale_C} | dual.state(site.name)
     return state | static_ranges(target, bits, calibration, *placement(target, state))

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibration.channel_statistics import ChannelStats, channel_stats
+from ditbench.harness.calibration.channel_statistics import ChannelStats, channel_stats, of_site
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.clustering import adjacent_clusters, group_means
@@ -79,7 +79,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
     state: dict[str, Tensor] = {"num_steps": torch.tensor(calibration.num_steps)}
     group_of_layer: dict[str, Tensor] = {}
     for site in target.linear_sites():
-        site_stats = stats[site.consumers[0]]
+        site_stats = of_site(stats, site)
         centre_SC = site_stats.centre_SC
         group_of_step = adjacent_clusters(centre_SC, groups)
         group_of_layer |= dict.fromkeys(site.consumers, group_of_step)

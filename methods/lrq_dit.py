@@ -27,12 +27,19 @@ as `bits` says (released: dynamic per token). The paper's text was read second-h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibration.channel_statistics import ChannelStats, channel_stats, token_sample
+from ditbench.harness.calibration.channel_statistics import (
+    ChannelStats,
+    channel_stats,
+    of_site,
+    token_sample,
+    tokens_of_site,
+)
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.rounding import nearest, static_ranges
@@ -96,7 +103,7 @@ def check_bits(bits: Bits) -> None:
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
     stats = channel_stats(target, calibration)
-    state = {f"{site.name}/rms": rms(stats[site.consumers[0]]) for site in target.linear_sites()}
+    state = {f"{site.name}/rms": rms(of_site(stats, site)) for site in target.linear_sites()}
     if "smooth" in params.active:
         state |= smoothing(target, stats, params.alpha, params.floor)
     if "rotate" in params.active:
@@ -134,7 +141,7 @@ def smoothing(target: Target, stats: dict[str, ChannelStats], alpha: float, floo
     """1/m by site; SmoothQuant's factor, whose strength is the exponent of the activations."""
     return {
         f"{site.name}/scale": smoothing_scale(
-            stats[site.consumers[0]].absmax_C, weight_absmax(target, site), 1 - alpha, floor
+            of_site(stats, site).absmax_C, weight_absmax(target, site), 1 - alpha, floor
         )
         for site in target.linear_sites()
     }
@@ -161,13 +168,13 @@ def choose_rotations(
         if site not in sampled:
             found |= hadamard
             continue
-        x_NC = tokens[site.name].to(target.device)
+        x_NC = tokens_of_site(tokens, site).to(target.device)
         smooth = to_device(Transform(scale_C=state.get(f"{site.name}/scale")), target.device)
         dual = dual_rotation(smooth(x_NC), params.block_size, params.steps, generator).state(site.name)
         if params.choose == "measured":
             errors = [
                 output_error(
-                    target, site, x_NC, Transform(None, smooth.scale_C, rotations(site.name, each)), bits, params
+                    target, site, tokens, Transform(None, smooth.scale_C, rotations(site.name, each)), bits, params
                 )
                 for each in (hadamard, dual)
             ]
@@ -182,19 +189,22 @@ def takes_dual(rms: Tensor, params: Params) -> bool:
     return not bool(rms < params.threshold)
 
 
-def output_error(target: Target, site: Site, x_NC: Tensor, transform: Transform, bits: Bits, params: Params) -> float:
-    """Squared error of the outputs of the site's quantized layers on a sample of its input.
+def output_error(
+    target: Target, site: Site, tokens: Mapping[str, Tensor], transform: Transform, bits: Bits, params: Params
+) -> float:
+    """Squared error of the outputs of the site's quantized layers, each on a sample of its input: tokens, x_NC by layer name.
 
     The weights are those before any fold; a static activation quantizer counts with the range of the sample.
     """
-    transform, x_NC = to_device(transform, target.device).double(), x_NC.double()
-    moved_NC = transform(x_NC)
-    if bits.act is not None:
-        moved_NC = fake_quantize_activation(moved_NC, ActQuant(replace(bits.act, dynamic=True)))
+    transform = to_device(transform, target.device).double()
     total = 0.0
     for name in site.consumers:
         if name not in target.layers:
             continue
+        x_NC = tokens[name].to(target.device).double()
+        moved_NC = transform(x_NC)
+        if bits.act is not None:
+            moved_NC = fake_quantize_activation(moved_NC, ActQuant(replace(bits.act, dynamic=True)))
         weight_OC = target.weight(name).double()
         moved_OC = transform.of_weight(weight_OC)
         if bits.weight is not None:

@@ -35,7 +35,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from ditbench.harness.calibration.channel_statistics import channel_stats
+from ditbench.harness.calibration.channel_statistics import channel_stats, of_site
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.reconstruct import Reconstruction, learned_weights, reconstruct
 from ditbench.harness.fitting.rounding import nearest, static_ranges
@@ -73,7 +73,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
     if params.parts != "none":
         stats = channel_stats(target, calibration)
         for site in balanced_sites(target):
-            act_salience_SC = stats[site.consumers[0]].absmax_SC
+            act_salience_SC = of_site(stats, site).absmax_SC
             state[f"{site.name}/scale"] = balance(act_salience_SC, weight_absmax(target, site), params)
     transforms, folded = placement(target, state)
     state |= static_ranges(target, bits, calibration, transforms, folded, ranges=params.ranges)

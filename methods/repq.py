@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.build.build import float_copy
-from ditbench.harness.calibration.channel_statistics import channel_stats, inputs_observed, run_calibration
+from ditbench.harness.calibration.channel_statistics import channel_stats, inputs_observed, of_site, run_calibration
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.quantizers import quantize_weight
@@ -109,8 +109,8 @@ def channel_values(target: Target, calibration: Calibration, tokens: int) -> dic
     stats = channel_stats(target, calibration)
     seen: dict[str, list[Tensor]] = {}
     for name, site in sites.items():
-        of_site = stats[site.consumers[0]]
-        seen[name] = [end_C[None].to(target.device) for end_C in (of_site.min_SC.amin(0), of_site.max_SC.amax(0))]
+        seen_C = of_site(stats, site)
+        seen[name] = [end_C[None].to(target.device) for end_C in (seen_C.min_SC.amin(0), seen_C.max_SC.amax(0))]
 
     def observe(name: str, step: int, x: Tensor) -> None:
         x_TC = x.detach().float().flatten(0, -2)
@@ -118,7 +118,8 @@ def channel_values(target: Target, calibration: Calibration, tokens: int) -> dic
         seen[name].append(x_TC[kept])
 
     model = float_copy(target, dtype=torch.float32, device=target.device)
-    with inputs_observed(model, {site.consumers[0]: name for name, site in sites.items()}, observe) as set_step:
+    readers = {reader: name for name, site in sites.items() for reader in site.first_readers}
+    with inputs_observed(model, readers, observe) as set_step:
         run_calibration(model, calibration, set_step, "channel values")
     return {name: torch.cat(values) for name, values in seen.items()}
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ditbench.harness.calibration.channel_statistics import channel_stats
+from ditbench.harness.calibration.channel_statistics import channel_stats, of_site
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
@@ -49,7 +49,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
     stats = channel_stats(target, calibration)
     state = {
         f"{site.name}/scale": smoothing_scale(
-            stats[site.consumers[0]].absmax_C, weight_absmax(target, site), params.strength, params.floor
+            of_site(stats, site).absmax_C, weight_absmax(target, site), params.strength, params.floor
         )
         for site in smoothed_sites(target)
     }

@@ -19,6 +19,7 @@ divisor of C below; or the group_size of `bits`, if that is per_group) of each o
 activations dynamic. Inputs behind a GELU, which never fall below −0.17004, are shifted up by 0.171875 and take unsigned
 codes; the bias gives the shift back. At 8 bits granularity and symmetry are those of `bits`, and nothing is shifted.
 
+Where an attention over image and text has an output layer for each, both share λ (their rows of V do), and each has its own a.
 The adaLN linears, embedders and output layers have neither λ nor branch (`plain`): where the protocol quantizes them, they
 are rounded only, in the same format. λ runs online, as the paper's kernel divides there; fold=true moves it into the rows
 of the producer where there is one. Each of q, k, v stores its copy of a, and is counted with it.
@@ -41,6 +42,7 @@ from ditbench.harness.calibration.channel_statistics import (
     ChannelStats,
     channel_stats,
     inputs_observed,
+    of_site,
     run_calibration,
 )
 from ditbench.harness.calibration.recording import Calibration
@@ -117,15 +119,14 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
 
     low_rank: dict[str, LowRank] = {}
     for site in branch_sites(target, params):
-        names = quantized_consumers(target, site)
-        weights = [effective_linear(target, name, transforms, folded).weight_OC for name in names]
-        transform, sample_TC = to_device((transforms.get(names[0]), samples.get(site.name)), target.device)
-        parts = fit_branch(site, weights, transform, sample_TC, bits, params)
-        if parts.rank:
-            low_rank |= branches(names, parts, [len(weight_OC) for weight_OC in weights])
-            state |= {f"{site.name}/down": low_rank[names[0]].down_rC} | {
-                f"{name}/up": low_rank[name].up_Or for name in names
-            }
+        for names in quantized_groups(target, site):
+            weights = [effective_linear(target, name, transforms, folded).weight_OC for name in names]
+            transform, sample_TC = to_device((transforms.get(names[0]), samples.get(names[0])), target.device)
+            parts = fit_branch(site, weights, transform, sample_TC, bits, params)
+            if parts.rank:
+                low_rank |= branches(names, parts, [len(weight_OC) for weight_OC in weights])
+                state |= {down_key(site, names[0]): low_rank[names[0]].down_rC}
+                state |= {f"{name}/up": low_rank[name].up_Or for name in names}
 
     def round_gptq(name: str, residual_OC: Tensor, hessian_CC: Tensor) -> QuantizedWeight:
         return gptq(residual_OC, hessian_CC, weight_spec(bits, residual_OC.shape[1], params), damp=params.damp)
@@ -159,7 +160,7 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
 
     def completed(name: str, layer: LayerRecipe) -> LayerRecipe:
         up_Or = state.get(f"{name}/up")
-        branch = None if up_Or is None else LowRank(state[f"{target.site_of(name).name}/down"], up_Or)
+        branch = None if up_Or is None else LowRank(state[down_key(target.site_of(name), name)], up_Or)
         return replace(layer, act=acts.get(name, layer.act), low_rank=branch)
 
     return replace(recipe, layers={name: completed(name, layer) for name, layer in recipe.layers.items()})
@@ -192,8 +193,15 @@ def branch_sites(target: Target, params: Params) -> list[Site]:
     ]
 
 
-def quantized_consumers(target: Target, site: Site) -> tuple[str, ...]:
-    return tuple(name for name in site.consumers if name in target.layers)
+def quantized_groups(target: Target, site: Site) -> list[tuple[str, ...]]:
+    """The layers to quantize by the tensor that they read."""
+    groups = [tuple(name for name in group if name in target.layers) for group in site.groups]
+    return [group for group in groups if group]
+
+
+def down_key(site: Site, layer: str) -> str:
+    """Where the state has a of the branch that this layer shares with those that read the same tensor."""
+    return f"{site.name if len(site.groups) == 1 else site.group_of(layer)[0]}/down"
 
 
 def is_shifted(site: Site, bits: Bits, params: Params) -> bool:
@@ -235,11 +243,11 @@ def fit_smoothing(
     stats = channel_stats(target, calibration)
     state = {}
     for site in branch_sites(target, params):
-        site_stats = stats[site.consumers[0]]
+        site_stats = of_site(stats, site)
         check_shift(site, site_stats, bits, params)
         if params.smooth != "off":
-            stats_and_sample = to_device((site_stats, samples.get(site.name)), target.device)
-            state[f"{site.name}/scale"] = smoothing(target, site, *stats_and_sample, bits, params).cpu()
+            site_stats = to_device(site_stats, target.device)
+            state[f"{site.name}/scale"] = smoothing(target, site, site_stats, samples, bits, params).cpu()
     return state
 
 
@@ -253,20 +261,24 @@ def check_shift(site: Site, stats: ChannelStats, bits: Bits, params: Params) -> 
 
 
 def smoothing(
-    target: Target, site: Site, stats: ChannelStats, sample_TC: Tensor | None, bits: Bits, params: Params
+    target: Target, site: Site, stats: ChannelStats, samples: dict[str, Tensor], bits: Bits, params: Params
 ) -> Tensor:
     """λ of one layer input, from the weights as they are before any fold into their rows."""
-    weights = [target.weight(name).double() for name in quantized_consumers(target, site)]
+    groups = quantized_groups(target, site)
+    weights = [[target.weight(name).double() for name in group] for group in groups]
     shift = -params.gelu_shift if is_shifted(site, bits, params) else 0.0
     act_absmax_C = torch.maximum(stats.max_SC - shift, shift - stats.min_SC).amax(0)
-    weight_absmax_C = torch.cat(weights).abs().amax(0).float()
+    weight_absmax_C = torch.cat([weight_OC for group in weights for weight_OC in group]).abs().amax(0).float()
     if params.smooth == "half":
         return smoothing_scale(act_absmax_C, weight_absmax_C, 0.5, 0.5, params.floor)
-    assert sample_TC is not None
+    seen = [samples[group[0]].to(target.device) for group in groups]
     best_C, least = torch.ones_like(act_absmax_C), torch.inf
     for alpha, beta in candidates(params.num_grids):
         scale_C = smoothing_scale(act_absmax_C, weight_absmax_C, alpha, beta, params.floor)
-        error = candidate_error(site, weights, scale_C, sample_TC, bits, params)
+        error = sum(
+            candidate_error(site, of_group, scale_C, sample_TC, bits, params)
+            for of_group, sample_TC in zip(weights, seen, strict=True)
+        )
         if error < least:
             best_C, least = scale_C, error
     return best_C
@@ -286,7 +298,7 @@ def smoothing_scale(act_absmax_C: Tensor, weight_absmax_C: Tensor, alpha: float,
 def candidate_error(
     site: Site, weights: list[Tensor], scale_C: Tensor, sample_TC: Tensor, bits: Bits, params: Params
 ) -> float:
-    """‖X Wᵀ − Y‖² on the sample, over all layers that read the input."""
+    """‖X Wᵀ − Y‖² on the sample, over all layers that read the tensor."""
     transform = to_device(transform_of(site, len(scale_C), scale_C, bits, params), scale_C.device)
     weight_MC, x_TC = transform.of_weight(torch.cat(weights)), transform(sample_TC.double())
     rounded_x_TC = rounded_act(site, x_TC, bits, params)
@@ -300,7 +312,7 @@ def candidate_error(
 def fit_branch(
     site: Site, weights: list[Tensor], transform: Transform | None, sample_TC: Tensor | None, bits: Bits, params: Params
 ) -> Split:
-    """The branch that the layers of one input share; weights are the transformed ones."""
+    """The branch that the layers of one tensor share; weights are the transformed ones."""
     weight_MC, rows = torch.cat(weights), [len(weight_OC) for weight_OC in weights]
     rank = capped_rank(weight_MC, params.rank)
     if params.iterations == 1 or rank == 0:
@@ -335,23 +347,24 @@ def rounded_act(site: Site, x_TC: Tensor, bits: Bits, params: Params) -> Tensor:
 
 
 def site_samples(target: Target, calibration: Calibration, params: Params) -> dict[str, Tensor]:
-    """{site: x_TC} with about sample_rows tokens (at least one per call), spread over steps, samples and tokens.
+    """{layer: x_TC} with about sample_rows tokens (at least one per call), spread over steps, samples and tokens.
 
-    Empty if no error has to be measured.
+    Layers that read one tensor share a sample. Empty if no error has to be measured.
     """
     if params.smooth != "grid" and params.iterations == 1:
         return {}
     wanted = max(1, params.sample_rows // calibration.num_batches())
     kept: dict[str, list[Tensor]] = {}
 
-    def observe(site: str, step: int, x: Tensor) -> None:
+    def observe(name: str, step: int, x: Tensor) -> None:
         x_TC = x.detach().float().flatten(0, -2)
-        count, calls = min(wanted, len(x_TC)), kept.setdefault(site, [])
+        count, calls = min(wanted, len(x_TC)), kept.setdefault(name, [])
         offset = len(calls) * GOLDEN % 1  # a fixed grid would see the same tokens at every step
         calls.append(x_TC[((torch.arange(count) + offset) * (len(x_TC) / count)).long()].clone())
 
     model = float_copy(target, dtype=torch.float32, device=target.device)
-    first_consumers = {site.consumers[0]: site.name for site in branch_sites(target, params)}
-    with inputs_observed(model, first_consumers, observe) as set_step:
+    groups = [group for site in branch_sites(target, params) for group in site.groups]
+    with inputs_observed(model, {group[0]: group[0] for group in groups}, observe) as set_step:
         run_calibration(model, calibration, set_step, "sample")
-    return {site: torch.cat(calls).cpu() for site, calls in kept.items()}
+    sampled = {name: torch.cat(calls).cpu() for name, calls in kept.items()}
+    return {name: sampled[group[0]] for group in groups for name in group}

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ditbench.harness.calibration.channel_statistics import ChannelStats, channel_stats
+from ditbench.harness.calibration.channel_statistics import ChannelStats, channel_stats, of_site
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.rounding import nearest, static_ranges
@@ -79,7 +79,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
     if params.scale:
         stats = channel_stats(target, calibration)
         for site in target.linear_sites():
-            act_absmax_C = activation_absmax(stats[site.consumers[0]], params.statistics)
+            act_absmax_C = activation_absmax(of_site(stats, site), params.statistics)
             weight_absmax_C = weight_absmax(target, site)
             state[f"{site.name}/scale"] = smoothing_scale(act_absmax_C, weight_absmax_C, 1 - params.alpha, params.floor)
     if params.rotate:

@@ -5,7 +5,7 @@ What they gather stays on the calibration's device until the pass is over; what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -59,8 +59,27 @@ class ChannelStats:
         return self.absmax_SC.amax(0)
 
 
+def of_site(stats: Mapping[str, ChannelStats], site: Site) -> ChannelStats:
+    """Of all that the layers of a site read: the widest extremes and the sums over its tensors (`Site.groups`).
+
+    stats: by layer name, as `channel_stats` gives them.
+    """
+    each = [stats[name] for name in site.first_readers]
+    if len(each) == 1:
+        return each[0]
+    return ChannelStats(
+        min_SC=torch.stack([one.min_SC for one in each]).amin(0),
+        max_SC=torch.stack([one.max_SC for one in each]).amax(0),
+        mean_min_SC=torch.stack([one.mean_min_SC for one in each]).amin(0),
+        mean_max_SC=torch.stack([one.mean_max_SC for one in each]).amax(0),
+        sumsq_SC=torch.stack([one.sumsq_SC for one in each]).sum(0),
+        count_S=torch.stack([one.count_S for one in each]).sum(0),
+    )
+
+
 def channel_stats(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
-    """Statistics of the input of every linear site → {layer name: stats}; consumers of a site share one object.
+    """Statistics of the input of every layer at a linear site → {layer name: stats}; layers that read one tensor share one
+    object. `of_site` puts together what a site's layers read.
 
     Kept in the recording's cache, so that a sweep over methods pays for it once.
 
@@ -72,47 +91,48 @@ def channel_stats(target: Target, calibration: Calibration) -> dict[str, Channel
     key = canonical_sha256(
         {
             "recording": calibration.key,
-            "sites": [[site.name, site.consumers] for site in sites],
+            "tensors": [group for site in sites for group in site.groups],
             "device": calibration.device.type,
             "code": code_identity(*STATISTICS),
         }
     )
     address = calibration.derived("statistics", key, "statistics of the calibration")
-    kept = obtain(address, lambda: _observe_sites(target, calibration), _write, _read)
+    kept = obtain(address, lambda: _observe(target, calibration), _write, _read)
     calibration.saved(f"statistics {key}", kept.saved_s)
-    return {consumer: kept.value[site.name] for site in sites for consumer in site.consumers}
+    return {consumer: kept.value[group[0]] for site in sites for group in site.groups for consumer in group}
 
 
-def _observe_sites(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
+def _observe(target: Target, calibration: Calibration) -> dict[str, ChannelStats]:
+    """{first reader: stats} of each tensor that layers at linear sites read."""
     steps = calibration.num_steps
     model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device, memory=AUTO)
     running: dict[str, dict[str, Tensor]] = {}
     samples: dict[str, Tensor] = {}
 
-    def observe(site: str, step: int, x: Tensor) -> None:
+    def observe(name: str, step: int, x: Tensor) -> None:
         x_BTC = x.detach().float().reshape(len(x), -1, x.shape[-1])
         width = x_BTC.shape[-1]
-        if site not in running:
+        if name not in running:
             zeros = {field.name: x_BTC.new_zeros(steps, width) for field in fields(ChannelStats)}
-            running[site] = zeros | {
+            running[name] = zeros | {
                 "min_SC": x_BTC.new_full((steps, width), torch.inf),
                 "max_SC": x_BTC.new_full((steps, width), -torch.inf),
                 "count_S": torch.zeros(steps),
             }
-            samples[site] = torch.zeros(steps)
-        stats, low_BC, high_BC = running[site], x_BTC.amin(1), x_BTC.amax(1)
+            samples[name] = torch.zeros(steps)
+        stats, low_BC, high_BC = running[name], x_BTC.amin(1), x_BTC.amax(1)
         stats["min_SC"][step] = torch.minimum(stats["min_SC"][step], low_BC.amin(0))
         stats["max_SC"][step] = torch.maximum(stats["max_SC"][step], high_BC.amax(0))
         stats["mean_min_SC"][step] += low_BC.sum(0)  # a sum until the end
         stats["mean_max_SC"][step] += high_BC.sum(0)
         stats["sumsq_SC"][step] += x_BTC.square().sum((0, 1))
         stats["count_S"][step] += x_BTC.shape[0] * x_BTC.shape[1]
-        samples[site][step] += len(x_BTC)
+        samples[name][step] += len(x_BTC)
 
-    sites = target.linear_sites()
-    with inputs_observed(model, {site.consumers[0]: site.name for site in sites}, observe) as set_step:
+    readers = [name for site in target.linear_sites() for name in site.first_readers]
+    with inputs_observed(model, {name: name for name in readers}, observe) as set_step:
         run_calibration(model, calibration, set_step, "observe")
-    missing = [site.name for site in sites if site.name not in running]
+    missing = [name for name in readers if name not in running]
     if missing:
         raise RuntimeError(f"{missing[0]} saw no calibration batch; is it skipped at every step you calibrate?")
     for name, stats in running.items():
@@ -123,7 +143,7 @@ def _observe_sites(target: Target, calibration: Calibration) -> dict[str, Channe
             )
         for mean in ("mean_min_SC", "mean_max_SC"):
             stats[mean] /= samples[name].to(stats[mean].device)[:, None].clamp(min=1)
-    return {site.name: to_device(ChannelStats(**running[site.name]), "cpu") for site in sites}
+    return {name: to_device(ChannelStats(**running[name]), "cpu") for name in readers}
 
 
 class ChannelMagnitude:
@@ -160,28 +180,35 @@ class ChannelMagnitude:
 
 
 def token_sample(target: Target, calibration: Calibration, sites: list[Site], tokens: int) -> dict[str, Tensor]:
-    """About `tokens` tokens of each site's input, the same number from every model call → {site name: x_NC, float32, on the CPU}.
+    """About `tokens` tokens of each tensor that layers of these sites read, the same number from every model call →
+    {layer name: x_NC, float32, on the CPU}; layers that read one tensor share one sample, `tokens_of_site` has all of a site's.
 
     Raises:
-        RuntimeError: a site saw no calibration batch.
+        RuntimeError: a layer saw no calibration batch.
     """
     per_call = -(-tokens // calibration.num_batches())
-    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    found: dict[str, list[Tensor]] = {name: [] for site in sites for name in site.first_readers}
 
-    def observe(site: str, step: int, x: Tensor) -> None:
+    def observe(name: str, step: int, x: Tensor) -> None:
         x_NC = x.detach().float().flatten(0, -2)
         # evenly spread over rows and tokens, so that conditional and null rows are both seen
         kept = torch.linspace(0, len(x_NC) - 1, min(per_call, len(x_NC))).round().long()
-        found[site].append(x_NC[kept.to(x_NC.device)])
+        found[name].append(x_NC[kept.to(x_NC.device)])
 
     if sites:
         model = float_copy(target, dtype=float_dtype(target.transformer), device=calibration.device, memory=AUTO)
-        with inputs_observed(model, {site.consumers[0]: site.name for site in sites}, observe) as set_step:
+        with inputs_observed(model, {name: name for name in found}, observe) as set_step:
             run_calibration(model, calibration, set_step, "sample")
     missing = [name for name, parts in found.items() if not parts]
     if missing:
         raise RuntimeError(f"{missing[0]} saw no calibration batch; is it skipped at every step you calibrate?")
-    return {name: torch.cat(parts).cpu() for name, parts in found.items()}
+    sampled = {name: torch.cat(parts).cpu() for name, parts in found.items()}
+    return {consumer: sampled[group[0]] for site in sites for group in site.groups for consumer in group}
+
+
+def tokens_of_site(tokens: Mapping[str, Tensor], site: Site) -> Tensor:
+    """x_NC of all that the layers of a site read. tokens: by layer name, as `token_sample` gives them."""
+    return torch.cat([tokens[name] for name in site.first_readers])
 
 
 @contextmanager
@@ -208,15 +235,15 @@ def run_calibration(model: nn.Module, calibration: Calibration, set_step: Callab
         calibration.call(model, step, inputs)
 
 
-def _write(by_site: dict[str, ChannelStats], folder: Path) -> None:
+def _write(by_layer: dict[str, ChannelStats], folder: Path) -> None:
     save_tensors(
-        {f"{s}/{f.name}": getattr(stats, f.name) for s, stats in by_site.items() for f in fields(stats)}, folder / FILE
+        {f"{n}/{f.name}": getattr(stats, f.name) for n, stats in by_layer.items() for f in fields(stats)}, folder / FILE
     )
 
 
 def _read(folder: Path) -> dict[str, ChannelStats]:
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / FILE).items():
-        site, name = key.rsplit("/", 1)
-        parts.setdefault(site, {})[name] = tensor
-    return {site: ChannelStats(**values) for site, values in parts.items()}
+        layer, name = key.rsplit("/", 1)
+        parts.setdefault(layer, {})[name] = tensor
+    return {layer: ChannelStats(**values) for layer, values in parts.items()}

@@ -20,7 +20,7 @@ GROUP = Path("/sys/fs/cgroup")  # of a container that sees its own limits (versi
 
 @dataclass
 class PeakMemory:
-    """Bytes held when the stretch began and at most within it; None where this system does not tell."""
+    """Bytes held when the stretch began and at most within it; None where the system or the device does not tell."""
 
     before_bytes: int | None = None
     peak_bytes: int | None = None
@@ -35,6 +35,9 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         found = PeakMemory(functions.memory_allocated(device))
         yield found
         found.peak_bytes = functions.max_memory_allocated(device)
+        return
+    if device.type != "cpu":  # what the process holds is not what the device holds
+        yield PeakMemory()
         return
     try:
         (PROCESS / "clear_refs").write_text("5")  # the high-water mark falls back to what is held now

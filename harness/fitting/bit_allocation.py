@@ -140,12 +140,12 @@ def fixed_units(target: Target, recipes: Sequence[ModelRecipe], units: Sequence[
     return [index for index, unit in enumerate(units) if not tied.isdisjoint(unit)]
 
 
-def readers_of_one_site(target: Target, units: Sequence[Unit]) -> list[tuple[int, int]]:
+def readers_of_one_tensor(target: Target, units: Sequence[Unit]) -> list[tuple[int, int]]:
     """Pairs of units with layers to quantize that read the same tensor."""
     place = {name: index for index, unit in enumerate(units) for name in unit}
     pairs = set()
-    for site in target.sites:
-        found = sorted({place[name] for name in site.consumers if name in place and name in target.layers})
+    for group in (group for site in target.sites for group in site.groups):
+        found = sorted({place[name] for name in group if name in place and name in target.layers})
         pairs |= set(combinations(found, 2))
     return sorted(pairs)
 

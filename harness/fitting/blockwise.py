@@ -35,7 +35,7 @@ def round_blockwise(
     """{layer: codes} for every target layer, each fitted with the blocks before its own already rounded.
 
     round_weight gets the layer's effective weight (transforms and folds applied) and its Hessian: the mean of x xᵀ over its
-    inputs (transformed), float32, of which layers that read the same input share one. Within a block all layers are
+    inputs (transformed), float32, of which layers that read the same tensor share one. Within a block all layers are
     observed in one pass with the block in float, as GPTQ's reference does. Layers outside the blocks are observed on the
     float model.
     low_rank: branches by layer name. They stay in place, and round_weight gets what they leave of the weight.
@@ -105,10 +105,11 @@ def weight_from_state(name: str, state: dict[str, Tensor], spec: QuantSpec) -> Q
 
 
 def _hessians(target: Target, layers: Iterable[str], transforms: Mapping[str, Transform]) -> dict[str, Hessian]:
-    """{layer: Hessian}, one for all layers of a site that read it through the same transform."""
-    inputs: dict[tuple[str, int], Hessian] = {}
+    """{layer: Hessian}, one for all layers that read one tensor through the same transform."""
+    inputs: dict[tuple[tuple[str, ...], int], Hessian] = {}
     return {
-        name: inputs.setdefault((target.site_of(name).name, id(transforms.get(name))), Hessian()) for name in layers
+        name: inputs.setdefault((target.site_of(name).group_of(name), id(transforms.get(name))), Hessian())
+        for name in layers
     }
 
 

@@ -34,7 +34,7 @@ from ditbench.harness.fitting.bit_allocation import (
     fixed_units,
     merged,
     merged_by_range,
-    readers_of_one_site,
+    readers_of_one_tensor,
     solve,
     units_of,
 )
@@ -95,7 +95,7 @@ def quantize(
     ]
     errors_RUK = np.array(measured_KUR).T * shares_R[:, None, None]
     costs, rest = COSTS[bits.budget](timing, model, target, recipes, labels, units, shares_R)
-    pairs, acts = readers_of_one_site(target, units), [each.act for each in bits.candidates]
+    pairs, acts = readers_of_one_tensor(target, units), [each.act for each in bits.candidates]
 
     def planned(fixed: Sequence[int]) -> np.ndarray:
         try:
@@ -252,7 +252,7 @@ def _read(folder: Path) -> list[list[float]]:
 def _bytes(timing, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
     """Of the stored transformer: of each unit, and of the rest."""
     parts_UK = [[_parts(target, recipe, unit) for recipe in recipes] for unit in units]
-    whole_K = [account(target, recipe, model.macs, "")[1]["model_bytes"] for recipe in recipes]
+    whole_K = [account(target, recipe, model.macs_on(target.device), "")[1]["model_bytes"] for recipe in recipes]
     of_units_K = [sum(sum(of_unit[k].values()) for of_unit in parts_UK) for k in range(len(recipes))]
     rest = max(whole - own for whole, own in zip(whole_K, of_units_K, strict=True))
     return Costs.of_parts(parts_UK, len(shares_R)), float(rest)
@@ -268,7 +268,7 @@ def _average_weight_bits(timing, model, target, recipes, labels, units, shares_R
 
 def _average_act_bits(timing, model, target, recipes, labels, units, shares_R) -> tuple[Costs, float]:
     """Mean over the steps and the multiplications of the protocol's layers."""
-    macs = model.macs
+    macs = model.macs_on(target.device)
     total = sum(macs[name] for name in target.layers)
 
     def bits(recipe: ModelRecipe, unit: Unit) -> float:

@@ -92,7 +92,8 @@ def measure(
     found["latency_ms"] = quantiles(times["quantized"])
     found["baseline_latency_ms"] = quantiles(times["baseline"])
     found["speedup"] = found["baseline_latency_ms"]["median"] / found["latency_ms"]["median"]
-    found["peak_memory_bytes"] = max(peak_memory_bytes(quantized, inputs, device) for _ in _each_range(quantized))
+    peaks = [peak_memory_bytes(quantized, inputs, device) for _ in _each_range(quantized)]
+    found["peak_memory_bytes"] = None if None in peaks else max(each or 0 for each in peaks)
     found["baseline_peak_memory_bytes"] = peak_memory_bytes(baseline, baseline_inputs, device)
     return found
 
@@ -101,9 +102,9 @@ def quantiles(times_ms: list[float]) -> dict[str, float]:
     return {name: float(np.quantile(times_ms, q)) for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))}
 
 
-def peak_memory_bytes(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> int:
+def peak_memory_bytes(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> int | None:
     """Peak of torch's allocator over one call: the most that is live at a time above what was live before, plus the
-    model's own tensors (parameters, buffers and prepacked weights).
+    model's own tensors (parameters, buffers and prepacked weights). None for a device whose allocator does not tell.
     """
     functions = memory_of(device)
     if functions is not None:
@@ -111,6 +112,8 @@ def peak_memory_bytes(model: nn.Module, inputs: dict[str, Tensor], device: torch
         before = functions.memory_allocated(device)
         _timed_call(model, inputs, device)
         return functions.max_memory_allocated(device) - before + resident_bytes(model)
+    if device.type != "cpu":
+        return None  # the profiler below sees what the CPU allocates, which is not where the model is
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         model(**inputs)

@@ -104,6 +104,9 @@ class Adapter(Protocol):
     """One model family: module-level names of harness/models/<family>.py, or those of its FAMILY object."""
 
     FLOAT_IN_BLOCKS: str  # regex: linears inside the blocks that the default protocol leaves in float
+    ALWAYS_FLOAT: (
+        str  # regex: linears that no protocol quantizes, since the model reads their weight instead of calling them
+    )
     SAMPLERS: tuple[str, ...]
     CONDITION: str  # LABELS | PROMPTS
     ROWS: RowDims  # where an argument of the transformer has its rows, if that cannot be inferred (`row_dims`)
@@ -156,6 +159,7 @@ class LoadedModel:
     adapter: Adapter
     extras: dict[str, Path] = field(default_factory=dict)  # files beside the weights: the judge's folder
     parts: dict[str, str] = field(default_factory=dict)
+    _macs: dict[str, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def transformer(self) -> nn.Module:
@@ -173,10 +177,16 @@ class LoadedModel:
             {f"{name}.{n}": t for name, part in modules.items() for n, t in part.state_dict().items()}
         )
 
-    @cached_property
+    @property
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of one call on one row, by layer name, "" for the whole call (see `count_macs`)."""
-        return count_macs(self.transformer, self.step_inputs(1))
+        return self.macs_on(CPU)
+
+    def macs_on(self, device: torch.device) -> dict[str, int]:
+        """The same. device: where text encoders run for it; counted once, whatever the device."""
+        if self._macs is None:
+            self._macs = count_macs(self.transformer, self.step_inputs(1, device))
+        return self._macs
 
     def step_inputs(self, batch: int, device: torch.device = CPU) -> dict[str, Any]:
         """Arguments of one transformer call on `batch` rows; one denoising step with guidance has twice the samples.
@@ -196,19 +206,22 @@ class LoadedModel:
     def target(self, scope: str = "blocks", skip: Iterable[str] = (), attention: bool = False) -> Target:
         """What a protocol quantizes.
 
-        scope: "blocks" (linears inside the blocks, without embedders and adaLN) or "all" (every Linear and Conv2d).
+        scope: "blocks" (linears inside the blocks, without embedders and adaLN) or "all" (every Linear and Conv2d but the
+            family's `ALWAYS_FLOAT`).
         skip: regular expressions of layer names to leave in float.
         """
         if scope not in ("blocks", "all"):
             raise UserError(f"protocol.scope={scope!r}; expected blocks or all")
         blocks = tuple(self.adapter.blocks(self.transformer))
         in_float = re.compile(self.adapter.FLOAT_IN_BLOCKS or "(?!)")
+        read = re.compile(self.adapter.ALWAYS_FLOAT or "(?!)")
         if carries_adapters(self.transformer):
             raise UserError(
                 f"model {self.spec.name}: its transformer carries LoRA adapters, of which a half would be quantized; fuse and "
                 "unload them first (pipe.fuse_lora(), pipe.unload_lora_weights()), or set model.lora"
             )
         names = [n for n in linear_names(self.transformer) if is_linear_map(self.transformer.get_submodule(n))]
+        names = [n for n in names if not read.search(n)]
         if scope == "blocks":
             places = [(n, next((f"{b}." for b in blocks if n.startswith(f"{b}.")), None)) for n in names]
             names = [n for n, block in places if block and not in_float.search(n.removeprefix(block))]

@@ -62,15 +62,20 @@ def as_run(transformer: nn.Module, sites: Iterable[Site]) -> list[Site]:
         return ValueRows(whole, slice(own.start, own.stop))
 
     merged: list[Site] = []
+    tensors: dict[str, list[tuple[str, ...]]] = {}  # of each merged site, and who reads them
     for site in sites:
         consumers = _each_once(map(called, site.consumers))
+        read = [_each_once(map(called, group)) for group in site.groups]
         producers = _each_once(map(produced, site.producers))
         meets = [other for other in merged if not set(consumers).isdisjoint(other.consumers)]
         for other in meets:  # one layer reads both
             consumers = _each_once((*other.consumers, *consumers))
             producers = _each_once((*other.producers, *producers)) if other.producers and producers else ()
+            read = [*tensors[other.name], *read]
         merged = [other for other in merged if other not in meets]
-        merged.append(Site(meets[0].name if meets else site.name, consumers, producers))
+        name = meets[0].name if meets else site.name
+        tensors[name] = read
+        merged.append(Site(name, consumers, producers, _groups(consumers, read)))
     return [_foldable_alone(site, merged) for site in merged]
 
 
@@ -78,6 +83,14 @@ def _foldable_alone(site: Site, sites: list[Site]) -> Site:
     """Without producers where one of them makes rows for another site too."""
     others = [producer for other in sites if other is not site for producer in other.producers]
     return replace(site, producers=()) if any(producer in others for producer in site.producers) else site
+
+
+def _groups(consumers: Iterable[str], tensors: list[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Layers together that read the same ones of these tensors."""
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name in consumers:
+        found.setdefault(tuple(i for i, readers in enumerate(tensors) if name in readers), []).append(name)
+    return tuple(map(tuple, found.values()))
 
 
 def _each_once(values: Iterable[T]) -> tuple[T, ...]:

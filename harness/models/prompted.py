@@ -52,6 +52,7 @@ class PipelineFamily:
     transformer: str
     lists: tuple[str, ...] = ("transformer_blocks",)
     FLOAT_IN_BLOCKS: str = r"norm"
+    ALWAYS_FLOAT: str = ""
     SAMPLERS: tuple[str, ...] = (PIPELINE,)
     ROWS: RowDims = field(default_factory=dict)
     stream: Callable[[nn.Module], BlockCall] = lambda transformer: OneStream()

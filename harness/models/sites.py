@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ditbench.harness.quant.target import AdaLNRows, Producer, Site, TableRows, ValueRows
 
 
@@ -18,6 +20,12 @@ def table(block: str, argument: str, shift: int, scale: int) -> TableRows:
 def reads(name: str, block: str, layers: tuple[str, ...], *producers: Producer) -> Site:
     """One tensor of a block and the layers that read it, named within the block."""
     return Site(f"{block}.{name}", tuple(f"{block}.{layer}" for layer in layers), producers)
+
+
+def reads_apart(name: str, block: str, layers: tuple[str, ...], *producers: Producer) -> Site:
+    """The same where each of the layers reads its own part of the tensor (image tokens, text tokens)."""
+    site = reads(name, block, layers, *producers)
+    return replace(site, groups=tuple((layer,) for layer in site.consumers))
 
 
 def values(block: str, *linears: str) -> tuple[ValueRows, ...]:

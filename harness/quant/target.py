@@ -58,15 +58,44 @@ Producer = AdaLNRows | TableRows | ValueRows
 
 @dataclass(frozen=True)
 class Site:
-    """One tensor that one or several layers read.
+    """What one or several layers read, through one transform: one tensor, or parts of one.
 
     A transform of it can be folded if its producers are known: each makes the input of some of the tokens (in a
     two-stream block, those of the image and those of the text).
+    groups: the consumers by the tensor that they read. One group of all is the default; of an attention over image and
+        text whose output two layers project, each reads the tokens of one stream. Layers of a group have one Hessian
+        and one set of statistics; where the site needs one of all, it is taken over `first_readers`.
+
+    Raises:
+        ValueError: groups that are not the consumers, each once.
     """
 
     name: str
     consumers: tuple[str, ...]
     producers: tuple[Producer, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            object.__setattr__(self, "groups", (self.consumers,))
+        grouped = [name for group in self.groups for name in group]
+        if sorted(grouped) != sorted(self.consumers):
+            raise ValueError(f"{self.name}: groups must hold each of {list(self.consumers)} once, got {grouped}")
+
+    @property
+    def first_readers(self) -> tuple[str, ...]:
+        """One layer for each distinct tensor."""
+        return tuple(group[0] for group in self.groups)
+
+    def group_of(self, layer: str) -> tuple[str, ...]:
+        """The layers that read the tensor of this one, itself among them."""
+        return next(group for group in self.groups if layer in group)
+
+    def without(self, names: Collection[str]) -> Site:
+        """The same with the other consumers only; at least one must be left."""
+        groups = tuple(tuple(name for name in group if name not in names) for group in self.groups)
+        consumers = tuple(name for name in self.consumers if name not in names)
+        return replace(self, consumers=consumers, groups=tuple(group for group in groups if group))
 
     @property
     def foldable(self) -> bool:
@@ -88,7 +117,8 @@ class Target:
 
     layers: names of the linear (and patch-embedding) layers to quantize, in the order of execution.
     sites: the inputs of these layers; every layer in `layers` is a consumer of exactly one site. A site's consumers
-        may include layers that stay in float; they follow its transform as well.
+        may include layers that stay in float; they follow its transform as well. All of them share a transform, but only
+        those of one of its `groups` read the same numbers.
     attention: names of the attention modules whose operands the protocol quantizes.
     blocks: names of the transformer blocks, in the order of execution; block_call: how one is called.
     device: where the algebra of weights is done, one layer at a time. The transformer itself stays on the CPU, and so do
@@ -130,12 +160,11 @@ class Target:
         """The same without layers that no call reaches: they are neither quantized nor observed, and nothing is folded there."""
         if not names:
             return self
-        sites = []
+        names, sites = set(names), []
         for site in self.sites:
-            consumers = tuple(name for name in site.consumers if name not in names)
             producers = () if any(getattr(each, "linear", "") in names for each in site.producers) else site.producers
-            if consumers:
-                sites.append(replace(site, consumers=consumers, producers=producers))
+            if not names.issuperset(site.consumers):
+                sites.append(replace(site.without(names), producers=producers))
         return replace(self, layers=tuple(name for name in self.layers if name not in names), sites=tuple(sites))
 
     def linear_sites(self) -> list[Site]:

@@ -91,7 +91,7 @@ def account(
     config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The record's `bits`, and the byte counts of its `efficiency`."""
-    return account_of(target, recipe, model.macs, config.bits.label)
+    return account_of(target, recipe, model.macs_on(config.device), config.bits.label)
 
 
 def unreached_layers(recording: Calibration) -> dict[str, list[str]]:

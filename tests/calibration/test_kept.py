@@ -67,7 +67,7 @@ def test_statistics_are_made_once_and_say_what_recording_they_are_of(cached, sma
     made = channel_stats(small_target, calibration)
     (folder,) = (tmp_path / "statistics").iterdir()
     assert read_manifest(folder / "manifest.json")["made_from"] == {"recording": calibration.key}
-    monkeypatch.setattr(channel_statistics, "_observe_sites", None)
+    monkeypatch.setattr(channel_statistics, "_observe", None)
     again = cached()
     found = channel_stats(small_target, again)
     assert all(torch.equal(made[name].sumsq_SC, found[name].sumsq_SC) for name in made)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import second_device
 from device_chain import saved
+from operations import counted
 
 from ditbench.harness.cli import main
+from ditbench.harness.common.devices import memory_of
 
 TINY = (
     "bits=w4a8", "backend=simulate", "generate.dtype=float32", "generate.reference_dtype=float32", "protocol.n=4",
@@ -27,6 +30,12 @@ def run(folder: Path, *arguments: str) -> dict[str, Any]:
     record = json.loads(paths[-1].read_text())
     assert code == 0 and record["status"] == "ok", record["error"]
     return record
+
+
+TOLD = (
+    "model.revision=null", "model.dtype=float32", "protocol.prompts=shapes", "calibration.prompts=shapes-calibration",
+    "generate.noise_floor_seeds=0",
+)  # fmt: skip
 
 
 def values(record: dict[str, Any]) -> dict[str, float]:
@@ -63,14 +72,20 @@ def test_the_float_model_alone_is_timed_on_it(second, tmp_path):
     assert record["efficiency"]["kind"] == "measured" and record["efficiency"]["latency_ms"]["median"] > 0
 
 
+def test_a_device_that_does_not_tell_its_memory_gets_no_number_of_the_cpus(second, monkeypatch, tmp_path):
+    monkeypatch.delattr(second_device.Module, "memory_allocated")
+    assert memory_of(second) is None
+    record = run(tmp_path, "model=tiny-dit", "method=fp", "metrics.names=[psnr]", "device=second_device")
+    measured = record["efficiency"]
+    assert measured["kind"] == "measured" and measured["latency_ms"]["median"] > 0
+    assert measured["peak_memory_bytes"] is measured["baseline_peak_memory_bytes"] is None
+    assert record["cost"]["peak_memory_bytes"] is None
+
+
 def test_runs_of_a_sweep_share_a_pipeline_and_do_not_disturb_each_other(second, tmp_path):
     """On the second device, then on the CPU, then there again: each is what it is alone."""
     checkpoint = saved("pixart", tmp_path)
-    model = (
-        "model=pixart-alpha-xl-2-512", f"model.source={checkpoint}", "model.revision=null", "model.dtype=float32",
-        "protocol.prompts=shapes", "calibration.prompts=shapes-calibration", "generate.noise_floor_seeds=0",
-        "metrics.names=[psnr,sqnr]",
-    )  # fmt: skip
+    model = ("model=pixart-alpha-xl-2-512", f"model.source={checkpoint}", *TOLD, "metrics.names=[psnr,sqnr]")
     far, near, again = (
         run(tmp_path / name, *model, f"device={device}")
         for name, device in (("far", "second_device"), ("near", "cpu"), ("again", "second_device"))
@@ -85,3 +100,21 @@ def test_a_run_that_offloads_is_the_same_run_with_the_same_numbers(second, tmp_p
     )
     assert values(offloaded) == values(resident) and offloaded["run_id"] == resident["run_id"]
     assert offloaded["layers"] == resident["layers"] and offloaded["config"]["memory"] == "offload"
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu")
+LONGER = (
+    "protocol.n=8",
+    "protocol.steps=4",
+)  # each weight is looked at once when it is loaded, and used more often than in `TINY`
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_nearly_all_operations_of_a_whole_run_are_done_on_it(second, method, tmp_path):
+    """From loading to the record; text encoders included, whoever asks for them."""
+    checkpoint = saved("flux", tmp_path)
+    model = ("model=flux.1-dev", f"model.source={checkpoint}", "model.size={height: 16, width: 16}", *TOLD)
+    with counted() as operations:
+        run(tmp_path, *model, *LONGER, f"method={method}", "metrics.names=[psnr,ssim]", "device=second_device")
+    assert operations.share_on_second_device() >= 0.99, operations.report()
+    assert not [op for _, op, _ in operations.on_cpu if op in PRODUCTS], operations.report()

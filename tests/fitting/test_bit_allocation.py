@@ -11,7 +11,7 @@ import torch
 from ditbench.harness.build.build import build
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting import registry
-from ditbench.harness.fitting.bit_allocation import Costs, fixed_units, merged, readers_of_one_site, solve, units_of
+from ditbench.harness.fitting.bit_allocation import Costs, fixed_units, merged, readers_of_one_tensor, solve, units_of
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 
 ACTS = (4, 8, 8)  # of w4a4, w4a8, w8a8
@@ -217,7 +217,7 @@ def test_one_candidate_is_the_uniform_recipe(small_target, small_calibration):
 
 def test_layers_that_read_one_tensor_are_paired(small_target):
     units = [(name,) for name in small_target.layers]
-    named = {(units[u][0], units[v][0]) for u, v in readers_of_one_site(small_target, units)}
+    named = {(units[u][0], units[v][0]) for u, v in readers_of_one_tensor(small_target, units)}
     attention = "transformer_blocks.0.attn1"
     assert {(f"{attention}.to_q", f"{attention}.to_k"), (f"{attention}.to_q", f"{attention}.to_v")} <= named
     assert all(u.rpartition(".")[0] == v.rpartition(".")[0] for u, v in named)

@@ -48,7 +48,7 @@ def test_rotations_are_fitted_on_smoothed_tokens(outlier_target, small_calibrati
     state = duquant.fit(small_target, small_calibration, DYNAMIC, params)
     sites = small_target.linear_sites()
     index = [site.name for site in sites].index(SITE)
-    tokens = token_sample(small_target, small_calibration, sites, 64)[SITE]
+    tokens = token_sample(small_target, small_calibration, sites, 64)[LAYER]
     generator = torch.Generator().manual_seed(sample_seeds(2, len(sites), stream="duquant")[index])
     expected = dual_rotation(tokens / state[f"{SITE}/scale"], 128, 16, generator)
     assert all(torch.equal(vars(Dual.from_state(SITE, state))[part], value) for part, value in vars(expected).items())

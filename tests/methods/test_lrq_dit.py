@@ -140,7 +140,7 @@ def test_measured_takes_the_rotation_with_the_lower_output_error(small_target, s
     tokens = token_sample(small_target, small_calibration, sites, params.tokens)
     choices = []
     for site in sites:
-        scale, x = state[f"{site.name}/scale"], tokens[site.name].double()
+        scale, x = state[f"{site.name}/scale"], tokens[site.consumers[0]].double()
         errors = []
         for candidate in either:
             transform = Transform(scale_C=scale, rotations=lrq_dit.rotations(site.name, candidate)).double()
@@ -162,7 +162,9 @@ def test_only_layers_that_are_quantized_count_in_the_output_error(small_model, n
     site = whole.site_of("transformer_blocks.0.attn1.to_k")
     x, bits = normal(20, 48), Bits(QuantSpec(3, "per_channel"), None)
     error = {
-        name: lrq_dit.output_error(target, site, x, Transform(), bits, Params(parts="none"))
+        name: lrq_dit.output_error(
+            target, site, dict.fromkeys(site.consumers, x), Transform(), bits, Params(parts="none")
+        )
         for name, target in (("whole", whole), ("part", part))
     }
     weight = whole.module("transformer_blocks.0.attn1.to_k").weight.double()
@@ -254,7 +256,7 @@ def test_a_layer_that_stays_in_float_follows_a_fold_and_is_not_rounded(small_mod
 
 def test_rotations_are_fitted_on_a_sample_of_every_step(small_target, small_calibration):
     site = small_target.site_of(LAYER)
-    sample = token_sample(small_target, small_calibration, [site], 40)[site.name]
+    sample = token_sample(small_target, small_calibration, [site], 40)[LAYER]
     calls = inputs_of(small_target, small_calibration, site)
     expected = []
     for x in calls:
@@ -268,7 +270,7 @@ def test_only_the_calibration_decides(outlier_target, small_calibration):
     params, small_target = Params(threshold=0.0, **FAST), outlier_target
     state = lrq_dit.fit(small_target, small_calibration, W3A4, params)
     site = small_target.site_of(LAYER)
-    tokens = token_sample(small_target, small_calibration, [site], params.tokens)[site.name]
+    tokens = token_sample(small_target, small_calibration, [site], params.tokens)[LAYER]
     index = [s.name for s in small_target.linear_sites()].index(site.name)
     seed = lrq_dit.sample_seeds(0, len(small_target.linear_sites()), stream="lrq_dit")[index]
     generator = torch.Generator().manual_seed(seed)

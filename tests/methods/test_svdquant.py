@@ -272,7 +272,7 @@ def test_iterations_lower_the_error_on_the_sample(small_target, small_calibratio
         params = replace(QUICK, rank=6, iterations=iterations)
         recipe = recipe_of(small_target, small_calibration, params=params)
         layer = quant_layers(build(small_target, recipe, dtype=torch.float64))[GELU_LAYER]
-        x = site_samples(small_target, small_calibration, replace(params, iterations=2))[GELU_SITE].double()
+        x = site_samples(small_target, small_calibration, replace(params, iterations=2))[GELU_LAYER].double()
         linear = small_target.module(GELU_LAYER)
         errors.append(float((layer(x) - F.linear(x, linear.weight.double(), linear.bias.double())).square().sum()))
     assert errors[1] < 0.98 * errors[0]
@@ -321,12 +321,10 @@ def test_gptq_sees_blocks_whose_branches_are_in_place(small_target, small_calibr
 def test_the_sample_is_bounded_and_sees_every_step_and_row(small_target, small_calibration):
     everything = inputs_of(small_target, small_calibration, QKV[0]).float()
     for wanted in (1, 64, 10**6):
-        sample = site_samples(small_target, small_calibration, Params(sample_rows=wanted))[
-            "transformer_blocks.0.attn_in"
-        ]
+        sample = site_samples(small_target, small_calibration, Params(sample_rows=wanted))[QKV[0]]
         assert len(sample) == min(max(wanted, 4), len(everything))
     assert torch.equal(sample, everything)
-    sample = site_samples(small_target, small_calibration, Params(sample_rows=64))["transformer_blocks.0.attn_in"]
+    sample = site_samples(small_target, small_calibration, Params(sample_rows=64))[QKV[0]]
     places = [int((everything == token).all(1).nonzero()[0]) for token in sample]
     rows = 2 * 3  # guided calls of three samples, 16 tokens each
     assert {(place // (16 * rows), place // 16 % rows) for place in places} == {

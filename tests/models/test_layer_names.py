@@ -24,7 +24,7 @@ from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.layer_names import aliases, fused_layers
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.target import Target
+from ditbench.harness.quant.target import Site, Target
 from ditbench.harness.samples.samples import Prompt
 
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares"))
@@ -187,6 +187,25 @@ def test_a_layer_under_two_names_is_one_layer(shared):
 def test_a_layer_that_reads_two_sites_is_folded_into_the_producers_of_both(shared):
     site = shared.target().site_of("transformer_blocks.0.ff.net.0.proj")
     assert [producer.linear for producer in site.producers] == [f"transformer_blocks.{i}.norm1.linear" for i in (0, 1)]
+
+
+def test_a_layer_that_reads_two_tensors_is_no_group_with_those_that_read_one(own_model):
+    one, other = own_model.transformer.transformer_blocks
+    other.attn1.to_q = one.attn1.to_q
+    first, second = ("transformer_blocks.0.attn1.", "transformer_blocks.1.attn1.")
+    site = own_model.target().site_of(f"{first}to_q")
+    assert set(map(frozenset, site.groups)) == {
+        frozenset({f"{first}to_q"}),
+        frozenset({f"{first}to_k", f"{first}to_v"}),
+        frozenset({f"{second}to_k", f"{second}to_v"}),
+    }
+    smaller = own_model.target().without({f"{first}to_q", f"{first}to_k"}).site_of(f"{first}to_v")
+    assert smaller.groups == ((f"{first}to_v",), (f"{second}to_k", f"{second}to_v"))
+
+
+def test_groups_that_are_not_the_consumers_are_refused():
+    with pytest.raises(ValueError, match="in: groups must hold each of"):
+        Site("in", ("q", "k"), groups=(("q",),))
 
 
 @pytest.mark.parametrize("method", ["rtn", "smoothquant", "quarot", "gptq"])

@@ -28,6 +28,7 @@ from ditbench.harness.samples.conditions import LABELS, Conditions
 
 BLOCKS = "transformer_blocks"
 FLOAT_IN_BLOCKS = r"norm1\."  # the adaLN linear and the embedders that diffusers keeps per block
+ALWAYS_FLOAT = ""
 SAMPLERS = ("ddim", "ddpm")
 CONDITION = LABELS
 ROWS: RowDims = {}  # inferred

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ditbench.harness.models.prompted import PipelineFamily
-from ditbench.harness.models.sites import chunk, reads, values
+from ditbench.harness.models.sites import chunk, reads, reads_apart, values
 from ditbench.harness.quant.blocks import TwoStreams
 from ditbench.harness.quant.target import Site
 
@@ -31,7 +31,7 @@ def sites(transformer: nn.Module) -> list[Site]:
         found += [
             reads("attn_in", block, ("attn.to_q", "attn.to_k", "attn.to_v"), chunk(image, width, *ATTENTION)),
             reads("text_attn_in", block, added, chunk(text, width, *ATTENTION)),
-            reads("attn_out", block, outputs, *values(block, "attn.to_v", "attn.add_v_proj")),
+            reads_apart("attn_out", block, outputs, *values(block, "attn.to_v", "attn.add_v_proj")),
             reads("ff_in", block, ("ff.net.0.proj",), chunk(image, width, *FEED_FORWARD)),
             reads("ff_mid", block, ("ff.net.2",)),
             reads("text_ff_in", block, ("ff_context.net.0.proj",), chunk(text, width, *FEED_FORWARD)),

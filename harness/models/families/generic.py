@@ -94,6 +94,7 @@ FAMILY = GenericFamily(
     pipelines=(),
     transformer="transformer",
     FLOAT_IN_BLOCKS=r"(?i)norm|adaln|modulation|(img|txt)_mod\b",
+    ALWAYS_FLOAT=r"\b(time|delta)_embedder\.",  # Wan's kin take their dtype from the weights
     unguided=0.0,  # Z-Image guides at every scale above 0
     stream=lambda transformer: NotInLine("the generic family does not know how its blocks are called"),
 )

@@ -28,7 +28,7 @@ class HunyuanDiT(PipelineFamily):
 
 def in_the_models_dtype(embedder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Diffusers embeds the timestep in the timestep's dtype, which is kept in float32 here."""
-    return args, kwargs | {"hidden_dtype": embedder.timestep_embedder.linear_1.weight.dtype}
+    return args, kwargs | {"hidden_dtype": embedder.pooler.positional_embedding.dtype}
 
 
 def sites(transformer: nn.Module) -> list[Site]:
@@ -51,6 +51,7 @@ FAMILY = HunyuanDiT(
     pipelines=("HunyuanDiTPipeline",),
     transformer="HunyuanDiT2DModel",
     lists=("blocks",),
+    ALWAYS_FLOAT=r"^time_extra_emb\.pooler\.",  # its attention is one function of their weights
     stream=lambda transformer: NotInLine("its later blocks read the outputs of its first ones (long skips)"),
     sites=sites,
     call=call,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ditbench.harness.models.prompted import PipelineFamily
-from ditbench.harness.models.sites import chunk, reads, values
+from ditbench.harness.models.sites import chunk, reads, reads_apart, values
 from ditbench.harness.quant.blocks import TwoStreams
 from ditbench.harness.quant.target import Site
 
@@ -33,7 +33,7 @@ def sites(transformer: nn.Module) -> list[Site]:
                 ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
                 chunk(text, width, *(LAST_TEXT if last else ATTENTION)),
             ),
-            reads(
+            reads_apart(
                 "attn_out",
                 block,
                 ("attn.to_out.0",) if last else ("attn.to_out.0", "attn.to_add_out"),

@@ -30,6 +30,7 @@ FAMILY = PipelineFamily(
     pipelines=("WanPipeline",),
     transformer="WanTransformer3DModel",
     lists=("blocks",),
+    ALWAYS_FLOAT=r"^condition_embedder\.time_embedder\.",  # the model takes its dtype from their weights
     sites=sites,
     call=call,
 )
