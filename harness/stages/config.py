@@ -21,6 +21,7 @@ from ditbench.harness.models.base import ModelSpec, Sampler
 from ditbench.harness.models.loading import family
 from ditbench.harness.models.lora import loras
 from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
+from ditbench.harness.records.record import PLACES
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.stages.prompt_sets import load_prompts
 
@@ -103,7 +104,11 @@ class RunConfig:
         return self.raw[name]
 
     def identity(self) -> dict[str, Any]:
-        return {name: self.raw[name] for name in IDENTITY}
+        """Without what only says where files lie: what lies there is hashed, however its place is spelled."""
+        chosen = {name: self.raw[name] for name in IDENTITY}
+        for section, places in (("model", PLACES), ("protocol", ("prompts",)), ("calibration", ("prompts",))):
+            chosen[section] = {key: value for key, value in chosen[section].items() if key not in places}
+        return chosen
 
 
 def parse(raw: dict[str, Any]) -> RunConfig:
