@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ditbench.eval.base import known_metrics
+from ditbench.eval.base import known_metrics, no_metric
 from ditbench.harness.backends.base import AUTO, known_backends
 from ditbench.harness.build.offload import MEMORY
 from ditbench.harness.common.devices import pick_device
@@ -197,7 +197,7 @@ def _check_values(raw: dict[str, Any]) -> None:
             raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{example}]")
     for metric in metrics:
         if metric not in known_metrics():
-            raise unknown_name("metric", str(metric), known_metrics())
+            raise no_metric(str(metric))
     for pattern in skip:
         try:
             re.compile(pattern)

@@ -166,6 +166,20 @@ def test_the_method_that_the_broken_ones_are_made_from_passes(check, register):
     check(register(method()))
 
 
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"apply": lambda *_: {}}, "method broken: apply returned a dict, expected a ModelRecipe"),
+        ({"fit": lambda *_: None}, "method broken: fit returned a NoneType, expected tensors by name"),
+    ],
+)
+def test_what_is_no_recipe_or_no_state_is_said_as_a_run_says_it(parts, words, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "known_methods", lambda: {"broken": method(**parts)})
+    assert conformance.check_methods("broken") == 1
+    said = capsys.readouterr().out
+    assert words in said and "AttributeError" not in said and "UserError" not in said
+
+
 def forgetful() -> SimpleNamespace:
     """Keeps in the process what belongs in the state."""
     kept: dict[str, float] = {}
