@@ -150,8 +150,6 @@ def eight_bits_come_close(case: Case) -> None:
 def state_survives_a_fresh_process(case: Case) -> None:
     """The state is tensors by name; saved, and applied in another process, it gives the same output bit for bit."""
     state = case.fit()
-    for name, value in state.items():
-        expect(isinstance(value, Tensor), f"state[{name!r}] is a {type(value).__name__}, expected a tensor")
     here = case.output(build(case.target, case.recipe(state=state), dtype=torch.float32))
     with tempfile.TemporaryDirectory() as folder:
         save_file(
