@@ -7,7 +7,6 @@ and the command that would help. It never returns a placeholder.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import pkgutil
@@ -15,8 +14,6 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +21,11 @@ import torch
 from torch import nn
 
 from ditbench.eval.batches import diverged
+from ditbench.harness.common.code_identity import files_sha256, source_files
 from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.errors import UserError, reason, unknown_name
 from ditbench.harness.common.files import is_disk_error
+from ditbench.harness.common.plugins import Broken, load_plugins
 from ditbench.harness.samples.samples import OtherKind, Rows, Samples
 
 
@@ -120,6 +119,7 @@ BETTER = ("higher", "lower", "none")  # none: the number describes the samples a
 Need = Callable[[], str | None]  # None, or what is missing here and the command that helps; loads nothing
 
 _METRICS: dict[str, Metric] = {}
+_broken = Broken()
 
 
 def metric(
@@ -153,34 +153,41 @@ def metric(
 
 @cache
 def known_metrics() -> dict[str, Metric]:
-    """Every metric of this folder and of installed plugins, by name.
-
-    Raises:
-        UserError: a plugin cannot be imported, or two metrics have the same name.
+    """Every metric of this folder and of installed plugins, by name. A plugin that is broken, or that has a metric with the
+    name of another, is said once and left out, with all its metrics.
     """
     import ditbench.eval as package
 
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"ditbench.eval.{module.name}")
-    for point in entry_points(group=ENTRY_POINTS):
-        try:
-            point.load()
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"metrics of {point.value} cannot be imported: {error}") from error
+    whole = dict(_METRICS)
+
+    def take(name: str, plugin: Any) -> None:
+        whole.update(_METRICS)
+
+    _broken.clear()
+    load_plugins(ENTRY_POINTS, "metrics", take, _broken, undo=lambda: _put_back(whole))
     return dict(sorted(_METRICS.items()))
 
 
+def _put_back(metrics: dict[str, Metric]) -> None:
+    _METRICS.clear()
+    _METRICS.update(metrics)
+
+
+def no_metric(name: str) -> UserError:
+    """Why there is no such metric: its plugin is broken, or the name is misspelt."""
+    return _broken.error(name, unknown_name("metric", name, known_metrics()))
+
+
 def plugin_sources(names: Iterable[str]) -> dict[str, str]:
-    """{metric: SHA-256 of its file}, of those that are not in this folder: editing a plugin makes new runs of it."""
+    """{metric: SHA-256 of its whole package}, of those that are not in this folder: editing a plugin makes new runs of it."""
     modules = {name: known_metrics()[name].compute.__module__ for name in names if name in known_metrics()}
-    files = {
-        name: sys.modules[module].__file__
+    return {
+        name: files_sha256(source_files(sys.modules[module]))
         for name, module in modules.items()
         if not module.startswith("ditbench.eval.")
     }
-    return {name: hashlib.sha256(Path(str(file)).read_bytes()).hexdigest() for name, file in files.items()}
 
 
 def evaluate(names: Iterable[str], evidence: Evidence) -> dict[str, dict[str, Any]]:
@@ -195,7 +202,7 @@ def evaluate_samples(
     known, names = known_metrics(), list(names)
     for name in names:
         if name not in known:
-            raise unknown_name("metric", name, known)
+            raise no_metric(name)
     entries, samples = {}, {}
     for name in names:
         entries[name], per_sample = _evaluated(known[name], evidence)

@@ -115,7 +115,7 @@ def inception_view(
     antialias: bool,
 ) -> View:
     def network(device: torch.device) -> nn.Module:
-        return load(*find_weights(upstream()), device)
+        return load(*find_weights(upstream(), here), device)
 
     def pair(evidence: Evidence) -> Pair:
         need_samples(evidence, 2)
@@ -127,7 +127,7 @@ def inception_view(
         return _output(evidence.generated.images_NHWC, network(evidence.device), 1)
 
     def origin(evidence: Evidence) -> dict[str, Any]:
-        path, sha256 = find_weights(upstream())
+        path, sha256 = find_weights(upstream(), here)
         return {
             "weights_sha256": sha256,
             "resize": resize,

@@ -58,7 +58,7 @@ def spatial_features(images_NHWC: Rows, network: nn.Module) -> Tensor:
 def _pair(evidence: Evidence) -> Any:
     need_samples(evidence, 2)
     need_reference(evidence)  # before the weights are asked for
-    network = torch_fidelity_network(*find_weights(torch_fidelity_upstream()), evidence.device)
+    network = torch_fidelity_network(*find_weights(torch_fidelity_upstream(), port_here), evidence.device)
     # A Pair is known by its network, and the whole network stands for its pooled features: its branch for these.
     branch = network.get_submodule("network.Mixed_6d.branch1x1")
     return pair_of(evidence, branch, lambda images_NHWC: spatial_features(images_NHWC, network))
@@ -69,7 +69,7 @@ def _no_logits(evidence: Evidence) -> Tensor:
 
 
 def _origin(evidence: Evidence) -> dict[str, Any]:
-    path, sha256 = find_weights(torch_fidelity_upstream())
+    path, sha256 = find_weights(torch_fidelity_upstream(), port_here)
     return {
         "weights_sha256": sha256,
         "resize": "bilinear as TensorFlow 1 to 299",

@@ -1,4 +1,4 @@
-"""Where a network's weights are: a folder of ours, the library's own, or else (Inception's) the library's address.
+"""Where a network's weights are: a folder of ours, or the library's own. No metric downloads any; `ditbench data fetch` does.
 
 Files are looked for in `$DITBENCH_WEIGHTS` (default `$DITBENCH_DATA/weights`, that is `~/.cache/ditbench/weights`), then
 where the library itself would have put them. `DITBENCH_OFFLINE=1` (or `HF_HUB_OFFLINE=1`) never asks the network.
@@ -7,22 +7,15 @@ where the library itself would have put them. `DITBENCH_OFFLINE=1` (or `HF_HUB_O
 from __future__ import annotations
 
 import os
-import queue
 import re
-import shutil
-import threading
-import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ditbench.eval.base import MetricSkipped
-from ditbench.harness.common.files import atomic_path, file_sha256
-
-CONNECT_TIMEOUT_S = 5.0
-_NETWORK_ERRORS = (OSError, HTTPException)  # URLError and HTTPError are OSErrors
+from ditbench.harness.common.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -65,17 +58,12 @@ def local_weights(upstream: Upstream) -> tuple[Path, str] | None:
     return None
 
 
-def find_weights(upstream: Upstream) -> tuple[Path, str]:
-    """The file and its SHA-256; downloads it if it is nowhere. MetricSkipped where it cannot be had."""
+def find_weights(upstream: Upstream, missing: Callable[[], str | None] = lambda: None) -> tuple[Path, str]:
+    """The file and its SHA-256; MetricSkipped where it is not here. missing: says how to get it, as `ditbench doctor` does."""
     if (found := local_weights(upstream)) is not None:
         return found
-    path = weights_folder() / upstream.file_name
     help_text = f"put {upstream.file_name} from {upstream.url} into {weights_folder()}"
-    if offline():
-        raise MetricSkipped(f"Inception's weights are not here, and downloads are switched off; {help_text}")
-    if problem := _download(upstream.url, path):
-        raise MetricSkipped(f"Inception's weights are not here and could not be downloaded ({problem}); {help_text}")
-    return path, _checked_sha256(path, upstream)
+    raise MetricSkipped(f"{missing() or 'weights are not here'}, or {help_text}")
 
 
 def stored_sha256(path: Path) -> str:
@@ -97,29 +85,3 @@ def _checked_sha256(path: Path, upstream: Upstream) -> str:
 @cache
 def _file_sha256(path: Path, mtime_ns: int, size: int) -> str:
     return file_sha256(path)
-
-
-@cache
-def _download(url: str, path: Path) -> str | None:
-    """None, or what went wrong. Asked once per process, so that ten metrics do not wait ten times."""
-    answers: queue.Queue = queue.Queue()
-
-    def connect() -> None:
-        try:
-            answers.put(urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S))
-        except _NETWORK_ERRORS as error:
-            answers.put(error)
-
-    # A thread because the time-out of urlopen does not cover looking the name up.
-    threading.Thread(target=connect, daemon=True).start()
-    try:
-        answer = answers.get(timeout=CONNECT_TIMEOUT_S + 1)
-        if isinstance(answer, _NETWORK_ERRORS):
-            return str(answer)
-        with answer, atomic_path(path) as part, part.open("wb") as file:
-            shutil.copyfileobj(answer, file)
-    except queue.Empty:
-        return f"no answer within {CONNECT_TIMEOUT_S:.0f} s"
-    except _NETWORK_ERRORS as error:
-        return str(error)
-    return None

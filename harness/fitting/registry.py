@@ -14,7 +14,6 @@ import importlib
 import pkgutil
 from dataclasses import asdict, fields
 from functools import cache, partial
-from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ditbench.harness.common.code_identity import files_sha256, source_files
 from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.plugins import Broken, load_plugins
 from ditbench.harness.common.type_checks import check_types
 from ditbench.harness.models.base import Correction
 from ditbench.harness.quant.recipe import ModelRecipe
@@ -32,27 +32,28 @@ ENTRY_POINTS = "ditbench.methods"
 FLOAT = "fp"  # the 16-bit reference: it ignores bits
 
 
+_broken = Broken()
+
+
 @cache
 def known_methods() -> dict[str, ModuleType]:
-    """{name: module}, from methods/ and from installed packages.
-
-    Raises:
-        UserError: a plugin cannot be imported or lacks a part, or two have the same name.
+    """{name: module}, from methods/ and from installed packages. A plugin that is broken, or that has the name of another
+    method, is said once and left out.
     """
     package = importlib.import_module("ditbench.methods")  # plugins: this room knows none of them
 
     found: dict[str, ModuleType] = {}
+
+    def take(name: str, module: ModuleType) -> None:
+        if name in found:
+            raise UserError(f"there is another method {name!r} ({found[name].__file__}); rename it")
+        _check_shape(module)
+        found[name] = module
+
     for module in pkgutil.iter_modules(package.__path__):
-        found[module.name] = importlib.import_module(f"ditbench.methods.{module.name}")
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name in found:
-            raise UserError(f"method {point.name!r} of {point.value} has the name of another method; rename it")
-        try:
-            found[point.name] = point.load()
-        except Exception as error:
-            raise UserError(f"method {point.name!r}: {point.value} cannot be imported: {error}") from error
-    for name, module in found.items():
-        _check_shape(name, module)
+        take(module.name, importlib.import_module(f"ditbench.methods.{module.name}"))
+    _broken.clear()
+    load_plugins(ENTRY_POINTS, "method", take, _broken)
     return dict(sorted(found.items()))
 
 
@@ -70,8 +71,13 @@ def correction(name: str, state: dict[str, Tensor], params: Any) -> Correction |
 def method(name: str) -> ModuleType:
     known = known_methods()
     if name not in known:
-        raise unknown_name("method", name, known)
+        raise no_method(name)
     return known[name]
+
+
+def no_method(name: str) -> UserError:
+    """Why there is no such method: its plugin is broken, or the name is misspelt."""
+    return _broken.error(name, unknown_name("method", name, known_methods()))
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -145,10 +151,14 @@ def summary(name: str) -> str:
     return (method(name).__doc__ or "").strip().split("\n")[0]
 
 
-def _check_shape(name: str, module: ModuleType) -> None:
+def _check_shape(module: ModuleType) -> None:
     for part in ("Params", "fit", "apply"):
         if not hasattr(module, part):
-            raise UserError(f"method {name!r} ({module.__name__}) has no {part}; see docs/add-a-method.md")
+            raise UserError(f"it has no {part}; see docs/add-a-method.md")
     dataclass_params = getattr(module.Params, "__dataclass_params__", None)
     if dataclass_params is None or not dataclass_params.frozen:
-        raise UserError(f"method {name!r}: Params must be a frozen dataclass")
+        raise UserError("Params must be a frozen dataclass")
+    try:
+        module.Params()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"Params() must be what its defaults make ({error})") from error

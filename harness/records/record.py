@@ -22,6 +22,8 @@ from ditbench.harness.records import hashed_json, schema
 from ditbench.harness.records.hashed_json import NotWhole
 
 SCHEMA = 1
+# Of a model's configuration what says where files lie. What lies there is in `env.weights_sha256`, however its place is spelled.
+PLACES = ("source", "config", "transformer", "lora")
 ATTEMPT = re.compile(r"^(?P<run_id>[0-9a-f]{12})(?:\.(?P<attempt>\d+))?$")
 
 

@@ -1,7 +1,7 @@
 """Which runs may be compared, in which order, and who is best: groups of records and a verdict per cell.
 
-Two runs are comparable when they share the whole model config, the whole protocol and the seed. Within such a group
-runs compete per bits label; the float row ("fp") is what they are measured against and never competes.
+Two runs are comparable when they share the weights, the whole model config, the whole protocol and the seed. Within such a
+group runs compete per bits label; the float row ("fp") is what they are measured against and never competes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditbench.harness.common.errors import unknown_name
-from ditbench.harness.records.record import Record
+from ditbench.harness.records.record import PLACES, Record
 
 FLOAT_METHOD = "fp"
 ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}
 # In this order; of each, the first metric that was computed and is called so.
 HEADLINE = ("fid", "psnr", "accuracy", "overall", "direction", "temporal", "ssim", "lpips", "clipscore", "clip")
 _TOLD_APART_BY = ("method", "bits", "calibration", "backend")  # parts of a config
+_TELLS_NOTHING = ("model.note", "model.usual", "weights")  # of how a group came to be; weights: the last resort
+_SHORT_HASH = 8
 _BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
 
 
@@ -51,17 +53,60 @@ class Group:
 def groups(records: Iterable[Record]) -> list[Group]:
     by_key: dict[str, list[Record]] = {}
     for record in records:
-        config = record.config
-        drawn = {name: (config.get("generate") or {}).get(name) for name in ("dtype", "reference_dtype")}
-        scored = {name: (config.get("metrics") or {}).get(name) for name in ("reference", "resamples")}
-        shared = [record.model, config.get("model"), config.get("protocol"), config.get("seed"), drawn, scored]
-        by_key.setdefault(json.dumps(shared, sort_keys=True), []).append(record)
+        by_key.setdefault(json.dumps(_comparable_by(record), sort_keys=True), []).append(record)
     found = sorted(by_key.values(), key=lambda members: _group_order(members[0]))
-    labels = [group_label(members[0]) for members in found]
-    for place, label in enumerate(labels):
-        if labels.count(label) > 1:  # they differ in something the label does not say
-            labels[place] = f"{label} · variant {labels[:place].count(label) + 1}"
+    labels = _unique_labels([members[0] for members in found])
     return [_group(label, sorted(members, key=_row_order)) for label, members in zip(labels, found, strict=True)]
+
+
+def _comparable_by(record: Record) -> dict[str, Any]:
+    """All that comparable runs share. Where the weights are known by their hash, it does not matter where they lie."""
+    config, weights = record.config, weights_hash(record)
+    model = config.get("model") or {}
+    return {
+        "name": record.model,
+        "model": {key: setting for key, setting in model.items() if not weights or key not in PLACES},
+        "weights": weights,
+        "protocol": config.get("protocol"),
+        "seed": config.get("seed"),
+        "generate": {name: (config.get("generate") or {}).get(name) for name in ("dtype", "reference_dtype")},
+        "metrics": {name: (config.get("metrics") or {}).get(name) for name in ("reference", "resamples")},
+    }
+
+
+def weights_hash(record: Record) -> str | None:
+    """Of everything that was loaded; None in records of before it was kept."""
+    return record.env.get("weights_sha256")
+
+
+def _unique_labels(records: Sequence[Record]) -> list[str]:
+    """One label per group, of one record each; where the usual words are the same, what differs follows them."""
+    labels = [group_label(record) for record in records]
+    twins: dict[str, list[int]] = {}
+    for place, label in enumerate(labels):
+        twins.setdefault(label, []).append(place)
+    for label, places in twins.items():
+        if len(places) > 1:
+            for place, words in zip(places, _what_differs([records[place] for place in places]), strict=True):
+                labels[place] = f"{label} · {words}"
+    return labels
+
+
+def _what_differs(records: Sequence[Record]) -> list[str]:
+    """Of each record the settings in which it is not like the others, and its weights where they are not the same."""
+    settings = [_flat(_comparable_by(record) | {"model": record.config.get("model")}) for record in records]
+    settings = [{key.lstrip("."): setting for key, setting in each.items()} for each in settings]
+    differing = [key for key in sorted(_differing(settings)) if not key.startswith(_TELLS_NOTHING)]
+    words = [[_setting(key, each.get(key)) for key in differing] for each in settings]
+    if len({each["weights"] for each in settings}) > 1:
+        for own, each in zip(words, settings, strict=True):
+            own.append(f"weights {printable(str(each['weights'] or 'unknown'))[:_SHORT_HASH]}")
+    found = [" · ".join(own) for own in words]
+    for place, record in enumerate(records):
+        if not words[place] or found.count(" · ".join(words[place])) > 1:  # in a note, or in what was cut off
+            whole = json.dumps(_comparable_by(record), sort_keys=True)
+            found[place] = " · ".join([*words[place], hashlib.sha256(whole.encode()).hexdigest()[:_SHORT_HASH]])
+    return found
 
 
 def judge(records: Sequence[Record], metric: str) -> list[Verdict]:

@@ -42,7 +42,8 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def _all_but_the_seed(record: Record) -> str:
     config = {name: value for name, value in record.config.items() if name not in _NO_NUMBER_DEPENDS_ON}
-    return json.dumps([record.model, record.method, config], sort_keys=True, default=str)
+    weights = record.env.get("weights_sha256")
+    return json.dumps([record.model, record.method, config, weights], sort_keys=True, default=str)
 
 
 def _merged(members: list[Record]) -> Record:

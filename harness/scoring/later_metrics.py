@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditbench.eval.base import known_metrics
-from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.eval.base import known_metrics, no_metric
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.records import sample_values
 from ditbench.harness.records.attempts import experiment_folder, read_all
 from ditbench.harness.records.drawn_samples import samples_at, store_of
@@ -36,7 +36,7 @@ def evaluate(target: str, metrics: Sequence[str], results_dir: Path, overrides: 
     """
     for name in metrics:
         if name not in known_metrics():
-            raise unknown_name("metric", name, known_metrics())
+            raise no_metric(name)
     lines, failed = [], False
     for record in runs_of(target, results_dir):
         lacking = [name for name in metrics if record.metrics.get(name, {}).get("status") != "ok"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ditbench.eval.base import known_metrics
+from ditbench.eval.base import known_metrics, no_metric
 from ditbench.harness.backends.base import AUTO, known_backends
 from ditbench.harness.build.offload import MEMORY
 from ditbench.harness.common.devices import pick_device
@@ -21,6 +21,7 @@ from ditbench.harness.models.base import ModelSpec, Sampler
 from ditbench.harness.models.loading import family
 from ditbench.harness.models.lora import loras
 from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
+from ditbench.harness.records.record import PLACES
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.stages.prompt_sets import load_prompts
 
@@ -103,7 +104,11 @@ class RunConfig:
         return self.raw[name]
 
     def identity(self) -> dict[str, Any]:
-        return {name: self.raw[name] for name in IDENTITY}
+        """Without what only says where files lie: what lies there is hashed, however its place is spelled."""
+        chosen = {name: self.raw[name] for name in IDENTITY}
+        for section, places in (("model", PLACES), ("protocol", ("prompts",)), ("calibration", ("prompts",))):
+            chosen[section] = {key: value for key, value in chosen[section].items() if key not in places}
+        return chosen
 
 
 def parse(raw: dict[str, Any]) -> RunConfig:
@@ -192,7 +197,7 @@ def _check_values(raw: dict[str, Any]) -> None:
             raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{example}]")
     for metric in metrics:
         if metric not in known_metrics():
-            raise unknown_name("metric", str(metric), known_metrics())
+            raise no_metric(str(metric))
     for pattern in skip:
         try:
             re.compile(pattern)

@@ -61,6 +61,8 @@ def check_overrides(overrides: list[str]) -> None:
         for choice in _choices(override):
             if override.key_or_group == "bits" and choice != MIXED:
                 parse_label(choice)
+            if override.key_or_group == "method" and choice not in known["method"]:
+                raise registry.no_method(choice)
             if choice not in known[override.key_or_group]:
                 raise unknown_name(override.key_or_group, choice, known[override.key_or_group])
 

@@ -69,17 +69,41 @@ def test_editing_a_plugin_makes_new_runs_of_it_and_of_no_others(package):
     assert set(plugin_sources(["psnr", "contrast"])) == {"contrast"}
 
 
-def test_a_plugin_cannot_take_the_name_of_a_metric_that_is_there(package):
+def test_editing_a_helper_in_a_plugins_package_makes_new_runs_of_it(tmp_path, monkeypatch):
+    folder = tmp_path / "pack_of_metrics"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "helper.py").write_text("SCALE = 1")
+    (folder / "scores.py").write_text("def score(evidence): ...")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    compute = importlib.import_module("pack_of_metrics.scores").score
+    monkeypatch.setitem(known_metrics(), "score", base.Metric("score", compute, "higher", False, "", ""))
+    before = plugin_sources(["score"])
+    (folder / "helper.py").write_text("SCALE = 2")
+    assert plugin_sources(["score"]) != before
+
+
+def test_a_plugin_cannot_take_the_name_of_a_metric_that_is_there(package, capsys):
     package(example().replace('@metric("contrast"', '@metric("psnr"'))
-    with pytest.raises(
-        UserError, match="'psnr' of mine_contrast has the name of one of ditbench.eval.fidelity; rename it"
-    ):
-        known_metrics()
+    assert known_metrics()["psnr"].compute.__module__ == "ditbench.eval.fidelity"
+    said = capsys.readouterr().err
+    assert "'psnr' of mine_contrast has the name of one of ditbench.eval.fidelity; rename it" in said
+    assert said.count("\n") == 1
 
 
-def test_a_plugin_that_cannot_be_imported_is_named(package):
-    package("import no_such_module\n")
-    with pytest.raises(
-        UserError, match="metrics of mine_contrast cannot be imported: No module named 'no_such_module'"
-    ):
-        known_metrics()
+BROKEN = {
+    "import no_such_module\n": "No module named 'no_such_module'",
+    "def f(:\n": "mine_contrast.py:1: SyntaxError",
+    "from ditbench.eval.base import metric\n@metric('half', better='higher')\ndef half(evidence): ...\nraise OSError('x')\n": "x",
+}
+
+
+@pytest.mark.parametrize("source", BROKEN)
+def test_a_broken_plugin_is_named_once_and_left_out_until_it_is_asked_for(package, source, capsys, evidence):
+    file = package(source)
+    assert "psnr" in known_metrics() and "half" not in known_metrics()
+    said = capsys.readouterr().err
+    assert said.startswith(f"ditbench: metrics 'contrast' of mine_contrast ({file}) is left out: it cannot be imported")
+    assert BROKEN[source] in said and "`pip uninstall mine`" in said and said.count("\n") == 1
+    with pytest.raises(UserError, match="cannot be imported"):
+        evaluate_samples(["contrast"], evidence)

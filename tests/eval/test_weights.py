@@ -1,23 +1,12 @@
 import hashlib
-import time
 
 import pytest
 
 from ditbench.eval import weights
-from ditbench.eval.base import MetricSkipped
+from ditbench.eval.base import MetricSkipped, evaluate, known_metrics
+from ditbench.eval.needs import lacking
 
 FILE = "inception-0123abcd.pth"
-
-
-@pytest.fixture(autouse=True)
-def forget_failures():
-    weights._download.cache_clear()
-
-
-@pytest.fixture
-def online(monkeypatch):
-    monkeypatch.setenv("DITBENCH_OFFLINE", "0")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
 def upstream(folder, url=f"https://example.invalid/releases/{FILE}"):
@@ -53,27 +42,19 @@ def test_a_file_whose_hash_is_not_in_its_name_is_not_used(tmp_path):
         weights.find_weights(upstream(tmp_path))
 
 
-def test_weights_are_downloaded_once_into_our_folder(online, tmp_path):
-    source = file_with_honest_name(tmp_path / "site")
-    found, _ = weights.find_weights(upstream(tmp_path, source.as_uri()))
-    assert found == weights.weights_folder() / source.name and found.read_bytes() == b"weights"
-    source.unlink()
-    assert weights.find_weights(upstream(tmp_path, source.as_uri()))[0] == found
+def test_no_metric_asks_the_network_for_weights_that_can_be_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("DITBENCH_OFFLINE", "0")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    source = file_with_honest_name(tmp_path / "site")  # an address that would answer
+    with pytest.raises(MetricSkipped, match="not here; `ditbench data fetch inception-fid`, or put inception-"):
+        weights.find_weights(
+            upstream(tmp_path, source.as_uri()), lambda: "they are not here; `ditbench data fetch inception-fid`"
+        )
+    assert not weights.weights_folder().exists()
 
 
-def test_a_failed_download_leaves_no_file_and_says_why(online, tmp_path):
-    missing = (tmp_path / FILE).as_uri()
-    with pytest.raises(MetricSkipped, match="could not be downloaded"):
-        weights.find_weights(upstream(tmp_path, missing))
-    assert not list(tmp_path.rglob("*.pth*"))
-
-
-def test_a_network_that_never_answers_is_given_up_quickly_and_asked_only_once(online, monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(weights, "CONNECT_TIMEOUT_S", -0.8)  # the wait is this plus one second
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: asked.append(1) or time.sleep(3))
-    start = time.perf_counter()
-    for _ in range(3):
-        with pytest.raises(MetricSkipped, match="no answer"):
-            weights.find_weights(upstream(tmp_path))
-    assert time.perf_counter() - start < 1.0 and asked == [1]
+def test_skipped_inception_metrics_say_what_doctor_says(evidence, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (entry,) = evaluate(["torchmetrics/fid"], evidence).values()
+    (announced,) = lacking(known_metrics()["torchmetrics/fid"])
+    assert entry["status"] == "skipped" and entry["reason"].startswith(announced)

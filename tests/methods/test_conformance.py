@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting import conformance, registry
 from ditbench.harness.fitting.conformance import Case, Nonconforming, check_methods
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
@@ -106,7 +107,7 @@ BROKEN = {
     "a state that is not tensors": (
         method(fit=lambda *_: {"strength": 0.5}),
         conformance.state_survives_a_fresh_process,
-        r"state\['strength'\] is a float",
+        r"state\['strength'\] of fit is a float",
     ),
     "a changed model": (
         method(fit=mutating_fit),
@@ -154,7 +155,7 @@ def register(monkeypatch):
 def test_a_fault_is_caught_by_the_check_that_is_there_for_it(fault, register):
     module, check, message = BROKEN[fault]
     random_state = torch.get_rng_state()
-    with pytest.raises((Nonconforming, ValueError), match=message):
+    with pytest.raises((Nonconforming, ValueError, UserError), match=message):
         check(register(module))
     torch.set_rng_state(random_state)
 
@@ -164,6 +165,20 @@ def test_a_fault_is_caught_by_the_check_that_is_there_for_it(fault, register):
 )
 def test_the_method_that_the_broken_ones_are_made_from_passes(check, register):
     check(register(method()))
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"apply": lambda *_: {}}, "method broken: apply returned a dict, expected a ModelRecipe"),
+        ({"fit": lambda *_: None}, "method broken: fit returned a NoneType, expected tensors by name"),
+    ],
+)
+def test_what_is_no_recipe_or_no_state_is_said_as_a_run_says_it(parts, words, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "known_methods", lambda: {"broken": method(**parts)})
+    assert conformance.check_methods("broken") == 1
+    said = capsys.readouterr().out
+    assert words in said and "AttributeError" not in said and "UserError" not in said
 
 
 def forgetful() -> SimpleNamespace:

@@ -92,26 +92,45 @@ def test_a_bad_parameter_of_another_packages_method_is_refused(ditbench, package
 
 
 BROKEN = {
-    "import": ("import no_such_package\n", "shrink_plugin cannot be imported: No module named 'no_such_package'"),
-    "syntax": ("def fit(:\n", "shrink_plugin cannot be imported"),
-    "fit": (METHOD.replace("def fit(", "def fitt("), "(shrink_plugin) has no fit; see docs/add-a-method.md"),
-    "apply": (METHOD.replace("def apply(", "def aply("), "(shrink_plugin) has no apply"),
-    "params": (METHOD.replace("class Params", "class Parameters"), "(shrink_plugin) has no Params"),
+    "import": ("import no_such_package\n", "No module named 'no_such_package'"),
+    "syntax": ("def fit(:\n", "shrink_plugin.py:1: SyntaxError"),
+    "fit": (METHOD.replace("def fit(", "def fitt("), "it has no fit; see docs/add-a-method.md"),
+    "apply": (METHOD.replace("def apply(", "def aply("), "it has no apply"),
+    "params": (METHOD.replace("class Params", "class Parameters"), "it has no Params"),
     "frozen": (METHOD.replace("(frozen=True)", ""), "Params must be a frozen dataclass"),
     "plain": (METHOD.replace("@dataclass(frozen=True)\n", ""), "Params must be a frozen dataclass"),
+    "defaults": (METHOD.replace("keep: float = 1.0", "keep: float"), "Params() must be what its defaults make"),
+    "exit": ("raise SystemExit(1)\n", "SystemExit"),
 }
 
 
 @pytest.mark.parametrize("flaw", BROKEN)
-def test_a_broken_plugin_is_named_in_one_line(ditbench, package, flaw):
+def test_a_broken_plugin_is_named_once_and_left_out(ditbench, package, flaw):
     source, words = BROKEN[flaw]
-    done = ditbench("list", "methods", extra=(package("shrink", source),))
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("ditbench: method 'shrink'")
-    assert words in done.stderr
+    site = package("shrink", source)
+    done = ditbench("list", "methods", extra=(site,))
+    assert done.returncode == 0 and "smoothquant" in done.stdout and "\nshrink" not in done.stdout
+    assert done.stderr.count("\n") == 1 and words in done.stderr
+    assert done.stderr.startswith(
+        f"ditbench: method 'shrink' of shrink_plugin ({site / 'shrink_plugin.py'}) is left out"
+    )
+    assert "`pip uninstall shrink-plugin`" in done.stderr
 
 
-def test_a_plugin_with_the_name_of_one_of_ours_is_refused(ditbench, package):
+def test_a_plugin_whose_module_was_deleted_is_left_out(ditbench, package):
+    site = package("shrink", METHOD)
+    (site / "shrink_plugin.py").unlink()
+    done = ditbench("list", "methods", extra=(site,))
+    assert done.returncode == 0 and "No module named 'shrink_plugin'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_broken_plugin_is_an_error_where_it_is_asked_for(ditbench, package):
+    done = ditbench("run", "method=shrink", "tracker=none", extra=(package("shrink", "import no_such_package\n"),))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "No module named 'no_such_package'" in done.stderr.splitlines()[-1]
+
+
+def test_a_plugin_with_the_name_of_one_of_ours_is_left_out(ditbench, package):
     done = ditbench("list", "methods", extra=(package("shrink", METHOD, method="rtn"),))
-    assert done.returncode == 2
-    assert "method 'rtn' of shrink_plugin has the name of another method; rename it" in done.stderr
+    assert done.returncode == 0 and "round to nearest after clipping" not in done.stdout
+    assert "there is another method 'rtn'" in done.stderr and done.stderr.count("\n") == 1

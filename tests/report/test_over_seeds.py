@@ -70,3 +70,8 @@ def test_a_report_without_twins_is_the_same_with_and_without_merging(add_run, re
     add_run("fp", "W16A16")
     add_run("rtn")
     assert report(results_dir, merge_seeds=True).text == report(results_dir).text
+
+
+def test_seeds_of_other_weights_are_not_averaged(seeded, metric):
+    first, second = seeded("rtn", [20.0, 21.0], metric)
+    assert len(over_seeds([first, replace(second, env=second.env | {"weights_sha256": "1" * 64})])) == 2

@@ -112,6 +112,46 @@ def test_only_runs_under_one_model_protocol_and_seed_share_a_group(add_run, resu
     assert sum("(stress: outliers x32)" in label for label in labels) == 1
 
 
+def of_model(record, weights=None, **settings):
+    """The record as if its model had these settings and weights."""
+    config = record.config | {"model": record.config["model"] | settings}
+    return replace(record, config=config, env=record.env | ({"weights_sha256": weights} if weights else {}))
+
+
+def test_groups_of_one_model_are_told_apart_by_the_settings_that_differ(add_run):
+    run = add_run("a")
+    lora = [{"path": "a.safetensors", "scale": 0.5}]
+    models = [
+        {"source": "./one"},
+        {"source": "./two"},
+        {"source": "./one", "fuse_qkv": True},
+        {"source": "./one", "lora": lora},
+    ]
+    labels = [group.label for group in compare.groups([of_model(run, **model) for model in models])]
+    assert len(set(labels)) == 4 and not any("variant" in label for label in labels)
+    for words in ("source=./two", "fuse_qkv=True", "lora=[{'path': 'a.safe"):
+        assert sum(words in label for label in labels) == 1, words
+
+
+def test_groups_that_differ_in_a_note_alone_have_labels_of_their_own(add_run):
+    run = add_run("a")
+    labels = [group.label for group in compare.groups([of_model(run, note=note) for note in ("x", "y", "z")])]
+    assert len(set(labels)) == 3
+
+
+def test_other_weights_under_the_same_settings_are_another_group(add_run, metric):
+    good, bad = add_run("a", metrics={"psnr": metric(30.0)}), add_run("b", metrics={"psnr": metric(20.0)})
+    found = compare.groups([of_model(good, "1" * 64), of_model(bad, "2" * 64), of_model(bad, "1" * 64)])
+    assert sorted(len(group.records) for group in found) == [1, 2]
+    assert sorted(group.label[-17:] for group in found) == [" weights 11111111", " weights 22222222"]
+
+
+def test_the_same_weights_are_one_group_however_their_place_is_spelled(add_run):
+    run, other = add_run("a"), add_run("b")
+    (group,) = compare.groups([of_model(run, "1" * 64, source="./x"), of_model(other, "1" * 64, source="x")])
+    assert len(group.records) == 2 and "source" not in group.label
+
+
 def test_runs_of_one_method_are_told_apart_by_the_setting_that_differs(add_run, results_dir):
     add_run("balance", strength=0.5, eps=1e-5)
     add_run("balance", strength=0.7, eps=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from ditbench.harness.common.files import canonical_sha256
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import ModelSpec
+from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.identity import identity
 from ditbench.harness.stages.loaded import model_of
@@ -99,6 +101,17 @@ def test_other_weights_under_the_same_name_make_new_runs(base):
     parts = model_of(ModelSpec("tiny-dit", "dit", source="zoo:tiny-dit")).parts
     assert run_id(parts=parts) == base
     assert run_id(parts=parts | {"transformer": "0" * 64}) != base
+
+
+def test_how_the_place_of_a_model_or_of_prompts_is_spelled_does_not_change_the_run_id(tmp_path, monkeypatch):
+    shutil.copytree(WEIGHTS / "tiny-t2i", tmp_path / "x")
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    monkeypatch.chdir(tmp_path)
+    ids = {
+        run_id("model=tiny-t2i", f"model.source={start}x", f"protocol.prompts={start}prompts.txt")
+        for start in ("", "./", f"{tmp_path}/")
+    }
+    assert len(ids) == 1
 
 
 @pytest.mark.parametrize("of", ["protocol", "calibration"])
