@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,9 +16,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ditbench.harness.common.errors import UserError, unknown_name
-from ditbench.harness.common.paths import CONF, options
+from ditbench.harness.common.paths import CONF, checked, options, own_configurations
 from ditbench.harness.fitting import registry
 from ditbench.harness.quant.spec import MIXED, all_labels, parse_label
+
+SEARCH_PATH = "hydra.searchpath"
+FILE = "file://"
 
 
 def register() -> None:
@@ -32,12 +36,20 @@ def register() -> None:
         store.store(group="bits", name=label, node=node)
 
 
-def groups() -> dict[str, list[str]]:
-    """{configuration group: its options}."""
-    found = {folder.name: [path.stem for path in options(folder.name)] for folder in CONF.iterdir() if folder.is_dir()}
+def groups(beside: Iterable[Path] = ()) -> dict[str, list[str]]:
+    """{configuration group: its options}. beside: folders of configurations that Hydra was told of."""
+    names = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+    found = {name: [path.stem for path in options(name, beside)] for name in names}
     found["method"] = sorted(registry.known_methods())
     found["bits"] = [*all_labels(), MIXED]
     return found
+
+
+def search_path() -> list[str]:
+    """The override that has Hydra look into a user's folders of configurations, too."""
+    escaped = [str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in own_configurations()]
+    listed = ",".join(f"'{FILE}{folder}'" for folder in escaped)
+    return [f"{SEARCH_PATH}=[{listed}]"] if escaped else []
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -50,7 +62,12 @@ def check_overrides(overrides: list[str]) -> None:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
         raise not_an_override(error) from error
-    known = groups()
+    searched = [str(item) for o in parsed if o.key_or_group == SEARCH_PATH for item in o.value() or ()]
+    if searched and own_configurations():
+        raise UserError(f"{SEARCH_PATH} and --config-dir: give one of them; --config-dir may be given several times")
+    known = groups(checked(each.removeprefix(FILE), SEARCH_PATH) for each in searched if each.startswith(FILE))
+    if not all(each.startswith(FILE) for each in searched):
+        return  # Hydra alone knows what a package holds
     for override in parsed:
         if override.is_delete():
             raise UserError(f"{override.input_line}: nothing can be left out; give it another value instead")
@@ -87,7 +104,7 @@ def composed(jobs: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
         made = []
         for overrides in map(list, jobs):
             check_overrides(overrides)
-            config = hydra.compose("config", overrides)
+            config = hydra.compose("config", [*overrides, *search_path()])
             made.append(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
         return made  # type: ignore[return-value]
 
