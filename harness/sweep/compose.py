@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +13,14 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.errors import UserError, reason, unknown_name
 from ditbench.harness.common.paths import CONF, checked, options, own_configurations
+from ditbench.harness.common.timer import say
 from ditbench.harness.fitting import registry
 from ditbench.harness.quant.spec import MIXED, all_labels, parse_label
 
@@ -24,8 +28,36 @@ SEARCH_PATH = "hydra.searchpath"
 FILE = "file://"
 
 
+def find_plugins() -> None:
+    """Have Hydra import every package of `hydra_plugins` on the path now, the working directory's under `python -m`.
+
+    Raises:
+        UserError: one of them breaks. Those that only lack a package are left out, and named in a line.
+    """
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            Plugins.instance()
+        except (Exception, SystemExit) as error:
+            file = _inside_plugins(error)
+            raise UserError(
+                f"{file or 'a package of hydra_plugins'}: Hydra imports what is called hydra_plugins, and this breaks "
+                f"({reason(error)}); mend or rename it"
+            ) from error
+    for each in told:
+        say(f"Hydra: {' '.join(str(each.message).split())}")
+
+
+def _inside_plugins(error: BaseException) -> str | None:
+    """The innermost file of hydra_plugins that an error came from."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    files += [error.filename] if isinstance(error, SyntaxError) and error.filename else []
+    return next((file for file in reversed(files) if "hydra_plugins" in Path(file).parts), None)
+
+
 def register() -> None:
-    """Every method's defaults and every format of bits= as configuration nodes."""
+    """Every method's defaults and every format of bits= as configuration nodes, once Hydra's plugins are found."""
+    find_plugins()
     store = ConfigStore.instance()
     for name in registry.known_methods():
         store.store(group="method", name=f"{name}_defaults", node=registry.defaults(name))
