@@ -8,7 +8,9 @@ import pkgutil
 import sys
 
 from ditbench.harness import cli
+from ditbench.harness.cli.flags import own_folders
 from ditbench.harness.common.errors import EXIT_USER, UserError, of_the_system, unknown_name
+from ditbench.harness.common.paths import configurations_in
 
 HELP = """\
 ditbench: one protocol for post-training quantization of diffusion transformers.
@@ -36,7 +38,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
 Any value of the configuration can be overridden as name=value, in Hydra's syntax: protocol.n=1000 device=cuda
 method.strength=0.6 generate.batch_size=128. `ditbench run --cfg job` prints the whole configuration.
 Results go to ./results (results_dir=...). A run that is already recorded is skipped; --force runs it again.
---strict refuses a run, before anything is computed, if one of its metrics would be skipped.
+--strict refuses a run of which a metric would be skipped. --config-dir FOLDER: FOLDER/model/mine.yaml is model=mine.
 """
 OURS = ("command_line", "flags")  # files of this folder that are no commands
 COMMANDS = tuple(m.name.replace("_", "-") for m in pkgutil.iter_modules(cli.__path__) if m.name not in OURS)
@@ -57,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if command not in COMMANDS:
             raise unknown_name("command", command, COMMANDS)
-        return importlib.import_module(f"{cli.__name__}.{command.replace('-', '_')}").command(rest)
+        rest, folders = own_folders(rest)
+        with configurations_in(folders):
+            return importlib.import_module(f"{cli.__name__}.{command.replace('-', '_')}").command(rest)
     except UserError as error:
         if debug:
             raise

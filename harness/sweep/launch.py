@@ -82,7 +82,7 @@ def job(config: DictConfig) -> str:
 def _arguments(arguments: list[str]) -> Iterator[None]:
     """Hydra reads the command line itself; HYDRA_FULL_ERROR makes it raise instead of printing and leaving."""
     before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["ditbench run", *arguments], "1"
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["ditbench run", *compose.search_path(), *arguments], "1"
     try:
         yield
     finally:
