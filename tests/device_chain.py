@@ -24,11 +24,11 @@ from operations import Operations, counted
 from small_pipelines import SIZES, SMALL
 from torch import Tensor, nn
 
-from ditbench.eval import features
+from ditbench.eval import batches
 from ditbench.eval.video_judges import CLIP
 from ditbench.harness.build.export import load_quantized, save_quantized
 from ditbench.harness.calibration.recording import Calibration
-from ditbench.harness.common.files import tensors_sha256
+from ditbench.harness.common.files import canonical_sha256, tensors_sha256
 from ditbench.harness.generation.generate import conditions
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.stages.config import RunConfig, parse
@@ -150,12 +150,13 @@ def chain(config: RunConfig, recordings: Recordings, ops: Operations, export: Pa
     with ops.stage("generate"):
         images = few(config, model, quantized)
         float_model = float_samples(config, model, seed=config.seed)
-    features._outputs.clear()  # as in a process of its own: what the judge saw of the reference is not known yet
+    pixels = tensors_sha256({"pixels": images.pixels})  # two methods may draw the same: each is evaluated
+    batches._outputs.clear()  # as in a process of its own: what the judge saw of the reference is not known yet
     with ops.stage("evaluate"):
         entries, _ = evaluate(
             config,
             model,
-            Drawn(images, tensors_sha256({"pixels": images.pixels}), config.cache_dir, {}),
+            Drawn(images, canonical_sha256({"pixels": pixels, "method": config.method}), config.cache_dir, {}),
             float_model,
         )
     with ops.stage("measure"):

@@ -7,8 +7,10 @@
     print(ops.report())                 # per stage; and which lines of ours asked the CPU for how much
 
 Products, convolutions and attention count as torch's own flop formulas say (a multiplication and an addition are 2), decompositions
-as textbooks do (Golub & Van Loan), everything else one operation for each element of its largest floating-point tensor. Nothing
-is counted for what only moves or makes numbers (copies, views, gathering, constants, drawn noise), nor for integers.
+as textbooks do (Golub & Van Loan), everything else one operation for each element of its largest floating-point tensor (of all tensors of a
+list, for operators on lists). Nothing is counted for what only moves or makes numbers (copies, views, gathering, constants, drawn
+noise), nor for integers. What NumPy and SciPy compute is not seen, on whatever device the rest runs: the bootstraps of FID and KID, the matrix
+root of their libraries, plans of mixed precision, rank correlations. A few operators count too little (FFT, recurrent layers, pinv).
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ MOVES = {
     "replication_pad2d", "replication_pad3d", "pixel_shuffle", "pixel_unshuffle", "_local_scalar_dense", "equal", "fill_",
     "fill", "zero_", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
     "new_full", "new_empty", "new_empty_strided", "tril", "triu", "slice_scatter", "select_scatter", "slice_backward",
-    "select_backward", "unsafe_split", "resize_", "set_", "lift_fresh", "isnan", "isinf", "isfinite", "nonzero", "block_diag",
+    "select_backward", "unsafe_split", "_unsafe_view", "im2col", "resize_", "set_", "lift_fresh", "isnan", "isinf", "isfinite", "nonzero", "block_diag",
 }  # fmt: skip
 
 
@@ -63,6 +65,24 @@ def _solve(matrix: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> int:
     return int(2 / 3 * matrix.numel() * matrix.shape[-1]) + 2 * right.numel() * matrix.shape[-1]
 
 
+def _batched_sum(start: Tensor, left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Products of (B, n, m) and (B, m, p), summed over B."""
+    return 2 * left.numel() * right.shape[-1]
+
+
+def _distances(left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> int:
+    """A difference, a power and a sum for each pair of rows and each column."""
+    return 3 * left.numel() * right.shape[-2]
+
+
+def _least_squares(matrix: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> int:
+    """QR of the matrix, its Q applied to the right side, and a triangular solve."""
+    matrices, longer, shorter = _rows_columns(matrix)
+    columns = right.shape[-1] if right.ndim == matrix.ndim else 1
+    factor = 2 * longer * shorter**2 - 2 * shorter**3 / 3
+    return int(matrices * (factor + columns * (4 * longer * shorter - shorter**2)))
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
     """Two products, (queries, keys) and (queries, width), per head; heads of keys may be fewer."""
     return 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
@@ -74,6 +94,14 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten.mv: lambda matrix, *_, **__: 2 * matrix.numel(),
     aten.addmv: lambda _, matrix, *__, **___: 2 * matrix.numel(),
     aten.dot: lambda vector, *_, **__: 2 * vector.numel(),
+    aten.addbmm: _batched_sum,
+    aten.addbmm_: _batched_sum,
+    aten._cdist_forward: _distances,
+    aten._euclidean_dist: _distances,
+    aten.cholesky_solve: lambda right, factor, *_, **__: 2 * right.numel() * factor.shape[-1],
+    aten.linalg_lu_solve: lambda factor, pivots, right, **_: 2 * right.numel() * factor.shape[-1],
+    aten.linalg_lstsq: _least_squares,
+    aten.linalg_eig: _per_matrix(lambda _, n: 25 * n**3),
     aten.linalg_cholesky_ex: _per_matrix(lambda _, n: n**3 / 3),
     aten.cholesky_inverse: _per_matrix(lambda _, n: 2 * n**3 / 3),
     aten.linalg_inv_ex: _per_matrix(lambda _, n: 2 * n**3),
@@ -98,6 +126,8 @@ def operations(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     if func.is_view or packet.__name__ in MOVES or (torch.Tag.nondeterministic_seeded in func.tags):
         return 0
+    if packet.__name__.startswith("_foreach_"):
+        return sum(t.numel() for t in args[0] if _is_float(t))
     floats += [t for t in leaves((out,)) if isinstance(t, Tensor) and _is_float(t)]
     return max(t.numel() for t in floats)
 

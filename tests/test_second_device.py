@@ -224,6 +224,28 @@ def test_operations_are_counted_as_by_hand(mode):
     }
 
 
+OTHERS = {  # what it does, and its operations
+    "moves": (lambda: F.unfold(IMAGE, 3), 0),
+    "views": (lambda: torch.ops.aten._unsafe_view(torch.zeros(3, 4), [12]), 0),
+    "distances": (lambda: torch.cdist(torch.zeros(6, 8), torch.zeros(5, 8)), 3 * 6 * 5 * 8),
+    "distances of many": (lambda: torch.cdist(torch.zeros(30, 8), torch.zeros(30, 8)), 3 * 30 * 30 * 8),
+    "solves": (lambda: torch.cholesky_solve(torch.zeros(8, 300), torch.eye(8)), 2 * 8 * 8 * 300),
+    "sums of products": (lambda: torch.addbmm(torch.zeros(8, 12), *MANY), 2 * 6 * 8 * 16 * 12),
+    "lists": (lambda: torch._foreach_add([torch.zeros(6), torch.zeros(5)], 1.0), 11),
+    "least squares": (lambda: torch.linalg.lstsq(torch.eye(20, 8), torch.zeros(20, 3)), 2 * 20 * 64 - 341 + 3 * (640 - 64)),
+}  # fmt: skip
+MANY = (torch.zeros(6, 8, 16), torch.zeros(6, 16, 12))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", OTHERS)
+def test_rarer_operators_count_as_by_hand(name, mode):
+    function, expected = OTHERS[name]
+    with mode(), counted() as ops:
+        function()
+    assert ops.by_stage.total() == pytest.approx(expected, abs=1)
+
+
 def test_a_backward_pass_counts_too():
     linear, x = nn.Linear(4, 5, bias=False), MATRIX.clone().requires_grad_()
     with counted() as ops:

@@ -50,7 +50,8 @@ def test_a_family_with_a_method_runs_on_the_device_with_the_cpus_numbers(
     assert all(torch.equal(codes, far.codes[name]) for name, codes in near.codes.items())
     torch.testing.assert_close(far.latents, near.latents, rtol=0, atol=1e-5)
     assert int((far.pixels.int() - near.pixels.int()).abs().max()) <= 1 and near.pixels.float().std() > 1
-    assert far.values == pytest.approx(near.values, rel=1e-4, abs=1e-5)
+    close = 1e-4 if torch.equal(far.pixels, near.pixels) else 1e-3  # a pixel at a tie moves what a judge says of 16×16
+    assert far.values == pytest.approx(near.values, rel=close, abs=1e-5)
     np.testing.assert_allclose(far.errors, near.errors, rtol=1e-4)
     if far.reloaded is not None:
         torch.testing.assert_close(far.reloaded, near.latents, rtol=0, atol=1e-5)

@@ -200,7 +200,9 @@ def test_a_model_is_built_on_its_device_from_a_recipe_that_stays_where_it_is(dit
     here = run(case, dit, "cpu", counted())
     with counted() as ops:
         build(dit.target, here.recipe, dtype=torch.float32, device=second)
-    assert ops.share_on_second_device() >= LEAST_SHARE, ops.report()
+    assert ops.share_on_second_device() >= 0.95, (
+        ops.report()
+    )  # zero points are looked at where they lie: one of 24 weights
     stays_on_the_cpu(here)
     build(dit.target, here.recipe, dtype=torch.float32).to(second)
     stays_on_the_cpu(here)
