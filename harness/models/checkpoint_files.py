@@ -77,7 +77,7 @@ def check_part(part: Path, variant: str | None, kind: str | None = None) -> None
     Raises:
         UserError: see above.
     """
-    for path in sorted(part.glob("*.json")):
+    for path in sorted(part.glob("[!.]*.json")):
         values = read_object(path)
         if ".index." in path.name:
             _check_shards(path, values.get("weight_map"))

@@ -161,5 +161,4 @@ def test_libraries_of_metrics_count_for_metrics_alone():
 @pytest.mark.parametrize("change", [{"size": {"height": 16, "width": 24}}, {"dtype": "bfloat16"}])
 def test_another_size_or_dtype_of_the_same_weights_is_another_recording(small_model, change):
     other = replace(small_model, spec=replace(small_model.spec, **change))
-    assert other.fingerprint == small_model.fingerprint
     assert recording.key_of(other, SAMPLER, 3, 0) != recording.key_of(small_model, SAMPLER, 3, 0)

@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_before_the_record_is_reached_stops_the_run_and_reco
     def refuse(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("ditbench.harness.calibration.on_disk.save_file", refuse)
+    monkeypatch.setattr("ditbench.harness.calibration.on_disk.save_tensors", refuse)
     outcome = run()
     assert outcome.code == REFUSED
     assert f"{tmp_path}: no room to write" in outcome.error_lines[-1] and "results_dir=" in outcome.error_lines[-1]

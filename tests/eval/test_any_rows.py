@@ -38,7 +38,7 @@ def in_a_store(samples: Samples, folder: Path) -> Samples:
     n = len(samples)
     prompts = samples.prompts or (Prompt(""),) * n
     wanted = Conditions(tuple(range(n)), samples.labels_N, prompts)
-    store = open_store(Address(folder, "samples", "0123456789abcdef", "samples"), wanted, PIECE, latents=True)
+    store = open_store(Address(folder, "samples", "0123456789abcdef", "samples"), wanted, lambda: PIECE, latents=True)
     for piece in store.pieces:
         rows = slice(piece.rows.start, piece.rows.stop)
         store.publish(piece, samples.pixels[rows], samples.latents[rows], samples.fps)

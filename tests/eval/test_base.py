@@ -29,7 +29,7 @@ def test_a_metric_that_breaks_has_failed_and_the_others_keep_their_numbers(plugi
     entries, samples = evaluate_samples(["psnr", "plugin", "ssim"], evidence)
     assert [entries[name]["status"] for name in entries] == ["ok", "failed", "ok"] and set(samples) == {"psnr", "ssim"}
     assert entries["plugin"]["value"] is None and entries["plugin"]["n"] == 0
-    assert entries["plugin"]["reason"].startswith("OutOfMemoryError in test_base.py")
+    assert entries["plugin"]["reason"].startswith("out of memory: OutOfMemoryError in test_base.py")
     assert entries["plugin"]["reason"].endswith("CUDA out of memory.")
 
 

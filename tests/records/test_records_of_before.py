@@ -80,11 +80,11 @@ def test_old_records_are_compared_prompt_by_prompt(results, capsys):
 
 
 def test_an_old_run_cannot_be_exported_by_other_code_and_says_so_in_one_line(results, capsys):
-    """Its method's source has changed since, be it by its import lines only: the same numbers cannot be promised."""
+    """Its method's source has changed since, and what its model's hash covers: the same numbers cannot be promised."""
     (htg,) = (record for record in read_all(results) if record.method == "htg")
     assert main(["export", str(htg.folder), "--out", str(results / "export")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("ditbench: ") and error.count("\n") == 1 and "edited since; run it again" in error
+    assert error.startswith("ditbench: ") and error.count("\n") == 1 and "run it again" in error
 
 
 def test_every_setting_of_an_old_record_is_still_a_setting():

@@ -14,6 +14,7 @@ from ditbench.harness.backends.base import choose
 from ditbench.harness.backends.matrix import example_recipe
 from ditbench.harness.records.drawn_samples import samples_of
 from ditbench.harness.records.record import read
+from ditbench.harness.samples.store import found_store
 
 FIELDS = {
     "schema": int,
@@ -32,6 +33,7 @@ FIELDS = {
     "cost": dict,
     "env": dict,
     "artifacts": dict,
+    "made_from": dict,
     "files": dict,
     "non_finite": list,
     "sha256": str,
@@ -157,9 +159,8 @@ def test_force_makes_a_second_attempt_beside_the_first(twice, read_records):
 
 def test_a_repeated_run_gives_the_same_images_and_values_bit_for_bit(twice, read_records):
     one, two = read_records(twice).values()
-    names = one["run_id"], f"{two['run_id']}.2"
-    before, after = (samples_of(read(twice / "runs/default" / name / "record.json")) for name in names)
-    assert before.pixels.store.folder != after.pixels.store.folder, "drawn twice"
+    caches = zip((one, two), ("cache", "second-cache"), strict=True)
+    before, after = (found_store(twice / name / "samples" / r["made_from"]["samples"]).samples() for r, name in caches)
     assert torch.equal(before.pixels[:], after.pixels[:]) and torch.equal(before.latents[:], after.latents[:])
     assert one["metrics"] == two["metrics"]
     assert one["layers"] == two["layers"] and one["bits"] == two["bits"]

@@ -20,23 +20,24 @@ SWEEP = ("method=rtn,smoothquant", "bits=w4a4", "metrics.names=[psnr,accuracy,to
 
 @pytest.fixture
 def scored_floats(monkeypatch):
-    """Counts how often samples of the float model were scored for their values."""
-    calls, real = [], stage.scored
+    """Names of metrics that were computed on samples of the float model, in turn."""
+    names, real = [], stage._of_one
 
-    def counting(config, model, images, float_model, names=None):
-        if names is not None:
-            calls.append(names)
-        return real(config, model, images, float_model, names)
+    def counting(name, evidence):
+        if evidence.generated is evidence.float_model:
+            names.append(name)
+        return real(name, evidence)
 
-    monkeypatch.setattr(stage, "scored", counting)
-    return calls
+    monkeypatch.setattr(stage, "_of_one", counting)
+    return names
 
 
 def test_each_run_keeps_its_values_and_the_float_models_which_are_scored_once(request, tmp_path, scored_floats):
     assert request.getfixturevalue("run")("-m", *SWEEP) == 0
     first, second = read_all(tmp_path)
     kept = [sample_values.load(each.folder / each.artifacts["per_sample"]) for each in (first, second)]
-    assert scored_floats == [["accuracy"]]
+    of_two_seeds = ["accuracy", "torchmetrics/fid_judge"] * 2  # of the noise floor
+    assert scored_floats == ["accuracy", *of_two_seeds], "the second run finds them"
     for record, values in zip((first, second), kept, strict=True):
         assert set(values.run) == {"psnr", "accuracy"} and set(values.float_model) == {"accuracy"}
         for name, one in values.run.items():
