@@ -6,7 +6,6 @@ import io
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from PIL import Image
@@ -23,6 +22,8 @@ def encoded(pixels: Tensor, fps: float, path: Path) -> None:
     if pixels.ndim == 3:
         Image.fromarray(pixels.numpy()).save(path, format="PNG")
         return
+    import av  # only where there are videos
+
     with av.open(str(path), "w", format="matroska") as file:
         stream = file.add_stream("libx264rgb", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt, stream.options = *pixels.shape[1:3], "rgb24", LOSSLESS
@@ -38,10 +39,21 @@ def decoded(content: bytes, path: Path) -> Tensor:
         Damaged: it is no such file.
     """
     try:
-        if path.suffix == ENDINGS["image"]:
-            with Image.open(io.BytesIO(content)) as image:
-                return torch.from_numpy(np.array(image))
+        return _image(content) if path.suffix == ENDINGS["image"] else _video(content)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise Damaged(f"{path}: cannot be read ({type(error).__name__})") from error
+
+
+def _image(content: bytes) -> Tensor:
+    with Image.open(io.BytesIO(content)) as image:
+        return torch.from_numpy(np.array(image))
+
+
+def _video(content: bytes) -> Tensor:
+    import av
+
+    try:
         with av.open(io.BytesIO(content)) as file:
             return torch.from_numpy(np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]))
-    except (OSError, ValueError, SyntaxError, av.FFmpegError) as error:
-        raise Damaged(f"{path}: cannot be read ({type(error).__name__})") from error
+    except av.FFmpegError as error:  # some of them are nothing that Python knows
+        raise ValueError(str(error)) from error
