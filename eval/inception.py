@@ -35,12 +35,11 @@ from ditbench.eval.features import (
 )
 from ditbench.eval.needs import weights as weights_here
 from ditbench.eval.passport import need_samples
-from ditbench.eval.weights import Upstream, find_weights
+from ditbench.eval.weights import CLEAN_FID_FOLDER, Upstream, find_weights
 from ditbench.harness.samples.samples import Rows
 
 BATCH = 32
 LAYERS = ["2048", "logits_unbiased"]  # pooled features, and class scores without bias as IS wants them
-CLEAN_FID_FOLDER = Path("/tmp")  # where clean-fid itself downloads to
 
 Network = Callable[[Tensor], tuple[Tensor, ...]]  # uint8 (B, 3, H, W) → features, and logits where it has them
 

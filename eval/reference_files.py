@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.samples.rows_on_disk import RowsOnDisk
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MEMBER = "arr_0.npy"
@@ -25,34 +26,7 @@ THREADS = 4  # that decode at once
 EXPECTED = "expected an ADM-style .npz with arr_0 of uint8 (N, H, W, 3)"
 
 
-class FileRows:
-    """uint8 images (N, H, W, 3) that `read` reads by their numbers."""
-
-    def __init__(self, shape: Sequence[int], read: Callable[[Sequence[int]], Tensor]) -> None:
-        self.shape, self.dtype, self._read = torch.Size(shape), torch.uint8, read
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[row] for row in range(len(self)))
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """Batches of `size` rows, the last perhaps smaller."""
-        return (self[start : start + size] for start in range(0, len(self), size))
-
-    def __getitem__(self, wanted: int | slice | Sequence[int] | Tensor) -> Tensor:
-        if isinstance(wanted, int):
-            return self[[wanted]][0]
-        chosen = torch.arange(len(self))[wanted].tolist()
-        return self._read(chosen) if chosen else torch.zeros((0, *self.shape[1:]), dtype=self.dtype)
-
-
-def folder_rows(path: Path) -> FileRows:
+def folder_rows(path: Path) -> RowsOnDisk:
     """All images below path in the order of their relative names, as RGB; they must be of one size.
 
     Raises:
@@ -76,10 +50,10 @@ def folder_rows(path: Path) -> FileRows:
         with ThreadPoolExecutor(THREADS) as pool:
             return torch.stack(list(pool.map(read_one, rows)))
 
-    return FileRows((len(files), *shape), read)
+    return RowsOnDisk((len(files), *shape), torch.uint8, read)
 
 
-def npz_rows(path: Path) -> FileRows:
+def npz_rows(path: Path) -> RowsOnDisk:
     """The images of an ADM-style .npz, as its bytes lie in the file; a compressed one is unpacked into a temporary file first.
 
     Raises:
@@ -126,9 +100,9 @@ def _data_offset(path: Path, member: zipfile.ZipInfo) -> int:
     return member.header_offset + 30 + name_bytes + extra_bytes
 
 
-def _mapped(file: Path | IO[bytes], offset: int, shape: tuple[int, ...]) -> FileRows:
+def _mapped(file: Path | IO[bytes], offset: int, shape: tuple[int, ...]) -> RowsOnDisk:
     images_NHWC = np.memmap(file, np.uint8, "r", offset, shape)
-    return FileRows(shape, lambda rows: torch.from_numpy(images_NHWC[rows]))
+    return RowsOnDisk(shape, torch.uint8, lambda rows: torch.from_numpy(images_NHWC[rows]))
 
 
 def _read_image(file: Path) -> np.ndarray:

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 from ditbench.eval.base import MetricSkipped
 from ditbench.harness.common.files import file_sha256
 
+CLEAN_FID_FOLDER = Path("/tmp")  # where clean-fid itself downloads to
+
 
 @dataclass(frozen=True)
 class Upstream:
@@ -64,6 +66,22 @@ def find_weights(upstream: Upstream, missing: Callable[[], str | None] = lambda:
         return found
     help_text = f"put {upstream.file_name} from {upstream.url} into {weights_folder()}"
     raise MetricSkipped(f"{missing() or 'weights are not here'}, or {help_text}")
+
+
+def others_here() -> dict[str, list[int]]:
+    """Every file that a metric's network of others may be read from, as it is now: {path: [bytes, time of change in ns]}.
+
+    Of whatever lies in the folders that are looked in: more than one metric reads, never less, and nothing is hashed or loaded.
+    """
+    import torch
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = [weights_folder(), Path(torch.hub.get_dir()) / "checkpoints"]
+    folders += [Path(os.environ["DITBENCH_JUDGES"])] if os.environ.get("DITBENCH_JUDGES") else []
+    files = [path for folder in folders for path in folder.rglob("*")]
+    files += [*CLEAN_FID_FOLDER.glob("inception-*.pt"), *Path(HF_HUB_CACHE).glob("models--*/snapshots/*/*")]
+    states = {str(path): path.stat() for path in sorted(files) if path.is_file()}
+    return {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
 
 
 def stored_sha256(path: Path) -> str:

@@ -24,6 +24,7 @@ from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
 from ditbench.harness.quant.target import Target
 
+NOT_TIMED = "not timed"  # the kind of what could run here, and was not measured
 OFFLOADED = "blocks are offloaded, their time is that of the bus"
 
 
@@ -60,7 +61,7 @@ def measure(
     One latency is one call of the transformer on `samples` samples with guidance (2 · samples rows); where the model changes
     with the range of steps, the mean of its calls over the steps. A simulated model gets no latency, speed-up or peak
     memory: its arithmetic is not the one it stands for. Nor does one whose blocks, or those of the baseline beside it, do not fit on
-    the device (memory=offload, or auto): its time would be that of the bus; the record then says `not_timed`.
+    the device (memory=offload, or auto): its time would be that of the bus; the record then says `not_timed`, and is of that kind.
     """
     found: dict[str, Any] = {
         "kind": kind,
@@ -78,10 +79,10 @@ def measure(
     if kind != "measured":
         return found
     if offloaded(quantized):
-        return found | {"not_timed": OFFLOADED}
+        return found | {"kind": NOT_TIMED, "not_timed": OFFLOADED}
     baseline = float_copy(target, dtype=torch.bfloat16, device=device, memory=memory)
     if offloaded(baseline):
-        return found | {"not_timed": f"the baseline beside it: {OFFLOADED}"}
+        return found | {"kind": NOT_TIMED, "not_timed": f"the baseline beside it: {OFFLOADED}"}
     step_inputs = model.step_inputs(2 * samples, device)
     baseline_inputs, inputs = (placed(step_inputs, wanted, device) for wanted in (torch.bfloat16, dtype))
     calls = {

@@ -163,6 +163,21 @@ def survey(results_dir: Path, experiment: str | None = None) -> Survey:
     return Survey(found, damaged)
 
 
+def named(target: str, results_dir: Path) -> list[Record]:
+    """The run of a folder, or the best attempts of an experiment's runs that ended ok.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if (Path(target) / "record.json").is_file():
+        return [read(Path(target) / "record.json")]
+    if not experiment_folder(results_dir, target).is_dir():
+        raise UserError(
+            f"{target}: expected a run's folder (with a record.json) or an experiment in {results_dir}/runs"
+        )
+    return [record for record in read_all(results_dir, target) if record.status == "ok"]
+
+
 def read_all(results_dir: Path, experiment: str | None = None) -> list[Record]:
     """The best attempt of every run, of one experiment or of all; what is damaged is said and left out."""
     found = survey(results_dir, experiment)

@@ -39,7 +39,7 @@ class Record:
         `status` is "skipped" (it cannot run here) or "failed" (it broke).
     efficiency: {kind, backend, device, latency_ms{median, p10, p90}, baseline_latency_ms{…}, speedup, model_bytes,
         baseline_model_bytes, compression, peak_memory_bytes, …}; `kind` is "measured" (an integer kernel, or the
-        16-bit reference, ran on this device) or "simulated" (then latency, speedup and peak memory are None).
+        16-bit reference, was timed on this device), "simulated" or "not timed" (then latency, speedup and peak memory are None).
     bits: {label, weight_bits_effective, act_bits_effective, mac_share_quantized, float_layers, …}.
     files: {path of an artifact: {bytes, sha256}}.
     non_finite: where a number was infinite or none ("layers/proj_out/sqnr_db: inf"); null stands there.

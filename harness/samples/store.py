@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ from ditbench.harness.common.artifacts import (
     write_manifest,
 )
 from ditbench.harness.common.files import atomic_path
-from ditbench.harness.common.memory import trim
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.pixels import ENDINGS, decoded, encoded
+from ditbench.harness.samples.rows_on_disk import RowsOnDisk
 from ditbench.harness.samples.samples import Prompt, Samples
 
 KIND = "samples"
@@ -78,8 +79,11 @@ class SampleStore:
 
     @property
     def pieces(self) -> list[Piece]:
-        size = self.index["piece"]
-        return [Piece(start // size, range(start, min(start + size, len(self)))) for start in range(0, len(self), size)]
+        return [self.piece(number) for number in range(-(-len(self) // self.index["piece"]))]
+
+    def piece(self, number: int) -> Piece:
+        start = number * self.index["piece"]
+        return Piece(number, range(start, min(start + self.index["piece"], len(self))))
 
     @property
     def lines_file(self) -> str:
@@ -195,48 +199,23 @@ class SampleStore:
         return latents_N[[row - piece.rows.start for row in rows]]
 
 
-class StoredRows:
-    """Rows of a store, read as a tensor's are: by index, slice or list, one by one, or with `split`; uint8 pixels or float32 latents.
+class StoredRows(RowsOnDisk):
+    """Rows of a store, read piece by piece: uint8 pixels or float32 latents."""
 
-    Whatever asks for all of them at once gets them, and has to hold them.
-    """
+    def __init__(
+        self,
+        store: SampleStore,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        read_piece: Callable[[Piece, Sequence[int]], Tensor],
+    ) -> None:
+        self.store, size = store, store.index["piece"]
 
-    def __init__(self, store: SampleStore, shape: tuple[int, ...], dtype: torch.dtype, read: Any) -> None:
-        self.store, self.shape, self.dtype, self._read = store, torch.Size((len(store), *shape)), dtype, read
+        def read(rows: Sequence[int]) -> Tensor:
+            of_pieces = groupby(rows, lambda row: row // size)
+            return torch.cat([read_piece(store.piece(number), list(its_rows)) for number, its_rows in of_pieces])
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for part in self.split(max(1, self.store.index["piece"])):
-            yield from part
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """Batches of `size` rows, the last perhaps smaller."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
-            trim()  # what the last batch took, and whatever was made of it
-
-    def __getitem__(self, wanted: int | slice | Sequence[int] | Tensor) -> Tensor:
-        if isinstance(wanted, int):
-            return self[[wanted]][0]
-        if isinstance(wanted, Tensor):
-            wanted = (wanted.nonzero().flatten() if wanted.dtype == torch.bool else wanted).tolist()
-        rows = range(len(self))[wanted] if isinstance(wanted, slice) else [range(len(self))[row] for row in wanted]
-        if not len(rows):
-            return torch.zeros((0, *self.shape[1:]), dtype=self.dtype)
-        size, parts, start = self.store.index["piece"], [], 0
-        while start < len(rows):  # one piece after the other
-            stop = start
-            while stop < len(rows) and rows[stop] // size == rows[start] // size:
-                stop += 1
-            parts.append(self._read(self.store.pieces[rows[start] // size], rows[start:stop]))
-            start = stop
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        super().__init__((len(store), *shape), dtype, read, at_once=size)
 
 
 def open_store(address: Address, wanted: Conditions, piece: Callable[[], int], latents: bool) -> SampleStore:

@@ -10,14 +10,16 @@ from typing import Any
 from ditbench.eval.base import known_metrics, no_metric
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.records import sample_values
-from ditbench.harness.records.attempts import experiment_folder, read_all
+from ditbench.harness.records.attempts import named
 from ditbench.harness.records.drawn_samples import samples_at, store_of
-from ditbench.harness.records.record import Record, add_metric, read
+from ditbench.harness.records.record import Record, add_metric
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.evaluate import scored, write_noise_floor
 from ditbench.harness.stages.generate import Drawn
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.sweep.compose import composed
+
+SETTINGS = ("generate", "metrics", "measure", "calibration", "tracker")  # sections that were added to over time
 
 
 @dataclass(frozen=True)
@@ -97,24 +99,7 @@ def as_recorded(record: Record, metrics: Sequence[str], overrides: Sequence[str]
 
 def runs_of(target: str, results_dir: Path) -> list[Record]:
     """The run of a folder, or the finished runs of an experiment, as far as their samples are in a store."""
-    if (Path(target) / "record.json").is_file():
-        records = [read(Path(target) / "record.json")]
-    elif experiment_folder(results_dir, target).is_dir():
-        records = [record for record in read_all(results_dir, target) if record.status == "ok"]
-    else:
-        raise UserError(
-            f"{target}: expected a run's folder (with a record.json) or an experiment in {results_dir}/runs"
-        )
-    kept = [record for record in records if "samples" in record.made_from]
+    kept = [record for record in named(target, results_dir) if "samples" in record.made_from]
     if not kept:
         raise UserError(f"{target}: no finished run whose samples are kept in a store; run it again with this version")
     return kept
-
-
-SETTINGS = (
-    "generate",
-    "metrics",
-    "measure",
-    "calibration",
-    "tracker",
-)  # sections of settings that were added to over time

@@ -34,8 +34,8 @@ from ditbench.eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Inter
 from ditbench.eval.weights import data_folder, offline, weights_folder
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import file_sha256
-from ditbench.harness.records.attempts import experiment_folder, read_all
-from ditbench.harness.records.record import Record, add_metric, read
+from ditbench.harness.records.attempts import named
+from ditbench.harness.records.record import Record, add_metric
 from ditbench.harness.samples.samples import Samples
 
 VBENCH = "0.1.5"
@@ -101,15 +101,7 @@ class VBenchFailed(Exception):
 
 def video_runs(target: str, results_dir: Path) -> list[Record]:
     """The run of a folder, or the finished runs of an experiment, as far as they are videos with prompts."""
-    if (Path(target) / "record.json").is_file():
-        records = [read(Path(target) / "record.json")]
-    elif experiment_folder(results_dir, target).is_dir():
-        records = read_all(results_dir, target)
-    else:
-        raise UserError(
-            f"{target}: expected a run's folder (with a record.json) or an experiment in {results_dir}/runs"
-        )
-    videos = [record for record in records if "animation" in record.artifacts]
+    videos = [record for record in named(target, results_dir) if "animation" in record.artifacts]
     if not videos:
         raise UserError(f"{target}: no finished run with videos; run a text-to-video model first")
     return videos

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ditbench.eval.base import known_metrics, plugin_sources
+from ditbench.eval.weights import others_here
 from ditbench.harness.common.artifacts import Address
 from ditbench.harness.common.code_identity import SAMPLES, STATE, VALUES, code_identity
 from ditbench.harness.common.files import canonical_sha256
@@ -101,6 +102,7 @@ def values_address(config: RunConfig, model: LoadedModel, metric: str, samples: 
             "judge": judge and judge.sha256,
             "reference": reference and reference.sha256,
             "plugin": plugin_sources([metric]),
+            "networks": others_here() if known_metrics()[metric].needs or plugin_sources([metric]) else {},
             "device": config.device.type,
             "code": code_identity(*VALUES),
         }

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_pipelines import SIZES, SMALL
 from torch import nn
 
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.common.placement import placed_on
 from ditbench.harness.models import encoded_prompts
-from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
+from ditbench.harness.models.base import Sampler
 from ditbench.harness.models.encoded_prompts import PAIR, forget_prompts
-from ditbench.harness.models.loading import load_model
 from ditbench.harness.models.parts import replaced, running_on
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.samples import Prompt
 
 SAMPLER = Sampler("pipeline", 2, 2.0)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> LoadedModel:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("flux")
-    SMALL["flux"]().save_pretrained(folder)
-    return load_model(ModelSpec("small-flux", "flux", source=str(folder), size=SIZES["flux"]))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from ditbench.eval.reference import images_sha256, load_reference, write_referen
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.zoo import digits
 from ditbench.harness.models.zoo import judge as zoo_judge
+from ditbench.harness.samples.rows_on_disk import RowsOnDisk
 
 
 def test_the_digits_reference_is_all_1797_digits_rounded_to_three_equal_uint8_channels():
@@ -77,7 +78,7 @@ def test_a_references_images_are_read_as_a_tensors_rows_are_and_none_is_held(kin
         save = {"stored": np.savez, "compressed": np.savez_compressed}[kind]
         save(path, first=np.arange(7), arr_0=images)  # the array does not begin where the file does
     rows, whole = reference_files.folder_rows(path) if kind == "folder" else reference_files.npz_rows(path), images
-    assert isinstance(rows, reference_files.FileRows) and len(rows) == 5 and rows.ndim == 4
+    assert isinstance(rows, RowsOnDisk) and len(rows) == 5 and rows.ndim == 4
     for wanted in (0, -1, slice(1, 4), slice(4, 4), [3, 0], torch.tensor([2, 2]), torch.tensor([1, 0, 0, 1, 0]).bool()):
         expected = torch.from_numpy(whole)[wanted]
         assert torch.equal(rows[wanted], expected), wanted
