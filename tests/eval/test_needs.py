@@ -44,7 +44,7 @@ def test_a_metric_is_announced_exactly_if_it_is_skipped(video, prompts):
 
 
 def test_what_a_run_has_is_seen_in_its_evidence(evidence):
-    assert needs.offered(evidence) == {"judge", "labels", "reference"}
+    assert needs.offered(evidence) == {"judge", "labels", "latents", "reference"}
     shapes = Samples(
         torch.zeros(1, 1, 1, 3, dtype=torch.uint8), prompts=(Prompt("x", {"tag": "colors", "include": []}),)
     )

@@ -69,7 +69,8 @@ def run(family, checkpoint):
     def once(*arguments: str) -> SimpleNamespace:
         size = ",".join(f"{name}:{pixels}" for name, pixels in SIZES.get(family, {}).items())
         code = main([
-            "run", f"model={CONFIGURATIONS[family]}", f"model.family={family}", f"model.source={checkpoint}",
+            "run", f"model={CONFIGURATIONS[family]}", f"model.family={family}", f"model.name=small-{family}",
+            f"model.source={checkpoint}",
             "model.revision=null", "model.size=" + (f"{{{size}}}" if size else "null"), f"protocol.n={N}",
             "protocol.steps=2", "protocol.prompts=shapes", "calibration.n=3", "calibration.batch_size=2",
             "calibration.prompts=shapes-calibration", "generate.batch_size=2", "generate.noise_floor_seeds=0",
