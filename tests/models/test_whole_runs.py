@@ -101,7 +101,7 @@ def test_both_runs_end_well_with_their_labels(family, eight, four):
     for done, label in ((eight, "W8A8"), (four, "W4A4")):
         assert done.code == 0 and done.record["status"] == "ok", done.record["error"]
         assert done.record["bits"]["label"] == label
-        assert done.record["model"] == CONFIGURATIONS[family]
+        assert done.record["model"] == f"small-{family}"
         assert done.record["config"]["model"]["dtype"] == "bfloat16"
 
 

@@ -22,7 +22,9 @@ SMALL = (
 
 @pytest.mark.skipif(not PAGE.is_file(), reason="not a source checkout")
 def test_the_command_of_the_page_runs_a_pipeline_that_no_family_knows(tmp_path, monkeypatch, read_records):
-    command, *arguments = shlex.split(re.search(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)[1])
+    command, *arguments = shlex.split(
+        re.search(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)[1].replace("\\\n", "")
+    )
     assert (command, arguments[0]) == ("ditbench", "run")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
