@@ -16,7 +16,7 @@ from ditbench.harness.bench.others import OTHERS
 from ditbench.harness.bench.parts import by_component, shares
 from ditbench.harness.bench.roofline import roofline
 from ditbench.harness.build.build import quant_layers
-from ditbench.harness.common.errors import reason
+from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.files import write_json
 from ditbench.harness.common.timer import say
 from ditbench.harness.generation.generate import conditions
@@ -31,6 +31,7 @@ from ditbench.harness.stages.quantize import target_of
 from ditbench.harness.sweep.compose import composed
 
 SCHEMA = 1
+FLAGS = {"bits": "--formats", "measure.repeats": "--repeats"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], P
     """→ (the benchmark's record, the file it was written to: <results_dir>/bench/…json).
 
     Raises:
-        UserError: a value that cannot be used, or a format that no real backend on this device runs.
+        UserError: a value that cannot be used or has a flag of its own, or a format that no real backend on this device runs.
     """
+    _refuse_flags_of_others(overrides)
     configs = [parse(raw) for raw in composed([[*overrides, f"bits={label}"] for label in options.formats])]
     config = configs[0]
     model = model_of(config.model)
@@ -75,6 +77,16 @@ def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], P
         "refused": refused,
     }
     return record, written(record, config)
+
+
+def _refuse_flags_of_others(overrides: Sequence[str]) -> None:
+    """Raise UserError for settings of a run that a benchmark has flags for, and would not look at."""
+    for override in overrides:
+        name, _, value = override.lstrip("+").partition("=")
+        if flag := FLAGS.get(name):
+            raise UserError(
+                f"{override}: of a benchmark this is a flag; write {flag} {value.strip('[]').replace(',', ' ')}"
+            )
 
 
 class Refused(dict[str, str]):

@@ -6,6 +6,7 @@ import importlib
 import os
 import pkgutil
 import sys
+import traceback
 
 from ditbench.harness import cli
 from ditbench.harness.cli.flags import own_folders
@@ -84,7 +85,11 @@ def main(argv: list[str] | None = None) -> int:
 def entry() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes two lines per run to stderr
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (UserError, OSError):  # --debug lets them through
+        traceback.print_exc()
+        sys.exit(EXIT_USER)
 
 
 if __name__ == "__main__":

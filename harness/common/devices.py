@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from functools import cache
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from ditbench.harness.common.errors import UserError
 
 AUTO = "auto"
 CPU = torch.device("cpu")
+LONGEST = 120  # characters of torch's words
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,11 +29,27 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).cpu()  # meta has no numbers to give back
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError, ModuleNotFoundError) as error:
-        said = str(error).strip().split("\n")[0]
         raise UserError(
-            f"device={name!r} cannot be used here ({said}); known here: {', '.join(known_here())}"
+            f"device={name!r} cannot be used here ({_why_not(name, error)}); known here: {', '.join(known_here())}"
         ) from error
     return torch.device("cpu") if device.type == "cpu" else device
+
+
+def _why_not(name: str, error: BaseException) -> str:
+    """A few words: torch may go on for a page about its backends."""
+    kind = name.partition(":")[0]
+    if kind == "cuda" and not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA"
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device, or no driver for one"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "no MPS here"
+    if name != name.lower() and name.lower() in known_here():
+        return f"write it {name.lower()}"
+    if "Expected one of" in str(error):  # and then all that torch was ever built for
+        return "torch knows no device of that name"
+    sentence = re.split(r"(?<=\w)\. |\n|: ", str(error).strip())[0]
+    return sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST - 1]}…"
 
 
 def known_here() -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 EXIT_USER = 2
 EXIT_FAILED_RUNS = 3
+MOST_NAMED = 24
+LISTED = ("method", "model", "metric", "backend", "protocol")  # kinds of names that `ditbench list …` prints
 
 
 class UserError(Exception):
@@ -20,7 +22,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     guess = f"; did you mean {close[0]!r}?" if close else ";"
-    listed = ", ".join(known) if len(known) <= 24 else f"{', '.join(known[:24])}, … ({len(known)} in all)"
+    listed = ", ".join(known)
+    if len(known) > MOST_NAMED:
+        all_of_them = f"; `ditbench list {kind}s` has all" if kind in LISTED else ""
+        listed = f"{', '.join(known[:MOST_NAMED])}, … ({len(known)} in all{all_of_them})"
     return UserError(f"no {kind} {name!r}{guess} known: {listed}")
 
 

@@ -224,7 +224,10 @@ def _notes(group: Group, metrics: Sequence[str]) -> list[str]:
     if any(r.method != FLOAT_METHOD and r.metrics for r in group.records) and not any(
         r.method == FLOAT_METHOD and r.status == "ok" for r in group.records
     ):
-        notes.append("No float row here, so nothing could be held against the noise floor.")
+        notes.append(
+            "No run of method=fp here: differences of the set metrics could not be held against their noise floor. Paired tests "
+            "do not need one, they compare with the float model's own samples."
+        )
     runs_without: dict[tuple[str, str, str], list[str]] = {}
     for record, run in zip(group.records, group.run_names, strict=True):
         for name in group.metrics:

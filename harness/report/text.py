@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from ditbench.harness.report import paired
@@ -67,7 +68,9 @@ def _terminal_block(group: Group, metrics: Sequence[str], width: int) -> str:
     notes = ["● best, ○ second of its bits", *built.notes]
     notes += ["not shown for lack of room: " + ", ".join(left_out)] if left_out else []
     notes += _paired_notes(group, metrics)
-    footer = [_cut(f"  {note}", width) for note in notes] + [_cut(f"  ✗ {line}", width) for line in built.problems]
+    footer = [_wrapped(f"  {note}", width) for note in notes] + [
+        _wrapped(f"  ✗ {line}", width) for line in built.problems
+    ]
     return "\n".join([_cut(f"{built.label} · {built.devices}", width), *lines, *footer])
 
 
@@ -192,6 +195,12 @@ def _markdown_escape(text: str) -> str:
     for char in "\\|*_<>`":
         text = text.replace(char, f"\\{char}")
     return text.replace("\n", " ")
+
+
+def _wrapped(text: str, width: int) -> str:
+    """On as many lines as it takes: what helps is often said last. Commands and paths stay in one piece where they fit."""
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False, replace_whitespace=False)
 
 
 def _cut(text: str, width: int) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ditbench.eval.base import known_metrics, no_metric
 from ditbench.harness.backends.base import AUTO, known_backends
 from ditbench.harness.build.offload import MEMORY
 from ditbench.harness.common.devices import pick_device
 from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.paths import CONF
 from ditbench.harness.common.type_checks import check_types
 from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import ModelSpec, Sampler
@@ -22,6 +24,7 @@ from ditbench.harness.models.loading import family
 from ditbench.harness.models.lora import loras
 from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
 from ditbench.harness.records.record import PLACES
+from ditbench.harness.samples.conditions import PROMPTS
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.stages.prompt_sets import load_prompts
 
@@ -128,12 +131,14 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     for each in bits.candidates if isinstance(bits, MixedBits) else (bits,):
         registry.check_bits(raw["method"]["name"], each)
     params = registry.params_of(raw["method"])
-    protocol, calibration_prompts = raw["protocol"], raw["calibration"]["prompts"]
+    protocol = raw["protocol"]
     model = {key: value for key, value in raw["model"].items() if key != "usual"}
     check_types(ModelSpec, model, "model")
     loras(model.get("lora"))
     if model["source"] is None and model["random"] is None:
         raise UserError("model.source is null; name a folder or a hub id, or set model.random for random weights")
+    _refuse_borrowed_name(model)
+    protocol_prompts, calibration_prompts = _prompts(raw)
     return RunConfig(
         raw=raw,
         name=_folder_name(raw["name"]),
@@ -149,9 +154,9 @@ def parse(raw: dict[str, Any]) -> RunConfig:
             sampler=Sampler(protocol["sampler"], protocol["steps"], protocol["guidance"]),
             n=protocol["n"],
             labels=protocol["labels"],
-            prompts=load_prompts(protocol["prompts"]) if protocol["prompts"] else (),
+            prompts=protocol_prompts,
         ),
-        calibration_prompts=load_prompts(calibration_prompts) if calibration_prompts else (),
+        calibration_prompts=calibration_prompts,
         seed=raw["seed"],
         device=pick_device(raw["device"]),
         backend=raw["backend"],
@@ -226,6 +231,45 @@ def _value(raw: dict[str, Any], name: str) -> Any:
     for key in name.split("."):
         value = value[key]
     return value
+
+
+def _refuse_borrowed_name(model: dict[str, Any]) -> None:
+    """Raise UserError if another family's model would be recorded under the name of a shipped one."""
+    shipped = CONF / "model" / f"{model['name']}.yaml"
+    theirs = yaml.safe_load(shipped.read_text()).get("family") if shipped.is_file() else None
+    if theirs is not None and theirs != model["family"]:
+        raise UserError(
+            f"model.name={model['name']} is a shipped model of family {theirs}, and this one is of family {model['family']}; set "
+            "model.name=… to a name of your own"
+        )
+
+
+def _prompts(raw: dict[str, Any]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Those that are drawn and those of the calibration.
+
+    Raises:
+        UserError: a model that is told by prompts got none, or they cannot be read; both at once, if it is both.
+    """
+    model = raw["model"]
+    places = {f"{section}.prompts": raw[section]["prompts"] for section in ("protocol", "calibration")}
+    told = family(model["family"]).CONDITION == PROMPTS and model["random"] is None
+    if told and (unset := [place for place, name in places.items() if not name]):
+        raise UserError(
+            f"model {model['name']} is told by prompts what to draw; set {' and '.join(unset)} to a set (`ditbench list "
+            "prompts`) or to a file of your own"
+        )
+    found, problems = [], []
+    for place, name in places.items():
+        try:
+            found.append(load_prompts(name) if name else ())
+        except UserError as error:
+            problems.append((place, name, str(error)))
+    if problems:
+        said = "; ".join(dict.fromkeys(error for _, _, error in problems))
+        absent = [place for place, name, _ in problems if not Path(name).is_file()]
+        own = f"\na file of your own will do: {' '.join(f'{place}=FILE' for place in absent)}" if absent else ""
+        raise UserError(said + own)
+    return found[0], found[1]
 
 
 GRANULARITIES = {

@@ -169,3 +169,13 @@ def test_the_worst_image_counts():
     other[1] = 51  # a fifth of the peak: 20 log10(5) dB
     assert worst_psnr_db(images, images) == float("inf")
     assert worst_psnr_db(other, images) == pytest.approx(13.979, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "flag"),
+    [("bits=w8a8", "--formats w8a8"), ("bits=w8a8,w4a8", "--formats w8a8 w4a8"), ("measure.repeats=3", "--repeats 3")],
+)
+def test_a_setting_that_a_benchmark_has_a_flag_for_is_refused_with_the_flag(override, flag, capsys):
+    assert main(["bench", "model=tiny-dit", override]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"ditbench: {override}: ") and said.rstrip().endswith(f"write {flag}")

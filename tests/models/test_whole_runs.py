@@ -69,7 +69,8 @@ def run(family, checkpoint):
     def once(*arguments: str) -> SimpleNamespace:
         size = ",".join(f"{name}:{pixels}" for name, pixels in SIZES.get(family, {}).items())
         code = main([
-            "run", f"model={CONFIGURATIONS[family]}", f"model.family={family}", f"model.source={checkpoint}",
+            "run", f"model={CONFIGURATIONS[family]}", f"model.family={family}", f"model.name=small-{family}",
+            f"model.source={checkpoint}",
             "model.revision=null", "model.size=" + (f"{{{size}}}" if size else "null"), f"protocol.n={N}",
             "protocol.steps=2", "protocol.prompts=shapes", "calibration.n=3", "calibration.batch_size=2",
             "calibration.prompts=shapes-calibration", "generate.batch_size=2", "generate.noise_floor_seeds=0",
@@ -100,7 +101,7 @@ def test_both_runs_end_well_with_their_labels(family, eight, four):
     for done, label in ((eight, "W8A8"), (four, "W4A4")):
         assert done.code == 0 and done.record["status"] == "ok", done.record["error"]
         assert done.record["bits"]["label"] == label
-        assert done.record["model"] == CONFIGURATIONS[family]
+        assert done.record["model"] == f"small-{family}"
         assert done.record["config"]["model"]["dtype"] == "bfloat16"
 
 

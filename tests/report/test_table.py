@@ -89,7 +89,7 @@ def test_without_a_float_row_nothing_is_called_noise(add_run, results_dir, fid):
     add_run("a", metrics={"fid": fid(30.0)})
     group = only_group(results_dir)
     assert insides(group, "fid") == {"a": None}
-    assert any("No float row" in note for note in table(group, ["fid"]).notes)
+    assert any("No run of method=fp" in note for note in table(group, ["fid"]).notes)
 
 
 def test_rows_are_fp_then_more_bits_then_method(sweep):
@@ -335,3 +335,11 @@ def test_a_record_that_cannot_be_read_is_listed_beside_the_others(sweep, content
         other.write_text(content)
     with pytest.raises(UserError, match=message):
         report(sweep, None, format)
+
+
+def test_what_would_help_a_skipped_metric_is_wrapped_and_never_cut(add_run, results_dir, metric):
+    why = "x " * 90 + "`ditbench data fetch inception-fid`"
+    add_run("a", metrics={"psnr": metric(20.0), "fid": metric(None, reason=why)})
+    text = comparison_table(read_all(results_dir), width=120)
+    assert "`ditbench data fetch inception-fid`" in " ".join(text.split()) and "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 120
