@@ -141,7 +141,7 @@ def _draw_piece(
             drawn = [found for _, found in in_batches(piece.rows, batch, sample, what=title, device=device)]
             pixels, latents = (torch.cat(each) for each in zip(*drawn, strict=True))
             how = {
-                "batch": batch.note(),
+                "batch": {"size": batch.size, "halved_from": list(batch.halved_from)},
                 "seconds": perf_counter() - start,
                 "decoded": decoded(getattr(model.pipe, "vae", None)),
             }
