@@ -8,7 +8,7 @@ import pkgutil
 import sys
 
 from ditbench.harness import cli
-from ditbench.harness.common.errors import EXIT_USER, UserError, of_the_system, unknown_name
+from ditbench.harness.common.errors import EXIT_USER, UserError, lines_of, of_the_system, unknown_name
 
 HELP = """\
 ditbench: one protocol for post-training quantization of diffusion transformers.
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"ditbench: {error}", file=sys.stderr)
+        print(f"ditbench: {lines_of(error)}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
         print(
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        print(f"ditbench: {of_the_system(error)}", file=sys.stderr)
+        print(f"ditbench: {lines_of(of_the_system(error))}", file=sys.stderr)
         return EXIT_USER
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from ditbench.harness.cli.flags import Parser
+
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ditbench compare",
         description="Paired tests between methods of the same bits, and against the float model, sample by sample.",
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
+from ditbench.harness.cli.flags import Parser
 from ditbench.harness.common.errors import EXIT_USER, UserError
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ditbench data", description="What others publish: prompt sets, reference batches, judges' weights."
     )
     parser.add_argument("action", choices=["list", "fetch", "verify"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from ditbench.harness.cli.flags import Parser
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ditbench evaluate",
         description="Score the samples of finished runs with other metrics; nothing is drawn again.",
     )

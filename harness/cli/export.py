@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.build.export import save_quantized
+from ditbench.harness.cli.flags import Parser
 from ditbench.harness.common.artifacts import Damaged
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.tensor_files import load_hashed
@@ -226,7 +226,7 @@ def _of_a_record(run: Record) -> Iterator[None]:
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ditbench export",
         description="A quantized transformer as safetensors, for plain diffusers (see docs/export.md).",
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
+from ditbench.harness.cli.flags import Parser
 from ditbench.harness.common.errors import UserError
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="ditbench paper", description="Numbers as papers report them.")
+    parser = Parser(prog="ditbench paper", description="Numbers as papers report them.")
     parser.add_argument("action", choices=["list", "show"])
     parser.add_argument("name", nargs="?", help="of a table, to show: ptq4dit-table1")
     parser.add_argument("--debug", action="store_true")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from ditbench.harness.cli.flags import Parser
+
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="ditbench report", description="Tables and plots of what was recorded.")
+    parser = Parser(prog="ditbench report", description="Tables and plots of what was recorded.")
     parser.add_argument("--format", choices=["md", "csv", "latex", "html"], default="md")
     parser.add_argument("--experiment", help="one experiment; default: all")
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from ditbench.harness.cli.flags import Parser
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ditbench vbench", description="Official VBench, in an environment of its own, on recorded videos."
     )
     parser.add_argument("target", help="a run's folder, or an experiment")

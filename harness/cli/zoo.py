@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from ditbench.harness.cli.flags import Parser
 
 
 def command(arguments: list[str]) -> int:
     from ditbench.harness.zoo import trainable
 
-    parser = argparse.ArgumentParser(prog="ditbench zoo", description="The embedded models.")
+    parser = Parser(prog="ditbench zoo", description="The embedded models.")
     parser.add_argument("action", choices=["train"])
     parser.add_argument("name", choices=sorted(trainable()))
     parser.add_argument("--out", type=Path, help="folder to write; default: where the shipped weights are")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 EXIT_USER = 2
 EXIT_FAILED_RUNS = 3
+MOST_OF_A_LINE = 1600  # characters
 
 
 class UserError(Exception):
@@ -22,6 +23,17 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     guess = f"; did you mean {close[0]!r}?" if close else ";"
     listed = ", ".join(known) if len(known) <= 24 else f"{', '.join(known[:24])}, … ({len(known)} in all)"
     return UserError(f"no {kind} {name!r}{guess} known: {listed}")
+
+
+def shortened(text: str, most: int = 600) -> str:
+    """The text, or its two ends and how much is left out between them."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} … ({len(text) - most:,} characters more) … {text[-half:]}"
+
+
+def lines_of(error: BaseException) -> str:
+    """An error as it is printed: no line is longer than a screen or two, whatever a user wrote into it."""
+    return "\n".join(shortened(line, MOST_OF_A_LINE) for line in str(error).splitlines())
 
 
 def reason(error: BaseException, own: str | None = None) -> str:

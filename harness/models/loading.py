@@ -17,6 +17,7 @@ from torch import nn
 
 from ditbench.harness.common.errors import UserError, first_words, unknown_name
 from ditbench.harness.models.base import Adapter, LoadedModel, ModelSpec, fingerprint_of
+from ditbench.harness.models.bounded import bounded
 from ditbench.harness.models.checkpoint import FILE, FOLDER, LACKS, AnotherFamily, Checkpoint, Place, locate
 from ditbench.harness.models.checkpoint_files import CONFIG, FETCH_AGAIN, FLOAT_NEEDED, INDEX
 from ditbench.harness.models.checkpoint_parts import check_pipeline
@@ -50,7 +51,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         if spec.random is not None:
             _refuse_of_random(spec)
             with _private_seed(spec.seed):
-                pipe = adapter.random_pipeline(dict(spec.random), dtype)
+                pipe = random_pipeline(adapter, spec, dtype)
             parts = parts_of_random(spec.family, spec.random, spec.seed)
         else:
             checkpoint = found_checkpoint(spec, adapter)
@@ -69,8 +70,28 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         _check_values(pipe)
     model = LoadedModel(spec, pipe, adapter, extras, parts)
     if spec.stress:
-        model.inject_outliers(**spec.stress)
+        with of_model(spec.name):
+            model.inject_outliers(**spec.stress)
     return model
+
+
+def random_pipeline(adapter: Adapter, spec: ModelSpec, dtype: torch.dtype) -> Any:
+    """A pipeline around a transformer of random weights.
+
+    Raises:
+        UserError: the transformer's class cannot be made of model.random, or it would not fit into memory.
+    """
+    arguments = dict(spec.random or {})
+    try:
+        with bounded("model.random"):
+            pipe = adapter.random_pipeline(arguments, dtype)
+        blocks = adapter.blocks(pipe.transformer)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        said = first_words(error).removeprefix("[enforce fail at ").rstrip(".")
+        raise UserError(f"model.random={arguments}: no transformer can be made of it: {said}") from error
+    if not blocks:
+        raise UserError(f"model.random={arguments}: a transformer without blocks; give it a layer at least")
+    return pipe
 
 
 def fingerprint_without_loading(spec: ModelSpec) -> str:

@@ -1,23 +1,22 @@
-"""Hydra: what is registered with it, and overrides checked before a sweep starts."""
+"""Hydra: what is registered with it, what it composes, and what it cannot compose in words of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import CONF, options
 from ditbench.harness.fitting import registry
 from ditbench.harness.quant.spec import MIXED, all_labels, parse_label
+from ditbench.harness.sweep import overrides as checks
 
 
 def register() -> None:
@@ -40,40 +39,9 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def check_overrides(overrides: list[str]) -> None:
-    """Raise UserError for a choice that no group has, before any run of a sweep has started.
-
-    Hydra composes the jobs of a sweep one after the other; without this a typo in the last method would be found when
-    all others have run.
-    """
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        raise not_an_override(error) from error
-    known = groups()
-    for override in parsed:
-        if override.is_delete():
-            raise UserError(f"{override.input_line}: nothing can be left out; give it another value instead")
-        if override.key_or_group not in known:
-            continue
-        if override.value() is None:
-            raise unknown_name(override.key_or_group, "null", known[override.key_or_group])
-        for choice in _choices(override):
-            if override.key_or_group == "bits" and choice != MIXED:
-                parse_label(choice)
-            if choice not in known[override.key_or_group]:
-                raise unknown_name(override.key_or_group, choice, known[override.key_or_group])
-
-
-def not_an_override(error: OverrideParseException) -> UserError:
-    return UserError(f"{error.override!r} is not an override; write name=value, such as bits=w4a8")
-
-
-def _choices(override: Override) -> list[str]:
-    value = override.value()
-    if isinstance(value, ChoiceSweep):
-        return [str(item) for item in value.list]
-    return [str(value)] if isinstance(value, (str, int)) else []
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UserError for what is no override, and for a choice that no group has, before any run of a sweep has started."""
+    checks.check_overrides(overrides, groups())
 
 
 def composed(jobs: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
@@ -87,9 +55,8 @@ def composed(jobs: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
         made = []
         for overrides in map(list, jobs):
             check_overrides(overrides)
-            config = hydra.compose("config", overrides)
-            made.append(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-        return made  # type: ignore[return-value]
+            made.append(resolved(hydra.compose("config", overrides)))
+        return made
 
 
 @contextmanager
@@ -100,17 +67,45 @@ def hydra_errors_explained() -> Iterator[None]:
         raise _explained(error) from error
 
 
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """Raises UserError: an interpolation leads nowhere, or something is missing."""
+    with hydra_errors_explained():
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
 def _explained(error: Exception) -> UserError:
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     for cause in chain:
         node, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
-        if node is not None and key is not None and "not in struct" in str(cause):
-            section = getattr(cause, "full_key", key).rpartition(".")[0]
-            return unknown_name(f"setting of {section}" if section else "setting", str(key), map(str, node))
+        if isinstance(node, DictConfig) and key is not None and "not in struct" in str(cause):
+            section = str(getattr(cause, "full_key", key)).rpartition(".")[0]
+            return checks.unknown_setting(str(key), map(str, node), section, _settings_of(node))
         if isinstance(cause, OverrideParseException):
-            return not_an_override(cause)
+            return checks.not_an_override(cause)
         if str(cause).startswith("Ambiguous value for argument"):
-            return UserError(f"{str(cause).splitlines()[0]}: add -m to sweep over it, or write name=[a,b] for a list")
-    return UserError(str(chain[-1]).strip().split("\n")[0] or str(error).split("\n")[0])
+            text = str(cause).split("'")[1]
+            return UserError(
+                f"{text!r} could be several values: add -m to sweep over them, or write name=[a,b] for a list"
+                f"{checks.in_quotes(text)}"
+            )
+    said = str(chain[-1]).strip().split("\n")[0] or str(error).split("\n")[0]
+    where = str(getattr(chain[-1], "full_key", None) or getattr(error, "full_key", None) or "")
+    return UserError(f"{where}: {said}" if where and where not in said else said)
+
+
+def _settings_of(node: DictConfig) -> list[str]:
+    """Names, with dots, of all settings of the configuration that the node is part of: not Hydra's own, nor those that
+    others are taken from.
+    """
+
+    def names(values: Any, name: str) -> Iterator[str]:
+        if not isinstance(values, dict):
+            yield name
+            return
+        for key, value in values.items():
+            yield from names(value, f"{name}.{key}" if name else str(key))
+
+    raw = OmegaConf.to_container(node._get_root(), resolve=False)
+    return [name for name in names(raw, "") if not name.startswith(("hydra.", "model.usual."))]
