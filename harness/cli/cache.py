@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ditbench.harness.cli.flags import Parser
+from ditbench.harness.cli.flags import Parser, folder
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS
 from ditbench.harness.common.text_table import table
 
 
 def command(arguments: list[str]) -> int:
     parser = Parser(prog="ditbench cache", description="What runs keep so that nothing is made twice.")
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
-    parser.add_argument("--cache-dir", type=Path, help="default: <results-dir>/cache")
+    parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
+    parser.add_argument("--cache-dir", type=folder, help="default: <results-dir>/cache")
     parser.add_argument("--debug", action="store_true")
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("ls", help="every artifact: its kind, size, and what it is")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ditbench.harness.cli.flags import Parser
+from ditbench.harness.cli.flags import Parser, folder
 
 
 def command(arguments: list[str]) -> int:
@@ -16,7 +16,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("experiment", nargs="?", help="default: all")
     parser.add_argument("--metric", nargs="+", metavar="NAME", help="default: every metric with a value per sample")
     parser.add_argument("--bits", nargs="+", metavar="LABEL", help="only these, such as W4A8")
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
+    parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
     options = parser.parse_args(arguments)
     from ditbench.harness.report import comparisons

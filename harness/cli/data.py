@@ -14,6 +14,8 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("name", nargs="?", help="of an entry (ditbench data list); verify without one takes all")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args(arguments)
+    if options.action == "list" and options.name is not None:
+        raise UserError(f"data list: it lists all and takes no name, got {options.name!r}")
     from ditbench.eval import data, fetch
 
     if options.action == "list":

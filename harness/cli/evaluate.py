@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ditbench.harness.cli.flags import Parser
+from ditbench.harness.cli.flags import Parser, folder
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS
 
 
@@ -20,7 +20,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument(
         "--metrics", nargs="+", required=True, metavar="NAME", help="as `ditbench list metrics` names them"
     )
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
+    parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_intermixed_args(arguments)
     from ditbench.harness.scoring import later_metrics

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.paths import no_folder
 
 MOST = 1_000_000
 
@@ -29,6 +31,22 @@ def at_least(least: int) -> Callable[[str], int]:
 
     number.__name__ = "whole number"  # argparse says "invalid whole number value"
     return number
+
+
+def folder(text: str) -> Path:
+    """A type of argument: a folder that is there, or that could be made there."""
+    if why := no_folder(text):
+        raise argparse.ArgumentTypeError(f"{text}: {why}; name another folder")
+    return Path(text)
+
+
+def file(text: str) -> Path:
+    """A type of argument: a file that is there, or that could be written there."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    folder(str(path.parent))
+    return path
 
 
 def flags_to_overrides(arguments: list[str]) -> list[str]:

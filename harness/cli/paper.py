@@ -12,6 +12,8 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("name", nargs="?", help="of a table, to show: ptq4dit-table1")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args(arguments)
+    if options.action == "list" and options.name is not None:
+        raise UserError(f"paper list: it lists all and takes no name, got {options.name!r}")
     from ditbench.harness.papers import reported
 
     if options.action == "show" and options.name is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,6 +27,9 @@ from ditbench.harness.models.identity import parts_of, parts_of_adapters, parts_
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.lora import files, fuse, loras
 from ditbench.harness.models.zoo import WEIGHTS
+
+# What a transformer's class raises for arguments that it was not written for.
+NOT_MADE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 
 
 def family(name: str) -> Adapter:
@@ -75,19 +79,21 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     return model
 
 
-def random_pipeline(adapter: Adapter, spec: ModelSpec, dtype: torch.dtype) -> Any:
-    """A pipeline around a transformer of random weights.
+def random_pipeline(adapter: Adapter, spec: ModelSpec, dtype: torch.dtype, *, weightless: bool = False) -> Any:
+    """A pipeline around a transformer of random weights. weightless: whoever calls lets weights have no values.
 
     Raises:
         UserError: the transformer's class cannot be made of model.random, or it would not fit into memory.
     """
     arguments = dict(spec.random or {})
+    with suppress(*NOT_MADE), torch.device("meta"), bounded("model.random", weights=not weightless), _unwarned():
+        adapter.random_pipeline(arguments, dtype)  # what cannot be made here either is told below
     try:
-        with bounded("model.random"):
+        with _unwarned():
             pipe = adapter.random_pipeline(arguments, dtype)
         blocks = adapter.blocks(pipe.transformer)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
-        said = first_words(error).removeprefix("[enforce fail at ").rstrip(".")
+    except NOT_MADE as error:
+        said = first_words(error).rstrip(".")
         raise UserError(f"model.random={arguments}: no transformer can be made of it: {said}") from error
     if not blocks:
         raise UserError(f"model.random={arguments}: a transformer without blocks; give it a layer at least")
@@ -296,6 +302,14 @@ def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """torch warns about layers without width; what comes of them is told."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class _private_seed:

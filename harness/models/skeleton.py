@@ -53,7 +53,7 @@ def _bare(spec: ModelSpec) -> LoadedModel:
     adapter, dtype = adapter_of(spec), getattr(torch, spec.dtype)
     if spec.random is not None:
         with WeightsOnMeta():
-            pipe = random_pipeline(adapter, spec, dtype)
+            pipe = random_pipeline(adapter, spec, dtype, weightless=True)
         parts, extras = parts_of_random(spec.family, spec.random, spec.seed), {}
     else:
         checkpoint = found_checkpoint(spec, adapter)

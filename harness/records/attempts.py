@@ -118,6 +118,11 @@ def experiment_folder(results_dir: Path, experiment: str) -> Path:
     return Path(results_dir) / "runs" / experiment
 
 
+def is_experiment(results_dir: Path, name: str) -> bool:
+    """Whether there is one of that name; a path is none."""
+    return name == Path(name).name != "" and experiment_folder(results_dir, name).is_dir()
+
+
 def attempts(results_dir: Path, experiment: str, run_id: str) -> list[Record]:
     """Every readable attempt of one run, oldest first; what is damaged is said.
 

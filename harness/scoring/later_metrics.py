@@ -10,7 +10,7 @@ from typing import Any
 from ditbench.eval.base import known_metrics
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.records import sample_values
-from ditbench.harness.records.attempts import experiment_folder, read_all
+from ditbench.harness.records.attempts import is_experiment, read_all
 from ditbench.harness.records.drawn_samples import samples_at, store_of
 from ditbench.harness.records.record import Record, add_metric, read
 from ditbench.harness.stages.config import RunConfig, parse
@@ -99,7 +99,7 @@ def runs_of(target: str, results_dir: Path) -> list[Record]:
     """The run of a folder, or the finished runs of an experiment, as far as their samples are in a store."""
     if (Path(target) / "record.json").is_file():
         records = [read(Path(target) / "record.json")]
-    elif experiment_folder(results_dir, target).is_dir():
+    elif is_experiment(results_dir, target):
         records = [record for record in read_all(results_dir, target) if record.status == "ok"]
     else:
         raise UserError(

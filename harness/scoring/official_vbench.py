@@ -34,7 +34,7 @@ from ditbench.eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Inter
 from ditbench.eval.weights import data_folder, offline, weights_folder
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import file_sha256
-from ditbench.harness.records.attempts import experiment_folder, read_all
+from ditbench.harness.records.attempts import is_experiment, read_all
 from ditbench.harness.records.record import Record, add_metric, read
 from ditbench.harness.samples.samples import Samples
 
@@ -103,7 +103,7 @@ def video_runs(target: str, results_dir: Path) -> list[Record]:
     """The run of a folder, or the finished runs of an experiment, as far as they are videos with prompts."""
     if (Path(target) / "record.json").is_file():
         records = [read(Path(target) / "record.json")]
-    elif experiment_folder(results_dir, target).is_dir():
+    elif is_experiment(results_dir, target):
         records = read_all(results_dir, target)
     else:
         raise UserError(

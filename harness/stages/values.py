@@ -13,6 +13,7 @@ from ditbench.eval.base import known_metrics
 from ditbench.harness.backends.base import AUTO, known_backends
 from ditbench.harness.build.offload import MEMORY
 from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.paths import no_folder
 from ditbench.harness.models.loading import family
 
 # Whole numbers and the least that each may be.
@@ -116,7 +117,8 @@ def check_values(raw: dict[str, Any]) -> None:
     _check_size(raw["model"].get("size"))
     _check_stress(raw["model"].get("stress"))
     for name in ("results_dir", "cache_dir"):
-        _check_folder(name, raw[name])
+        if why := no_folder(raw[name]):
+            raise UserError(f"{name}={raw[name]}: {why}; set {name}=… to another folder")
     runs = Path(raw["results_dir"]).expanduser().absolute() / "runs"
     if Path(raw["cache_dir"]).expanduser().absolute().is_relative_to(runs):
         raise UserError(f"cache_dir={raw['cache_dir']} lies where runs are recorded ({runs}); set it to another folder")
@@ -219,15 +221,3 @@ def _check_stress(stress: Any) -> None:
         (least, most), value = STRESS[name], stress[name]
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise UserError(f"model.stress.{name} must be a whole number from {least} to {most}, got {value!r}")
-
-
-def _check_folder(name: str, text: str) -> None:
-    """Raise UserError for a folder that cannot be made where it is said to be."""
-    try:
-        path = Path(text).expanduser().absolute()
-        existing = next(each for each in (path, *path.parents) if each.is_symlink() or each.exists())
-        if existing.stat() and not existing.is_dir():
-            raise UserError(f"{name}={text}: {existing} is no folder (Not a directory); set {name}=… to another one")
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
-        said = getattr(error, "strerror", None) or error
-        raise UserError(f"{name}={text}: {said}; set {name}=… to another folder") from error

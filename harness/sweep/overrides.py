@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import (
     QuotedString,
     RangeSweep,
 )
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 
 from ditbench.harness.common.errors import UserError, shortened, unknown_name
 from ditbench.harness.quant.spec import MIXED, parse_label
@@ -41,6 +41,8 @@ def check_overrides(overrides: Sequence[str], known: Mapping[str, Iterable[str]]
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise not_an_override(error) from error
+    except RecursionError as error:
+        raise UserError("an override has brackets nested without end") from error
     for override in parsed:
         _check(override, known)
 
@@ -76,7 +78,7 @@ def in_quotes(text: str) -> str:
     quoted = "{}='{}'".format(name, value.replace("\\'", "\\\\'").replace("'", "\\'"))
     try:
         read = OverridesParser.create().parse_override(quoted).value()
-    except (OverrideParseException, RecursionError):
+    except (HydraException, RecursionError):
         return ""
     if not isinstance(read, (str, QuotedString)) or getattr(read, "text", read) != value:
         return ""
