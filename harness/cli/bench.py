@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditbench.harness.cli.flags import Parser, at_least, flags_to_overrides
+from ditbench.harness.cli.flags import Parser, at_least, flags_to_overrides, without_overrides
 
 
 def command(arguments: list[str]) -> int:
@@ -22,6 +22,7 @@ def command(arguments: list[str]) -> int:
     )
     parser.add_argument("--repeats", type=at_least(1), default=usual.repeats)
     options = parser.parse_intermixed_args(flags_to_overrides(arguments))
+    options.formats = without_overrides(options.formats, options.overrides)
     chosen = Options(
         *(tuple(getattr(options, name)) for name in ("formats", "modes", "batches", "others")), repeats=options.repeats
     )

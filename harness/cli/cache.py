@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ditbench.harness.cli.flags import Parser, folder
+from ditbench.harness.cli.flags import Parser, days, folder
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS
 from ditbench.harness.common.text_table import table
 
@@ -22,9 +22,7 @@ def command(arguments: list[str]) -> int:
         "prune", help="remove what no finished run was made from, and what killed processes left"
     )
     prune.add_argument("--all", action="store_true", help="everything, also the samples of finished runs")
-    prune.add_argument(
-        "--older-than", type=float, default=1.0, metavar="DAYS", help="keep what is younger (default: 1)"
-    )
+    prune.add_argument("--older-than", type=days, default=1.0, metavar="DAYS", help="keep what is younger (default: 1)")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
     options = parser.parse_args(arguments)
     from ditbench.harness.records import cached

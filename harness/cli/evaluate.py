@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ditbench.harness.cli.flags import Parser, folder
+from ditbench.harness.cli.flags import Parser, folder, without_overrides
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS
 
 
@@ -25,7 +25,8 @@ def command(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     from ditbench.harness.scoring import later_metrics
 
-    metrics = [name for each in options.metrics for name in each.split(",")]
+    named = without_overrides(options.metrics, options.overrides)
+    metrics = [name for each in named for name in each.split(",")]
     outcome = later_metrics.evaluate(options.target, metrics, options.results_dir, options.overrides)
     print(outcome.text)
     return EXIT_FAILED_RUNS if outcome.failed else 0

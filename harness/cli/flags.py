@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from math import inf
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,21 @@ def at_least(least: int) -> Callable[[str], int]:
 
     number.__name__ = "whole number"  # argparse says "invalid whole number value"
     return number
+
+
+def days(text: str) -> float:
+    """A type of argument: a number of days, 0 or more."""
+    value = float(text)
+    if not 0 <= value < inf:
+        raise argparse.ArgumentTypeError(f"must be a number of days, 0 or more, got {text}")
+    return value
+
+
+def without_overrides(names: Iterable[str], overrides: list[str]) -> list[str]:
+    """The names that an option was given; key=value behind them belong to the overrides, to which they are added."""
+    given = list(names)
+    overrides += [each for each in given if "=" in each]
+    return [each for each in given if "=" not in each]
 
 
 def folder(text: str) -> Path:

@@ -288,12 +288,14 @@ OTHERS = [
     ("bench --batches", "--batches"),
     ("bench --formats w9a9", "w9a9"),
     ("bench --modes fast", "--modes", "'fast'"),
+    ("bench --formats w8a8 n=3", "protocol.n"),
     ("bench --others foo", "--others", "'foo'"),
     ("bench n=3", "protocol.n"),
     ("bench -m method=rtn,quarot", "unrecognized arguments: -m"),
     ("bench method=rtn,quarot", "'method=rtn,quarot'"),
     ("parity --formats w9a9", "w9a9"),
     ("parity --formats", "--formats"),
+    ("parity --formats w8a8 n=3", "protocol.n"),
     ("parity n=3", "protocol.n"),
     ("parity device=cuda:x", "device='cuda:x'"),
     ("parity protocol.n=0", "protocol.n"),
@@ -351,7 +353,7 @@ OTHERS = [
     ("compare --bits w9 --results-dir good", "'W9'"),
     ("compare nope --results-dir good", "'nope'", "known: default"),
     ("compare --results-dir broken", "broken/runs/default"),
-    ("export", "wanted"),
+    ("export", "--out"),
     ("export nope", "--out"),
     ("export nope --out o", "'nope'"),
     ("export method=rtn --out file", "--out", "file is no folder"),
@@ -365,7 +367,7 @@ OTHERS = [
     ("export '*' --out o --results-dir good", "'*'"),
     ("export '[' --out o --results-dir good", "'['"),
     ("export default --out o --results-dir broken", "broken/runs/default"),
-    ("evaluate", "target"),
+    ("evaluate", "--metrics"),
     ("evaluate nope", "--metrics"),
     ("evaluate nope --metrics psnr", "nope"),
     ("evaluate default --metrics nope --results-dir good", "'nope'"),
@@ -373,12 +375,11 @@ OTHERS = [
     ("evaluate '' --metrics psnr --results-dir good", "expected a run's folder"),
     ("evaluate ../x --metrics psnr --results-dir good", "../x"),
     ("evaluate default --metrics collapse protocol.n=3 --results-dir good", "protocol.n"),
-    ("evaluate default --metrics collapse n=3 --results-dir good", "'n'"),
+    ("evaluate default --metrics collapse n=3 --results-dir good", "protocol.n"),
     ("evaluate default --metrics collapse metrics.resamples=0 --results-dir good", "metrics.resamples"),
     ("evaluate default --metrics collapse metrics.reference=text.npz --results-dir good", "text.npz"),
     ("evaluate default --metrics collapse device=foo --results-dir good", "device='foo'"),
     ("evaluate default --metrics collapse ~metrics --results-dir good", "~metrics"),
-    ("evaluate default --metrics collapse --results-dir nosamples", "nosamples"),
     ("evaluate default --metrics psnr --results-dir file", "--results-dir"),
     ("cache", "action"),
     ("cache foo", "'foo'"),
@@ -413,11 +414,10 @@ def make_files(folder: Path, finished: Path) -> None:
         (folder / name).mkdir(parents=True)
     (folder / "loop").symlink_to(folder / "loop")
     arrays(folder)
-    for name in ("good", "broken", "nosamples"):
+    for name in ("good", "broken"):
         shutil.copytree(finished, folder / name)
     (record,) = (folder / "broken").glob("runs/default/*/record.json")
     record.write_text(record.read_text()[:-100])
-    shutil.rmtree(folder / "nosamples" / "cache")
 
 
 def texts() -> dict[str, str | bytes]:
