@@ -18,17 +18,24 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.quant.spec import MIXED, all_labels, parse_label
 from ditbench.harness.sweep import overrides as checks
 
+_registered: dict[tuple[str, str], dict[str, Any]] = {}
+
 
 def register() -> None:
-    """Every method's defaults and every format of bits= as configuration nodes."""
-    store = ConfigStore.instance()
+    """Every method's defaults and every format of bits= as configuration nodes; what is there already stays."""
+
+    def store(group: str, name: str, node: dict[str, Any]) -> None:
+        if _registered.get((group, name)) != node:
+            ConfigStore.instance().store(group=group, name=name, node=node)
+            _registered[group, name] = node
+
     for name in registry.known_methods():
-        store.store(group="method", name=f"{name}_defaults", node=registry.defaults(name))
+        store("method", f"{name}_defaults", registry.defaults(name))
         if not (CONF / "method" / f"{name}.yaml").exists():  # a plugin's method needs no file here
-            store.store(group="method", name=name, node=registry.defaults(name))
+            store("method", name, registry.defaults(name))
     for label in all_labels():
         node: dict[str, Any] = {"defaults": ["default", "_self_"], "label": label, **parse_label(label).sides()}
-        store.store(group="bits", name=label, node=node)
+        store("bits", label, node)
 
 
 def groups() -> dict[str, list[str]]:

@@ -216,7 +216,7 @@ MODELS = [
     ("RUN model.seed=-1", "model.seed must be a whole number, at least 0"),
 ]
 PROMPTS = [
-    (f"RUN model=tiny-t2i protocol.prompts={name}", name, *words)
+    (f"export model=tiny-t2i protocol.prompts={name} --out o", name, *words)
     for name, *words in (
         ("empty.txt", "expected prompts, came none"),
         ("blank.txt", "expected prompts, came none"),
@@ -255,6 +255,7 @@ PROMPTS = [
     )
 ]
 PROMPTS += [
+    ("RUN model=tiny-t2i protocol.prompts=cut.jsonl", "cut.jsonl", "line 2"),
     ("RUN model=tiny-t2i protocol.prompts=shpaes", "did you mean 'shapes'?"),
     ("RUN model=tiny-t2i calibration.prompts=deep.json", "deep.json"),
     ("RUN --plan model=tiny-t2i protocol.prompts=deep.json", "deep.json"),

@@ -36,7 +36,6 @@ def nothing_heavy(monkeypatch):
 
     for name in ("run.carry_out", "cli.parity.calibrate", "cli.export.calibrate", "bench.benchmark.latencies"):
         monkeypatch.setattr(f"ditbench.harness.{name}", went_on)
-    monkeypatch.setattr("ditbench.harness.scoring.later_metrics.scored", went_on)
     for name in ("HF_HUB_OFFLINE", "DITBENCH_OFFLINE"):
         monkeypatch.setenv(name, "1")
 
