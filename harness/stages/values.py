@@ -131,7 +131,7 @@ def value_of(raw: dict[str, Any], name: str) -> Any:
         if not isinstance(value, dict) or key not in value:
             if name.startswith("model."):
                 return None
-            raise UserError(f"{name} is missing; what lies above it was replaced or left out")
+            raise UserError(f"{name} is missing, as it is in records of before there was such a setting; run it again")
         value = value[key]
     return value
 

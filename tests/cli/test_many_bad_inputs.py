@@ -8,7 +8,8 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
-from bad_inputs import CASES, make_files
+from bad_files import make_files
+from bad_inputs import CASES
 from conftest import TINY
 from outcomes import REFUSED
 
