@@ -73,7 +73,7 @@ def not_an_override(error: OverrideParseException) -> UserError:
 def in_quotes(text: str) -> str:
     """ "; in quotes: …" as a shell takes it, if that makes the text an override whose value is what stands behind its =."""
     name, equals, value = text.partition("=")
-    if not equals or not value or value[0] in "'\"":
+    if not name or not equals or not value or value[0] in "'\"":
         return ""
     quoted = "{}='{}'".format(name, value.replace("\\'", "\\\\'").replace("'", "\\'"))
     try:

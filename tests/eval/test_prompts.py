@@ -110,17 +110,18 @@ TWO_FORMS = {
     "named.json": '{"1": "a fox", "2": {"prompt": "a hen"}, {rest}',
     "a.yaml": "1: a fox\n2: {text: a hen}\n{rest}",
     "list.yaml": "- a fox\n- a hen\n{rest}",
-    "a.tsv": "caption\na fox\na hen\n{rest}",
+    "a.tsv": "caption\na fox\na hen\na cell\tmore {rest}",
 }
 
 
 @pytest.mark.parametrize("name", TWO_FORMS)
 def test_a_file_is_read_as_far_as_prompts_are_asked_for(tmp_path, name):
-    """What comes behind is no prompt of any kind."""
-    path = written(tmp_path, name, TWO_FORMS[name].replace("{rest}", "\0 [[{"))
+    """What comes behind is no prompt in any of them but .txt."""
+    path = written(tmp_path, name, TWO_FORMS[name].replace("{rest}", "[[{"))
     assert [prompt.text for prompt in load_prompts(path, most=2)] == ["a fox", "a hen"]
-    with pytest.raises(UserError, match=name):
-        load_prompts(path)
+    if path.suffix != ".txt":
+        with pytest.raises(UserError, match=name):
+            load_prompts(path)
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "tsv", "yaml"])
