@@ -86,7 +86,7 @@ def _images_at(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], int]:
     version = np.lib.format.read_magic(stream)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, fortran, dtype = read_header[version](stream) if version in read_header else ((), False, None)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not shape[0] or fortran:
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape or fortran:
         order = " in Fortran order" if fortran else ""
         raise UserError(f"{path}: {EXPECTED}, came {dtype} {shape}{order}; convert it to uint8 RGB, 0–255")
     return shape, stream.tell()
@@ -109,5 +109,5 @@ def _read_image(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return np.array(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: expected an image, came {type(error).__name__}: {error}; replace it") from error

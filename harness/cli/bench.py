@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
-from ditbench.harness.cli.flags import flags_to_overrides
+from ditbench.harness.cli.flags import Parser, at_least, flags_to_overrides, without_overrides
 
 
 def command(arguments: list[str]) -> int:
@@ -12,18 +10,19 @@ def command(arguments: list[str]) -> int:
     from ditbench.harness.bench.others import OTHERS
 
     usual = Options()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ditbench bench", description="Latency and memory of a denoising step against bf16, in one process."
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration: model=… method=…")
     parser.add_argument("--formats", nargs="+", default=usual.formats, metavar="BITS", help="w8a8 w4a8 …")
     parser.add_argument("--modes", nargs="+", default=usual.modes, choices=usual.modes)
-    parser.add_argument("--batches", nargs="+", type=int, default=usual.batches, help="rows of one call")
+    parser.add_argument("--batches", nargs="+", type=at_least(1), default=usual.batches, help="rows of one call")
     parser.add_argument(
         "--others", nargs="+", default=[], choices=list(OTHERS), help="other libraries' int8 beside ours"
     )
-    parser.add_argument("--repeats", type=int, default=usual.repeats)
+    parser.add_argument("--repeats", type=at_least(1), default=usual.repeats)
     options = parser.parse_intermixed_args(flags_to_overrides(arguments))
+    options.formats = without_overrides(options.formats, options.overrides)
     chosen = Options(
         *(tuple(getattr(options, name)) for name in ("formats", "modes", "batches", "others")), repeats=options.repeats
     )

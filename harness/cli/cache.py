@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from ditbench.harness.cli.flags import Parser, days, folder
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS
 from ditbench.harness.common.text_table import table
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="ditbench cache", description="What runs keep so that nothing is made twice.")
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
-    parser.add_argument("--cache-dir", type=Path, help="default: <results-dir>/cache")
+    parser = Parser(prog="ditbench cache", description="What runs keep so that nothing is made twice.")
+    parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
+    parser.add_argument("--cache-dir", type=folder, help="default: <results-dir>/cache")
     parser.add_argument("--debug", action="store_true")
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("ls", help="every artifact: its kind, size, and what it is")
@@ -22,9 +22,7 @@ def command(arguments: list[str]) -> int:
         "prune", help="remove what no finished run was made from, and what killed processes left"
     )
     prune.add_argument("--all", action="store_true", help="everything, also the samples of finished runs")
-    prune.add_argument(
-        "--older-than", type=float, default=1.0, metavar="DAYS", help="keep what is younger (default: 1)"
-    )
+    prune.add_argument("--older-than", type=days, default=1.0, metavar="DAYS", help="keep what is younger (default: 1)")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
     options = parser.parse_args(arguments)
     from ditbench.harness.records import cached

@@ -10,7 +10,7 @@ import traceback
 
 from ditbench.harness import cli
 from ditbench.harness.cli.flags import own_folders
-from ditbench.harness.common.errors import EXIT_USER, UserError, of_the_system, unknown_name
+from ditbench.harness.common.errors import EXIT_USER, UserError, lines_of, of_the_system, unknown_name
 from ditbench.harness.common.paths import configurations_in
 
 HELP = """\
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"ditbench: {error}", file=sys.stderr)
+        print(f"ditbench: {lines_of(error)}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
         print(
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        print(f"ditbench: {of_the_system(error)}", file=sys.stderr)
+        print(f"ditbench: {lines_of(of_the_system(error))}", file=sys.stderr)
         return EXIT_USER
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-
+from ditbench.harness.cli.flags import Parser
 from ditbench.harness.common.errors import EXIT_USER, UserError
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ditbench data", description="What others publish: prompt sets, reference batches, judges' weights."
     )
     parser.add_argument("action", choices=["list", "fetch", "verify"])
     parser.add_argument("name", nargs="?", help="of an entry (ditbench data list); verify without one takes all")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args(arguments)
+    if options.action == "list" and options.name is not None:
+        raise UserError(f"data list: it lists all and takes no name, got {options.name!r}")
     from ditbench.eval import data, fetch
 
     if options.action == "list":

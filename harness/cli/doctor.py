@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ import torch
 import yaml
 
 from ditbench.harness.backends.matrix import format_matrix
+from ditbench.harness.cli.flags import Parser, folder
 from ditbench.harness.common.code_identity import PACKAGES, package_version
 from ditbench.harness.common.devices import AUTO, device_name, kinds_here, pick_device
 from ditbench.harness.common.errors import UserError
@@ -127,8 +127,8 @@ def _results(results_dir: Path) -> str:
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="ditbench doctor", description="What this machine can do.")
-    parser.add_argument("--results-dir", type=Path, default=Path("results"))
+    parser = Parser(prog="ditbench doctor", description="What this machine can do.")
+    parser.add_argument("--results-dir", type=folder, default=Path("results"))
     parser.add_argument("--debug", action="store_true")
 
     print(examine(parser.parse_args(arguments).results_dir))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from ditbench.harness.cli.flags import Parser, folder, without_overrides
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ditbench evaluate",
         description="Score the samples of finished runs with other metrics; nothing is drawn again.",
     )
@@ -20,12 +20,13 @@ def command(arguments: list[str]) -> int:
     parser.add_argument(
         "--metrics", nargs="+", required=True, metavar="NAME", help="as `ditbench list metrics` names them"
     )
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
+    parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_intermixed_args(arguments)
     from ditbench.harness.scoring import later_metrics
 
-    metrics = [name for each in options.metrics for name in each.split(",")]
+    named = without_overrides(options.metrics, options.overrides)
+    metrics = [name for each in named for name in each.split(",")]
     outcome = later_metrics.evaluate(options.target, metrics, options.results_dir, options.overrides)
     print(outcome.text)
     return EXIT_FAILED_RUNS if outcome.failed else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import glob
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.build.export import save_quantized
+from ditbench.harness.cli.flags import Parser, folder
 from ditbench.harness.common.artifacts import Damaged
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.tensor_files import load_hashed
@@ -24,7 +25,7 @@ from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.records import record
-from ditbench.harness.records.attempts import experiment_folder, read_all
+from ditbench.harness.records.attempts import is_experiment, read_all
 from ditbench.harness.records.record import Record
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
@@ -178,10 +179,10 @@ def _named(name: str, results_dir: Path) -> Record | list[Record]:
     """A run, by its folder or its id, or the runs of an experiment that ended well."""
     if (Path(name) / "record.json").exists():
         return _ok(record.read(Path(name) / "record.json"))
-    runs = sorted((results_dir / "runs").glob(f"*/{name}/record.json"))
+    runs = sorted((results_dir / "runs").glob(f"*/{glob.escape(name)}/record.json"))
     if runs:
         return _ok(record.read(runs[0]))
-    if experiment_folder(results_dir, name).is_dir():
+    if is_experiment(results_dir, name):
         kept = [r for r in read_all(results_dir, name) if r.status == "ok" and r.method != registry.FLOAT]
         if kept:
             return kept
@@ -226,7 +227,7 @@ def _of_a_record(run: Record) -> Iterator[None]:
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ditbench export",
         description="A quantized transformer as safetensors, for plain diffusers (see docs/export.md).",
     )
@@ -236,8 +237,8 @@ def command(arguments: list[str]) -> int:
         metavar="RUN|EXPERIMENT|key=value",
         help="runs by id or folder, experiments by name; or a configuration, which is calibrated and quantized now",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; several runs become its subfolders")
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
+    parser.add_argument("--out", type=folder, required=True, help="folder to make; several runs become its subfolders")
+    parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
     options = parser.parse_intermixed_args(arguments)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 
 import yaml
 
 from ditbench.harness.backends.matrix import format_matrix
+from ditbench.harness.cli.flags import Parser
 from ditbench.harness.common.paths import CONF, options
 from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting import registry
@@ -109,7 +109,7 @@ def _formats(name: str) -> str:
 
 def command(arguments: list[str]) -> int:
 
-    parser = argparse.ArgumentParser(prog="ditbench list", description="What there is to choose from.")
+    parser = Parser(prog="ditbench list", description="What there is to choose from.")
     parser.add_argument("kind", choices=sorted(KINDS))
     parser.add_argument("--debug", action="store_true")
     print(KINDS[parser.parse_args(arguments).kind]())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from ditbench.eval.fidelity import PSNR_HELD
 from ditbench.harness.backends.base import known_backends
 from ditbench.harness.backends.matrix import example_recipe
 from ditbench.harness.build.build import build
-from ditbench.harness.cli.flags import flags_to_overrides
+from ditbench.harness.cli.flags import Parser, flags_to_overrides, without_overrides
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError
 from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting.registry import formats_of
@@ -112,7 +111,7 @@ def worst_psnr_db(pixels: Rows, expected: Rows) -> float:
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ditbench parity",
         description="Every real backend here against simulated execution, layer by layer and in images.",
     )
@@ -120,6 +119,6 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("--formats", nargs="+", default=[], metavar="BITS", help="w8a8 w4a8 …; default: all")
     options = parser.parse_intermixed_args(flags_to_overrides(arguments))
 
-    text, good = check(options.formats, options.overrides)
+    text, good = check(without_overrides(options.formats, options.overrides), options.overrides)
     print(text)
     return 0 if good else EXIT_FAILED_RUNS

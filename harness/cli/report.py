@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from ditbench.harness.cli.flags import Parser, file, folder
+
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="ditbench report", description="Tables and plots of what was recorded.")
+    parser = Parser(prog="ditbench report", description="Tables and plots of what was recorded.")
     parser.add_argument("--format", choices=["md", "csv", "latex", "html"], default="md")
     parser.add_argument("--experiment", help="one experiment; default: all")
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: ./results")
-    parser.add_argument("--out", type=Path, help="file to write; html default: <results-dir>/report[-EXPERIMENT].html")
+    parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
+    parser.add_argument("--out", type=file, help="file to write; html default: <results-dir>/report[-EXPERIMENT].html")
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="headline metrics, in this order")
     parser.add_argument("--over-seeds", action="store_true", help="one row for runs that differ in their seed only")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
-from ditbench.harness.cli.flags import flags_to_overrides
+from ditbench.harness.cli.flags import Parser, flags_to_overrides
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS
 
 
 def command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="ditbench reproduce", description="A paper's table, run here and held against it."
-    )
+    parser = Parser(prog="ditbench reproduce", description="A paper's table, run here and held against it.")
     parser.add_argument("name", help="of a table: ptq4dit-table1 (ditbench paper list)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, as in ditbench run")
     parser.add_argument(

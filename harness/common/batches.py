@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from ditbench.harness.common import errors
 from ditbench.harness.common.devices import CPU, functions_of
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.memory import trim
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", bound=Sequence)
-SAID = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 
 
 class OutOfMemory(UserError):
@@ -93,10 +93,8 @@ def _tried(do: Callable[[Rows], T], part: Rows) -> tuple[T | None, bool]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out, in the words of torch, a device or the system."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SAID)
+    """Whether it says that memory ran out, in whoever's words, ours too."""
+    return isinstance(error, OutOfMemory) or errors.out_of_memory(error)
 
 
 def release(device: torch.device) -> None:

@@ -32,7 +32,11 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"device={name!r} cannot be used here ({_why_not(name, error)}); known here: {', '.join(known_here())}"
         ) from error
-    return torch.device("cpu") if device.type == "cpu" else device
+    if device.type != "cpu":
+        return device
+    if device.index:
+        raise UserError(f"device={name!r}: there is one CPU; known here: {', '.join(known_here())}")
+    return torch.device("cpu")
 
 
 def _why_not(name: str, error: BaseException) -> str:

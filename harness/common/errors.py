@@ -9,8 +9,10 @@ from pathlib import Path
 
 EXIT_USER = 2
 EXIT_FAILED_RUNS = 3
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 MOST_NAMED = 24
 LISTED = ("method", "model", "metric", "backend", "protocol")  # kinds of names that `ditbench list …` prints
+MOST_OF_A_LINE = 1600  # characters
 
 
 class UserError(Exception):
@@ -29,6 +31,17 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"no {kind} {name!r}{guess} known: {listed}")
 
 
+def shortened(text: str, most: int = 600) -> str:
+    """The text, or its two ends and how much is left out between them."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} … ({len(text) - most:,} characters more) … {text[-half:]}"
+
+
+def lines_of(error: BaseException) -> str:
+    """An error as it is printed: no line is longer than a screen or two, whatever a user wrote into it."""
+    return "\n".join(shortened(line, MOST_OF_A_LINE) for line in str(error).splitlines())
+
+
 def reason(error: BaseException, own: str | None = None) -> str:
     """One line: what a user can act on, or the kind of error, where it was raised and from where in the file `own`."""
     if isinstance(error, UserError):
@@ -42,11 +55,10 @@ def reason(error: BaseException, own: str | None = None) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether Python, NumPy or torch found no room, on the host or on a device."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in said for words in ("out of memory", "can't allocate memory"))
-    )
+    """Whether Python, NumPy, torch or the system found no room, on the host or on a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; nothing here imports it
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
 
 
 def of_the_system(error: OSError) -> UserError:

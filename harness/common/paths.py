@@ -69,3 +69,14 @@ def checked(folder: Path | str, told_by: str = "--config-dir") -> Path:
 
 def _files(folder: Path, group: str) -> list[Path]:
     return sorted((folder / group).glob("*.yaml"))
+
+
+def no_folder(path: str | Path) -> str:
+    """Why no folder can be there, nor be made there; empty if nothing is against it. Whether it may be written is not asked."""
+    try:
+        path = Path(path).expanduser().absolute()
+        existing = next(each for each in (path, *path.parents) if each.is_symlink() or each.exists())
+        existing.stat()  # of a link that leads round
+        return "" if existing.is_dir() else f"{existing} is no folder (Not a directory)"
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
+        return str(getattr(error, "strerror", None) or error)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.errors import UserError, unknown_name
 
 WORDS = {
     bool: "true or false",
@@ -25,12 +25,14 @@ WORDS = {
 
 
 def check_types(kind: type, values: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for a value that the field of its name in the dataclass `kind` cannot hold.
+    """Raise UserError for a value that the field of its name in the dataclass `kind` cannot hold, or that is for no field.
 
     A whole number will do for a float, a list for a tuple. Annotations of other classes are not checked.
     """
     expected = get_type_hints(kind)
     for name, value in values.items():
+        if name not in expected:
+            raise unknown_name(f"setting of {where}", str(name), expected)
         if not _fits(value, expected[name]):
             raise UserError(f"{where}.{name} must be {_words(expected[name])}, got {value!r}")
 

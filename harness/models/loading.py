@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +18,7 @@ from torch import nn
 
 from ditbench.harness.common.errors import UserError, first_words, unknown_name
 from ditbench.harness.models.base import Adapter, LoadedModel, ModelSpec, fingerprint_of
+from ditbench.harness.models.bounded import bounded
 from ditbench.harness.models.checkpoint import FILE, FOLDER, LACKS, AnotherFamily, Checkpoint, Place, locate
 from ditbench.harness.models.checkpoint_files import CONFIG, FETCH_AGAIN, FLOAT_NEEDED, INDEX
 from ditbench.harness.models.checkpoint_parts import check_pipeline
@@ -25,6 +27,9 @@ from ditbench.harness.models.identity import parts_of, parts_of_adapters, parts_
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.lora import files, fuse, loras
 from ditbench.harness.models.zoo import WEIGHTS
+
+# What a transformer's class raises for arguments that it was not written for.
+NOT_MADE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 
 
 def family(name: str) -> Adapter:
@@ -50,7 +55,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         if spec.random is not None:
             _refuse_of_random(spec)
             with _private_seed(spec.seed):
-                pipe = adapter.random_pipeline(dict(spec.random), dtype)
+                pipe = random_pipeline(adapter, spec, dtype)
             parts = parts_of_random(spec.family, spec.random, spec.seed)
         else:
             checkpoint = found_checkpoint(spec, adapter)
@@ -69,8 +74,30 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         _check_values(pipe)
     model = LoadedModel(spec, pipe, adapter, extras, parts)
     if spec.stress:
-        model.inject_outliers(**spec.stress)
+        with of_model(spec.name):
+            model.inject_outliers(**spec.stress)
     return model
+
+
+def random_pipeline(adapter: Adapter, spec: ModelSpec, dtype: torch.dtype, *, weightless: bool = False) -> Any:
+    """A pipeline around a transformer of random weights. weightless: whoever calls lets weights have no values.
+
+    Raises:
+        UserError: the transformer's class cannot be made of model.random, or it would not fit into memory.
+    """
+    arguments = dict(spec.random or {})
+    with suppress(*NOT_MADE), torch.device("meta"), bounded("model.random", weights=not weightless), _unwarned():
+        adapter.random_pipeline(arguments, dtype)  # what cannot be made here either is told below
+    try:
+        with _unwarned():
+            pipe = adapter.random_pipeline(arguments, dtype)
+        blocks = adapter.blocks(pipe.transformer)
+    except NOT_MADE as error:
+        said = first_words(error).rstrip(".")
+        raise UserError(f"model.random={arguments}: no transformer can be made of it: {said}") from error
+    if not blocks:
+        raise UserError(f"model.random={arguments}: a transformer without blocks; give it a layer at least")
+    return pipe
 
 
 def fingerprint_without_loading(spec: ModelSpec) -> str:
@@ -275,6 +302,14 @@ def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """torch warns about layers without width; what comes of them is told."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class _private_seed:

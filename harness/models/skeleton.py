@@ -30,6 +30,7 @@ from ditbench.harness.models.loading import (
     of_model,
     parts_on_disk,
     quiet_libraries,
+    random_pipeline,
 )
 from ditbench.harness.models.macs import on_meta
 from ditbench.harness.quant.steps import StepClock
@@ -52,7 +53,7 @@ def _bare(spec: ModelSpec) -> LoadedModel:
     adapter, dtype = adapter_of(spec), getattr(torch, spec.dtype)
     if spec.random is not None:
         with WeightsOnMeta():
-            pipe = adapter.random_pipeline(dict(spec.random), dtype)
+            pipe = random_pipeline(adapter, spec, dtype, weightless=True)
         parts, extras = parts_of_random(spec.family, spec.random, spec.seed), {}
     else:
         checkpoint = found_checkpoint(spec, adapter)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.quant.target import AdaLNRows, Producer, Site, TableRows
 
 
@@ -15,6 +16,9 @@ def inject_outliers(transformer: nn.Module, sites: list[Site], channels: int, lo
     """In every foldable site, scale `channels` channels by 2^(log2_factor − 2) … 2^log2_factor, at least by 2. In place.
 
     Powers of two: nothing is lost in the columns. Rows of adaLN-single stay: their embedding is shared by all blocks.
+
+    Raises:
+        UserError: a site has fewer channels.
     """
     generator = torch.Generator().manual_seed(seed)
     for site in sites:
@@ -22,6 +26,8 @@ def inject_outliers(transformer: nn.Module, sites: list[Site], channels: int, lo
             continue
         consumers = [transformer.get_submodule(name) for name in site.consumers]
         width = consumers[0].weight.shape[1]
+        if channels > width:
+            raise UserError(f"model.stress.channels={channels}, and {site.consumers[0]} reads {width}; take fewer")
         chosen = torch.randperm(width, generator=generator)[:channels]
         exponents = torch.randint(max(1, log2_factor - 2), log2_factor + 1, (channels,), generator=generator)
         factor = torch.ones(width)

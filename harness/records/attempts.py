@@ -118,6 +118,11 @@ def experiment_folder(results_dir: Path, experiment: str) -> Path:
     return Path(results_dir) / "runs" / experiment
 
 
+def is_experiment(results_dir: Path, name: str) -> bool:
+    """Whether there is one of that name; a path is none."""
+    return name == Path(name).name != "" and experiment_folder(results_dir, name).is_dir()
+
+
 def attempts(results_dir: Path, experiment: str, run_id: str) -> list[Record]:
     """Every readable attempt of one run, oldest first; what is damaged is said.
 
@@ -171,7 +176,7 @@ def named(target: str, results_dir: Path) -> list[Record]:
     """
     if (Path(target) / "record.json").is_file():
         return [read(Path(target) / "record.json")]
-    if not experiment_folder(results_dir, target).is_dir():
+    if not is_experiment(results_dir, target):
         raise UserError(
             f"{target}: expected a run's folder (with a record.json) or an experiment in {results_dir}/runs"
         )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from ditbench.eval.base import known_metrics, no_metric
-from ditbench.harness.backends.base import AUTO, known_backends
-from ditbench.harness.build.offload import MEMORY
+from ditbench.harness.backends.base import AUTO
 from ditbench.harness.common.devices import pick_device
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.paths import CONF
@@ -22,50 +18,15 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import ModelSpec, Sampler
 from ditbench.harness.models.loading import family
 from ditbench.harness.models.lora import loras
-from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, Bits, MixedBits, QuantSpec, parse_label
+from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, WIDTHS, Bits, MixedBits, QuantSpec, parse_label
 from ditbench.harness.records.record import PLACES
 from ditbench.harness.samples.conditions import PROMPTS
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.stages.prompt_sets import load_prompts
+from ditbench.harness.stages.values import check_values
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
-
-# What can be refused before anything is loaded is refused here, not hours into a run. Whole numbers and their minimum:
-COUNTS = {
-    "protocol.n": 1,
-    "protocol.steps": 1,
-    "calibration.n": 1,
-    "generate.noise_floor_seeds": 0,
-    "measure.samples": 1,
-    "measure.repeats": 1,
-    "measure.warmup": 0,
-    "metrics.resamples": 2,  # a spread has to come from two at least
-    "seed": 0,
-}
-BATCHES = ("calibration.batch_size", "generate.batch_size")  # the same, or "auto"
-FLAGS = (
-    "protocol.attention",
-    "bits.weight.symmetric",
-    "bits.act.symmetric",
-    "bits.act.dynamic",
-    "measure.layer_errors",
-    "generate.keep_latents",
-    "strict",
-)
-TEXTS = ("name", "device", "results_dir", "cache_dir")
-TEXTS_OR_NULL = ("metrics.reference", "protocol.prompts", "calibration.prompts")
-DTYPES = ("float32", "bfloat16", "float16")
-CHOICES = {
-    "memory": MEMORY,
-    "protocol.scope": ("blocks", "all"),
-    "protocol.labels": ("balanced", "random"),
-    "generate.dtype": DTYPES,
-    "generate.reference_dtype": DTYPES,
-    "model.dtype": DTYPES,
-    "tracker.kind": ("wandb", "none"),
-    "tracker.mode": ("auto", "online", "offline", "disabled"),
-}
 
 
 @dataclass(frozen=True)
@@ -121,7 +82,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         UserError: a value that no part of ditbench can use; says which and what to do.
     """
     raw = {"memory": AUTO} | raw  # records from before there was a choice have none
-    _check_values(raw)
+    check_values(raw)
     if raw["method"]["name"] == registry.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
         for side in ("weight", "act"):
@@ -168,71 +129,6 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     )
 
 
-def _check_values(raw: dict[str, Any]) -> None:
-    batches = {name: 1 for name in BATCHES if _value(raw, name) != AUTO}
-    for name, smallest in (COUNTS | batches).items():
-        value = _value(raw, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise UserError(
-                f"{name} must be a whole number, at least {smallest}{' (or auto)' if name in BATCHES else ''}; got {value!r}"
-            )
-    for name in FLAGS:
-        if not isinstance(_value(raw, name), bool):
-            raise UserError(f"{name} must be true or false, got {_value(raw, name)!r}")
-    for name in (*TEXTS, *TEXTS_OR_NULL):
-        value = _value(raw, name)
-        if not isinstance(value, str) and not (value is None and name in TEXTS_OR_NULL):
-            raise UserError(f"{name} must be text, got {value!r}; in quotes a number is text: \"{name}='{value}'\"")
-    _check_finite(raw)
-    choices: dict[str, tuple[str, ...]] = CHOICES | {
-        "backend": (AUTO, *known_backends()),
-        "protocol.sampler": family(raw["model"]["family"]).SAMPLERS,
-    }
-    for name, known in choices.items():
-        if _value(raw, name) not in known:
-            raise unknown_name(name, str(_value(raw, name)), known)
-    guidance, metrics, skip = (_value(raw, name) for name in ("protocol.guidance", "metrics.names", "protocol.skip"))
-    if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
-        raise UserError(f"protocol.guidance must be a number such as 1.5, got {guidance!r}")
-    if guidance < 1:
-        raise UserError(f"protocol.guidance must be at least 1 (1 is no guidance), got {guidance}")
-    for name, value in (("metrics.names", metrics), ("protocol.skip", skip)):
-        if not isinstance(value, list):
-            example = "" if value is None else value
-            raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{example}]")
-    for metric in metrics:
-        if metric not in known_metrics():
-            raise no_metric(str(metric))
-    for pattern in skip:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise UserError(
-                f"protocol.skip: {pattern!r} is not a regular expression of layer names ({error})"
-            ) from error
-    if not raw["results_dir"]:
-        raise UserError("results_dir is empty; name a folder, such as results_dir=./results")
-
-
-def _check_finite(node: Any, name: str = "") -> None:
-    """Neither a run's identity nor its record can hold nan or inf."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            _check_finite(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(node, list):
-        for value in node:
-            _check_finite(value, name)
-    elif isinstance(node, float) and not isfinite(node):
-        raise UserError(f"{name} must be finite, got {node}")
-
-
-def _value(raw: dict[str, Any], name: str) -> Any:
-    value: Any = raw
-    for key in name.split("."):
-        value = value[key]
-    return value
-
-
 def _refuse_borrowed_name(model: dict[str, Any]) -> None:
     """Raise UserError if another family's model would be recorded under the name of a shipped one."""
     shipped = CONF / "model" / f"{model['name']}.yaml"
@@ -260,14 +156,15 @@ def _prompts(raw: dict[str, Any]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...
         )
     found, problems = [], []
     for place, name in places.items():
+        wanted = raw[place.partition(".")[0]]["n"]
         try:
-            found.append(load_prompts(name) if name else ())
+            found.append(load_prompts(name, wanted) if name else ())
         except UserError as error:
             problems.append((place, name, str(error)))
     if problems:
         said = "; ".join(dict.fromkeys(error for _, _, error in problems))
         absent = [place for place, name, _ in problems if not Path(name).is_file()]
-        own = f"\na file of your own will do: {' '.join(f'{place}=FILE' for place in absent)}" if absent else ""
+        own = f"; a file of your own will do: {' '.join(f'{place}=FILE' for place in absent)}" if absent else ""
         raise UserError(said + own)
     return found[0], found[1]
 
@@ -287,9 +184,11 @@ def _bits(node: dict[str, Any]) -> Bits:
     for side in ("weight", "act"):
         values = dict(node[side])
         check_types(QuantSpec, values, f"bits.{side}")
+        if values["bits"] not in (*WIDTHS, FLOAT_BITS):
+            raise UserError(f"bits.{side}.bits must be 2 to 8, or 16 for float; got {values['bits']}")
         if values["group_size"] is not None and values["group_size"] < 1:
             raise UserError(f"bits.{side}.group_size must be at least 1, got {values['group_size']}")
-        sides[side] = None if values["bits"] >= FLOAT_BITS else QuantSpec(**values)
+        sides[side] = None if values["bits"] == FLOAT_BITS else QuantSpec(**values)
     bits = Bits(sides["weight"], sides["act"])
     bits.check_sides()
     return bits
@@ -297,12 +196,14 @@ def _bits(node: dict[str, Any]) -> Bits:
 
 def _mixed(node: dict[str, Any], steps: int) -> MixedBits:
     labels = node["candidates"]
-    if not isinstance(labels, list) or not labels or len(set(labels)) < len(labels):
+    if not isinstance(labels, list) or not labels or len(set(map(str, labels))) < len(labels):
         raise UserError(f"bits.candidates must be a list of different formats such as [w4a8,w8a8], got {labels!r}")
     candidates = []
     for label in labels:
         sides = parse_label(str(label)).sides()
         candidates.append(_bits({"label": label} | {side: node[side] | values for side, values in sides.items()}))
+    if not isinstance(node["budget"], dict):
+        raise UserError(f"bits.budget must be a section such as bits.budget.bytes=…, got {node['budget']!r}")
     given = {name: limit for name, limit in node["budget"].items() if limit is not None}
     if len(given) != 1:
         raise UserError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
+from ditbench.harness.common.errors import unknown_name
 from ditbench.harness.models.zoo import shapes
 from ditbench.harness.samples.samples import Prompt
 
@@ -28,17 +30,21 @@ SETS = {
 
 
 @cache
-def load_prompts(name: str) -> tuple[Prompt, ...]:
-    """The prompts of a set or file, in its order.
+def load_prompts(name: str, most: int | None = None) -> tuple[Prompt, ...]:
+    """The first `most` prompts of a set or file, in its order; all without it.
 
     Raises:
         UserError: no such set or file, or a line that cannot be read.
     """
     if name in SETS:
-        return SETS[name].make()
+        return SETS[name].make()[:most]
     from ditbench.eval import prompts
+    from ditbench.eval.data import PROMPTS, names_of
 
-    return prompts.load_prompts(name)
+    others, path = names_of(PROMPTS), Path(name)
+    if name not in others and path.name == name and not path.suffix and not path.is_file():
+        raise unknown_name("prompt set", name, (*SETS, *others))
+    return prompts.load_prompts(name, most)
 
 
 def _captions(seed: int) -> tuple[Prompt, ...]:

@@ -1,28 +1,29 @@
-"""Hydra: what is registered with it, and overrides checked before a sweep starts."""
+"""Hydra: what is registered with it, what it composes, and what it cannot compose in words of ours."""
 
 from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ditbench.harness.common.errors import UserError, reason, unknown_name
+from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.paths import CONF, checked, options, own_configurations
 from ditbench.harness.common.timer import say
 from ditbench.harness.fitting import registry
 from ditbench.harness.quant.spec import MIXED, all_labels, parse_label
+from ditbench.harness.sweep import overrides as checks
+
+_registered: dict[tuple[str, str], dict[str, Any]] = {}
 
 SEARCH_PATH = "hydra.searchpath"
 FILE = "file://"
@@ -56,16 +57,23 @@ def _inside_plugins(error: BaseException) -> str | None:
 
 
 def register() -> None:
-    """Every method's defaults and every format of bits= as configuration nodes, once Hydra's plugins are found."""
+    """Every method's defaults and every format of bits= as configuration nodes, once Hydra's plugins are found; what is
+    there already stays.
+    """
     find_plugins()
-    store = ConfigStore.instance()
+
+    def store(group: str, name: str, node: dict[str, Any]) -> None:
+        if _registered.get((group, name)) != node:
+            ConfigStore.instance().store(group=group, name=name, node=node)
+            _registered[group, name] = node
+
     for name in registry.known_methods():
-        store.store(group="method", name=f"{name}_defaults", node=registry.defaults(name))
+        store("method", f"{name}_defaults", registry.defaults(name))
         if not (CONF / "method" / f"{name}.yaml").exists():  # a plugin's method needs no file here
-            store.store(group="method", name=name, node=registry.defaults(name))
+            store("method", name, registry.defaults(name))
     for label in all_labels():
         node: dict[str, Any] = {"defaults": ["default", "_self_"], "label": label, **parse_label(label).sides()}
-        store.store(group="bits", name=label, node=node)
+        store("bits", label, node)
 
 
 def groups(beside: Iterable[Path] = ()) -> dict[str, list[str]]:
@@ -84,47 +92,16 @@ def search_path() -> list[str]:
     return [f"{SEARCH_PATH}=[{listed}]"] if escaped else []
 
 
-def check_overrides(overrides: list[str]) -> None:
-    """Raise UserError for a choice that no group has, before any run of a sweep has started.
-
-    Hydra composes the jobs of a sweep one after the other; without this a typo in the last method would be found when
-    all others have run.
-    """
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        raise not_an_override(error) from error
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UserError for what is no override, and for a choice that no group has, before any run of a sweep has started."""
+    parsed = checks.parsed(overrides)
     searched = [str(item) for o in parsed if o.key_or_group == SEARCH_PATH for item in o.value() or ()]
     if searched and own_configurations():
         raise UserError(f"{SEARCH_PATH} and --config-dir: give one of them; --config-dir may be given several times")
-    known = groups(checked(each.removeprefix(FILE), SEARCH_PATH) for each in searched if each.startswith(FILE))
-    if not all(each.startswith(FILE) for each in searched):
-        return  # Hydra alone knows what a package holds
-    for override in parsed:
-        if override.is_delete():
-            raise UserError(f"{override.input_line}: nothing can be left out; give it another value instead")
-        if override.key_or_group not in known:
-            continue
-        if override.value() is None:
-            raise unknown_name(override.key_or_group, "null", known[override.key_or_group])
-        for choice in _choices(override):
-            if override.key_or_group == "bits" and choice != MIXED:
-                parse_label(choice)
-            if override.key_or_group == "method" and choice not in known["method"]:
-                raise registry.no_method(choice)
-            if choice not in known[override.key_or_group]:
-                raise unknown_name(override.key_or_group, choice, known[override.key_or_group])
-
-
-def not_an_override(error: OverrideParseException) -> UserError:
-    return UserError(f"{error.override!r} is not an override; write name=value, such as bits=w4a8")
-
-
-def _choices(override: Override) -> list[str]:
-    value = override.value()
-    if isinstance(value, ChoiceSweep):
-        return [str(item) for item in value.list]
-    return [str(value)] if isinstance(value, (str, int)) else []
+    of_files = [each.removeprefix(FILE) for each in searched if each.startswith(FILE)]
+    known = groups(checked(each, SEARCH_PATH) for each in of_files)
+    if len(of_files) == len(searched):  # else Hydra alone knows what a package holds
+        checks.check_overrides(parsed, known)
 
 
 def composed(jobs: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
@@ -138,9 +115,8 @@ def composed(jobs: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
         made = []
         for overrides in map(list, jobs):
             check_overrides(overrides)
-            config = hydra.compose("config", [*overrides, *search_path()])
-            made.append(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-        return made  # type: ignore[return-value]
+            made.append(resolved(hydra.compose("config", [*overrides, *search_path()])))
+        return made
 
 
 @contextmanager
@@ -151,17 +127,45 @@ def hydra_errors_explained() -> Iterator[None]:
         raise _explained(error) from error
 
 
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """Raises UserError: an interpolation leads nowhere, or something is missing."""
+    with hydra_errors_explained():
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
 def _explained(error: Exception) -> UserError:
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     for cause in chain:
         node, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
-        if node is not None and key is not None and "not in struct" in str(cause):
-            section = getattr(cause, "full_key", key).rpartition(".")[0]
-            return unknown_name(f"setting of {section}" if section else "setting", str(key), map(str, node))
+        if isinstance(node, DictConfig) and key is not None and "not in struct" in str(cause):
+            section = str(getattr(cause, "full_key", key)).rpartition(".")[0]
+            return checks.unknown_setting(str(key), map(str, node), section, _settings_of(node))
         if isinstance(cause, OverrideParseException):
-            return not_an_override(cause)
+            return checks.not_an_override(cause)
         if str(cause).startswith("Ambiguous value for argument"):
-            return UserError(f"{str(cause).splitlines()[0]}: add -m to sweep over it, or write name=[a,b] for a list")
-    return UserError(str(chain[-1]).strip().split("\n")[0] or str(error).split("\n")[0])
+            text = str(cause).split("'")[1]
+            return UserError(
+                f"{text!r} could be several values: add -m to sweep over them, or write name=[a,b] for a list"
+                f"{checks.in_quotes(text)}"
+            )
+    said = str(chain[-1]).strip().split("\n")[0] or str(error).split("\n")[0]
+    where = str(getattr(chain[-1], "full_key", None) or getattr(error, "full_key", None) or "")
+    return UserError(f"{where}: {said}" if where and where not in said else said)
+
+
+def _settings_of(node: DictConfig) -> list[str]:
+    """Names, with dots, of all settings of the configuration that the node is part of: not Hydra's own, nor those that
+    others are taken from.
+    """
+
+    def names(values: Any, name: str) -> Iterator[str]:
+        if not isinstance(values, dict):
+            yield name
+            return
+        for key, value in values.items():
+            yield from names(value, f"{name}.{key}" if name else str(key))
+
+    raw = OmegaConf.to_container(node._get_root(), resolve=False)
+    return [name for name in names(raw, "") if not name.startswith(("hydra.", "model.usual."))]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, of_the_system
+from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of, of_the_system
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.common.timer import say
 from ditbench.harness.records.record import Record
@@ -18,6 +18,7 @@ from ditbench.harness.report import comparison_table
 from ditbench.harness.run import run
 from ditbench.harness.stages.config import parse
 from ditbench.harness.sweep import compose
+from ditbench.harness.sweep.overrides import check_flags
 
 # Of this process: Hydra does not hand back what a job returns in a sweep.
 _done: list[Record] = []
@@ -43,7 +44,7 @@ def launch(arguments: list[str]) -> int:
     if _refused:
         *others, last = {str(error): error for error in _refused}.values()
         for error in others:
-            say(f"ditbench: {error}")
+            say(f"ditbench: {lines_of(error)}")
         raise last
     return EXIT_FAILED_RUNS if failed else 0
 
@@ -58,15 +59,15 @@ def through_hydra(arguments: list[str], job: Callable[[DictConfig], str]) -> Non
     overrides = [a for a in arguments if ("=" in a or a.startswith("~")) and not a.startswith("-")]
     arguments = overrides + [a for a in arguments if a not in overrides]  # Hydra wants them in one piece
     compose.check_overrides(overrides)
+    check_flags(arguments)
     with _arguments(arguments), compose.hydra_errors_explained():
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
 
 
 def job(config: DictConfig) -> str:
     """One Hydra job: the configuration becomes a run, the run a record. A job that is refused does not stop a sweep."""
-    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     try:
-        record = run(parse(values))  # type: ignore[arg-type]
+        record = run(parse(compose.resolved(config)))
     except UserError as error:
         _refused.append(error)
         return "refused"

@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ditbench.harness.common.devices import device_name, memory_of
 from ditbench.harness.common.errors import UserError
@@ -24,6 +24,7 @@ from ditbench.harness.records import attempts
 from ditbench.harness.records.record import Record
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.identity import run_id, title
+from ditbench.harness.sweep.compose import resolved
 from ditbench.harness.sweep.estimate import Estimate, RunPlan, Stage, batch_size
 from ditbench.harness.sweep.launch import through_hydra
 from ditbench.harness.sweep.rates import Earlier, Rates, earlier, probed, readable
@@ -69,7 +70,7 @@ def configurations(arguments: list[str]) -> tuple[list[RunConfig], list[UserErro
 
     def job(config: DictConfig) -> str:
         try:
-            found.append(parse(OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))  # type: ignore[arg-type]
+            found.append(parse(resolved(config)))
         except UserError as error:
             refused.append(error)
         return "planned"

@@ -7,23 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from outcomes import Outcome
+from outcomes import TINY, Outcome
 
 from ditbench.harness.cli import main
-
-TINY = (
-    "model=tiny-dit",
-    "protocol.n=4",
-    "protocol.steps=2",
-    "calibration.n=2",
-    "metrics=fidelity",
-    "metrics.resamples=5",
-    "generate.noise_floor_seeds=0",
-    "measure.repeats=1",
-    "measure.warmup=0",
-    "measure.samples=1",
-    "tracker=none",
-)
 
 
 @pytest.fixture

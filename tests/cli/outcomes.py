@@ -13,6 +13,20 @@ import ditbench
 
 REFUSED, FAILED = 2, 3
 
+TINY = (
+    "model=tiny-dit",
+    "protocol.n=4",
+    "protocol.steps=2",
+    "calibration.n=2",
+    "metrics=fidelity",
+    "metrics.resamples=5",
+    "generate.noise_floor_seeds=0",
+    "measure.repeats=1",
+    "measure.warmup=0",
+    "measure.samples=1",
+    "tracker=none",
+)
+
 
 @dataclass(frozen=True)
 class Outcome:

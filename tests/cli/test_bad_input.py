@@ -76,7 +76,7 @@ REFUSALS = [
     ("bits.act.granularity=per_group bits.act.group_size=-8", "bits.act.group_size must be at least 1, got -8"),
     ("name=123", "name must be text, got 123", "name='123'"),
     ("device=3", "device must be text, got 3"),
-    ("metrics.reference=5", "metrics.reference must be text, got 5"),
+    ("metrics.reference=5", "metrics.reference must be text or null, got 5"),
     ("name=../elsewhere", "name='../elsewhere'", "must not"),
     ("results_dir=", "results_dir is empty", "results_dir=./results"),
     ("model.family=unet", "no model family 'unet'", "known: cogvideox, dit, flux"),

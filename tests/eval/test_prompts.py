@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 
@@ -100,3 +101,54 @@ def test_a_misspelt_name_is_answered_with_the_nearest_and_a_missing_path_with_wh
         load_prompts("genval")
     with pytest.raises(UserError, match="no such file; .*geneval"):
         load_prompts(tmp_path / "missing.txt")
+
+
+TWO_FORMS = {
+    "a.txt": "a fox\n\na hen\n{rest}",
+    "a.jsonl": '{"prompt": "a fox"}\n\n{"prompt": "a hen"}\n{rest}',
+    "a.json": '["a fox", {"text": "a hen"}, {rest}',
+    "named.json": '{"1": "a fox", "2": {"prompt": "a hen"}, {rest}',
+    "a.yaml": "1: a fox\n2: {text: a hen}\n{rest}",
+    "list.yaml": "- a fox\n- a hen\n{rest}",
+    "a.tsv": "caption\na fox\na hen\na cell\tmore {rest}",
+}
+
+
+@pytest.mark.parametrize("name", TWO_FORMS)
+def test_a_file_is_read_as_far_as_prompts_are_asked_for(tmp_path, name):
+    """What comes behind is no prompt in any of them but .txt."""
+    path = written(tmp_path, name, TWO_FORMS[name].replace("{rest}", "[[{"))
+    assert [prompt.text for prompt in load_prompts(path, most=2)] == ["a fox", "a hen"]
+    if path.suffix != ".txt":
+        with pytest.raises(UserError, match=name):
+            load_prompts(path)
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "tsv", "yaml"])
+def test_two_prompts_of_a_large_file_hold_little(tmp_path, ending):
+    lines = {"txt": "a fox {}", "jsonl": '{{"prompt": "a fox {}"}}', "tsv": "{}\ta fox", "yaml": "{}: a fox"}
+    head = "id\tcaption\n" if ending == "tsv" else ""
+    path = written(tmp_path, f"a.{ending}", head + "\n".join(lines[ending].format(n) for n in range(200_000)))
+    tracemalloc.start()
+    prompts = load_prompts(path, most=2)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(prompts) == 2 and held < 2**20 < path.stat().st_size
+
+
+def test_json_is_read_entry_by_entry_as_the_library_reads_it_whole(tmp_path):
+    content = {"a": {"prompt": 'a \u20ac, "b"]', "n": [1.5, None, {"x": "}"}]}, "é": "two\tcats", "": "c"}
+    for separators in ((",", ":"), (" ,\n ", "\t: ")):
+        path = written(tmp_path, "a.json", f" \n{json.dumps(content, separators=separators)}\n ")
+        prompts = load_prompts(path)
+        assert [prompt.about["id"] for prompt in prompts] == ["a", "é", ""]
+        assert prompts[0] == Prompt('a €, "b"]', {"id": "a", "n": [1.5, None, {"x": "}"}]})
+        assert prompts[1].text == "two\tcats"
+
+
+@pytest.mark.parametrize(
+    "content", ['["a",]', '["a" "b"]', '["a"] x', '{"a" "b"}', '{1: "b"}', '{"a": "b",}', "[", "{"]
+)
+def test_what_is_no_json_is_refused_wherever_it_breaks(tmp_path, content):
+    with pytest.raises(UserError, match="line 1: expected JSON"):
+        load_prompts(written(tmp_path, "a.json", content))

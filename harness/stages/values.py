@@ -1,0 +1,223 @@
+"""What a configuration's values may be. Whatever can be refused before anything is loaded is refused here, not hours into a run."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from ditbench.eval.base import known_metrics, no_metric
+from ditbench.harness.backends.base import AUTO, known_backends
+from ditbench.harness.build.offload import MEMORY
+from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.paths import no_folder
+from ditbench.harness.models.loading import family
+
+# Whole numbers and the least that each may be.
+COUNTS = {
+    "protocol.n": 1,
+    "protocol.steps": 1,
+    "calibration.n": 1,
+    "generate.noise_floor_seeds": 0,
+    "measure.samples": 1,
+    "measure.repeats": 1,
+    "measure.warmup": 0,
+    "metrics.resamples": 2,  # a spread has to come from two at least
+}
+MOST = 10_000_000  # of anything that is counted: lists are made of them
+SEEDS = ("seed", "model.seed")
+MOST_SEED = 2**63 - 1  # that generators of torch and NumPy take
+BATCHES = ("calibration.batch_size", "generate.batch_size")  # counts, or "auto"
+FLAGS = (
+    "protocol.attention",
+    "bits.weight.symmetric",
+    "bits.act.symmetric",
+    "bits.act.dynamic",
+    "measure.layer_errors",
+    "generate.keep_latents",
+    "force",
+    "strict",
+    "debug",
+)
+TEXTS = ("name", "device", "results_dir", "cache_dir", "model.name", "model.family", "method.name", "protocol.name")
+TEXTS_OR_NULL = (
+    "metrics.reference",
+    "protocol.prompts",
+    "calibration.prompts",
+    "model.source",
+    "model.revision",
+    "model.variant",
+    "model.config",
+    "model.transformer",
+    "tracker.project",
+    "tracker.entity",
+)
+DTYPES = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "memory": MEMORY,
+    "protocol.scope": ("blocks", "all"),
+    "protocol.labels": ("balanced", "random"),
+    "generate.dtype": DTYPES,
+    "generate.reference_dtype": DTYPES,
+    "model.dtype": DTYPES,
+    "tracker.kind": ("wandb", "none"),
+    "tracker.mode": ("auto", "online", "offline", "disabled"),
+}
+GUIDANCE, METRICS, SKIP, LABEL, BACKEND, SAMPLER = (
+    "protocol.guidance",
+    "metrics.names",
+    "protocol.skip",
+    "bits.label",
+    "backend",
+    "protocol.sampler",
+)
+# Every setting but those of models, methods and bits, which their dataclasses know.
+SETTINGS = (*COUNTS, *SEEDS, *BATCHES, *FLAGS, *TEXTS, *TEXTS_OR_NULL, *CHOICES)
+SETTINGS += (GUIDANCE, METRICS, SKIP, LABEL, BACKEND, SAMPLER)
+SECTIONS = ("model", "method", "bits", "bits.weight", "bits.act", "protocol", "calibration", "generate")
+SECTIONS += ("measure", "metrics", "tracker")
+STRESS = {"channels": (1, MOST), "log2_factor": (1, 16), "seed": (0, MOST_SEED)}  # of model.stress, from … to
+SIZES = ("height", "width", "num_frames")  # of model.size
+LONGEST = 4096  # characters: of a path, or of anything else that is told
+FREE_TEXT = ("model.note",)  # may have several lines
+
+
+def check_values(raw: dict[str, Any]) -> None:
+    """Raise UserError for the first value of a resolved configuration that no part of ditbench can use."""
+    for name in SECTIONS:
+        if not isinstance(value_of(raw, name), dict):
+            raise UserError(f"{name} must be a section such as {name}.…=…, got {value_of(raw, name)!r}")
+    batches = {name: 1 for name in BATCHES if value_of(raw, name) != AUTO}
+    for name, least in (COUNTS | batches | dict.fromkeys(SEEDS, 0)).items():
+        _check_number(name, value_of(raw, name), least)
+    for name in FLAGS:
+        if not isinstance(value_of(raw, name), bool):
+            raise UserError(f"{name} must be true or false, got {value_of(raw, name)!r}")
+    for name in (*TEXTS, *TEXTS_OR_NULL):
+        _check_text(name, value_of(raw, name))
+    _check_leaves(raw)
+    choices: dict[str, tuple[str, ...]] = CHOICES | {
+        BACKEND: (AUTO, *known_backends()),
+        SAMPLER: family(raw["model"]["family"]).SAMPLERS,
+    }
+    for name, known in choices.items():
+        if value_of(raw, name) not in known:
+            raise unknown_name(name, str(value_of(raw, name)), known)
+    guidance = value_of(raw, GUIDANCE)
+    if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
+        raise UserError(f"{GUIDANCE} must be a number such as 1.5, got {guidance!r}")
+    if guidance < 1:
+        raise UserError(f"{GUIDANCE} must be at least 1 (1 is no guidance), got {guidance}")
+    if not isinstance(value_of(raw, LABEL), str):
+        raise UserError(f"{LABEL} must be text such as w4a8, got {value_of(raw, LABEL)!r}")
+    _check_lists(value_of(raw, METRICS), value_of(raw, SKIP))
+    _check_size(raw["model"].get("size"))
+    _check_stress(raw["model"].get("stress"))
+    for name in ("results_dir", "cache_dir"):
+        if why := no_folder(raw[name]):
+            raise UserError(f"{name}={raw[name]}: {why}; set {name}=… to another folder")
+    runs = Path(raw["results_dir"]).expanduser().absolute() / "runs"
+    if Path(raw["cache_dir"]).expanduser().absolute().is_relative_to(runs):
+        raise UserError(f"cache_dir={raw['cache_dir']} lies where runs are recorded ({runs}); set it to another folder")
+
+
+def value_of(raw: dict[str, Any], name: str) -> Any:
+    """Of a name with dots. What a model does not say is null: records of before have not all of it."""
+    value: Any = raw
+    for key in name.split("."):
+        if not isinstance(value, dict) or key not in value:
+            if name.startswith("model."):
+                return None
+            raise UserError(f"{name} is missing, as it is in records of before there was such a setting; run it again")
+        value = value[key]
+    return value
+
+
+def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(name with dots, value) of all that is neither section nor list."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _leaves(value, name)
+    else:
+        yield name, node
+
+
+def _check_number(name: str, value: Any, least: int) -> None:
+    most = MOST_SEED if name in SEEDS else MOST
+    auto = " (or auto)" if name in BATCHES else ""
+    if name == "model.seed" and not isinstance(value, int):
+        return  # of the dataclass
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name} must be a whole number, at least {least}{auto}; got {value!r}")
+    if value > most:
+        raise UserError(f"{name} must be at most {most:,}; got {value}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if value is None and name in TEXTS_OR_NULL:
+        return
+    or_null = " or null" if name in TEXTS_OR_NULL else ""
+    if not isinstance(value, str):
+        example = f"; in quotes a number is text: \"{name}='{value}'\"" if isinstance(value, (int, float)) else ""
+        raise UserError(f"{name} must be text{or_null}, got {value!r}{example}")
+    if not value.strip():
+        advice = {"results_dir": "name a folder, such as results_dir=./results"}.get(
+            name, f"write {name}=null for none" if or_null else "give it a value"
+        )
+        raise UserError(f"{name} is empty; {advice}")
+
+
+def _check_leaves(raw: dict[str, Any]) -> None:
+    """Neither a run's identity nor its record nor the name of a file can hold these."""
+    for name, value in _leaves(raw):
+        if isinstance(value, float) and not isfinite(value):
+            raise UserError(f"{name} must be finite, got {value}")
+        if isinstance(value, str) and name not in FREE_TEXT:
+            if len(value) > LONGEST:
+                raise UserError(f"{name} has {len(value):,} characters; at most {LONGEST:,} are taken")
+            if odd := [each for each in value if unicodedata.category(each) in ("Cc", "Cs")]:
+                raise UserError(f"{name} holds a character that cannot be written ({odd[0]!r}), in {value!r}")
+
+
+def _check_lists(metrics: Any, skip: Any) -> None:
+    for name, value in ((METRICS, metrics), (SKIP, skip)):
+        if not isinstance(value, list):
+            example = "" if value is None else value
+            raise UserError(f"{name} must be a list, got {value!r}; write {name}=[{example}]")
+        twice = [each for number, each in enumerate(value) if each in value[:number]]
+        if twice:
+            raise UserError(f"{name} names {twice[0]} twice; leave one out")
+    for metric in metrics:
+        if not isinstance(metric, str) or metric not in known_metrics():
+            raise no_metric(str(metric))
+    for pattern in skip:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError, RecursionError, OverflowError) as error:
+            raise UserError(f"{SKIP}: {pattern!r} is not a regular expression of layer names ({error})") from error
+
+
+def _check_size(size: Any) -> None:
+    for name, value in (size or {}).items() if isinstance(size, dict) else ():
+        if name not in SIZES:
+            raise unknown_name("setting of model.size", str(name), SIZES)
+        _check_number(f"model.size.{name}", value, 1)
+
+
+def _check_stress(stress: Any) -> None:
+    if not isinstance(stress, dict):
+        return  # null, or refused by the dataclass
+    for name in (*STRESS, *stress):
+        if name not in STRESS:
+            raise unknown_name("setting of model.stress", str(name), STRESS)
+        if name not in stress:
+            raise UserError(f"model.stress needs {', '.join(STRESS)}; {name} is missing")
+        (least, most), value = STRESS[name], stress[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise UserError(f"model.stress.{name} must be a whole number from {least} to {most}, got {value!r}")
