@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ditbench.harness.common.artifacts import Damaged
 from ditbench.harness.common.scratch import Scratch
 from ditbench.harness.common.tensor_files import save_tensors
 from ditbench.harness.models.calls import Rows, StoredRows, form_of, joined_rows, picked_rows
@@ -27,7 +28,8 @@ FILE_BYTES = 2**26  # of a file; as much is held while tensors are written
 class StoredTensor:
     """Of shape (B, …), read by rows along dimension 0 (`StoredRows`), onto `device`.
 
-    owner: what keeps the file there, if anything has to.
+    owner: what keeps the file there, if anything has to. seen: the file's state when it was last compared with its hash; one
+    that was written to since is not read.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class StoredTensor:
     dtype: torch.dtype
     device: torch.device = torch.device("cpu")
     owner: object = None
+    seen: tuple[int, int] | None = None
 
     @property
     def form(self) -> Any:
@@ -49,6 +52,7 @@ class StoredTensor:
             kept = torch.arange(len(self))[kept]
         if not len(kept):
             return torch.zeros((0, *self.shape[1:]), dtype=self.dtype, device=self.device)
+        self._check()
         kept = kept.cpu()
         first, last = int(kept.min()), int(kept.max())
         with safe_open(self.path, framework="pt") as file:
@@ -59,8 +63,14 @@ class StoredTensor:
 
     def whole(self) -> Tensor:
         """All of it, also of a tensor without dimensions."""
+        self._check()
         with safe_open(self.path, framework="pt") as file:
             return self._as_kept(file.get_tensor(self.name).clone())
+
+    def _check(self) -> None:
+        """Raise Damaged if the file is another than it was."""
+        if self.seen is not None and self.seen != state_of(self.path):
+            raise Damaged(f"{self.path}: changed while it was in use")
 
     def _as_kept(self, written: Tensor) -> Tensor:
         return (torch.view_as_complex(written) if self.dtype.is_complex else written).to(self.device)
@@ -167,10 +177,17 @@ def as_written(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def state_of(path: Path) -> tuple[int, int]:
+    """Its size and the time of its last change, in ns."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def stored(folder: Path, name: str, place: Sequence[Any], owner: object = None) -> StoredTensor:
     """A tensor that `TensorFiles` wrote. place: its entry of `places`."""
     number, shape, dtype = place
-    return StoredTensor(folder / f"{number}.safetensors", name, tuple(shape), getattr(torch, dtype), owner=owner)
+    path = folder / f"{number}.safetensors"
+    return StoredTensor(path, name, tuple(shape), getattr(torch, dtype), owner=owner, seen=state_of(path))
 
 
 def content_sha256(tensor: Tensor) -> str:

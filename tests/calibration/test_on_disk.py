@@ -13,6 +13,7 @@ from ditbench.harness.calibration import on_disk
 from ditbench.harness.calibration.on_disk import ChosenRows, Spool, StoredList, TensorFiles, stored
 from ditbench.harness.calibration.recorder import Recorder, read
 from ditbench.harness.calibration.recording import Calibration, selected
+from ditbench.harness.common.artifacts import Damaged
 from ditbench.harness.common.scratch import SCRATCH, Scratch
 
 
@@ -141,3 +142,18 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not
     assert not left.exists() and mine.folder.exists() and other.folder.exists()
     mine.remove(), other.remove()
     assert list((tmp_path / SCRATCH).iterdir()) == [] and list((tmp_path / "locks").iterdir()) == []
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_named(tmp_path):
+    files = TensorFiles(tmp_path)
+    name = files.keep(torch.arange(6.0).reshape(3, 2))
+    files.flush()
+    kept = stored(tmp_path, name, files.places[name])
+    assert kept[slice(1, 2)].tolist() == [[2.0, 3.0]]
+    path = tmp_path / "0.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for read_it in (lambda: kept[slice(1, 2)], kept.whole):
+        with pytest.raises(Damaged, match=r"0\.safetensors: changed while it was in use"):
+            read_it()
