@@ -19,6 +19,11 @@ TOKENS = 2**15  # of all rows of a batch: more would not keep a device busier
 ROOM = 0.8  # of free memory that a batch may take
 
 
+def by_tokens(tokens: int, most: int = MOST) -> int:
+    """A power of two of samples, at most `most`, whose rows (two a sample) have at most TOKENS tokens; one at least."""
+    return 2 ** (max(1, min(most, TOKENS // (2 * tokens))).bit_length() - 1)
+
+
 @torch.no_grad()
 def batch_of(asked: int | str, model: LoadedModel, transformer: nn.Module, *, most: int = MOST) -> Batch:
     """asked: a number of samples, or "auto": a power of two, at most `most`, so that its rows (two a sample, as with guidance) have at
@@ -32,7 +37,7 @@ def batch_of(asked: int | str, model: LoadedModel, transformer: nn.Module, *, mo
     free = free_memory(device)
     try:
         first, tokens = _probe(model, transformer, 1, device)
-        size = max(1, min(most, TOKENS // (2 * tokens)))
+        size = by_tokens(tokens, most)
         second = first if size == 1 else _probe(model, transformer, 2, device)[0]
     except Exception as error:
         if not out_of_memory(error):

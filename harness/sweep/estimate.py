@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from ditbench.eval.base import known_metrics
+from ditbench.harness.calibration import recording
 from ditbench.harness.fitting import registry
 from ditbench.harness.measurement.layer_errors import MAX_STEPS, ROWS
+from ditbench.harness.models import batch_sizes
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.counts import Counts
 from ditbench.harness.models.transformer_only import TransformerOnly
@@ -26,12 +28,14 @@ NO_STATISTICS = (registry.FLOAT, "rtn")  # of the others what they learn beside 
 SIMULATED_BYTES, KERNEL_BYTES = 4, 1  # of a weight of a quantized model on the CPU: codes as they are multiplied
 
 
-MOST = {"calibration": 32, "generate": 64}  # samples side by side, where the configuration leaves it to memory
+MOST = {"calibration": recording.MOST, "generate": batch_sizes.MOST}
 
 
-def batch_size(config: RunConfig, section: str, n: int) -> int:
+def batch_size(config: RunConfig, counts: Counts, section: str, n: int) -> int:
+    """Samples side by side. Where the configuration leaves that to tokens and memory, as tokens have it: memory may leave less."""
     asked = config.section(section)["batch_size"]
-    return min(n, asked if isinstance(asked, int) else MOST[section])
+    tokens = max((rows for rows, _, _ in counts.shapes), default=1)
+    return min(n, asked if isinstance(asked, int) else batch_sizes.by_tokens(tokens, MOST[section]))
 
 
 @dataclass
@@ -100,7 +104,7 @@ class Estimate:
         stage = Stage("calibrate", self._state(place, made), macs, disk_bytes=rows * self.counts.input_bytes)
         dtype = self.config.model.dtype
         stage.seconds = macs / self.rates.float_macs_s[dtype]
-        batch = batch_size(self.config, "calibration", n)
+        batch = batch_size(self.config, self.counts, "calibration", n)
         self._hold(stage, self._weights(dtype), self._activations(batch, dtype))
         return self._unless_there(stage)
 
@@ -206,7 +210,7 @@ class Estimate:
 
     @property
     def _batch(self) -> int:
-        return batch_size(self.config, "generate", self.config.protocol.n)
+        return batch_size(self.config, self.counts, "generate", self.config.protocol.n)
 
     @property
     def sample_bytes(self) -> float:

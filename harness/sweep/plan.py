@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
 
-import torch
 from omegaconf import DictConfig
 
-from ditbench.harness.common.devices import device_name, memory_of
+from ditbench.harness.common.devices import CPU, device_name
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.memory import free_memory
 from ditbench.harness.common.precision import compute_float32_in_float32
 from ditbench.harness.common.text_table import table
 from ditbench.harness.models.base import LoadedModel
@@ -191,8 +191,12 @@ def problems(plans: list[tuple[RunConfig, RunPlan]], planner: Planner) -> list[s
         )
     for config, plan in plans:
         for what, of, here in (
-            ("host memory", lambda stage: stage.host_bytes, _free_host()),
-            ("device memory", lambda stage: stage.device_bytes, _free_device(config.device)),
+            ("host memory", lambda stage: stage.host_bytes, free_memory(CPU)),
+            (
+                "device memory",
+                lambda stage: stage.device_bytes,
+                None if config.device == CPU else free_memory(config.device),
+            ),
         ):
             if here is None or not plan.stages:
                 continue
@@ -206,7 +210,7 @@ def problems(plans: list[tuple[RunConfig, RunPlan]], planner: Planner) -> list[s
 def _mend(estimate: Estimate, of: Callable[[Stage], float], room: float) -> str:
     """The largest batch that fits, or what else there is to do."""
     config = estimate.config
-    batch = batch_size(config, "generate", config.protocol.n)
+    batch = batch_size(config, estimate.counts, "generate", config.protocol.n)
     while batch > 1:
         batch //= 2
         smaller = {"generate": {"batch_size": batch}, "calibration": {"batch_size": batch}}
@@ -230,23 +234,6 @@ def _held_bytes() -> float:
     except (OSError, ValueError):
         return 0.0
     return pages * 4096.0
-
-
-def _free_host() -> float | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
-def _free_device(device: torch.device) -> float | None:
-    functions = memory_of(device)
-    return (
-        float(functions.mem_get_info(device)[0])
-        if functions is not None and hasattr(functions, "mem_get_info")
-        else None
-    )
 
 
 def _free_disk(folder: Path) -> float:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ditbench.harness.cli import main
+from ditbench.harness.models.counts import Counts
+from ditbench.harness.stages.config import parse
 from ditbench.harness.sweep import plan as planning
+from ditbench.harness.sweep.compose import composed
+from ditbench.harness.sweep.estimate import batch_size
 from ditbench.harness.sweep.plan import amount, configurations, duration, size
 
 STAGES = ("load", "calibrate", "quantize", "generate", "reference", "evaluate", "noise floor", "layer errors")
@@ -89,7 +94,7 @@ def test_a_plan_of_nothing_but_refused_runs_is_an_error(tmp_path, capsys):
 
 def test_what_does_not_fit_is_said_with_the_batch_that_does(plan, monkeypatch):
     monkeypatch.setattr(planning, "_held_bytes", lambda: 0.0)
-    monkeypatch.setattr(planning, "_free_host", lambda: 40e6)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 40e6)
     assert "does not fit" not in plan()
     text = plan("protocol.n=1000", "generate.batch_size=1000", "generate.noise_floor_seeds=0")
     (batch,) = re.findall(r"does not fit: host memory .* generate.batch_size=(\d+)", text)
@@ -110,6 +115,14 @@ def test_a_model_of_which_nothing_fits_is_planned_without_its_weights(capsys, tm
     disk = re.findall(r"^generate .* ([\d.]+) GB$", text, re.MULTILINE)
     assert len(disk) == 1 and 4 < float(disk[0]) < 8
     assert "random weights alone draw nothing" in text
+
+
+def test_a_batch_that_is_left_to_memory_is_planned_by_its_tokens():
+    config = parse(composed([["protocol.n=1000"]])[0])
+    found = [
+        batch_size(config, Counts(shapes=Counter({(tokens, 8, 8): 1})), "generate", 1000) for tokens in (16, 256, 4608)
+    ]
+    assert found == [64, 64, 2], "tiny-dit's, DiT-XL/2's, FLUX's"
 
 
 def test_numbers_are_short():
