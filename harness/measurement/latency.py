@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ditbench.harness.backends.base import AUTO
 from ditbench.harness.build.build import clock_of, float_copy
 from ditbench.harness.build.layer import QuantLinear
-from ditbench.harness.build.offload import offloaded
+from ditbench.harness.build.offload import away, offloaded
 from ditbench.harness.common.devices import device_name, memory_of, synchronize
 from ditbench.harness.measurement.timing import in_turns
 from ditbench.harness.models.base import LoadedModel
@@ -25,6 +26,10 @@ from ditbench.harness.models.calls import placed
 from ditbench.harness.quant.target import Target
 
 NOT_TIMED = "not timed"  # the kind of what could run here, and was not measured
+INTERLEAVED = "the same transformer in bf16, eager, interleaved in the same process"
+AFTERWARDS = (
+    "the same transformer in bf16, eager, afterwards in the same process: both do not fit on the device at once"
+)
 OFFLOADED = "blocks are offloaded, their time is that of the bus"
 
 
@@ -60,8 +65,9 @@ def measure(
 
     One latency is one call of the transformer on `samples` samples with guidance (2 · samples rows); where the model changes
     with the range of steps, the mean of its calls over the steps. A simulated model gets no latency, speed-up or peak
-    memory: its arithmetic is not the one it stands for. Nor does one whose blocks, or those of the baseline beside it, do not fit on
-    the device (memory=offload, or auto): its time would be that of the bus; the record then says `not_timed`, and is of that kind.
+    memory: its arithmetic is not the one it stands for. Nor does one whose blocks do not fit on the device (memory=offload, or
+    auto): its time would be that of the bus; the record then says `not_timed`, and is of that kind. Where the baseline does not fit
+    beside it, the two are timed one after the other; where it does not fit at all, there is no speed-up. `baseline` says which.
     """
     found: dict[str, Any] = {
         "kind": kind,
@@ -69,7 +75,7 @@ def measure(
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "step_rows": 2 * samples,
-        "baseline": "the same transformer in bf16, eager, interleaved in the same process",
+        "baseline": INTERLEAVED,
         "latency_ms": None,
         "baseline_latency_ms": None,
         "speedup": None,
@@ -80,23 +86,44 @@ def measure(
         return found
     if offloaded(quantized):
         return found | {"kind": NOT_TIMED, "not_timed": OFFLOADED}
-    baseline = float_copy(target, dtype=torch.bfloat16, device=device, memory=memory)
-    if offloaded(baseline):
-        return found | {"kind": NOT_TIMED, "not_timed": f"the baseline beside it: {OFFLOADED}"}
     step_inputs = model.step_inputs(2 * samples, device)
-    baseline_inputs, inputs = (placed(step_inputs, wanted, device) for wanted in (torch.bfloat16, dtype))
-    calls = {
-        "baseline": partial(_mean_call, baseline, baseline_inputs, device),
-        "quantized": partial(_mean_call, quantized, inputs, device),
-    }
-    times = in_turns(calls, repeats=repeats, warmup=warmup, title="measure")
-    found["latency_ms"] = quantiles(times["quantized"])
-    found["baseline_latency_ms"] = quantiles(times["baseline"])
+    turns = _Turns(repeats, warmup, device)
+    ours = ("", quantized, placed(step_inputs, dtype, device))
+    theirs = "baseline_", placed(step_inputs, torch.bfloat16, device)
+    baseline = float_copy(target, dtype=torch.bfloat16, device=device, memory=memory)
+    if not offloaded(baseline):
+        found |= turns.of(ours, (theirs[0], baseline, theirs[1]))
+    else:
+        del baseline
+        found |= turns.of(ours) | {"baseline": AFTERWARDS}
+        with away(quantized, device):
+            baseline = float_copy(target, dtype=torch.bfloat16, device=device, memory=memory)
+            if offloaded(baseline):
+                return found | {"baseline": "none: in bf16 the transformer does not fit on the device"}
+            found |= turns.of((theirs[0], baseline, theirs[1]))
     found["speedup"] = found["baseline_latency_ms"]["median"] / found["latency_ms"]["median"]
-    peaks = [peak_memory_bytes(quantized, inputs, device) for _ in _each_range(quantized)]
-    found["peak_memory_bytes"] = None if None in peaks else max(each or 0 for each in peaks)
-    found["baseline_peak_memory_bytes"] = peak_memory_bytes(baseline, baseline_inputs, device)
     return found
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Latency and peak memory of models that take turns."""
+
+    repeats: int
+    warmup: int
+    device: torch.device
+
+    def of(self, *models: tuple[str, nn.Module, dict[str, Tensor]]) -> dict[str, Any]:
+        """models: (prefix of the names in the record, a model, what it is called with)."""
+        calls = {prefix: partial(_mean_call, model, inputs, self.device) for prefix, model, inputs in models}
+        found: dict[str, Any] = {}
+        for prefix, times in in_turns(calls, repeats=self.repeats, warmup=self.warmup, title="measure").items():
+            found[f"{prefix}latency_ms"] = quantiles(times)
+        for prefix, model, inputs in models:
+            peaks = [peak_memory_bytes(model, inputs, self.device) for _ in _each_range(model)]
+            known = [peak for peak in peaks if peak is not None]
+            found[f"{prefix}peak_memory_bytes"] = max(known) if len(known) == len(peaks) else None
+        return found
 
 
 def quantiles(times_ms: list[float]) -> dict[str, float]:

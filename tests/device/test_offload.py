@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ditbench.harness.build import offload
 from ditbench.harness.build.build import build, float_copy, quant_layers
 from ditbench.harness.build.offload import away, weights_bytes
+from ditbench.harness.measurement.latency import measure
 from ditbench.harness.measurement.layer_errors import error_atlas
 from ditbench.harness.models.base import LoadedModel, Sampler
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
@@ -130,12 +131,34 @@ def test_folds_and_layer_errors_are_the_same_when_blocks_are_guests(second, tmp_
     assert (found["resident"] == found["offload"]).all() and found["resident"].any()
 
 
-def test_a_model_whose_blocks_are_guests_is_not_timed_and_the_record_says_why(second, model):
-    from ditbench.harness.measurement.latency import measure
+def timed(model: LoadedModel, transformer: nn.Module, device: torch.device, memory: str = "auto") -> dict:
+    settings = {"kind": "measured", "samples": 1, "repeats": 1, "warmup": 0, "device": device, "memory": memory}
+    return measure(model, model.target(), transformer, **settings)
 
-    target = model.target()
-    settings = {"kind": "measured", "samples": 1, "repeats": 1, "warmup": 0, "device": second}
-    for memory in ("resident", "offload"):
-        transformer = float_copy(target, dtype=torch.bfloat16, device=second, memory=memory)
-        found = measure(model, target, transformer, **settings, memory="offload")
-        assert found["kind"] == "not timed" and found["latency_ms"] is None and "that of the bus" in found["not_timed"]
+
+def test_a_model_whose_blocks_are_guests_is_not_timed_and_the_record_says_why(second, model):
+    transformer = float_copy(model.target(), dtype=torch.bfloat16, device=second, memory="offload")
+    found = timed(model, transformer, second)
+    assert found["kind"] == "not timed" and found["latency_ms"] is None and "that of the bus" in found["not_timed"]
+
+
+def test_a_baseline_that_does_not_fit_beside_is_timed_afterwards_and_one_that_never_fits_not_at_all(
+    second, model, monkeypatch
+):
+    transformer = float_copy(model.target(), dtype=torch.bfloat16, device=second)
+    assert "interleaved" in timed(model, transformer, second)["baseline"]
+    beside = []
+
+    def free_beside(device: torch.device) -> int | None:
+        beside.append(bool(held(transformer, device)))
+        return 0 if beside[-1] else None
+
+    monkeypatch.setattr(offload, "free_memory", free_beside)
+    found = timed(model, transformer, second)
+    assert beside == [True, False], "the second time our model had left"
+    assert "afterwards" in found["baseline"] and found["speedup"] > 0 and found["kind"] == "measured"
+    assert held(transformer, second), "and it came back"
+
+    monkeypatch.setattr(offload, "free_memory", lambda device: 0)
+    found = timed(model, transformer, second)
+    assert found["latency_ms"] and found["speedup"] is None and found["baseline"].startswith("none")
