@@ -1,4 +1,4 @@
-"""Samples as files that other programs open: PNG images, and videos of H.264 without loss in RGB."""
+"""Samples as files that other programs open, without loss: WebP images, and videos of H.264 in RGB."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from torch import Tensor
 
 from ditbench.harness.common.artifacts import Damaged
 
-ENDINGS = {"image": ".png", "video": ".mkv"}
-LOSSLESS = {"qp": "0", "preset": "fast"}  # of libx264rgb; a third of the size of raw frames, where PNG takes half
+ENDINGS = {"image": ".webp", "video": ".mkv"}
+# Of photographs a sixth less than PNG, in half the time (quality is effort here: more of it saves another twentieth in seven times).
+LOSSLESS_IMAGE = {"lossless": True, "quality": 0, "method": 2, "exact": True}
+LOSSLESS_VIDEO = {
+    "qp": "0",
+    "preset": "slow",
+}  # of libx264rgb; of camera moves over photographs a quarter of raw frames
 
 
 def encoded(pixels: Tensor, fps: float, path: Path) -> None:
     """Write one sample, uint8: an image (H, W, 3) or a video (F, H, W, 3)."""
     if pixels.ndim == 3:
-        Image.fromarray(pixels.numpy()).save(path, format="PNG")
+        Image.fromarray(pixels.numpy()).save(path, format="WEBP", **LOSSLESS_IMAGE)
         return
     import av  # only where there are videos
 
     with av.open(str(path), "w", format="matroska") as file:
         stream = file.add_stream("libx264rgb", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width, stream.pix_fmt, stream.options = *pixels.shape[1:3], "rgb24", LOSSLESS
+        stream.height, stream.width, stream.pix_fmt, stream.options = *pixels.shape[1:3], "rgb24", LOSSLESS_VIDEO
         for frame in pixels.numpy():
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())

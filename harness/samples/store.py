@@ -2,7 +2,7 @@
 
     <cache>/samples/<key>/store.json      what is asked for: n, rows of a piece, kind of files, whether latents are kept
     <cache>/samples/<key>/samples.jsonl   one line a sample: its file, label or prompt, seed
-    <cache>/samples/<key>/000000.png      one image a sample; a video is 000000.mkv, H.264 without loss in RGB
+    <cache>/samples/<key>/000000.webp     one image a sample, lossless; a video is 000000.mkv, H.264 without loss in RGB
     <cache>/samples/<key>/latents/0.safetensors   of a piece, where latents are kept
     <cache>/samples/<key>/pieces/0.json   a piece is drawn: size and SHA-256 of its files, the batch it was drawn in, seconds
 

@@ -89,7 +89,7 @@ def test_a_failure_after_drawing_loses_no_sample(run, tmp_path, drawn, monkeypat
 
 def test_one_damaged_image_is_named_and_its_piece_alone_drawn_again(run, tmp_path, drawn, no_second_draw, capsys):
     store = tmp_path / "cache" / "samples" / the_record(tmp_path).made_from["samples"]
-    path = store / "000002.png"
+    path = store / "000002.webp"
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
     path.write_bytes(content)
@@ -172,7 +172,7 @@ def test_every_kind_of_file_with_one_flipped_bit_is_named_by_verify(run, tmp_pat
 def test_pruning_keeps_what_records_were_made_from(run, tmp_path, no_second_draw, capsys):
     unfinished = tmp_path / "cache" / "samples" / ("f" * 32)
     unfinished.mkdir()
-    (unfinished / ".000001.png.x.part").touch()
+    (unfinished / ".000001.webp.x.part").touch()
     record = the_record(tmp_path)
     assert cache(tmp_path, "prune", "--older-than", "0", "--dry-run") == 0
     assert unfinished.exists(), "nothing goes in a dry run"

@@ -67,7 +67,7 @@ def test_images_and_videos_are_kept_without_loss(tmp_path, shape):
 
 
 def test_other_tools_read_it_without_us(whole):
-    images = sorted(whole.folder.glob("*.png"))
+    images = sorted(whole.folder.glob("*.webp"))
     assert len(images) == N and np.array(Image.open(images[5])).shape == (8, 8, 3)
     lines = [json.loads(line) for line in (whole.folder / "samples.jsonl").read_text().splitlines()]
     assert lines[5] == {"sample": 5, "label": 2, "prompt": None, "seed": 5}
@@ -91,7 +91,7 @@ def test_a_piece_is_claimed_by_one_only_and_never_once_it_is_drawn(tmp_path):
         assert not theirs
 
 
-@pytest.mark.parametrize("name", ["000003.png", "latents/1.safetensors", "pieces/1.json"])
+@pytest.mark.parametrize("name", ["000003.webp", "latents/1.safetensors", "pieces/1.json"])
 def test_a_flipped_bit_is_named_and_only_its_piece_drawn_again(whole, tmp_path, name, capsys):
     path = whole.folder / name
     content = bytearray(path.read_bytes())
