@@ -10,12 +10,16 @@ from pathlib import Path
 import torch
 
 from ditbench.eval.base import known_metrics
+from ditbench.harness.backends.base import AUTO
+from ditbench.harness.build.offload import OFFLOAD, ROOM
 from ditbench.harness.calibration import recording
+from ditbench.harness.common.devices import CPU
+from ditbench.harness.common.memory import free_memory
 from ditbench.harness.fitting import registry
 from ditbench.harness.measurement.layer_errors import MAX_STEPS, ROWS
 from ditbench.harness.models import batch_sizes
 from ditbench.harness.models.base import LoadedModel
-from ditbench.harness.models.counts import Counts
+from ditbench.harness.models.counts import Counts, bytes_of
 from ditbench.harness.models.transformer_only import TransformerOnly
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.sweep import kept
@@ -58,7 +62,9 @@ class RunPlan:
     run_id: str
     recorded: Path | None
     stages: list[Stage] = field(default_factory=list)
-    accelerated: tuple[float, float] = (0.0, 0.0)  # host and device, if an accelerator computed
+    accelerated: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # {memory=…: host and device, if one computed}
     source: str = ""
     unknown: list[str] = field(default_factory=list)
 
@@ -274,6 +280,20 @@ class Estimate:
             return elements * 2  # simulation keeps codes in bfloat16, kernels in less
         return elements * (KERNEL_BYTES if self.rates.real else SIMULATED_BYTES)
 
+    def _offloads(self, weights: float) -> bool:
+        """Whether blocks lie on the host, as `build/offload.py` chooses."""
+        if self.config.memory == AUTO and self.config.device != CPU:
+            free = free_memory(self.config.device)
+            return free is not None and weights > ROOM * free
+        return self.config.memory == OFFLOAD
+
+    @property
+    def _resident_share(self) -> float:
+        """Of the transformer's weights, what is on the device beside all blocks' absence: the rest, and the largest block."""
+        transformer = self.model.transformer
+        blocks = [bytes_of(transformer.get_submodule(name)) for name in self.model.adapter.blocks(transformer)]
+        return 1 - (sum(blocks) - max(blocks, default=0)) / self.counts.weights
+
     def _activations(self, samples: int, dtype: str, quantized: bool = False) -> float:
         """Of a batch in the transformer, or in the VAE, whichever is more."""
         scale = getattr(torch, dtype).itemsize / getattr(torch, self.config.model.dtype).itemsize
@@ -287,6 +307,8 @@ class Estimate:
         loaded = self.base_bytes + sum(self.counts.part_bytes.values())
         if not self.accelerated:
             stage.host_bytes = loaded + weights + activations
+        elif self._offloads(weights):  # a block is a guest on the device, the copy it belongs to lies on the host
+            stage.host_bytes, stage.device_bytes = loaded + weights, weights * self._resident_share + activations
         else:
             encoders = max((held for name, held in self.counts.part_bytes.items() if name != "transformer"), default=0)
             stage.host_bytes, stage.device_bytes = loaded, max(weights + activations, encoders)

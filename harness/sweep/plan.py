@@ -11,6 +11,7 @@ from textwrap import wrap
 
 from omegaconf import DictConfig
 
+from ditbench.harness.build.offload import OFFLOAD, RESIDENT
 from ditbench.harness.common.devices import CPU, device_name
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.memory import free_memory
@@ -116,8 +117,10 @@ class Planner:
             )
         if found.recorded is None:
             estimate = Estimate(config, model, counts, rates, before, self.base_bytes, config.device.type != "cpu")
-            there = RunPlan("", "", None, replace(estimate, accelerated=True).stages(set(self.made)))
-            found.accelerated = there.most(lambda s: s.host_bytes), there.most(lambda s: s.device_bytes)
+            for memory in (RESIDENT, OFFLOAD):
+                on_it = replace(estimate, config=replace(config, memory=memory), accelerated=True)
+                there = RunPlan("", "", None, on_it.stages(set(self.made)))
+                found.accelerated[memory] = there.most(lambda s: s.host_bytes), there.most(lambda s: s.device_bytes)
             found.stages = estimate.stages(self.made)
             self.estimates[its_id] = estimate
         return found
@@ -146,8 +149,11 @@ def described(plan: RunPlan) -> list[str]:
     lines = [head, *table(header, rows).splitlines()]
     lines.append(f"in all: {_in_all([plan])}")
     if not plan.most(lambda s: s.device_bytes):
-        host, device = plan.accelerated
-        lines.append(f"on an accelerator: host {size(host)}, device {size(device)}")
+        ways = (
+            f"host {size(host)}, device {size(device)} (memory={way})"
+            for way, (host, device) in plan.accelerated.items()
+        )
+        lines.append(f"on an accelerator: {' or '.join(ways)}")
     lines.append(f"rates: {plan.source}")
     return lines + [f"not counted: {each}" for each in plan.unknown]
 

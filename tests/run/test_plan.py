@@ -125,6 +125,19 @@ def test_a_batch_that_is_left_to_memory_is_planned_by_its_tokens():
     assert found == [64, 64, 2], "tiny-dit's, DiT-XL/2's, FLUX's"
 
 
+def test_blocks_that_are_guests_take_less_of_a_device_and_more_of_the_host(plan):
+    (line,) = [line for line in plan().splitlines() if line.startswith("on an accelerator")]
+    found = re.findall(r"host ([\d.]+ \wB), device ([\d.]+ \wB) \(memory=(\w+)\)", line)
+    (host, device), (host_of_guests, device_of_guests) = [[in_bytes(each) for each in sizes] for *sizes, _ in found]
+    assert [way for *_, way in found] == ["resident", "offload"]
+    assert device_of_guests < device and host_of_guests > host
+
+
+def in_bytes(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+
 def test_numbers_are_short():
     assert [amount(value) for value in (0, 12, 999.7, 1.234e15)] == ["0 ", "12 ", "1 k", "1.23 P"]
     assert [size(value) for value in (0, 12, 1.5e9)] == ["–", "12 B", "1.5 GB"]
