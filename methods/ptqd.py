@@ -104,7 +104,7 @@ def correct_variance(state: dict[str, Tensor], params: Params, step: int, varian
 
 @torch.no_grad()
 def noise_estimates(
-    model: nn.Module, calibration: Calibration, step: int, channels: int, batch_size: int = 64
+    model: nn.Module, calibration: Calibration, step: int, channels: int, batch_size: int | None = None
 ) -> Tensor:
     """The model's estimates (B, c, h, w) on all recorded rows of one step, without a learned variance; float64."""
     batches = calibration.batches(batch_size, steps=[step])

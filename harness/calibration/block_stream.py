@@ -35,6 +35,7 @@ from ditbench.harness.models.calls import (
 from ditbench.harness.quant.blocks import by_name
 from ditbench.harness.quant.target import Target
 
+ROWS = 64  # of a step that lie side by side; how many of them are used, `max_bytes` decides
 MAX_BYTES = 2**30  # of the states of one block's inputs: so many rows are used
 HELD_BYTES = 2**30  # of one block's inputs in memory
 
@@ -196,19 +197,19 @@ class BlockStream:
 
     def _entrance(self, max_bytes: int) -> list[BlockInput]:
         """The first block's inputs, on as many rows of each recorded call as fit the budget."""
-        batches = self.calibration.num_batches()
-        first_step, first = next(self.calibration.batches())
+        batches = self.calibration.num_batches(ROWS)
+        first_step, first = next(self.calibration.batches(ROWS))
         (_, few), (state_BTC, more) = (
             self._enter(first_step, first.pick(torch.zeros(rows, dtype=torch.int64))) for rows in (FEW, MORE)
         )
         dims = row_dims(few, more, {})
         rows = max(1, max_bytes // (state_BTC[:1].nbytes * batches))
-        used = sum(min(rows, inputs.num_rows) for _, inputs in self.calibration.batches())
+        used = sum(min(rows, inputs.num_rows) for _, inputs in self.calibration.batches(ROWS))
         if used * (state_BTC.nbytes + _nbytes(take_apart(more, MORE, dims)[0])) / MORE > HELD_BYTES:
             self.spool = Spool(self.calibration.cache)
         tables: dict[str, Tensor] = {}
         found = []
-        for step, inputs in self.calibration.batches():
+        for step, inputs in self.calibration.batches(ROWS):
             hidden_BTC, rest = self._enter(step, inputs.pick(spread(inputs.num_rows, rows)))
             of_rows, shape = take_apart(rest, len(hidden_BTC), dims)
             if any(len(values) != len(hidden_BTC) for values in of_rows.values()):

@@ -26,7 +26,7 @@ from ditbench.harness.common.files import canonical_sha256, read_json, tensors_s
 from ditbench.harness.common.progress import progress as progress_bar
 from ditbench.harness.common.scratch import Scratch
 from ditbench.harness.models.base import LoadedModel, Sampler
-from ditbench.harness.models.batch_sizes import batch_of
+from ditbench.harness.models.batch_sizes import batch_of, rows_by_tokens, tokens_of_row
 from ditbench.harness.models.calls import FEW, MORE, Call, float_dtype, placed, row_dims, side_by_side
 from ditbench.harness.models.encoded_prompts import keeping
 from ditbench.harness.samples.conditions import PROMPTS, Conditions
@@ -36,6 +36,7 @@ from ditbench.harness.samples.seeds import sample_seeds
 KIND = "recording"  # of artifact
 BATCH = "batch.json"  # what a recording was drawn with
 MOST = 32  # samples of a batch that is found
+MOST_ROWS = 64  # of a batch that is read
 
 
 class Estimate(NamedTuple):
@@ -62,7 +63,9 @@ class Calibration:
     saved_s: dict[str, float] = field(default_factory=dict, compare=False)  # seconds that the cache saved, by what
     unreached: tuple[str, ...] = ()
     whole: str | None = None
-    batch: dict[str, Any] = field(default_factory=dict, compare=False)  # what it was drawn with
+    batch: dict[str, Any] = field(
+        default_factory=dict, compare=False
+    )  # what it was drawn with, and `rows` to read at once
 
     def derived(self, kind: str, key: str, title: str) -> Address | None:
         """Where what is made from it is kept; None: nowhere."""
@@ -94,13 +97,21 @@ class Calibration:
             )
         return tuple(gathered(groups[0], torch.arange(sum(call.num_rows for call in groups[0])))[0] for groups in found)
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a call that is read, unless fewer are asked for: of tokens alone, so that nothing learned depends on memory."""
+        return self.batch.get("rows", MOST_ROWS)
+
     def num_rows(self, step: int) -> int:
         return sum(call.num_rows for call in self.steps[step])
 
     def rows(self, step: int, wanted: int) -> list[Call]:
-        """At most `wanted` rows of a step, evenly spread, so that conditional and null rows are both seen."""
+        """At most `wanted` rows of a step, evenly spread, so that conditional and null rows are both seen, in calls of at most
+        `rows_at_once`.
+        """
         kept = spread(self.num_rows(step), wanted)
-        return [call for call in picked(self.steps[step], kept) if call.num_rows]
+        starts = [(call, range(0, call.num_rows, self.rows_at_once)) for call in picked(self.steps[step], kept)]
+        return [call.pick(slice(start, start + self.rows_at_once)) for call, each in starts for start in each]
 
     def call(self, model: nn.Module, step: int, inputs: Call | Sequence[Call]) -> Any:
         """What a built model (`build`, with its clock) gives for some rows of a step, in its own dtype, on its own device:
@@ -111,12 +122,14 @@ class Calibration:
         calls = [inputs] if isinstance(inputs, Call) else inputs
         return joined([model(**placed(call.arguments(), dtype, clock.step.device)) for call in calls])
 
-    def num_batches(self, batch_size: int = 64) -> int:
+    def num_batches(self, batch_size: int | None = None) -> int:
+        batch_size = batch_size or self.rows_at_once
         sizes = [sum(call.num_rows for call in group) for calls in self.steps for group in alike(calls)]
         return sum(-(-size // batch_size) for size in sizes)
 
-    def batches(self, batch_size: int = 64, steps: Iterable[int] | None = None) -> Iterator[tuple[int, Call]]:
-        """(step, inputs) in step order, at most batch_size rows of one shape at a time; steps: all of them, or some."""
+    def batches(self, batch_size: int | None = None, steps: Iterable[int] | None = None) -> Iterator[tuple[int, Call]]:
+        """(step, inputs) in step order, at most batch_size rows of one shape at a time (None: rows_at_once); steps: all, or some."""
+        batch_size = batch_size or self.rows_at_once
         for step in range(self.num_steps) if steps is None else steps:
             for group in alike(self.steps[step]):
                 for start in range(0, sum(call.num_rows for call in group), batch_size):
@@ -213,6 +226,7 @@ def _record(
     )
     transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device, memory=memory)
     batch = batch_of(batch_size, model, transformer, most=MOST)
+    rows_at_once = rows_by_tokens(tokens_of_row(model, transformer), MOST_ROWS)
     bar = progress_bar(total=sampler.steps * len(wanted), desc="calibrate")
     texts = [prompt.text for prompt in wanted.prompts]
     with torch.no_grad(), unreached(transformer) as left, bar as progress, keeping(model.pipe, texts, cache):
@@ -234,7 +248,7 @@ def _record(
         for _ in in_batches(range(len(wanted)), batch, sample, what="calibrate", device=device):
             pass
     recorder.finish(sorted(left))
-    write_json(folder / BATCH, batch.note())
+    write_json(folder / BATCH, batch.note() | {"rows": rows_at_once})
     steps, _ = read(folder)
     if not all(tensor.isfinite().all() for call in steps[-1] for tensor in call.tensors()):
         raise UserError(

@@ -21,10 +21,19 @@ ROOM = 0.8  # of free memory that a batch may take
 
 def by_tokens(tokens: int, most: int = MOST) -> int:
     """A power of two of samples, at most `most`, whose rows (two a sample) have at most TOKENS tokens; one at least."""
-    return 2 ** (max(1, min(most, TOKENS // (2 * tokens))).bit_length() - 1)
+    return rows_by_tokens(2 * tokens, most)
 
 
-@torch.no_grad()
+def rows_by_tokens(tokens: int, most: int = 2 * MOST) -> int:
+    """A power of two of rows, at most `most`, that have at most TOKENS tokens; one at least."""
+    return 2 ** (max(1, min(most, TOKENS // tokens)).bit_length() - 1)
+
+
+def tokens_of_row(model: LoadedModel, transformer: nn.Module) -> int:
+    """What a block of this transformer sees of one row, all its streams counted."""
+    return _probe(model, transformer, 1, clock_of(transformer).step.device)[1]
+
+
 def batch_of(asked: int | str, model: LoadedModel, transformer: nn.Module, *, most: int = MOST) -> Batch:
     """asked: a number of samples, or "auto": a power of two, at most `most`, so that its rows (two a sample, as with guidance) have at
     most TOKENS tokens, and that what one more sample took in a call of this transformer, on its device, fits into the memory that is free.
@@ -51,6 +60,7 @@ def batch_of(asked: int | str, model: LoadedModel, transformer: nn.Module, *, mo
     return Batch(2 ** (size.bit_length() - 1), asked=AUTO)
 
 
+@torch.no_grad()
 def _probe(model: LoadedModel, transformer: nn.Module, samples: int, device: torch.device) -> tuple[int | None, int]:
     """(bytes that a call on these samples held at most, tokens of a row); None where the device does not tell."""
     inputs = placed(model.step_inputs(2 * samples, device), float_dtype(transformer), device)

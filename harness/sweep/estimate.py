@@ -38,8 +38,12 @@ MOST = {"calibration": recording.MOST, "generate": batch_sizes.MOST}
 def batch_size(config: RunConfig, counts: Counts, section: str, n: int) -> int:
     """Samples side by side. Where the configuration leaves that to tokens and memory, as tokens have it: memory may leave less."""
     asked = config.section(section)["batch_size"]
-    tokens = max((rows for rows, _, _ in counts.shapes), default=1)
-    return min(n, asked if isinstance(asked, int) else batch_sizes.by_tokens(tokens, MOST[section]))
+    return min(n, asked if isinstance(asked, int) else batch_sizes.by_tokens(tokens_of(counts), MOST[section]))
+
+
+def tokens_of(counts: Counts) -> int:
+    """Of one row, in the transformer."""
+    return max((rows for rows, _, _ in counts.shapes), default=1)
 
 
 @dataclass
@@ -129,7 +133,9 @@ class Estimate:
         stage = Stage("quantize", "" if known or not learns else "?", macs, seconds, at_least=learns and known is None)
         observed = sum(inputs * times for (_, inputs, _), times in self.counts.shapes.items())
         stage.disk_bytes = 12.0 * observed * self._steps if learns else 0.0
-        self._hold(stage, self._quantized_bytes + (self._weights("float32") if learns else 0), 0)
+        rows = min(n * self.counts.rows, self._rows_at_once) if learns else 0
+        activations = self._activations(rows, self.config.model.dtype) / self.counts.rows
+        self._hold(stage, self._quantized_bytes + (self._weights("float32") if learns else 0), activations)
         return stage
 
     def _generate(self, made: set[Path]) -> Stage:
@@ -191,12 +197,13 @@ class Estimate:
         if not self.config.section("measure")["layer_errors"] or self.config.method == registry.FLOAT:
             return []
         rows = min(ROWS, self.config.section("calibration")["n"] * self.counts.rows)
+        at_once = min(rows, self._rows_at_once)
         macs = min(MAX_STEPS, self._steps) * rows * self.counts.call_macs
         seconds = macs * (1 / self.rates.float_macs_s["float32"] + 2 / self.rates.quantized_macs_s) + self.rates.build_s
         known = self.earlier.get("layer_errors", *self._what, self._steps)
         stage = Stage("layer errors", "", 3 * macs, seconds if known is None else known)
         held = self._quantized_bytes + self._weights("float32")
-        self._hold(stage, held, self._activations(rows, "float32", quantized=True) / self.counts.rows)
+        self._hold(stage, held, self._activations(at_once, "float32", quantized=True) / self.counts.rows)
         return [stage]
 
     # what stages share
@@ -204,6 +211,10 @@ class Estimate:
     @property
     def _steps(self) -> int:
         return self.config.protocol.sampler.steps
+
+    @property
+    def _rows_at_once(self) -> int:
+        return batch_sizes.rows_by_tokens(tokens_of(self.counts), recording.MOST_ROWS)
 
     @property
     def _what(self) -> tuple[str, str]:
