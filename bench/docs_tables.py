@@ -2,11 +2,13 @@
 
     ditbench report --over-seeds --format csv --experiment w4a4 --out results/tiny-dit-stress/w4a4.csv
     ditbench report --format csv --experiment w4a4 --out results/tiny-dit-stress/w4a4.seeds.csv
+    ditbench compare w4a4 --over-seeds --format csv --out results/tiny-dit-stress/w4a4.tests.csv
     python bench/docs_tables.py                   # fills the marked places; --check only compares
 
 A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
 
-    table: NAME                      results/NAME.csv by bits, in the order of PSNR; means over seeds with 95 % intervals (Student's t)
+    table: NAME                      results/NAME.csv by bits, in the order of PSNR; means over seeds with 95 % intervals (Student's t); bold
+                                     and underlined as NAME.csv marks best and second, if the tests behind it lie in NAME.tests.csv
     paired: NAME, METRIC, RUN, RUN   the difference of two rows, seed by seed
     fit cost                         what `bench/fit_cost.py` wrote
     bench: FILE                      results/bench/FILE.json, which `ditbench bench` wrote
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ditbench.harness.report.over_seeds import t_interval
+from ditbench.eval.seed_differences import mean_over_seeds
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("methods", "backends", "mixed-precision")]
@@ -58,6 +60,7 @@ def fill(place: re.Match[str]) -> str:
 def table(name: str) -> str:
     runs = pd.read_csv(RESULTS / f"{name}.csv")
     runs = runs[runs.status == "ok"].sort_values(["bits", "psnr"], ascending=[True, False])
+    tested = (RESULTS / f"{name}.tests.csv").is_file()
     columns = {name: column for name, column in COLUMNS.items() if name in runs and runs[name].notna().any()}
     heads = [
         "method",
@@ -70,17 +73,17 @@ def table(name: str) -> str:
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
     for _, run in runs.iterrows():
         cells = [run["run"], run.bits, f"{run.weight_bits_effective:.2f}"]
-        cells += [with_interval(run, metric, decimals) for metric, (_, decimals) in columns.items()]
+        cells += [with_interval(run, metric, decimals, tested) for metric, (_, decimals) in columns.items()]
         lines.append([*cells, f"{run.fit_s:.0f}", f"{run.fit_peak_memory_mib:.0f}"])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{text}\n\n{caption(runs)}"
+    return f"{text}\n\n{caption(runs, tested)}"
 
 
 def difference(name: str, metric: str, one: str, other: str) -> str:
     runs = pd.read_csv(RESULTS / f"{name}.seeds.csv").set_index("seed")
     first, second = (runs[runs.run == run][metric] for run in (one, other))
     steps = (first - second).dropna()
-    low, high = t_interval(steps.tolist())
+    low, high = mean_over_seeds(steps, [0.0] * len(steps)).ci95
     title, decimals = COLUMNS[metric]
     return (
         f"{one} − {other}, {title.split()[0]}: {steps.mean():+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}] "
@@ -122,19 +125,26 @@ def step_times(name: str) -> str:
     return "\n".join(lines)
 
 
-def with_interval(run: pd.Series, metric: str, decimals: int) -> str:
+def with_interval(run: pd.Series, metric: str, decimals: int, tested: bool) -> str:
     half = (run[f"{metric}.ci95_high"] - run[f"{metric}.ci95_low"]) / 2
     inside = " ~" if run.get(f"{metric}.inside_noise_floor") is True else ""
-    return f"{run[metric]:.{decimals}f} ± {half:.{decimals}f}{inside}"
+    text = f"{run[metric]:.{decimals}f} ± {half:.{decimals}f}{inside}"
+    mark = run.get(f"{metric}.mark") if tested else None
+    return {"best": f"**{text}**", "second": f"<ins>{text}</ins>"}.get(str(mark), text)
 
 
-def caption(runs: pd.DataFrame) -> str:
+def caption(runs: pd.DataFrame, tested: bool) -> str:
     first = runs.iloc[0]
     seeds = len(str(first.seed).split(","))
     over = f"over {seeds} seeds" if seeds > 1 else "over bootstrap resamples"
+    marks = (
+        "**best** and <ins>second</ins> of their bits where paired tests tell them apart"
+        if tested
+        else "no marks: the paired tests behind them were not kept"
+    )
     return (
         f"{first.model}, n = {first.n:,} samples × {seeds} seed{'s' * (seeds > 1)}, {first.steps} steps, guidance {first.guidance}; "
-        f"95 % intervals {over}; ~: inside the noise floor; {first.device}, commit {first.commit[:7]}."
+        f"95 % intervals {over}; ~: inside the noise floor; {marks}; {first.device}, commit {first.commit[:7]}."
     )
 
 

@@ -4,6 +4,10 @@ Averages hide them: a blank video has perfect flickering and consistency, and on
 Each alarm measures one number per sample and compares it with a threshold. Where the float model's samples are given,
 an alarm counts only if the float model's own sample, from the same noise, is well clear of that threshold: a night sky
 that the float model draws too is no collapse, and a scene at the threshold's edge must not alarm by chance.
+
+Mode collapse shows in no single picture. Two alarms hold each sample against the others of its set, and what they find against
+the same number in the float model's set: `repeated` (the nearest other one: a few pictures come again and again) and `alike`
+(all others on average: one picture with grain or small changes). Both look at thumbnails, which do not see grain.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 from ditbench.eval.base import Evidence, Measurement, metric
 from ditbench.eval.batches import batches, neighbours, one_by_one, remembered
@@ -29,6 +33,8 @@ BLANK_STD, BLANK_STD_FLOAT = 2.0, 4.0  # grey levels; rounding a flat field give
 SATURATED_SHARE, SATURATED_SHARE_FLOAT = 0.5, 0.4  # of one channel's values; a photograph has up to 0.25, digits 0.3
 FROZEN_CHANGE, FROZEN_CHANGE_FLOAT = 0.1, 0.2  # grey levels between frames; 0.1 is one pixel in ten off by one level
 NOISE_RATIO, NOISE_RATIO_FLOAT = 0.75, 0.5  # white noise has 1, photographs 0.01 to 0.05 at every scale
+SAME, SAME_OF_FLOAT = 2.0, 0.25  # levels between thumbnails; of what the float model's sample has to its nearest
+ALIKE_OF_FLOAT = 0.5  # the same to all others, whose distances vary much less
 NON_FINITE_SHARE = 0.0  # a single one is too many
 NON_FINITE = "non-finite latents"
 ALARM_SHARE = 0.1  # of the samples; below, single bad draws are a matter for the metrics
@@ -36,6 +42,8 @@ ALARM_SHARE = 0.1  # of the samples; below, single bad draws are a matter for th
 HELD = 28  # bytes per value of a frame, measured
 NOISE_SCALES = (1, 2, 4, 8)  # latent noise is white only once the VAE's 8× upsampling is averaged away
 NOISE_SIDE = 16  # pixels left a side; with fewer, the ratio of a good thumbnail comes near that of noise
+THUMBNAIL_SIDE = 16
+DISTANCES_HELD = 2**24  # distances between samples held at once
 
 
 def alarms(
@@ -52,7 +60,7 @@ def alarmed(found: dict[str, dict[str, Any]]) -> list[str]:
 
 @metric("collapse", better="lower", of_diverged=True)
 def collapse(evidence: Evidence) -> Measurement:
-    """Share of samples that are blank, saturated, frozen, noise or not finite while the float model's are not."""
+    """Share of samples that are blank, saturated, frozen, noise, repeated or not finite while the float model's are not."""
     need_samples(evidence, 1)
     samples, float_model = evidence.generated, evidence.float_model
     hits = raised(samples, float_model, evidence.device)
@@ -83,9 +91,14 @@ def raised(samples: Samples, float_model: Samples | None = None, device: torch.d
     hits = {}
     for name, value_N in ours.items():
         alarm = ALARMS[name]
-        hits[name] = alarm.beyond(alarm.threshold, value_N)
-        if name in theirs:
-            hits[name] &= ~alarm.beyond(alarm.float_threshold, theirs[name])
+        if name in theirs and alarm.of_float is not None:
+            hits[name] = value_N < alarm.of_float * theirs[name]
+        else:
+            hits[name] = alarm.beyond(alarm.threshold, value_N)
+            if name in theirs:
+                hits[name] &= ~alarm.beyond(alarm.float_threshold, theirs[name])
+    for name in ("repeated", "alike"):
+        hits[name] &= ~hits["blank"]  # blank pictures are the same too, and have their alarm
     return hits
 
 
@@ -100,7 +113,7 @@ def numbers(samples: Samples, device: torch.device = CPU) -> dict[str, Tensor]:
                 seen = frames_of(row).to(device)
                 for name, values in found.items():
                     values.append(ALARMS[name].measure(seen).cpu())
-            return {name: torch.stack(values) for name, values in found.items()}
+            return {name: ALARMS[name].among(torch.stack(values)) for name, values in found.items()}
 
         return remembered(rows, numbers, f"{chosen} on {device}", all_rows)
 
@@ -116,7 +129,11 @@ def numbers(samples: Samples, device: torch.device = CPU) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Alarm:
-    """measure: a sample's frames (F, H, W, 3) or its latents, on the device → a number, bad below the threshold (`low`) or above it."""
+    """measure: a sample's frames (F, H, W, 3) or its latents, on the device → a number, bad below the threshold (`low`) or above it.
+
+    among: where that number takes all samples, from what `measure` found of each (N, …) to one number each (N,).
+    of_float: beside the float model's set, bad below this share of its number; then neither threshold counts.
+    """
 
     what: str
     measure: Callable[[Tensor], Tensor]
@@ -124,6 +141,8 @@ class Alarm:
     float_threshold: float
     low: bool
     applies: Callable[[Samples], bool] = lambda samples: True
+    among: Callable[[Tensor], Tensor] = lambda value_N: value_N
+    of_float: float | None = None
 
     def beyond(self, threshold: float, value_N: Tensor) -> Tensor:
         """bool (N,)"""
@@ -170,6 +189,34 @@ def noisiness(frames_FHWC: Tensor) -> Tensor:
     return _over_frames(frames_FHWC, ratio).median()
 
 
+def thumbnail(frames_FHWC: Tensor) -> Tensor:
+    """The first, middle and last frame, at most THUMBNAIL_SIDE pixels a side, as one vector of grey levels."""
+    some_F3HW = frames_FHWC[sorted({0, len(frames_FHWC) // 2, len(frames_FHWC) - 1})].cpu().permute(0, 3, 1, 2).float()
+    height, width = (min(side, THUMBNAIL_SIDE) for side in some_F3HW.shape[-2:])
+    return adaptive_avg_pool2d(some_F3HW, (height, width)).flatten()
+
+
+def nearest(thumbnail_ND: Tensor) -> Tensor:
+    """Of each the distance to the nearest other one, root mean square grey levels (N,); 255 where there is no other."""
+    centred_ND = thumbnail_ND - thumbnail_ND.mean(dim=0)  # or the squares' rounding would be seen
+    square_N = centred_ND.square().sum(dim=1)
+    found = []
+    for rows in torch.arange(len(centred_ND)).split(max(1, DISTANCES_HELD // len(centred_ND))):
+        distance_BN = square_N[rows, None] + square_N - 2 * centred_ND[rows] @ centred_ND.T
+        distance_BN[torch.arange(len(rows)), rows] = torch.inf
+        found.append(distance_BN.amin(dim=1))
+    return (torch.cat(found) / centred_ND.shape[1]).clamp(min=0).sqrt().clamp(max=255.0)
+
+
+def to_the_others(thumbnail_ND: Tensor) -> Tensor:
+    """Of each the distance to the others, root mean square grey levels over pixels and samples (N,); 255 where there is no other."""
+    if len(thumbnail_ND) < 2:
+        return torch.full((len(thumbnail_ND),), 255.0)
+    square_N = (thumbnail_ND - thumbnail_ND.mean(dim=0)).square().mean(dim=1)
+    # Σ_j |x_i − x_j|² = N |x_i − mean|² + Σ_j |x_j − mean|², over N − 1 others
+    return ((len(square_N) * square_N + square_N.sum()) / (len(square_N) - 1)).sqrt()
+
+
 def non_finite(latent: Tensor) -> Tensor:
     """Share of a sample's latent values that are infinite or no number."""
     return (~latent.isfinite()).float().mean()
@@ -183,6 +230,7 @@ def _described(hits: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
             "n": len(hit_N),
             "threshold": ALARMS[name].threshold,
             "float_threshold": ALARMS[name].float_threshold,
+            "of_float": ALARMS[name].of_float,
             "what": ALARMS[name].what,
         }
         for name, hit_N in hits.items()
@@ -225,6 +273,24 @@ ALARMS = {
         NOISE_RATIO,
         NOISE_RATIO_FLOAT,
         low=False,
+    ),
+    "repeated": Alarm(
+        "below: distance of thumbnails to the nearest other sample, levels (beside the float model: of its distance)",
+        thumbnail,
+        SAME,
+        SAME,
+        low=True,
+        among=nearest,
+        of_float=SAME_OF_FLOAT,
+    ),
+    "alike": Alarm(
+        "below: distance of thumbnails to all other samples, levels (beside the float model: of its distance)",
+        thumbnail,
+        SAME,
+        SAME,
+        low=True,
+        among=to_the_others,
+        of_float=ALIKE_OF_FLOAT,
     ),
     NON_FINITE: Alarm(
         "above: share of latent values that are not finite",

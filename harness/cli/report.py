@@ -16,12 +16,19 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("--out", type=file, help="file to write; html default: <results-dir>/report[-EXPERIMENT].html")
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="headline metrics, in this order")
     parser.add_argument("--over-seeds", action="store_true", help="one row for runs that differ in their seed only")
+    parser.add_argument("--equal-bytes", action="store_true", help="rank runs of nearly equal bytes, not of one label")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
     options = parser.parse_args(arguments)
     from ditbench.harness.report import report
 
     made = report(
-        options.results_dir, options.experiment, options.format, options.out, options.metrics, options.over_seeds
+        options.results_dir,
+        options.experiment,
+        options.format,
+        options.out,
+        options.metrics,
+        options.over_seeds,
+        options.equal_bytes,
     )
     print(made.text)
     for line in made.damaged:

@@ -66,9 +66,10 @@ class Record:
     non_finite: list[str] = field(default_factory=list)
     folder: Path | None = None  # where it was read from; not stored
     damaged: tuple[str, ...] = ()  # what beside it cannot be used, a line each; not stored
+    members: tuple[Record, ...] = ()  # of a row over seeds in a report, the runs that it is made of; not stored
 
 
-NOT_STORED = ("folder", "damaged")
+NOT_STORED = ("folder", "damaged", "members")
 
 
 def write(record: Record, folder: Path) -> None:

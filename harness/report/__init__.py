@@ -9,12 +9,14 @@ from pathlib import Path
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import atomic_path, disk_errors_explained
 from ditbench.harness.records.record import Record
-from ditbench.harness.report import compare, paired, text
-from ditbench.harness.report.frame import frame, inert
+from ditbench.harness.report import compare, paired_text, text
+from ditbench.harness.report.contests import BITS, BYTES
+from ditbench.harness.report.frame import frame, inert, tests_frame
 from ditbench.harness.report.over_seeds import over_seeds
 from ditbench.harness.report.whole import OF_A_PAGE, PER_SAMPLE, whole_records
 
 FORMATS = ("md", "csv", "latex", "html")
+OF_COMPARE = ("text", "csv")
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,13 @@ def report(
     out: Path | None = None,
     metrics: Sequence[str] | None = None,
     merge_seeds: bool = False,
+    equal_bytes: bool = False,
 ) -> Report:
     """The newest attempt of every run of one experiment (or of all) as a table or a page.
 
     html goes to `out` or to `<results_dir>/report[-<experiment>].html`; the others go to `out` only if it is given.
     `metrics` chooses the columns of md and latex; csv and html always hold every metric. merge_seeds: runs that differ in
-    their seed only become one row.
+    their seed only become one row. equal_bytes: runs of nearly equal bytes are ranked together, not those of one label.
 
     Raises:
         UserError: unknown format, experiment or metric; no record that can be read.
@@ -51,7 +54,8 @@ def report(
     used = {"csv": (), "html": OF_A_PAGE}.get(format, PER_SAMPLE)
     records, damaged = whole_records(Path(results_dir), experiment, used)
     records = over_seeds(records) if merge_seeds else records
-    groups = compare.groups(records)
+    at = BYTES if equal_bytes else BITS
+    groups = compare.groups(records, merge_seeds)
     headline = compare.headline(groups, metrics)
     if format == "html":
         from ditbench.harness.report.html import page  # here, since only a page needs plotly and jinja2
@@ -59,17 +63,17 @@ def report(
         out = out or Path(results_dir) / (
             f"report-{experiment.replace('/', '-')}.html" if experiment else "report.html"
         )
-        _write(out, page(groups, experiment, damaged))
-        return Report(text.terminal(groups, headline), out, damaged)
+        _write(out, page(groups, experiment, damaged, at))
+        return Report(text.terminal(groups, headline, at=at), out, damaged)
     rendered = {
-        "md": lambda: text.markdown(groups, headline, damaged),
-        "csv": lambda: inert(frame(groups)).to_csv(index=False),
-        "latex": lambda: text.latex(groups, headline, damaged),
+        "md": lambda: text.markdown(groups, headline, damaged, at),
+        "csv": lambda: inert(frame(groups, at)).to_csv(index=False),
+        "latex": lambda: text.latex(groups, headline, damaged, at),
     }[format]()
     if out is None:
         return Report(rendered, None, damaged)
     _write(out, rendered)
-    return Report(text.terminal(groups, headline), out, damaged)
+    return Report(text.terminal(groups, headline, at=at), out, damaged)
 
 
 def comparisons(
@@ -77,31 +81,45 @@ def comparisons(
     experiment: str | None = None,
     metrics: Sequence[str] | None = None,
     bits: Sequence[str] | None = None,
+    merge_seeds: bool = False,
+    equal_bytes: bool = False,
+    format: str = "text",
+    out: Path | None = None,
 ) -> Report:
-    """Paired tests of every two runs of the same bits, and of each against the float model, as text.
+    """Paired tests of every two runs that are ranked together, and of each against the float model: what the marks of a report rest on.
 
-    metrics: default all that have a value per sample. bits: only runs of these labels (and Holm's correction over them).
+    metrics: default all that can be tested. bits: only runs of these labels. merge_seeds, equal_bytes: as of `report`.
 
     Raises:
-        UserError: unknown experiment, metric or bits; nothing to compare.
+        UserError: unknown format, experiment, metric or bits; nothing to compare.
     """
+    if format not in OF_COMPARE:
+        raise unknown_name("format of comparisons", format, OF_COMPARE)
+    at = BYTES if equal_bytes else BITS
     records, damaged = whole_records(Path(results_dir), experiment, PER_SAMPLE)
     known = sorted({compare.bits_label(record) for record in records})
     for label in bits or ():
         if label.upper() not in known:
             raise unknown_name("recorded bits", label.upper(), known)
     chosen = [r for r in records if not bits or compare.bits_label(r) in [label.upper() for label in bits]]
-    groups = compare.groups(chosen)
+    groups = compare.groups(over_seeds(chosen) if merge_seeds else chosen, merge_seeds)
     wanted = compare.headline(groups, metrics) if metrics else None
-    shown = [(group, tests) for group in groups if (tests := paired.tests(group, wanted))]
+    shown = [(group, tests) for group in groups if (tests := paired_text.tests(group, wanted, at))]
     if not shown:
         if damaged:
             raise UserError(damaged[0])
         raise UserError(
-            f"{results_dir}/runs: nothing to compare sample by sample; it takes a metric with a value per sample, two "
-            "runs of the same bits (or one and the float model), and records that hold such values"
+            f"{results_dir}/runs: nothing to compare sample by sample; it takes a metric that can be tested, two "
+            "runs of the same bits (or one and the float model), and records that hold its values per sample"
         )
-    return Report("\n\n".join(text.comparisons(group, tests) for group, tests in shown), damaged=damaged)
+    if format == "csv":
+        rendered = inert(tests_frame([group for group, _ in shown], wanted, at)).to_csv(index=False)
+    else:
+        rendered = "\n\n".join(text.comparisons(group, tests) for group, tests in shown)
+    if out is None:
+        return Report(rendered, damaged=damaged)
+    _write(out, rendered)
+    return Report(f"{sum(len(tests.rows) for _, each in shown for tests in each)} comparisons", out, damaged)
 
 
 def comparison_table(records: Iterable[Record], metrics: Sequence[str] | None = None, width: int = text.WIDTH) -> str:

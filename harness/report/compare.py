@@ -1,7 +1,7 @@
-"""Which runs may be compared, in which order, and who is best: groups of records and a verdict per cell.
+"""Which runs may be compared, in which order, and what they are called: groups of records.
 
-Two runs are comparable when they share the weights, the whole model config, the whole protocol and the seed. Within such a
-group runs compete per bits label; the float row ("fp") is what they are measured against and never competes.
+Two runs are comparable when they share the weights, the whole model config, the whole protocol (balanced or random labels with it)
+and the seed; rows over seeds share all but the seed. The float row ("fp") is what the others are measured against.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ditbench.harness.common.errors import unknown_name
@@ -27,36 +27,35 @@ _BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """mark: "best" | "second" | "". inside: of the metric's noise floor around the float row; None: cannot be asked."""
-
-    mark: str = ""
-    inside: bool | None = None
-
-
-@dataclass(frozen=True)
 class Group:
     """Comparable runs: fp first, then more bits first, then by method. label: unique within a report."""
 
     label: str
     records: list[Record]
     metrics: list[str]  # every metric any of them has
-    verdicts: dict[str, list[Verdict]]  # metric → one per record
     run_names: list[str]  # one per record
+    shared: dict[Any, Any] = field(default_factory=dict, compare=False)  # what several parts of a report need
 
-    def row_inside(self, index: int) -> bool:
-        """Every unpaired metric with a noise floor leaves this run inside it (and there is at least one)."""
-        asked = [verdicts[index].inside for verdicts in self.verdicts.values() if verdicts[index].inside is not None]
-        return bool(asked) and all(asked)
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
 
 
-def groups(records: Iterable[Record]) -> list[Group]:
+def groups(records: Iterable[Record], any_seed: bool = False) -> list[Group]:
+    """any_seed: runs that differ in their seed share a group (rows over seeds)."""
     by_key: dict[str, list[Record]] = {}
     for record in records:
-        by_key.setdefault(json.dumps(_comparable_by(record), sort_keys=True), []).append(record)
+        shared = _comparable_by(record) | ({"seed": "any"} if any_seed else {})
+        by_key.setdefault(json.dumps(shared, sort_keys=True), []).append(record)
     found = sorted(by_key.values(), key=lambda members: _group_order(members[0]))
-    labels = _unique_labels([members[0] for members in found])
+    labels = _unique_labels([max(members, key=lambda one: len(seeds(one))) for members in found])
     return [_group(label, sorted(members, key=_row_order)) for label, members in zip(labels, found, strict=True)]
+
+
+def seeds(record: Record) -> list[str]:
+    """Of the runs that a row is made of."""
+    return [str(run.config.get("seed")) for run in record.members or (record,)]
 
 
 def _comparable_by(record: Record) -> dict[str, Any]:
@@ -109,42 +108,16 @@ def _what_differs(records: Sequence[Record]) -> list[str]:
     return found
 
 
-def judge(records: Sequence[Record], metric: str) -> list[Verdict]:
-    """One verdict per record of a group.
-
-    A run with a collapse alarm has no rank: a blank video would win every consistency. Runs inside the noise floor cannot
-    be told apart: they all stand at the float row's value and share one rank; after several firsts nobody is second.
-    Where every rival of a bits label stands level, or there is only one, or the metric has no better direction, nobody is
-    marked.
-    """
-    center = float_value(records, metric)
-    inside = [_inside(record, metric, center) for record in records]
-    marks = [""] * len(records)
-    for label in {bits_label(record) for record in records}:
-        standing: dict[int, float] = {}
-        better = "higher"
-        for index, record in enumerate(records):
-            own = value(record, metric)
-            if bits_label(record) != label or record.method == FLOAT_METHOD or own is None or alarms(record):
-                continue
-            standing[index] = center if inside[index] and center is not None else own
-            better = record.metrics[metric]["better"]
-        if better == "none":
-            continue
-        ranks = sorted(set(standing.values()), reverse=better == "higher")
-        if len(ranks) < 2:
-            continue
-        alone = list(standing.values()).count(ranks[0]) == 1  # after two firsts comes a third
-        for index, at in standing.items():
-            marks[index] = "best" if at == ranks[0] else "second" if alone and at == ranks[1] else ""
-    return [Verdict(mark, within) for mark, within in zip(marks, inside, strict=True)]
-
-
 def alarms(record: Record) -> list[str]:
-    """The ways in which more samples collapsed than an alarm allows (eval/collapse.py). Such a run has no rank."""
-    passport = record.metrics.get("collapse", {}).get("passport") or {}
-    found = passport.get("alarms", {})
-    return [f"{name} {found[name]['share']:.0%}" for name in passport.get("alarmed", ())]
+    """The ways in which more samples collapsed than an alarm allows (eval/collapse.py); of a row over seeds, in any of them.
+    Such a run has no rank.
+    """
+    worst: dict[str, float] = {}
+    for run in record.members or (record,):
+        passport = run.metrics.get("collapse", {}).get("passport") or {}
+        for name in passport.get("alarmed", ()):
+            worst[name] = max(worst.get(name, 0.0), passport["alarms"][name]["share"])
+    return [f"{name} {share:.0%}" for name, share in worst.items()]
 
 
 def value(record: Record, metric: str) -> float | None:
@@ -156,6 +129,19 @@ def float_value(records: Iterable[Record], metric: str) -> float | None:
     """The float row's value: what noise floors are around."""
     found = (value(record, metric) for record in records if record.method == FLOAT_METHOD)
     return next((x for x in found if x is not None), None)
+
+
+def better(group: Group, metric: str) -> str:
+    return next(record.metrics[metric]["better"] for record in group.records if metric in record.metrics)
+
+
+def is_closeness(group: Group, metric: str) -> bool:
+    """Whether it says how close a run stays to the float model (PSNR), and not how good its samples are."""
+    return any(record.metrics.get(metric, {}).get("paired") for record in group.records)
+
+
+def quality_first(group: Group, metrics: Sequence[str]) -> list[str]:
+    return sorted(metrics, key=lambda metric: is_closeness(group, metric))
 
 
 def headline(groups: Sequence[Group], chosen: Sequence[str] | None = None) -> list[str]:
@@ -184,6 +170,12 @@ def _known_metric(name: str, known: Sequence[str]) -> str:
     if len(ending) == 1:
         return ending[0]
     raise unknown_name("recorded metric", name, ending or known)
+
+
+def short_names(metrics: Sequence[str]) -> dict[str, str]:
+    """torchmetrics/fid_judge → fid_judge, unless two metrics would then share a name."""
+    last = [name.rsplit("/", 1)[-1] for name in metrics]
+    return {name: printable(part if last.count(part) == 1 else name) for name, part in zip(metrics, last, strict=True)}
 
 
 def headline_first(group: Group) -> list[str]:
@@ -215,8 +207,12 @@ def protocol(record: Record) -> dict[str, Any]:
 
 
 def group_label(record: Record) -> str:
-    words = {"n": "n = {}", "steps": "{} steps", "guidance": "guidance {}", "seed": "seed {}"}
+    words = {"labels": "{} labels", "n": "n = {}", "steps": "{} steps", "guidance": "guidance {}", "seed": "seed {}"}
     settings = protocol(record) | {"seed": record.config.get("seed")}
+    if settings.get("prompts") is not None:
+        settings.pop("labels", None)  # a model that is told by prompts draws none
+    if record.members:
+        words["seed"] = "seeds {}"
     known = {key: printable(str(value), 40) for key, value in settings.items() if value is not None}
     said = [text.format(known[key]) for key, text in words.items() if key in known]
     return " · ".join([model_label(record), f"protocol {known.get('name', '?')}", *said])
@@ -257,15 +253,7 @@ def _setting(key: str, value: Any) -> str:
 
 def _group(label: str, records: list[Record]) -> Group:
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics))
-    return Group(label, records, metrics, {metric: judge(records, metric) for metric in metrics}, run_names(records))
-
-
-def _inside(record: Record, metric: str, center: float | None) -> bool | None:
-    entry, own = record.metrics.get(metric, {}), value(record, metric)
-    floor = entry.get("noise_floor")
-    if record.method == FLOAT_METHOD or entry.get("paired") or floor is None or own is None or center is None:
-        return None
-    return abs(own - center) <= floor
+    return Group(label, records, metrics, run_names(records))
 
 
 def _group_order(record: Record) -> tuple:

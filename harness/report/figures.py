@@ -9,9 +9,8 @@ import numpy as np
 
 from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare
-from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
+from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names, value
 from ditbench.harness.report.frame import measured, mib
-from ditbench.harness.report.table import short_names
 from ditbench.harness.report.whole import beside
 
 # Okabe and Ito's colour-blind-safe colours without black and yellow: each reads on white and on near-black.
@@ -26,9 +25,13 @@ def figures(group: Group) -> dict[str, Any]:
     names = short_names(group.metrics)
     in_order = compare.headline_first(group)
     plotted = [name for name in in_order if any(value(record, name) is not None for record in group.records)]
+    plotted = compare.quality_first(group, plotted)
     return {
         "label": group.label,
-        "metrics": [{"name": name, "title": names[name]} for name in plotted],
+        "metrics": [
+            {"name": name, "title": f"{names[name]}{' (closeness to float)' * compare.is_closeness(group, name)}"}
+            for name in plotted
+        ],
         "size": {name: scatter(group, name, "size") for name in plotted},
         "latency": {name: scatter(group, name, "latency") for name in plotted},
         "layers": layer_heatmap(group),

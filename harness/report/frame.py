@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ditbench.harness.records.record import Record
-from ditbench.harness.report import compare
+from ditbench.harness.report import compare, contests
 from ditbench.harness.report.compare import Group, value
+from ditbench.harness.report.marks import verdicts
+from ditbench.harness.report.paired import comparisons
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,16 +19,23 @@ SIMULATED = "simulated"
 STARTS_A_FORMULA = ("=", "+", "-", "@")
 
 
-def frame(groups: Sequence[Group]) -> pd.DataFrame:
+def frame(groups: Sequence[Group], at: str = contests.BITS) -> pd.DataFrame:
     """One row per record, numbers as recorded. Per metric: value, interval, n, mark, inside_noise_floor, reason."""
     import pandas as pd
 
     rows = []
     for group in groups:
+        with_whom, out = contests.label_of(group, at), contests.unranked(group)
+        judged = {metric: verdicts(group, metric, at) for metric in group.metrics}
         for index, (record, name) in enumerate(zip(group.records, group.run_names, strict=True)):
-            row = _plain_columns(group, record) | {"run": name, "inside_noise_floor": group.row_inside(index)}
+            row = _plain_columns(group, record) | {
+                "run": name,
+                "ranked_in": with_whom.get(index),
+                "not_ranked": out.get(index),
+                "bits_above_label": contests.above_label(record),
+            }
             for metric in group.metrics:
-                entry, verdict = record.metrics.get(metric, {}), group.verdicts[metric][index]
+                entry, verdict = record.metrics.get(metric, {}), judged[metric][index]
                 low, high = (entry.get("ci95") if value(record, metric) is not None else None) or (None, None)
                 row |= {
                     metric: value(record, metric),
@@ -39,6 +48,34 @@ def frame(groups: Sequence[Group]) -> pd.DataFrame:
                 }
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def tests_frame(groups: Sequence[Group], metrics: Sequence[str] | None = None, at: str = contests.BITS) -> pd.DataFrame:
+    """One row per comparison of the paired tests."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "group": group.label,
+            "metric": metric,
+            "better": each.better,
+            "ranked_in": each.contest,
+            "first": each.first,
+            "second": each.second,
+            "difference": each.difference.value,
+            "ci95_low": each.difference.ci95[0],
+            "ci95_high": each.difference.ci95[1],
+            "p_holm": each.p_holm,
+            "p": each.difference.p,
+            "n": each.difference.n,
+            "test": each.difference.test,
+            "told_apart": each.told_apart,
+        }
+        for group in groups
+        for metric in group.metrics
+        if metrics is None or metric in metrics
+        for each in comparisons(group, metric, at)
+    )
 
 
 def inert(table: pd.DataFrame) -> pd.DataFrame:

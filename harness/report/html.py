@@ -18,13 +18,15 @@ from plotly.offline import get_plotlyjs
 
 from ditbench.harness.common.artifacts import check_bytes
 from ditbench.harness.records.record import Record
-from ditbench.harness.report import compare, paired
-from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
+from ditbench.harness.report import compare, paired_text
+from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names, value
+from ditbench.harness.report.contests import BITS, BYTES, in_order
 from ditbench.harness.report.figures import figures
 from ditbench.harness.report.frame import reason
-from ditbench.harness.report.table import decimals_for, interval, number, short_names, table
+from ditbench.harness.report.table import Column, Row, Table, decimals_for, interval, number, table
 
 HERE = Path(__file__).parent
+WAYS = (BITS, BYTES)
 IMAGE_MAX_BYTES = 1_500_000  # a larger grid is scaled down, so that a page of many runs still opens
 IMAGE_MAX_SIDE = 1024
 _WHEN = ("finished_at", "finished", "started_at", "started", "date", "time")
@@ -42,18 +44,21 @@ class Picture:
     problem: str = ""
 
 
-def page(groups: Sequence[Group], experiment: str | None, damaged: Sequence[str] = ()) -> str:
+def page(groups: Sequence[Group], experiment: str | None, damaged: Sequence[str] = (), at: str = BITS) -> str:
+    """at: which ranks are shown first; the page can show both."""
     records = [record for group in groups for record in group.records]
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["breakable"] = _breakable
+    environment.filters["runs_of_kind"] = _runs_of_kind
     return environment.get_template("template.html").render(
         title=f"ditbench · {experiment}" if experiment else "ditbench · all experiments",
         provenance=provenance(records),
-        tables=[table(group, compare.headline([group]), compare.headline_first(group)) for group in groups],
-        paired=[paired.tests(group) for group in groups],
-        paired_columns=paired.COLUMNS,
+        at=at,
+        tables=[ranked_rows(group) for group in groups],
+        paired=[{way: paired_text.tests(group, at=way) for way in WAYS} for group in groups],
+        paired_columns=paired_text.COLUMNS,
         counts={status: sum(r.status == status for r in records) for status in ("ok", "failed", "skipped")},
         galleries=[(group.label, gallery(group)) for group in groups],
         figures=[figures(group) for group in groups],
@@ -64,6 +69,29 @@ def page(groups: Sequence[Group], experiment: str | None, damaged: Sequence[str]
         script=Markup((HERE / "page.js").read_text()),
         plotly=Markup(get_plotlyjs()),
     )
+
+
+@dataclass(frozen=True)
+class RankedRow:
+    """A row of the page's table; by BITS and by BYTES its place, whom it is ranked with, and the mark of each cell."""
+
+    row: Row
+    place: dict[str, int]
+    contest: dict[str, str]
+    marks: dict[str, list[str]]
+
+
+def ranked_rows(group: Group) -> tuple[Table, list[RankedRow]]:
+    """The group's table with the ranks among equal bits, and its rows with both ranks."""
+    built = {way: table(group, compare.headline([group]), compare.headline_first(group), way) for way in WAYS}
+    orders = {way: in_order(group, way) for way in WAYS}
+    rows = []
+    for index in orders[BITS]:
+        place = {way: orders[way].index(index) for way in WAYS}
+        its = {way: built[way].rows[place[way]] for way in WAYS}
+        marks = {way: [cell.mark for cell in its[way].cells] for way in WAYS}
+        rows.append(RankedRow(its[BITS], place, {way: its[way].contest for way in WAYS}, marks))
+    return built[BITS], rows
 
 
 def provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -183,6 +211,11 @@ def _git(git: Any) -> str:
         git = f"{git.get('commit') or ''}{'-dirty' if git.get('dirty') else ''}"
     commit, dirty, _ = str(git or "").partition("-dirty")
     return f"{commit[:12]} with uncommitted changes" if dirty else commit[:12]
+
+
+def _runs_of_kind(columns: Sequence[Column]) -> list[dict[str, Any]]:
+    """Neighbouring columns of one kind of metric, as one head over them."""
+    return [{"kind": kind, "count": len(list(same))} for kind, same in groupby(columns, key=lambda column: column.kind)]
 
 
 def _breakable(text: str) -> Markup:

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed only, as one row: the mean over seeds, with Student's interval over them."""
+"""Runs that differ in their seed only, as one row: the mean over seeds, and an interval over them (`eval.seed_differences`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from ditbench.eval.seed_differences import mean_over_seeds
 from ditbench.harness.records.record import Record
 
-CI_METHOD = "Student's t over the seeds"
 _NO_NUMBER_DEPENDS_ON = ("seed", "name", "tracker", "results_dir", "cache_dir", "force", "strict", "debug")
 
 
@@ -20,7 +19,7 @@ def over_seeds(records: Iterable[Record]) -> list[Record]:
     """One record for every set of finished runs that share all but the seed; what has no twin stays as it is.
 
     Metrics: mean, 95 % interval of the mean over seeds (n stays that of one seed; the largest noise floor counts).
-    Other numbers: mean. All the rest: as in the first seed's record.
+    Other numbers: mean. All the rest: as in the first seed's record; the runs themselves are the row's `members`.
     """
     alike: dict[str, dict[Any, Record]] = {}
     alone = []
@@ -31,13 +30,6 @@ def over_seeds(records: Iterable[Record]) -> list[Record]:
             alone.append(record)
     sets = [[found[seed] for seed in sorted(found, key=str)] for found in alike.values()]
     return [_merged(members) if len(members) > 1 else members[0] for members in sets] + alone
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of two values or more, taken as independent and normal."""
-    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread
-    return mean - half, mean + half
 
 
 def _all_but_the_seed(record: Record) -> str:
@@ -54,10 +46,10 @@ def _merged(members: list[Record]) -> Record:
         for section in ("bits", "efficiency", "timings_s", "cost")
     }
     metrics = {name: _metric([record.metrics.get(name, {}) for record in members]) for name in first.metrics}
-    # Values per sample are those of one seed, and would be compared as if they were those of all.
+    # Values per sample beside it are those of one seed; tests read those of all members.
     artifacts = {name: file for name, file in first.artifacts.items() if name != "per_sample"}
     merged = replace(first, config=first.config | {"seed": seeds}, metrics=metrics, layers={}, artifacts=artifacts)
-    return replace(merged, **averaged)
+    return replace(merged, members=tuple(members), **averaged)
 
 
 def _metric(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -66,13 +58,20 @@ def _metric(entries: list[dict[str, Any]]) -> dict[str, Any]:
     if None in values:
         return next(entry for entry in entries if entry.get("value") is None)
     floors = [entry["noise_floor"] for entry in entries if entry.get("noise_floor") is not None]
-    passport = (entries[0].get("passport") or {}) | {"ci_method": CI_METHOD, "seeds": len(entries)}
+    found = mean_over_seeds(values, [_error(entry) for entry in entries])
+    passport = (entries[0].get("passport") or {}) | {"ci_method": found.method, "seeds": len(entries)}
     return entries[0] | {
-        "value": float(np.mean(values)),
-        "ci95": list(t_interval(values)),
+        "value": found.value,
+        "ci95": list(found.ci95) if found.error or np.isfinite(found.freedom) else None,
         "noise_floor": max(floors, default=None),
         "passport": passport,
     }
+
+
+def _error(entry: dict[str, Any]) -> float:
+    """The standard error that the interval of one seed stands for; 0 where there is none."""
+    low, high = entry.get("ci95") or (0.0, 0.0)
+    return (high - low) / (2 * 1.96)
 
 
 def _mean(values: Sequence[Any]) -> Any:

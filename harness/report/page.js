@@ -3,7 +3,7 @@ document.documentElement.classList.add("scripted");
 
 // Tables: a click (or Enter, the headers are buttons) sorts; what has no value stays last either way.
 for (const table of document.querySelectorAll("table.results")) {
-  const heads = [...table.tHead.rows[0].cells];
+  const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
   heads.forEach((head, place) => head.firstElementChild.addEventListener("click", () => {
     const now = head.getAttribute("aria-sort");
     const order = now === "none" ? head.dataset.first : now === "ascending" ? "descending" : "ascending";
@@ -16,9 +16,28 @@ for (const table of document.querySelectorAll("table.results")) {
     };
     table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
     heads.forEach(other => other.setAttribute("aria-sort", other === head ? order : "none"));
-    table.classList.remove("by-bits");  // the rules between bits mean nothing in another order
+    table.classList.remove("in-contests");  // the rules between contests mean nothing in another order
   }));
 }
+
+// Ranks: among runs of the same bits label, or of nearly equal bytes. Marks of both are in the cells; rows and rules follow.
+const pickRanks = document.getElementById("pick-ranks");
+
+function rank() {
+  const way = pickRanks.value;
+  document.body.className = `by-${way}`;
+  for (const table of document.querySelectorAll("table.results")) {
+    const rows = [...table.tBodies[0].rows].sort((a, b) => a.dataset[way] - b.dataset[way]);
+    rows.forEach((row, place) =>
+      row.classList.toggle("new-contest", place > 0 && row.dataset[`${way}Contest`] !== rows[place - 1].dataset[`${way}Contest`]));
+    table.tBodies[0].append(...rows);
+    table.classList.add("in-contests");
+    [...table.tHead.rows[table.tHead.rows.length - 1].cells].forEach(head => head.setAttribute("aria-sort", "none"));
+  }
+}
+
+pickRanks.addEventListener("change", rank);
+rank();
 
 // Plots: figures come ready from Python; here they only get the page's colours.
 const groups = JSON.parse(document.getElementById("figures").textContent);

@@ -8,11 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ditbench.harness.records.record import Record
-from ditbench.harness.report import compare
+from ditbench.harness.report import compare, contests
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
+from ditbench.harness.report.contests import BITS
 from ditbench.harness.report.frame import SIMULATED, fit_s, measured, median_ms, mib, reason
+from ditbench.harness.report.marks import verdicts
+from ditbench.harness.report.notes import notes
 
 MISSING = "–"
+ABOVE = "▲"  # stores more than its label says
+QUALITY, CLOSENESS = "quality", "closeness to float"
+CLOSENESS_NOTE = (
+    "Quality: how good the samples are, and how the set resembles the reference. Closeness to float: how near a run stays to the float "
+    "model's samples of the same noise, which says nothing of how good either is. The float row is the reference and has no rank."
+)
 BASELINE_NOTE = (
     "Baseline of compression, speed-up and latency: the same model in bf16, on the same device, in the same process. "
     "“simulated”: quantization was computed in floating point, no low-bit kernel ran, so there is no latency and no "
@@ -39,14 +48,14 @@ class Column:
     tip: str = ""
     numeric: bool = True
     descending_first: bool = False
+    kind: str = ""  # of a metric: QUALITY | CLOSENESS
 
 
 @dataclass(frozen=True)
 class Row:
     cells: list[Cell]
-    bits: str
+    contest: str  # who it is ranked with; a rule stands where it changes
     is_float: bool
-    inside: bool
     status: str
 
 
@@ -58,14 +67,17 @@ class Table:
     columns: list[Column]
     rows: list[Row]
     notes: list[str]
-    problems: list[str]  # one line per run that failed, was skipped or collapsed
-    collapsed: list[str]  # those of runs that collapsed
+    problems: list[str]  # one line per run that failed, was skipped or has no rank
+    not_ranked: list[str]  # those of runs that collapsed, or lack seeds
 
 
-def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = ()) -> Table:
-    """The group's runs as printable rows with the given metrics; more of them stand behind size, speed and cost."""
-    metrics = [name for name in metrics if name in group.metrics]
-    behind = [name for name in behind if name in group.metrics and name not in metrics]
+def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = (), at: str = BITS) -> Table:
+    """The group's runs as printable rows with the given metrics; more of them stand behind size, speed and cost.
+
+    Of the metrics quality comes first, closeness to the float model after it. at: what those share that are ranked together.
+    """
+    metrics = compare.quality_first(group, [name for name in metrics if name in group.metrics])
+    behind = compare.quality_first(group, [name for name in behind if name in group.metrics and name not in metrics])
     columns = [Column("method", numeric=False), Column("bits", numeric=False), Column("eff. W/A", "bits")]
     by_column = [
         [Cell(name, sort=name) for name in group.run_names],
@@ -74,7 +86,7 @@ def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = ()) -> T
     ]
     for name in metrics:
         columns.append(_metric_column(group, name))
-        by_column.append(_metric_cells(group, name))
+        by_column.append(_metric_cells(group, name, at))
     columns += [
         Column("compr.", "×", "bytes of the bf16 model / bytes stored", descending_first=True),
         Column("stored", "MiB", "codes, scales and transforms, all counted"),
@@ -86,8 +98,9 @@ def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = ()) -> T
     by_column += [[_efficiency_cells(record)[place] for record in group.records] for place in range(6)]
     for name in behind:
         columns.append(_metric_column(group, name))
-        by_column.append(_metric_cells(group, name))
+        by_column.append(_metric_cells(group, name, at))
     for title, values in (
+        ("seeds", [", ".join(compare.seeds(record)) for record in group.records]),
         ("device", _devices(group)),
         ("experiment", [compare.printable(r.experiment) for r in group.records]),
     ):
@@ -96,33 +109,26 @@ def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = ()) -> T
             by_column.append([Cell(text, sort=text) for text in values])
     columns.append(Column("status", numeric=False))
     by_column.append([Cell(r.status, sort=r.status, tip=reason(r)) for r in group.records])
+    with_whom, lines = contests.label_of(group, at), list(zip(*by_column, strict=True))
     rows = [
-        Row(list(cells), compare.bits_label(run), run.method == FLOAT_METHOD, group.row_inside(index), run.status)
-        for index, (run, cells) in enumerate(zip(group.records, zip(*by_column, strict=True), strict=True))
+        Row(list(lines[place]), with_whom.get(place, ""), run.method == FLOAT_METHOD, run.status)
+        for place in contests.in_order(group, at)
+        for run in (group.records[place],)
     ]
     devices = ", ".join(dict.fromkeys(name for name in _devices(group) if name != MISSING)) or "device not recorded"
     note = compare.printable((group.records[0].config.get("model") or {}).get("note") or "", 400)
     setting = " · ".join(filter(None, (group.label, devices, note)))
-    caption = f"{setting}. {BASELINE_NOTE} Intervals are 95 %; fit is calibrate + quantize."
+    caption = f"{setting}. {BASELINE_NOTE} {CLOSENESS_NOTE} Intervals are 95 %; fit is calibrate + quantize."
     return Table(
         group.label,
         devices,
         caption,
         columns,
         rows,
-        _notes(group, [*metrics, *behind]),
+        notes(group, [*metrics, *behind], at),
         _problems(group),
-        _collapsed(group),
+        _not_ranked(group),
     )
-
-
-def short_names(metrics: Sequence[str]) -> dict[str, str]:
-    """torchmetrics/fid_judge → fid_judge, unless two metrics would then share a name."""
-    last = [name.rsplit("/", 1)[-1] for name in metrics]
-    return {
-        name: compare.printable(part if last.count(part) == 1 else name)
-        for name, part in zip(metrics, last, strict=True)
-    }
 
 
 def number(x: float | None, decimals: int = 2) -> str:
@@ -156,18 +162,20 @@ def _metric_column(group: Group, metric: str) -> Column:
     n = ["n=" + "–".join(map(str, sizes[:: max(len(sizes) - 1, 1)]))] if sizes and not entries[0].get("paired") else []
     better = entries[0]["better"]
     library, _, name = metric.rpartition("/")
+    kind = CLOSENESS if compare.is_closeness(group, metric) else QUALITY
     return Column(
         f"{compare.printable(name)}{compare.ARROWS[better]}",
         " ".join(filter(None, [compare.printable(library), *unit, *n])),
-        f"{metric}: {'describes, and ranks nobody' if better == 'none' else f'{better} is better'}",
+        f"{metric} ({kind}): {'describes, and ranks nobody' if better == 'none' else f'{better} is better'}",
         descending_first=better == "higher",
+        kind=kind,
     )
 
 
-def _metric_cells(group: Group, metric: str) -> list[Cell]:
+def _metric_cells(group: Group, metric: str, at: str) -> list[Cell]:
     decimals = decimals_for(group, metric)
     cells = []
-    for record, verdict in zip(group.records, group.verdicts[metric], strict=True):
+    for record, verdict in zip(group.records, verdicts(group, metric, at), strict=True):
         entry, x = record.metrics.get(metric, {}), value(record, metric)
         if x is None:
             cells.append(Cell(MISSING, tip=entry.get("reason") or reason(record) or "not asked for in this run"))
@@ -184,7 +192,10 @@ def _effective_bits(record: Record) -> Cell:
     if weight_bits is None and act_bits is None:
         return Cell(MISSING)
     tip = (f"{share:.1%} of MACs quantized; " if share is not None else "") + f"{len(left)} layers left in float"
-    return Cell(f"{number(weight_bits)}/{number(act_bits)}", sort=weight_bits, tip=tip)
+    above = contests.above_label(record)
+    if above is not None:
+        tip += f"; {above:.2f} bits per weight of the quantized layers"
+    return Cell(f"{number(weight_bits)}/{number(act_bits)}{ABOVE if above else ''}", sort=weight_bits, tip=tip)
 
 
 def _efficiency_cells(record: Record) -> list[Cell]:
@@ -210,50 +221,18 @@ def _devices(group: Group) -> list[str]:
     return [compare.printable(str(record.efficiency.get("device") or MISSING)) for record in group.records]
 
 
-def _notes(group: Group, metrics: Sequence[str]) -> list[str]:
-    """What the marks mean, where they occur, and why a metric is missing."""
-    notes, names = [], short_names(group.metrics)
-    floors = {}
-    for name in metrics:
-        pairs = zip(group.records, group.verdicts[name], strict=True)
-        if inside := [record.metrics[name]["noise_floor"] for record, verdict in pairs if verdict.inside]:
-            floors[names[name]] = f"{names[name]} ±{max(inside):.4g}"
-    if floors:
-        listed = ", ".join(floors.values())
-        notes.append(f"Inside the noise floor (~, tied, one rank): no further from the float row than {listed}.")
-    if any(r.method != FLOAT_METHOD and r.metrics for r in group.records) and not any(
-        r.method == FLOAT_METHOD and r.status == "ok" for r in group.records
-    ):
-        notes.append(
-            "No run of method=fp here: differences of the set metrics could not be held against their noise floor. Paired tests "
-            "do not need one, they compare with the float model's own samples."
-        )
-    runs_without: dict[tuple[str, str, str], list[str]] = {}
-    for record, run in zip(group.records, group.run_names, strict=True):
-        for name in group.metrics:
-            entry = record.metrics.get(name, {})
-            if entry.get("status") in ("skipped", "failed"):
-                key = (name, entry["status"], str(entry.get("reason")))
-                runs_without.setdefault(key, []).append(f"{run} {compare.bits_label(record)}")
-    finished = sum(record.status == "ok" for record in group.records)
-    missing: dict[tuple[str, str, str], list[str]] = {}
-    for (name, status, why), runs in runs_without.items():
-        where = "" if len(runs) >= finished else f" for {', '.join(runs)}"
-        missing.setdefault((status, why, where), []).append(name)
-    return notes + [f"{status}{where}: {why}: {', '.join(found)}" for (status, why, where), found in missing.items()]
-
-
 def _problems(group: Group) -> list[str]:
     return [
         f"{run} {compare.bits_label(record)} {record.status}: {reason(record)}"
         for record, run in zip(group.records, group.run_names, strict=True)
         if record.status != "ok"
-    ] + _collapsed(group)
+    ] + _not_ranked(group)
 
 
-def _collapsed(group: Group) -> list[str]:
+def _not_ranked(group: Group) -> list[str]:
+    """Runs that ended well and have no rank."""
     return [
-        f"{run} {compare.bits_label(record)} not ranked, samples collapsed: {', '.join(found)} of them"
-        for record, run in zip(group.records, group.run_names, strict=True)
-        if (found := compare.alarms(record))
+        f"{group.run_names[place]} {compare.bits_label(group.records[place])} not ranked, {why}"
+        for place, why in contests.unranked(group).items()
+        if group.records[place].status == "ok"
     ]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from ditbench.harness.report import paired
+from ditbench.harness.report import compare, paired_text
 from ditbench.harness.report.compare import Group
-from ditbench.harness.report.table import Cell, Column, Table, table
+from ditbench.harness.report.contests import BITS, BYTES
+from ditbench.harness.report.table import CLOSENESS, QUALITY, Cell, Column, Table, table
 
 WIDTH = 160
+RANKED = {BITS: "of the same bits", BYTES: "of nearly equal bytes"}
+BEHIND_MARKS = "what paired tests separate; several bests are tied, no mark: nobody told apart, or not tested"
 _LATEX = {
     "\\": r"\textbackslash{}",
     **{char: f"\\{char}" for char in "&%$#_{}"},
@@ -29,45 +32,47 @@ _LATEX = {
     "<": r"$<$",
     ">": r"$>$",
     "|": r"$|$",
+    "▲": r"$\blacktriangle$",
 }
 
 
-def terminal(groups: Sequence[Group], metrics: Sequence[str], width: int = WIDTH) -> str:
+def terminal(groups: Sequence[Group], metrics: Sequence[str], width: int = WIDTH, at: str = BITS) -> str:
     """One block per group, no line of the table wider than width: metrics that do not fit are named below instead."""
-    return "\n\n".join(_terminal_block(group, metrics, width) for group in groups)
+    return "\n\n".join(_terminal_block(group, metrics, width, at) for group in groups)
 
 
-def markdown(groups: Sequence[Group], metrics: Sequence[str], damaged: Sequence[str] = ()) -> str:
+def markdown(groups: Sequence[Group], metrics: Sequence[str], damaged: Sequence[str] = (), at: str = BITS) -> str:
     blocks = [
-        "\n\n".join([_markdown_block(table(group, metrics)), *_markdown_paired(group, metrics)]) for group in groups
+        "\n\n".join([_markdown_block(table(group, metrics, at=at), at), *_markdown_paired(group, metrics, at)])
+        for group in groups
     ]
     if damaged:
         blocks.append("\n".join(["### Damaged", "", *(f"- {_markdown_escape(line)}" for line in damaged)]))
     return "\n\n".join(blocks) + "\n"
 
 
-def latex(groups: Sequence[Group], metrics: Sequence[str], damaged: Sequence[str] = ()) -> str:
-    blocks = [_latex_block(table(group, metrics), place) for place, group in enumerate(groups, start=1)]
+def latex(groups: Sequence[Group], metrics: Sequence[str], damaged: Sequence[str] = (), at: str = BITS) -> str:
+    blocks = [_latex_block(table(group, metrics, at=at), place, at) for place, group in enumerate(groups, start=1)]
     blocks += ["\n".join(f"% damaged: {' '.join(line.split())}" for line in damaged)] if damaged else []
-    return "\n\n".join(["% needs \\usepackage{booktabs} and \\usepackage{xcolor}", *blocks]) + "\n"
+    return "\n\n".join(["% needs \\usepackage{amssymb,booktabs,xcolor}", *blocks]) + "\n"
 
 
 def latex_escape(text: str) -> str:
     return "".join(_LATEX.get(char, char) for char in text)
 
 
-def _terminal_block(group: Group, metrics: Sequence[str], width: int) -> str:
+def _terminal_block(group: Group, metrics: Sequence[str], width: int, at: str) -> str:
     shown = [name for name in metrics if name in group.metrics]
     while True:
-        built = table(group, shown)
+        built = table(group, shown, at=at)
         lines = _terminal_rows(built)
         if len(lines[0]) <= width or not shown:
             break
         shown = shown[:-1]
     left_out = [name for name in metrics if name in group.metrics and name not in shown]
-    notes = ["● best, ○ second of its bits", *built.notes]
+    notes = [f"● best, ○ second {RANKED[at]}: {BEHIND_MARKS}", *built.notes]
     notes += ["not shown for lack of room: " + ", ".join(left_out)] if left_out else []
-    notes += _paired_notes(group, metrics)
+    notes += _paired_notes(group, metrics, at)
     footer = [_wrapped(f"  {note}", width) for note in notes] + [
         _wrapped(f"  ✗ {line}", width) for line in built.problems
     ]
@@ -99,39 +104,62 @@ def _terminal_rows(built: Table) -> list[str]:
         ]
         return "  ".join(padded).rstrip()
 
-    lines = [rule, *(aligned(head) for head in heads), rule]
+    kinds = [line for line in [_kinds_line(built, widths)] if line]
+    lines = [rule, *kinds, *(aligned(head) for head in heads), rule]
     for place, (row, line) in enumerate(zip(built.rows, grid, strict=True)):
-        if place and row.bits != built.rows[place - 1].bits:
+        if place and row.contest != built.rows[place - 1].contest:
             lines.append("┄" * len(rule))
         lines.append(aligned(line))
     return [*lines, rule]
 
 
-def _paired_notes(group: Group, metrics: Sequence[str]) -> list[str]:
-    """Of the first metric that can be tested: a line per bits."""
-    for metric in metrics:
-        for tests in paired.tests(group, [metric]):
-            return [f"paired tests on {tests.title} (ditbench compare shows all):", *(f"  {v}" for v in tests.verdicts)]
-    return []
+def _kinds_line(built: Table, widths: Sequence[int]) -> str:
+    """Above the heads, what kind of metric the columns below are: ╴quality╶ and ╴closeness to float╶."""
+    line, place = "", 0
+    while place < len(widths):
+        kind = built.columns[place].kind
+        same = [place]
+        while kind and same[-1] + 1 < len(widths) and built.columns[same[-1] + 1].kind == kind:
+            same.append(same[-1] + 1)
+        wide = sum(widths[one] for one in same) + 2 * (len(same) - 1)
+        words = next((words for words in (kind, kind.partition(" ")[0]) if len(words) <= wide), "")
+        line += (f" {words} ".center(wide, "╌") if words and len(words) + 2 <= wide else words.ljust(wide)) + "  "
+        place = same[-1] + 1
+    return line.rstrip()
 
 
-def comparisons(group: Group, tests: Sequence[paired.PairedTests]) -> str:
-    """Every comparison of the tests, as aligned text."""
+def _paired_notes(group: Group, metrics: Sequence[str], at: str) -> list[str]:
+    """Of the first metric of quality, and the first of closeness, that can be tested: a line per contest."""
+    found = []
+    for closeness in (False, True):
+        for metric in metrics:
+            if metric not in group.metrics or compare.is_closeness(group, metric) != closeness:
+                continue
+            if tests := paired_text.tests(group, [metric], at):
+                found += [f"paired tests on {tests[0].title}:", *(f"  {line}" for line in tests[0].verdicts)]
+                break
+    return [*found, "`ditbench compare` shows all paired tests"] if found else []
+
+
+def comparisons(group: Group, tests: Sequence[paired_text.PairedTests]) -> str:
+    """Every comparison of the tests, as aligned text, and what follows for the marks."""
     blocks = [group.label]
     for of_metric in tests:
-        lines = [paired.COLUMNS, *of_metric.rows]
+        lines = [paired_text.COLUMNS, *of_metric.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = [[text.ljust(size) for text, size in zip(line, widths, strict=True)] for line in lines]
         body = [f"  {'  '.join(line)}".rstrip() for line in padded]
-        blocks.append("\n".join([f"{of_metric.metric}: {of_metric.how}", *body]))
+        kind = of_metric.title.partition(" ")[2]
+        said = [f"  → {line}" for line in of_metric.verdicts]
+        blocks.append("\n".join([f"{' '.join(filter(None, [of_metric.metric, kind]))}: {of_metric.how}", *body, *said]))
     return "\n\n".join(blocks)
 
 
-def _markdown_paired(group: Group, metrics: Sequence[str]) -> list[str]:
+def _markdown_paired(group: Group, metrics: Sequence[str], at: str) -> list[str]:
     """Folded away under each table: its metrics' comparisons."""
     parts = []
-    for tests in paired.tests(group, metrics):
-        lines = [paired.COLUMNS, (":--",) * len(paired.COLUMNS)]
+    for tests in paired_text.tests(group, metrics, at):
+        lines = [paired_text.COLUMNS, (":--",) * len(paired_text.COLUMNS)]
         lines += [tuple(map(_markdown_escape, row)) for row in tests.rows]
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         said = "\n".join(f"- {_markdown_escape(line)}" for line in [tests.how, *tests.verdicts])
@@ -139,22 +167,26 @@ def _markdown_paired(group: Group, metrics: Sequence[str]) -> list[str]:
     return parts
 
 
-def _markdown_block(built: Table) -> str:
+def _markdown_block(built: Table, at: str) -> str:
     def styled(cell: Cell) -> str:
         text = _markdown_escape(plain(cell))
         return {"best": f"**{text}**", "second": f"<ins>{text}</ins>", "": text}[cell.mark]
 
-    heads = [_markdown_escape(f"{c.title} ({c.subtitle})" if c.subtitle else c.title) for c in built.columns]
+    def head(column: Column) -> str:
+        words = [word for word in (column.subtitle, column.kind if column.kind == CLOSENESS else "") if word]
+        return _markdown_escape(f"{column.title} ({', '.join(words)})" if words else column.title)
+
+    heads = [head(column) for column in built.columns]
     lines = [heads, ["--:" if column.numeric else ":--" for column in built.columns]]
     lines += [[styled(cell) for cell in row.cells] for row in built.rows]
-    notes = ["- **Best** and <ins>second best</ins> of the same bits."]
+    notes = [f"- **Best** and <ins>second</ins> {RANKED[at]}: {BEHIND_MARKS}."]
     notes += [f"- {_markdown_escape(note)}" for note in built.notes + built.problems]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     parts = [f"### {_markdown_escape(built.label)}", body, _markdown_escape(built.caption), "\n".join(notes)]
     return "\n\n".join(parts)
 
 
-def _latex_block(built: Table, place: int) -> str:
+def _latex_block(built: Table, place: int, at: str) -> str:
     def styled(cell: Cell) -> str:
         text = latex_escape(plain(cell))
         text = {"best": rf"\textbf{{{text}}}", "second": rf"\underline{{{text}}}", "": text}[cell.mark]
@@ -164,12 +196,12 @@ def _latex_block(built: Table, place: int) -> str:
         title, subtitle = latex_escape(column.title), latex_escape(column.subtitle)
         return rf"\shortstack{{{title}\\{{\scriptsize {subtitle}}}}}" if subtitle else title
 
-    lines = [" & ".join(map(head, built.columns)) + r" \\", r"\midrule"]
+    lines = [*_latex_kinds(built), " & ".join(map(head, built.columns)) + r" \\", r"\midrule"]
     for index, row in enumerate(built.rows):
-        if index and row.bits != built.rows[index - 1].bits:
+        if index and row.contest != built.rows[index - 1].contest:
             lines.append(r"\midrule")
         lines.append(" & ".join(styled(cell) for cell in row.cells) + r" \\")
-    notes = ["Bold: best, underlined: second best of the same bits.", *built.notes, *built.problems]
+    notes = [f"Bold: best, underlined: second {RANKED[at]}: {BEHIND_MARKS}.", *built.notes, *built.problems]
     return "\n".join(
         [
             r"\begin{table}[t]",
@@ -185,6 +217,23 @@ def _latex_block(built: Table, place: int) -> str:
             r"\end{table}",
         ]
     )
+
+
+def _latex_kinds(built: Table) -> list[str]:
+    """A row over the heads that says which metrics are of quality and which of closeness."""
+    kinds = [column.kind for column in built.columns]
+    present = [kind for kind in (QUALITY, CLOSENESS) if kind in kinds]
+    if not present:
+        return []
+    cells, rules, place = [], [], 0
+    while place < len(kinds):
+        wide = 1
+        while kinds[place] and place + wide < len(kinds) and kinds[place + wide] == kinds[place]:
+            wide += 1
+        cells.append(rf"\multicolumn{{{wide}}}{{c}}{{{kinds[place]}}}" if kinds[place] else "")
+        rules += [rf"\cmidrule(lr){{{place + 1}-{place + wide}}}"] if kinds[place] else []
+        place += wide
+    return [" & ".join(cells) + r" \\", "".join(rules)]
 
 
 def plain(cell: Cell) -> str:

@@ -1,11 +1,15 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+import ditbench
 from ditbench.eval import batches, collapse
 from ditbench.eval.base import Evidence, evaluate
 from ditbench.eval.collapse import alarmed, alarms
+from ditbench.eval.reference import load_reference
 from ditbench.harness.samples.samples import Samples
 
 N, FRAMES, SIDE = 10, 6, 32
@@ -158,6 +162,61 @@ def test_images_have_no_frozen_alarm_and_all_the_others():
     assert alarmed(alarms(images)) == ["blank"]
 
 
+def of_few(count: int) -> torch.Tensor:
+    """The first `count` scenes again and again, each time with a little grain of its own."""
+    grain = torch.randint(-2, 3, scenes().shape, generator=torch.Generator().manual_seed(4))
+    return (scenes()[torch.arange(N) % count].int() + grain).clamp(1, 254).to(torch.uint8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_few_pictures_that_come_again_and_again_are_mode_collapse(count):
+    found = alarms(Samples(of_few(count)), Samples(scenes()))
+    assert found["repeated"]["share"] == 1.0 and "repeated" in alarmed(found)
+    assert found["noise"]["share"] == found["blank"]["share"] == 0.0, "no single picture is bad"
+    images = alarms(Samples(of_few(count)[:, 0]), Samples(scenes()[:, 0]))
+    assert images["repeated"]["share"] == 1.0
+
+
+def test_pictures_that_drift_towards_one_are_alike_before_they_are_repeated():
+    towards_one = (0.4 * scenes().float() + 0.6 * scenes()[:1].float()).to(torch.uint8)
+    found = alarms(Samples(towards_one), Samples(scenes()))
+    assert alarmed(found) == ["alike"] and found["alike"]["share"] > 0.8
+    halfway = (0.6 * scenes().float() + 0.4 * scenes()[:1].float()).to(torch.uint8)
+    assert alarmed(alarms(Samples(halfway), Samples(scenes()))) == []
+
+
+def test_what_the_float_model_repeats_is_its_own():
+    assert alarmed(alarms(Samples(of_few(2)), Samples(of_few(2)))) == []
+    assert alarmed(alarms(Samples(scenes()), Samples(of_few(2)))) == []
+
+
+def test_without_the_float_model_only_the_same_picture_is_a_repetition():
+    twice = scenes()
+    twice[1] = twice[0]
+    found = alarms(Samples(twice))
+    assert found["repeated"]["share"] == pytest.approx(0.2) and found["alike"]["share"] == 0.0
+
+
+def test_a_single_sample_repeats_nothing():
+    found = alarms(Samples(scenes()[:1]), Samples(scenes(seed=1)[:1]))
+    assert found["repeated"]["share"] == found["alike"]["share"] == 0.0
+
+
+def test_distances_to_the_others_are_those_of_all_pairs(monkeypatch):
+    thumbnail_ND = torch.rand(7, 12, generator=torch.Generator().manual_seed(0)) * 255
+    pairs_NN = (thumbnail_ND[:, None] - thumbnail_ND[None]).square().mean(dim=2)
+    others_NN = pairs_NN[~torch.eye(7, dtype=torch.bool)].view(7, 6)
+    monkeypatch.setattr(collapse, "DISTANCES_HELD", 3 * 7)
+    torch.testing.assert_close(collapse.nearest(thumbnail_ND), others_NN.amin(dim=1).sqrt(), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(collapse.to_the_others(thumbnail_ND), others_NN.mean(dim=1).sqrt())
+
+
+def test_thumbnails_are_of_the_first_the_middle_and_the_last_frame():
+    video = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 32, 32, 3) * 10
+    assert collapse.thumbnail(video).view(3, -1).unique(dim=1).flatten().tolist() == [0.0, 20.0, 40.0]
+    assert collapse.thumbnail(video[:1]).shape == (3 * 16 * 16,)
+
+
 def test_long_videos_are_looked_at_some_frames_at_a_time_and_once(monkeypatch):
     samples = Samples(scenes(), latents=torch.zeros(N, 1))
     whole = collapse.numbers(samples)
@@ -192,3 +251,19 @@ def test_the_metric_counts_a_sample_once_however_many_alarms_it_raises():
 def test_a_float_model_that_does_not_pair_row_by_row_is_an_error():
     with pytest.raises(ValueError, match="same seeds"):
         alarms(Samples(scenes()), Samples(scenes()[:-1]))
+
+
+def test_black_noise_and_repeated_digits_alarm_on_real_ones_and_other_real_ones_do_not():
+    """The alarms see pictures of the size of tiny-dit's, where nothing is coarser than 16 pixels."""
+    digits = load_reference("digits-1797").images_NHWC[:]
+    ours, theirs = Samples(digits[:200]), Samples(digits[200:400])
+    assert alarmed(alarms(ours, theirs)) == [] and alarmed(alarms(theirs, ours)) == []
+    noise = torch.randint(0, 256, ours.pixels.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    few = digits[torch.arange(200) % 10]
+    for pixels, alarm in ((torch.zeros_like(noise), "blank"), (noise, "noise"), (few, "repeated")):
+        assert alarm in alarmed(alarms(Samples(pixels), theirs)), alarm
+
+
+def test_every_set_of_metrics_asks_for_the_alarms():
+    for path in (Path(ditbench.__file__).parent / "conf" / "metrics").glob("*.yaml"):
+        assert "collapse" in yaml.safe_load(path.read_text())["names"], path.name

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ditbench.eval.base import PerSample
+from ditbench.harness.records import sample_values
 from ditbench.harness.records.attempts import attempt
 from ditbench.harness.records.record import Record
 
@@ -56,17 +58,33 @@ def results_dir(tmp_path) -> Path:
 
 @pytest.fixture
 def add_run(results_dir):
-    """add_run("rtn", "W4A8", psnr=…, fid=…, …) writes one record with its images and returns it."""
+    """add_run("rtn", "W4A8", metrics={…}, …) writes one record with its images and returns it.
 
-    def add(method, bits="W4A8", *, metrics=None, experiment="demo", stress=None, measured=False, error=None, **more):
+    tested: values per sample lie beside it that tell any two runs apart whose numbers are not the same.
+    """
+
+    def add(
+        method,
+        bits="W4A8",
+        *,
+        metrics=None,
+        experiment="demo",
+        stress=None,
+        measured=False,
+        error=None,
+        tested=True,
+        seed=0,
+        labels="balanced",
+        **more,
+    ):
         efficiency = more.pop("efficiency", {})  # what differs from the usual
         weight_bits, act_bits = (int(part) for part in bits[1:].split("A"))
         config = {
             "method": {"name": method, **more},
             "bits": {"label": bits},
             "model": {"name": "tiny-dit", "stress": stress, "note": "toy model"},
-            "protocol": {"name": "digits-fast", "n": 64, "steps": 10, "guidance": 1.5},
-            "seed": 0,
+            "protocol": {"name": "digits-fast", "n": 64, "steps": 10, "guidance": 1.5, "labels": labels},
+            "seed": seed,
         }
         run_id = hashlib.sha256(repr((config, experiment)).encode()).hexdigest()[:12]
         is_float = method == "fp"
@@ -114,6 +132,11 @@ def add_run(results_dir):
                 if not is_float:
                     record.layers = {name: _layer(i, method, weight_bits, act_bits) for i, name in enumerate(LAYERS)}
                 record.artifacts = {"grid": "grid.png", "float_grid": "float_grid.png"}
+                if tested:
+                    sample_values.save(
+                        sample_values.Values(beside(record.metrics), {}, f"seed {seed}"), folder / "per_sample.npz"
+                    )
+                    record.artifacts["per_sample"] = "per_sample.npz"
                 if not is_float:
                     decibels = np.arange(3 * len(LAYERS), dtype=np.float32).reshape(len(LAYERS), 3)
                     np.savez(folder / "layer_errors.npz", names=LAYERS, steps=[0, 9, 19], sqnr_db=decibels)
@@ -160,6 +183,16 @@ def browser():
             pytest.skip("no Chromium here; install chromium, or run 'playwright install chromium'")
         yield chromium
         chromium.close()
+
+
+def beside(metrics):
+    """Values per sample of these entries, all spread alike, so that every difference is found."""
+    spread_N = np.sin(np.arange(64))
+    return {
+        name: PerSample(entry["value"] + 0.01 * (spread_N - spread_N.mean()))
+        for name, entry in metrics.items()
+        if entry["value"] is not None
+    }
 
 
 def _metrics(psnr, score, accuracy, skip_reason):

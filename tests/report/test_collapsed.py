@@ -9,7 +9,7 @@ from PIL import Image
 
 from ditbench.harness.records import hashed_json
 from ditbench.harness.records.attempts import read_all
-from ditbench.harness.report import compare, report
+from ditbench.harness.report import compare, marks, report
 
 
 def collapse(metric, **shares) -> dict:
@@ -31,8 +31,10 @@ def runs(add_run, results_dir, metric):
 
 def test_a_collapsed_run_has_no_rank_and_the_others_keep_theirs(runs):
     (group,) = compare.groups(read_all(runs))
-    marks = {run.method: verdict.mark for run, verdict in zip(group.records, group.verdicts["psnr"], strict=True)}
-    assert marks == {"blank": "", "good": "best", "worse": "second"}
+    found = {
+        run.method: verdict.mark for run, verdict in zip(group.records, marks.verdicts(group, "psnr"), strict=True)
+    }
+    assert found == {"blank": "", "good": "best", "worse": "second"}
 
 
 def test_only_alarms_of_too_many_samples_are_named_with_their_share(runs):

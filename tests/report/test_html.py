@@ -49,7 +49,7 @@ def test_the_file_has_its_place_and_every_run_and_metric(html, sweep):
     assert html == sweep / "report-demo.html" and not list(sweep.glob(".report*"))
     markup = own_markup(html)
     assert len(markup) < 1_000_000
-    assert markup.count("<tr class=") == 20
+    assert len(re.findall(r"<tr class=.*? data-bits=", markup)) == 20
     for text in (
         "0123456789ab with uncommitted changes",
         "diffusers 0.39.0</dd>",
@@ -93,7 +93,7 @@ def test_a_header_sorts_by_click_and_by_key(html, open_page):
     sqnr = table.locator("thead th", has_text="sqnr")
 
     def column(title="sqnr"):
-        place = [text.split()[0] for text in table.locator("thead th").all_inner_texts()].index(title)
+        place = [text.split()[0] for text in table.locator("thead tr:last-child th").all_inner_texts()].index(title)
         return [text.split()[0] for text in table.locator(f"tbody tr > :nth-child({place + 1})").all_inner_texts()]
 
     before = column()
@@ -116,14 +116,39 @@ def test_a_header_sorts_by_click_and_by_key(html, open_page):
 def test_noise_and_marks_are_visible_in_the_table(html, open_page):
     page, _, _ = open_page(html)
     table = page.locator("table.results").first
-    assert table.locator("tr.inside").count() == 3  # W8A8: every floor is kept
     assert table.locator("td.inside").first.inner_text().startswith("~")
     grey, ink = (
-        table.locator(f"tbody {row}").first.evaluate("row => getComputedStyle(row.cells[2]).color")
-        for row in ("tr.inside", "tr:not(.inside, .float)")
+        table.locator(f"tbody tr:not(.float) {cell}").first.evaluate("cell => getComputedStyle(cell).color")
+        for cell in ("td.inside", "td:not(.inside)")
     )
     assert grey != ink
-    assert table.locator("tr.float b, tr.float u").count() == 0 and table.locator("tbody b").count() > 0
+    assert marked(table) and not marked(table, "tr.float")
+
+
+def marked(table, rows="tr", weight="700"):
+    """Of these rows the values that are shown in bold: [(run, value)]."""
+    return table.locator(f"tbody {rows}").evaluate_all(
+        """(rows, weight) => rows.flatMap(row => [...row.querySelectorAll('td .value')]
+            .filter(value => getComputedStyle(value).fontWeight === weight).map(value => [row.cells[0].innerText, value.innerText]))""",
+        weight,
+    )
+
+
+def test_the_page_can_rank_runs_of_nearly_equal_bytes(add_run, results_dir, metric, open_page):
+    """W4A8 `heavy` stores as much as W8A8 `a`: the best of its label, and not of its bytes."""
+    for method, bits, psnr, size in (("a", "W8A8", 40.0, 900), ("b", "W4A8", 20.0, 500), ("heavy", "W4A8", 30.0, 880)):
+        add_run(method, bits, metrics={"psnr": metric(psnr)}, efficiency={"model_bytes": size * 2**10})
+    page, complaints, _ = open_page(report(results_dir, None, "html").path)
+    table = page.locator("table.results").first
+    assert marked(table) == [["heavy", "30.00"]]
+    assert page.locator("details.only-bits").is_visible() and not page.locator("details.only-bytes").is_visible()
+    page.select_option("#pick-ranks", "bytes")
+    assert marked(table) == [["a", "40.00"]]
+    runs = table.locator("tbody tr").evaluate_all("rows => rows.map(row => row.cells[0].innerText)")
+    assert runs == ["b", "heavy", "a"]
+    assert table.locator("tr.new-contest").count() == 1 and complaints == []
+    page.select_option("#pick-ranks", "bits")
+    assert marked(table) == [["heavy", "30.00"]]
 
 
 @pytest.mark.parametrize("settings", [{"viewport": {"width": 400, "height": 800}}, {"color_scheme": "dark"}])

@@ -1,10 +1,15 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from ditbench.harness.report import report
-from ditbench.harness.report.over_seeds import CI_METHOD, over_seeds, t_interval
+from ditbench.eval.seed_differences import OF_THE_SAMPLES, OVER_SEEDS
+from ditbench.harness.records.attempts import read_all
+from ditbench.harness.report import compare, paired, report
+from ditbench.harness.report.marks import verdicts
+from ditbench.harness.report.over_seeds import over_seeds
+from ditbench.harness.report.table import table
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def test_seeds_become_one_row_with_their_mean_and_students_interval(seeded, metr
     expected = stats.t.interval(0.95, 2, loc=64 / 3, scale=stats.sem([20.0, 21.0, 23.0]))
     assert entry["value"] == pytest.approx(64 / 3) and entry["ci95"] == pytest.approx(list(expected))
     assert entry["noise_floor"] == pytest.approx(0.3) and entry["n"] == 64
-    assert entry["passport"]["ci_method"] == CI_METHOD and entry["passport"]["seeds"] == 3
+    assert entry["passport"]["ci_method"] == OVER_SEEDS and entry["passport"]["seeds"] == 3
     assert row.config["seed"] == "0, 1, 2"
 
 
@@ -62,8 +67,67 @@ def test_a_metric_that_one_seed_skipped_is_skipped(seeded, metric):
     assert row.metrics["psnr"]["status"] == "skipped" and row.metrics["psnr"]["reason"] == "no weights"
 
 
-def test_the_interval_of_equal_values_is_a_point():
-    assert t_interval([2.0, 2.0]) == (2.0, 2.0)
+@pytest.fixture
+def of_seeds(add_run, results_dir, metric):
+    """of_seeds({"a": [psnr by seed], …}) → the one group of rows over seeds; the float row is of seed 0 only."""
+
+    def make(by_method, **more):
+        add_run("fp", "W16A16", metrics={"psnr": metric(52.0, 0.1)})
+        for method, values in by_method.items():
+            for seed, value in enumerate(values):
+                add_run(method, metrics={"psnr": metric(value, 0.01)}, seed=seed, **more)
+        (group,) = compare.groups(over_seeds(read_all(results_dir)), any_seed=True)
+        return group
+
+    return make
+
+
+def marks(group):
+    return {r.method: v.mark for r, v in zip(group.records, verdicts(group, "psnr"), strict=True)}
+
+
+def test_the_float_row_stays_in_the_table_whatever_its_seeds(of_seeds):
+    group = of_seeds({"a": [20.0, 21.0, 22.0]})
+    assert [record.method for record in group.records] == ["fp", "a"] and "seeds 0, 1, 2" in group.label
+    built = table(group, ["psnr"])
+    place = [column.title for column in built.columns].index("seeds")
+    assert [row.cells[place].text for row in built.rows] == ["0", "0, 1, 2"]
+
+
+def test_marks_are_those_of_the_paired_tests_over_the_seeds(of_seeds):
+    group = of_seeds({"a": [30.0, 32.0, 31.0], "b": [20.0, 22.0, 21.1], "c": [30.1, 31.8, 31.05]})
+    found = {(each.first, each.second): each for each in paired.comparisons(group, "psnr")}
+    steps = np.array([30.0, 32.0, 31.0]) - [20.0, 22.0, 21.1]
+    assert found["a", "b"].difference.value == pytest.approx(steps.mean())
+    assert found["a", "b"].difference.p == pytest.approx(
+        stats.ttest_1samp(steps, 0).pvalue, rel=1e-4
+    )  # values lie on disk in float32
+    assert not found["a", "c"].told_apart and marks(group) == {"fp": "", "a": "best", "b": "", "c": "best"}
+
+
+def test_two_seeds_say_what_they_cannot_know(of_seeds):
+    group = of_seeds({"a": [30.0, 30.0], "b": [20.0, 29.0]})
+    (note,) = [note for note in table(group, ["psnr"]).notes if note.startswith("2 seeds")]
+    assert "cannot be known from fewer than 3" in note
+    entry = next(record for record in group.records if record.method == "b").metrics["psnr"]
+    low, high = entry["ci95"]
+    assert (high - low) / 2 == pytest.approx(0.01 / 2**0.5, rel=0.01) and entry["passport"][
+        "ci_method"
+    ] == OF_THE_SAMPLES
+
+
+def test_a_run_that_lacks_a_seed_is_shown_and_not_ranked(of_seeds):
+    group = of_seeds({"a": [30.0, 31.0, 32.0], "b": [20.0, 21.0, 22.1], "c": [40.0, 41.0]})
+    assert marks(group) == {"fp": "", "a": "best", "b": "second", "c": ""}
+    assert table(group, ["psnr"]).not_ranked == ["c W4A8 not ranked, 2 of 3 seeds"]
+
+
+def test_a_collapse_at_one_seed_takes_the_rank_at_all(add_run, results_dir, metric):
+    alarm = metric(0.5, better="lower") | {"passport": {"alarms": {"blank": {"share": 0.5}}, "alarmed": ["blank"]}}
+    for seed in range(3):
+        add_run("a", metrics={"psnr": metric(30.0 + seed)} | ({"collapse": alarm} if seed == 1 else {}), seed=seed)
+    (row,) = over_seeds(read_all(results_dir))
+    assert compare.alarms(row) == ["blank 50%"]
 
 
 def test_a_report_without_twins_is_the_same_with_and_without_merging(add_run, results_dir):

@@ -11,8 +11,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.records import sample_values
 from ditbench.harness.records.attempts import experiment_folder, read_all
 from ditbench.harness.records.record import write
-from ditbench.harness.report import compare, comparisons, paired, report
-from ditbench.harness.report.over_seeds import over_seeds
+from ditbench.harness.report import compare, comparisons, marks, paired, paired_text, report
 
 N = 64
 NOISE_N = np.random.default_rng(0).normal(0, 1, N)
@@ -36,7 +35,7 @@ def add(add_run, results_dir, metric):
             alarms = {name: {"share": 0.5} for name in alarmed}
             entries["collapse"] = metric(0.5, better="lower", paired=False)
             entries["collapse"]["passport"] |= {"alarms": alarms, "alarmed": list(alarmed)}
-        record = add_run(method, bits, metrics=entries, **more)
+        record = add_run(method, bits, metrics=entries, tested=False, **more)
         folder = experiment_folder(results_dir, "demo") / record.run_id
         run = {"psnr": PerSample(psnr_N), "accuracy": PerSample(right_N.astype(float), True)}
         run["flow_score"] = PerSample(psnr_N)
@@ -50,7 +49,7 @@ def add(add_run, results_dir, metric):
 
 def pairs(results_dir, name):
     (group,) = compare.groups(read_all(results_dir))
-    return {(each.bits, each.first, each.second): each for each in paired.comparisons(group, name)}
+    return {(each.contest, each.first, each.second): each for each in paired.comparisons(group, name)}
 
 
 def test_every_two_runs_of_the_same_bits_are_compared_and_each_with_the_float_model(add, results_dir):
@@ -81,18 +80,10 @@ def test_what_does_not_pair_is_not_compared(add, add_run, results_dir, metric):
     add("ccc", passport={"weights_sha256": "another judge"})
     add("dddd", alarmed=("blank",))
     add("eeeee", error="boom")
-    add_run("old", metrics={"psnr": metric(20.0)})
+    add_run("old", metrics={"psnr": metric(20.0)}, tested=False)
     assert pairs(results_dir, "psnr") == {}
     add("ffffff")
     assert set(pairs(results_dir, "psnr")) == {("W4A8", "a", "ffffff")}
-
-
-def test_seeds_merged_to_one_row_are_not_compared_by_the_samples_of_one(add, results_dir):
-    add("a")
-    (record,) = read_all(results_dir)
-    twin = type(record)(**vars(record) | {"config": record.config | {"seed": 1}})
-    (merged,) = over_seeds([record, twin])
-    assert "per_sample" not in merged.artifacts and "per_sample" in record.artifacts
 
 
 def test_the_verdict_names_whom_the_best_is_told_apart_from(add, results_dir):
@@ -100,14 +91,10 @@ def test_the_verdict_names_whom_the_best_is_told_apart_from(add, results_dir):
     add("bb", 1.0)
     add("ccc", 0.0)
     (group,) = compare.groups(read_all(results_dir))
-    said = {tests.title: tests.verdicts for tests in paired.tests(group)}
-    best, other = sorted(
-        ("a", "bb"), key=lambda m: -next(r for r in group.records if r.method == m).metrics["psnr"]["value"]
-    )
-    assert said["psnr"] == [f"W4A8: {best} better than ccc; {best} not told apart from {other}"]
+    said = {tests.metric: tests.verdicts for tests in paired_text.tests(group)}
+    assert said["psnr"] == ["W4A8: best a, bb (tied); behind ccc"]
     assert said["accuracy"] == [
-        "W4A8: bb better than a; bb not told apart from ccc; differ from the float model: a; "
-        "not told apart from the float model: bb, ccc"
+        "W4A8: best bb, ccc (tied); behind a; worse than the float model: a; not told apart from the float model: bb, ccc"
     ]
     assert said["flow_score"] == []  # compared, but nobody is better
 
@@ -116,22 +103,26 @@ def test_text_markdown_and_html_show_the_same_comparisons(add, results_dir):
     add("a", 1.0)
     add("bb")
     shown = comparisons(results_dir, "demo", ["psnr"]).text
-    assert f"psnr: n = {N} pairs of samples; p: sign-flip permutation, Holm over 1 comparisons" in shown
+    assert (
+        f"psnr (closeness to float): n = {N} pairs of samples; p: sign-flip permutation, Holm over 1 comparisons"
+        in shown
+    )
     (line,) = [line for line in shown.splitlines() if "a − bb" in line]
     delta = line.split("a − bb")[1].split("<")[0].strip()
     assert delta.startswith("+1.") and "accuracy" not in shown
     markdown = report(results_dir).text
-    assert f"| W4A8 | a − bb | {delta} | \\< 0.001 | \\< 0.001 |" in markdown and "a better than bb" in markdown
+    assert f"| W4A8 | a − bb | {delta} | \\< 0.001 | \\< 0.001 |" in markdown and "best a; second bb" in markdown
     made = report(results_dir, format="html")
     assert f'<td class="text">{delta}</td>' in made.path.read_text()
-    assert "paired tests on psnr" in made.text and "W4A8: a better than bb" in made.text
+    assert "paired tests on psnr (closeness to float)" in made.text and "W4A8: best a; second bb" in made.text
+    assert "→ W4A8: best a; second bb" in shown
 
 
 def test_a_metric_that_only_describes_marks_nobody_and_has_no_arrow(add, results_dir):
     add("a", 1.0)
     add("bb")
     (group,) = compare.groups(read_all(results_dir))
-    assert {verdict.mark for verdict in group.verdicts["flow_score"]} == {""}
+    assert {verdict.mark for verdict in marks.verdicts(group, "flow_score")} == {""}
     markdown = report(results_dir, metrics=["flow_score", "psnr"]).text
     assert "| flow\\_score (n=64) |" in markdown and "psnr ↑" in markdown
 

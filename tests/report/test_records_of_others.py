@@ -9,7 +9,7 @@ import pytest
 
 from ditbench.harness.common.files import file_name
 from ditbench.harness.report import compare, report
-from ditbench.harness.report.table import short_names
+from ditbench.harness.report.compare import short_names
 
 LONG = "x" * 10_000
 

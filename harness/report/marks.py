@@ -1,0 +1,70 @@
+"""Best and second: what the paired tests of a contest separate, and nothing else.
+
+Best is who no other run of the contest is told apart from as better; there may be several, tied. Where one run alone is best,
+second are those that it alone is better than. Where nobody is told apart from anybody nobody is marked, and neither is anyone in a
+contest whose runs cannot all be tested against each other. The float row is the reference and has no rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ditbench.harness.report import compare, contests, paired
+from ditbench.harness.report.compare import FLOAT_METHOD, Group
+
+BEST, SECOND = "best", "second"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """mark: "best" | "second" | "". inside: of the metric's noise floor around the float row; None: cannot be asked."""
+
+    mark: str = ""
+    inside: bool | None = None
+
+
+def verdicts(group: Group, metric: str, at: str = contests.BITS) -> list[Verdict]:
+    """One per record of the group."""
+    marks = _marks(group, metric, at)
+    center = compare.float_value(group.records, metric)
+    return [Verdict(marks.get(place, ""), _inside(group, place, metric, center)) for place in range(len(group.records))]
+
+
+def untested(group: Group, metric: str, at: str = contests.BITS) -> list[str]:
+    """The labels of the contests in which at least two runs have the metric, and not all of them could be tested."""
+    if compare.better(group, metric) == "none":
+        return []
+    out = contests.unranked(group)
+    found = []
+    for contest in contests.contests(group, at):
+        able = [p for p in contest.places if p not in out and compare.value(group.records[p], metric) is not None]
+        ranks, called = paired.ranks(group, metric, contest, at), contests.names(group, at)
+        tested = set() if ranks is None else {*ranks.best, *ranks.behind}
+        if len(able) > 1 and any(called[place] not in tested for place in able):
+            found.append(contest.label)
+    return found
+
+
+def _marks(group: Group, metric: str, at: str) -> dict[int, str]:
+    if compare.better(group, metric) == "none":
+        return {}
+    found: dict[int, str] = {}
+    out, without_rank = untested(group, metric, at), contests.unranked(group)
+    for contest in contests.contests(group, at):
+        ranks = paired.ranks(group, metric, contest, at)
+        if ranks is None or not ranks.behind or contest.label in out:
+            continue
+        marked = dict.fromkeys(ranks.best, BEST) | dict.fromkeys(ranks.second, SECOND)
+        names = contests.names(group, at)
+        able = [place for place in contest.places if place not in without_rank and names[place] in marked]
+        found |= {place: marked[names[place]] for place in able}
+    return found
+
+
+def _inside(group: Group, place: int, metric: str, center: float | None) -> bool | None:
+    record = group.records[place]
+    entry, own = record.metrics.get(metric, {}), compare.value(record, metric)
+    floor = entry.get("noise_floor")
+    if record.method == FLOAT_METHOD or entry.get("paired") or floor is None or own is None or center is None:
+        return None
+    return abs(own - center) <= floor

@@ -1,0 +1,106 @@
+"""The lines under a table: what its marks and signs mean where they occur, what they cannot say, and why a number is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ditbench.eval.seed_differences import FEWEST_SEEDS
+from ditbench.harness.report import compare, contests, marks
+from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names
+
+
+def notes(group: Group, metrics: Sequence[str], at: str = contests.BITS) -> list[str]:
+    found = [
+        *_noise_floor(group, metrics),
+        *_untested(group, metrics, at),
+        *_above_label(group, at),
+        *_seeds(group),
+        *_without_alarms(group),
+    ]
+    if any(r.method != FLOAT_METHOD and r.metrics for r in group.records) and not any(
+        r.method == FLOAT_METHOD and r.status == "ok" for r in group.records
+    ):
+        found.append(
+            "No run of method=fp here: differences of the set metrics could not be held against their noise floor. Paired tests "
+            "do not need one, they compare with the float model's own samples."
+        )
+    return found + _missing(group)
+
+
+def _noise_floor(group: Group, metrics: Sequence[str]) -> list[str]:
+    names, floors = short_names(group.metrics), []
+    for name in metrics:
+        pairs = zip(group.records, marks.verdicts(group, name), strict=True)
+        if inside := [record.metrics[name]["noise_floor"] for record, verdict in pairs if verdict.inside]:
+            floors.append(f"{names[name]} ±{max(inside):.4g}")
+    return [f"~: inside the noise floor, no further from the float row than {', '.join(floors)}."] if floors else []
+
+
+def _untested(group: Group, metrics: Sequence[str], at: str) -> list[str]:
+    """Where nobody is marked because nothing could be tested, not because nothing was found."""
+    names = short_names(group.metrics)
+    lacking: dict[tuple[str, ...], list[str]] = {}
+    for name in metrics:
+        if where := tuple(marks.untested(group, name, at)):
+            lacking.setdefault(where, []).append(names[name])
+    return [
+        f"No marks on {', '.join(metrics)} ({', '.join(where)}): what a paired test needs was not kept beside these runs."
+        for where, metrics in lacking.items()
+    ]
+
+
+def _above_label(group: Group, at: str) -> list[str]:
+    found = [
+        f"{name} {compare.bits_label(record)} ({above:.2f} bits)"
+        for record, name in zip(group.records, group.run_names, strict=True)
+        if (above := contests.above_label(record)) is not None
+    ]
+    if not found:
+        return []
+    advice = "" if at == contests.BYTES else "; ranks at equal bytes: --equal-bytes"
+    return [
+        f"▲: the quantized layers take over 10 % more bits a weight than the label says, all counted: {', '.join(found)}{advice}."
+    ]
+
+
+def _seeds(group: Group) -> list[str]:
+    most = max(len(compare.seeds(record)) for record in group.records)
+    if most == 1:
+        return []
+    if most < FEWEST_SEEDS:
+        return [
+            f"{most} seeds: intervals and tests are of the samples of these seeds. How far another seed (another calibration) would move "
+            f"a method cannot be known from fewer than {FEWEST_SEEDS}."
+        ]
+    return [
+        f"{most} seeds: intervals and tests are over seeds, and never narrower than the samples within the seeds allow. So few seeds "
+        "prove large differences only: not to be told apart is not to be the same."
+    ]
+
+
+def _without_alarms(group: Group) -> list[str]:
+    runs = [
+        f"{name} {compare.bits_label(record)}"
+        for record, name in zip(group.records, group.run_names, strict=True)
+        if record.status == "ok" and record.metrics and compare.value(record, "collapse") is None
+    ]
+    if not runs:
+        return []
+    who = "any run" if len(runs) == sum(record.status == "ok" for record in group.records) else ", ".join(runs)
+    return [f"No collapse alarm was computed for {who}: black pictures or noise would be ranked like others."]
+
+
+def _missing(group: Group) -> list[str]:
+    runs_without: dict[tuple[str, str, str], list[str]] = {}
+    for record, run in zip(group.records, group.run_names, strict=True):
+        for name in group.metrics:
+            entry = record.metrics.get(name, {})
+            if entry.get("status") in ("skipped", "failed"):
+                key = (name, entry["status"], str(entry.get("reason")))
+                runs_without.setdefault(key, []).append(f"{run} {compare.bits_label(record)}")
+    finished = sum(record.status == "ok" for record in group.records)
+    missing: dict[tuple[str, str, str], list[str]] = {}
+    for (name, status, why), runs in runs_without.items():
+        where = "" if len(runs) >= finished else f" for {', '.join(runs)}"
+        missing.setdefault((status, why, where), []).append(name)
+    return [f"{status}{where}: {why}: {', '.join(found)}" for (status, why, where), found in missing.items()]

@@ -1,0 +1,127 @@
+"""Who is ranked with whom, and what a run is flagged for."""
+
+from __future__ import annotations
+
+import pytest
+
+from ditbench.harness.records.attempts import read_all
+from ditbench.harness.report import compare, comparisons, contests, report
+from ditbench.harness.report.marks import untested, verdicts
+from ditbench.harness.report.table import table
+
+
+def only_group(results_dir):
+    (group,) = compare.groups(read_all(results_dir))
+    return group
+
+
+def marks(group, at="bits", metric="psnr"):
+    rows = zip(group.records, verdicts(group, metric, at), strict=True)
+    return {f"{record.method} {record.bits['label']}": verdict.mark for record, verdict in rows}
+
+
+@pytest.fixture
+def of_sizes(add_run, results_dir, metric):
+    """of_sizes([(method, bits, psnr, KiB stored), …]) → the group."""
+
+    def make(runs):
+        for method, bits, psnr, size in runs:
+            add_run(method, bits, metrics={"psnr": metric(psnr)}, efficiency={"model_bytes": size and size * 2**10})
+        return only_group(results_dir)
+
+    return make
+
+
+def test_at_equal_bytes_the_smallest_run_opens_a_contest_for_ten_percent_more(of_sizes):
+    group = of_sizes(
+        [("a", "W4A8", 20.0, 500), ("b", "W4A8", 21.0, 550), ("c", "W4A8", 22.0, 551), ("d", "W8A8", 30.0, 600)]
+    )
+    found = contests.contests(group, contests.BYTES)
+    called = contests.names(group, contests.BYTES)
+    assert [[called[place] for place in each.places] for each in found] == [["a W4A8", "b W4A8"], ["c W4A8", "d W8A8"]]
+    assert found[0].label == "0.49–0.54 MiB"
+    assert marks(group) == {"a W4A8": "", "b W4A8": "second", "c W4A8": "best", "d W8A8": ""}
+    assert marks(group, "bytes") == {"a W4A8": "second", "b W4A8": "best", "c W4A8": "second", "d W8A8": "best"}
+
+
+def test_a_run_whose_bytes_are_not_known_has_no_rank_among_equal_bytes(of_sizes):
+    group = of_sizes([("a", "W4A8", 20.0, 500), ("b", "W4A8", 21.0, 500), ("c", "W4A8", 30.0, None)])
+    assert marks(group, "bytes") == {"a W4A8": "second", "b W4A8": "best", "c W4A8": ""}
+    assert [row.cells[0].text for row in table(group, ["psnr"], at="bytes").rows] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("form", ["md", "csv", "latex"])
+def test_every_form_of_report_can_rank_at_equal_bytes(of_sizes, results_dir, form):
+    of_sizes([("a", "W8A8", 30.0, 600), ("b", "W4A8", 20.0, 590)])
+    text = report(results_dir, None, form, equal_bytes=True).text
+    assert {"md": "**30.00**", "csv": "0.58–0.59 MiB", "latex": r"\textbf{30.00}"}[form] in text
+    assert "b W4A8 − a W8A8" in comparisons(results_dir, equal_bytes=True).text
+
+
+def test_more_bits_than_the_label_says_are_flagged_above_ten_percent(add_run, results_dir):
+    for method, bits, taken in (("plain", "W4A8", 4.25), ("heavy", "W4A8", 4.5), ("eight", "W8A8", 8.7)):
+        record = add_run(method, bits)
+        record.bits["weight_bits_quantized_layers"] = taken
+        assert (contests.above_label(record) is not None) == (method == "heavy")
+    record.efficiency["compression_quantized_layers"] = 16 / 8.9  # with tables of biases
+    assert contests.above_label(record) == pytest.approx(8.9)
+    record.bits["label"] = "mixed"
+    assert contests.above_label(record) is None, "a mix of widths says none"
+
+
+def test_the_flag_is_at_the_bits_and_below_the_table(add_run, results_dir, metric):
+    add_run("plain", metrics={"psnr": metric(20.0)})
+    add_run("heavy", metrics={"psnr": metric(30.0)}, efficiency={"compression_quantized_layers": 2.0})
+    built = table(only_group(results_dir), ["psnr"])
+    assert {row.cells[0].text: row.cells[2].text.endswith("▲") for row in built.rows} == {"plain": False, "heavy": True}
+    assert any("heavy W4A8 (8.00 bits)" in note and "--equal-bytes" in note for note in built.notes)
+
+
+def test_balanced_and_random_labels_are_never_ranked_together(add_run, results_dir, metric):
+    add_run("a", metrics={"psnr": metric(20.0)}, labels="balanced")
+    add_run("b", metrics={"psnr": metric(30.0)}, labels="random")
+    groups = compare.groups(read_all(results_dir))
+    assert [len(group.records) for group in groups] == [1, 1]
+    assert {next(w for w in ("balanced labels", "random labels") if w in g.label) for g in groups} == {
+        "balanced labels",
+        "random labels",
+    }
+    assert all(set(marks(group, way).values()) == {""} for group in groups for way in ("bits", "bytes"))
+
+
+def test_without_what_a_test_needs_nobody_is_marked_and_the_table_says_so(add_run, results_dir, metric):
+    add_run("a", metrics={"psnr": metric(20.0)}, tested=False)
+    add_run("b", metrics={"psnr": metric(30.0)}, tested=False)
+    group = only_group(results_dir)
+    assert set(marks(group).values()) == {""} and untested(group, "psnr") == ["W4A8"]
+    assert any(note.startswith("No marks on psnr (W4A8)") for note in table(group, ["psnr"]).notes)
+
+
+def test_one_run_that_cannot_be_tested_leaves_the_whole_contest_unmarked(add_run, results_dir, metric):
+    """Or the best of those that can would be called best of all."""
+    add_run("a", metrics={"psnr": metric(20.0)})
+    add_run("b", metrics={"psnr": metric(30.0)})
+    add_run("c", metrics={"psnr": metric(40.0)}, tested=False)
+    assert set(marks(only_group(results_dir)).values()) == {""}
+
+
+def test_quality_stands_before_closeness_and_both_are_named(add_run, results_dir, metric, fid):
+    for method, value in (("a", 20.0), ("b", 30.0)):
+        add_run(method, metrics={"psnr": metric(value, unit="dB"), "fid": fid(value), "ssim": metric(0.5)})
+    built = table(only_group(results_dir), ["psnr", "fid", "ssim"])
+    assert [(column.title.split()[0], column.kind) for column in built.columns if column.kind] == [
+        ("fid", "quality"),
+        ("psnr", "closeness to float"),
+        ("ssim", "closeness to float"),
+    ]
+    assert "psnr ↑ (dB, closeness to float)" in report(results_dir).text.replace("\\", "")
+    above, heads = report(results_dir, out=results_dir / "x.md").text.splitlines()[2:4]
+    assert above.index("closeness") > above.index("quality") and heads.index("psnr") > heads.index("fid")
+
+
+def test_a_run_without_a_collapse_alarm_is_said(add_run, results_dir, metric):
+    add_run("a", metrics={"psnr": metric(20.0)})
+    add_run("b", metrics={"psnr": metric(30.0), "collapse": metric(0.0, better="lower", paired=False)})
+    assert any(
+        "No collapse alarm was computed for a W4A8" in note for note in table(only_group(results_dir), ["psnr"]).notes
+    )
