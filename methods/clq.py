@@ -16,6 +16,7 @@ CLPS. Range ends (l, r) of a quantizer are judged at a later layer T, where its 
     paper       here             meaning
     S           permutation      group (paper) | deal (ranks dealt out to the blocks in turn) | none | random
     o_j         score            absmax | rms | p999 of |X_j| over samples and tokens (p999: of each call, then the largest)
+    (signs)     signs            H = diag(±1) · Had, the signs drawn once (random), or Had alone (none)
     nb          blocks           number of Hadamard blocks; see `hadamard_blocks` where D/nb has no Hadamard matrix
     Δ           probe            shares of the range that are tried to find T
     T           choose           variance (paper) | peak (largest mean error)
@@ -26,12 +27,14 @@ CLPS. Range ends (l, r) of a quantizer are judged at a later layer T, where its 
 Certain, from the paper's figures and its public reviews: preceding blocks rounded and the calibrated one in float; G = S H
 with similar magnitudes together and two dense halves in the original order; a target layer downstream, of the largest
 variance, within three blocks; the squared error there. The text and code are not public in full; reconstructed are: the
-outlier score, Δ, the grid (that of 2DQuant by the same author: diagonal first, then around the best), the prefix depth
+outlier score, the signs of H (no source says any), Δ, the grid (that of 2DQuant by the same author: diagonal first, then around
+the best, here as long as the best moves), the prefix depth
 (`cbc_depth`: all blocks before, or 1, the previous block on otherwise float input), ranges as ratios of each row's
 ends, one quantizer rounded at a time during the search, all steps pooled. Quantizers of one block do not see one another.
 
 Departs from the paper: K is 20 and candidates stop at 0.4 (2DQuant: 100 and 0), on 4 samples × 4 steps and at most 1,024
-tokens, for CPUs. ε is divided by mean|Y_L|, or the target would follow the scale of the outputs. With one scale per token,
+tokens, for CPUs; weights are symmetric, as `bits` has it, and H has random signs, as all other rotations here. form=published has
+2DQuant's grid, two range ends of asymmetric weights, no signs and one scale per token. ε is divided by mean|Y_L|, or the target would follow the scale of the outputs. With one scale per token,
 grouping hurts, since the outliers' half sets the scale of both; with permutation=group, activations that are dynamic per
 token therefore get one scale per token and Hadamard block (`act_scale` auto). Dynamic activations have no fixed ends: one
 clip ratio per layer input is searched. Where nothing follows, the target is the layer's own output. `target` fp_network
@@ -53,6 +56,7 @@ from ditbench.harness.calibration.block_stream import MAX_BYTES, BlockInput, Blo
 from ditbench.harness.calibration.channel_statistics import ChannelMagnitude
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.forms import PUBLISHED, Form
 from ditbench.harness.fitting.rounding import act_quant, nearest, static_ranges
 from ditbench.harness.fitting.trial_layers import TrialLayer, float_model, input_ranges, trial_layers
 from ditbench.harness.quant.effective import effective_linear
@@ -61,13 +65,14 @@ from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import ModelRecipe, to_device
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.target import Site, Target, weight_matrix
-from ditbench.harness.quant.transforms import Hadamard, Permutation, Rotation, Transform
+from ditbench.harness.quant.transforms import Hadamard, Permutation, Rotation, Transform, random_signs
 
 PARTS = ("cbc", "obs", "clps")
 CHOICES = {
     "cbc_depth": ("all", "1"),
     "target": ("fp_block", "fp_network"),
     "permutation": ("group", "deal", "none", "random"),
+    "signs": ("random", "none"),
     "score": ("absmax", "rms", "p999"),
     "act_scale": ("auto", "token", "token_block"),
     "choose": ("variance", "peak"),
@@ -82,6 +87,7 @@ class Params:
     cbc_depth: str | int = "all"
     target: str = "fp_block"
     permutation: str = "group"
+    signs: str = "random"  # of the rotations: random | none
     score: str = "absmax"
     blocks: int = 2
     act_scale: str = "auto"
@@ -90,11 +96,11 @@ class Params:
     reach: int = 3
     grid: int = 20
     lowest: float = 0.4
-    local: int = 1  # how far around the best of the diagonal (i, i) the pairs (i + a, j + b) are searched
+    local: int = 1  # how far around the best pair (i, j) so far the pairs (i + a, j + b) are searched
     search_samples: int = 4
     search_steps: int = 4
     search_tokens: int = 1024  # in all of them: fewer samples of a model with longer sequences, but one per step
-    seed: int = 0  # of permutation=random
+    seed: int = 0  # of signs=random and permutation=random
     max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used
 
     def __post_init__(self) -> None:
@@ -119,6 +125,13 @@ class Params:
 
     def has(self, part: str) -> bool:
         return part in self.parts.split("+")
+
+
+FORMS = {
+    PUBLISHED: Form(
+        {"signs": "none", "act_scale": "token", "grid": 100, "lowest": 0.0, "local": 5}, {"bits.weight.symmetric": False}
+    )
+}
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
@@ -157,7 +170,7 @@ def walk(target: Target, calibration: Calibration, bits: Bits, params: Params, s
         for _ in range(2)
     )
     trials = trial_layers(stream.model)
-    generator = torch.Generator().manual_seed(params.seed)
+    generator, sign_generator = (torch.Generator().manual_seed(params.seed) for _ in range(2))
     for (block, module), _ in zip(stream, floats, strict=True):
         layers = {name: trials[name] for name in target.layers_in(block)}
         sites = [site for site in target.linear_sites() if any(name in layers for name in site.consumers)]
@@ -166,6 +179,10 @@ def walk(target: Target, calibration: Calibration, bits: Bits, params: Params, s
             for site in sites:
                 blocks, _ = hadamard_blocks(len(scores[site.name]), params.blocks)
                 state[f"{site.name}/order"] = channel_order(scores[site.name], blocks, params.permutation, generator)
+        if params.has("obs") and params.signs == "random":
+            for site in sites:
+                width = target.module(site.consumers[0]).in_features
+                state[f"{site.name}/signs"] = random_signs(width, sign_generator)
         rotated = transforms(target, state, params, sites)
         for name in layers:
             if name in rotated:
@@ -218,7 +235,8 @@ def transforms(
         if not readers:
             continue
         width = target.module(readers[0]).in_features
-        rotations: tuple[Rotation, ...] = (Hadamard(width, block_size=hadamard_blocks(width, params.blocks)[1]),)
+        block_size = hadamard_blocks(width, params.blocks)[1]
+        rotations: tuple[Rotation, ...] = (Hadamard(width, state.get(f"{site.name}/signs"), block_size),)
         if params.permutation != "none":
             rotations = (Permutation(state[f"{site.name}/order"]), *rotations)
         found |= dict.fromkeys(readers, Transform(rotations=rotations))
@@ -344,15 +362,22 @@ def loudest(error_cL: Tensor, choose: str) -> int:
 
 
 def search(loss: Callable[[float, float], float], params: Params, *, one_ratio: bool) -> tuple[float, float]:
-    """The ratios with the least loss: pairs (i, i) first, then (i ± local, j ± local) around the best of them."""
+    """The ratios with the least loss: pairs (i, i) first, then (i ± local, j ± local) around the best, as long as it moves.
+
+    Where the loss is a quadratic of the ends, that is the least of the whole grid (one round of pairs, as 2DQuant has it, is not:
+    the best pair may lie far from the diagonal).
+    """
     shares = [1 - i / params.grid for i in range(params.grid) if 1 - i / params.grid >= params.lowest - 1e-9]
     losses = {(i, i): loss(share, share) for i, share in enumerate(shares)}
-    best, _ = min(losses, key=losses.__getitem__)
-    if not one_ratio:
-        around = [i for i in range(best - params.local, best + params.local + 1) if 0 <= i < len(shares)]
-        losses |= {(i, j): loss(shares[i], shares[j]) for i in around for j in around if (i, j) not in losses}
-    low, high = min(losses, key=losses.__getitem__)
-    return shares[low], shares[high]
+    best, centre = min(losses, key=losses.__getitem__), None
+    while best != centre and not one_ratio:
+        centre = best
+        lows, highs = (
+            [i for i in range(at - params.local, at + params.local + 1) if 0 <= i < len(shares)] for at in centre
+        )
+        losses |= {(i, j): loss(shares[i], shares[j]) for i in lows for j in highs if (i, j) not in losses}
+        best = min(losses, key=losses.__getitem__)
+    return shares[best[0]], shares[best[1]]
 
 
 # --- what the state says about one layer
