@@ -37,7 +37,7 @@ from ditbench.harness.samples.seeds import sample_seeds
 
 @dataclass(frozen=True)
 class Params:
-    """Defaults are those of the released code's run scripts."""
+    """Defaults are those of the released code's run scripts but for its clipping ratios."""
 
     alpha: float = 0.6
     floor: float = 1e-5  # on both ranges and on Λ: a dead channel must not divide by zero

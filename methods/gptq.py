@@ -35,7 +35,7 @@ from ditbench.harness.quant.target import Target
 
 @dataclass(frozen=True)
 class Params:
-    """Defaults are those of the reference code."""
+    """Defaults are those of the reference code but for `ahead`."""
 
     damp: float = 0.01
     block: int = 128

@@ -56,7 +56,7 @@ PAPER_STEPS = 100  # that `groups` and `momentum` are for
 
 @dataclass(frozen=True)
 class Params:
-    """Defaults are the paper's."""
+    """Defaults are the paper's, of its 100 steps."""
 
     parts: str = "group+shift+scale"  # any of the three joined by +, or none
     groups: int = 10  # at most: no more than there are steps

@@ -107,8 +107,10 @@ def check_bits(bits: Bits) -> None:
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
-    stats = channel_stats(target, calibration)
-    state = {f"{site.name}/rms": rms(of_site(stats, site)) for site in target.linear_sites()}
+    state: dict[str, Tensor] = {}
+    if params.active & {"smooth", "rotate"}:  # TLQ alone looks at weights only
+        stats = channel_stats(target, calibration)
+        state = {f"{site.name}/rms": rms(of_site(stats, site)) for site in target.linear_sites()}
     if "smooth" in params.active:
         state |= smoothing(target, stats, params.alpha, params.floor)
     if "rotate" in params.active:

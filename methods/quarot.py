@@ -46,7 +46,7 @@ UNSIGNED = re.compile(r"(to_out\.0|to_add_out|ff(_context)?\.net\.2|single_trans
 
 @dataclass(frozen=True)
 class Params:
-    """Defaults are the paper's."""
+    """Defaults need no calibration; the release's are its published form."""
 
     seed: int = 0
     signs: str = "all"  # all | residual | none

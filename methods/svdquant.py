@@ -242,7 +242,7 @@ def fit_smoothing(
     target: Target, calibration: Calibration, samples: dict[str, Tensor], bits: Bits, params: Params
 ) -> dict[str, Tensor]:
     """{site/scale: λ} for every input that gets one; empty if smoothing is off."""
-    if params.smooth == "off" and not has_own_format(bits.act):
+    if params.smooth == "off" and not any(is_shifted(site, bits, params) for site in branch_sites(target, params)):
         return {}  # nobody asks for statistics
     stats = channel_stats(target, calibration)
     state = {}
