@@ -129,7 +129,8 @@ class Params:
 
 FORMS = {
     PUBLISHED: Form(
-        {"signs": "none", "act_scale": "token", "grid": 100, "lowest": 0.0, "local": 5}, {"bits.weight.symmetric": False}
+        {"signs": "none", "act_scale": "token", "grid": 100, "lowest": 0.0, "local": 5},
+        {"bits.weight.symmetric": False},
     )
 }
 

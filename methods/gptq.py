@@ -41,7 +41,9 @@ class Params:
     block: int = 128
     act_order: bool = False
     ranges: str = "minmax"  # of the scales: minmax | mse | shrink (the reference's option mse)
-    ahead: bool = True  # a group's scale is of its weights with all errors so far; the reference's: as of the last block
+    ahead: bool = (
+        True  # a group's scale is of its weights with all errors so far; the reference's: as of the last block
+    )
     max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used
 
     def __post_init__(self) -> None:

@@ -108,7 +108,9 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         if "scale" in params.active:
             magnitude_SC = shifted_absmax(site_stats, shift_GC[group_of_step])
             state[f"{site.name}/scale"] = scaling(
-                running_magnitude(magnitude_SC, params.momentum_of(len(magnitude_SC))), weight_absmax(target, site), params.floor
+                running_magnitude(magnitude_SC, params.momentum_of(len(magnitude_SC))),
+                weight_absmax(target, site),
+                params.floor,
             )
     transforms, folded = placement(target, state)
     return state | static_ranges(target, bits, calibration, transforms, folded, group_of_layer=group_of_layer)

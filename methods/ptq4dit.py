@@ -67,7 +67,13 @@ class Params(Reconstruction):
 
 FORMS = {
     PUBLISHED: Form(
-        {"iterations": 20_000, "learning_rate": 1e-3, "batch_size": 32, "batch_tokens": ALL_TOKENS, "error_over": "tokens"},
+        {
+            "iterations": 20_000,
+            "learning_rate": 1e-3,
+            "batch_size": 32,
+            "batch_tokens": ALL_TOKENS,
+            "error_over": "tokens",
+        },
         ASYMMETRIC_WEIGHTS | STATIC_ACTIVATIONS | {"calibration.n": 32},
     )
 }

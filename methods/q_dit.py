@@ -111,7 +111,9 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
     formats = bits_by_layer(target, bits, sizes, params)
 
     def round_weight(name: str, weight_OC: Tensor, hessian_CC: Tensor):
-        return gptq(weight_OC, hessian_CC, formats[name].weight, damp=params.damp, block=params.block, ahead=params.ahead)
+        return gptq(
+            weight_OC, hessian_CC, formats[name].weight, damp=params.damp, block=params.block, ahead=params.ahead
+        )
 
     weights = round_blockwise(target, calibration, round_weight, max_bytes=params.max_bytes)
     for name, weight in weights.items():

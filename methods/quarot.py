@@ -9,8 +9,8 @@
     clip    clip                        share of each token's range that dynamic quantizers keep; 1 keeps all
     w_clip  ranges=shrink               of each row the shrunken range with the least error (to the power 2.4)
 
-Signs matter where channels have a mean: the first column of H is constant, so that without signs a mean that all channels share (behind a
-GELU they do) comes to lie in one channel.
+Signs matter where channels have a mean: columns of H are not all balanced (Sylvester's has a constant one), so that without signs a
+mean that all channels share (behind a GELU they do) is gathered in a few.
 
 Departs from the paper: no rotation of the residual stream. adaLN multiplies by 1 + γ(c) after the norm, which does not
 commute with Q, so each linear rotates its own input online, at full width (the release: by head before o_proj). By default

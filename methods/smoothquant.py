@@ -46,7 +46,9 @@ class Params:
             raise ValueError(f"smoothquant: strength must be in [0, 1], got {self.strength}")
 
 
-FORMS = {PUBLISHED: Form()}  # the defaults are the release's: α, symmetric weights per channel, dynamic activations per token
+FORMS = {
+    PUBLISHED: Form()
+}  # the defaults are the release's: α, symmetric weights per channel, dynamic activations per token
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:

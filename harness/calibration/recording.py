@@ -36,7 +36,9 @@ from ditbench.harness.samples.seeds import sample_seeds
 KIND = "recording"  # of artifact
 BATCH = "batch.json"  # what a recording was drawn with
 MOST = 32  # samples of a batch that is found
-MEASURED = 1  # samples that are recorded in any case: layers, kernels and what the sampler reaches are looked at on them
+MEASURED = (
+    1  # samples that are recorded in any case: layers, kernels and what the sampler reaches are looked at on them
+)
 
 
 class Estimate(NamedTuple):

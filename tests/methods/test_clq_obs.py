@@ -189,7 +189,9 @@ def test_the_rotations_have_random_signs_or_none(small_target, small_calibration
     assert len(names) == len(small_target.linear_sites()) and not any(name.endswith("/signs") for name in plain)
     assert all(set(signed[name].tolist()) == {-1, 1} and not torch.equal(signed[name], other[name]) for name in names)
     orders = [name for name in plain if name.endswith("/order")]
-    assert orders and all(torch.equal(plain[f], signed[f]) for f in orders[:1])  # the first block's: nothing is rounded yet
+    assert orders and all(
+        torch.equal(plain[f], signed[f]) for f in orders[:1]
+    )  # the first block's: nothing is rounded yet
     site = small_target.linear_sites()[0]
     layer = site.consumers[0]
     found, bare = (
