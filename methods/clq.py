@@ -27,20 +27,19 @@ CLPS. Range ends (l, r) of a quantizer are judged at a later layer T, where its 
 Certain, from the paper's figures and its public reviews: preceding blocks rounded and the calibrated one in float; G = S H
 with similar magnitudes together and two dense halves in the original order; a target layer downstream, of the largest
 variance, within three blocks; the squared error there. The text and code are not public in full; reconstructed are: the
-outlier score, the signs of H (no source says any), Δ, the grid (that of 2DQuant by the same author: diagonal first, then around
-the best, here as long as the best moves), the prefix depth
-(`cbc_depth`: all blocks before, or 1, the previous block on otherwise float input), ranges as ratios of each row's
-ends, one quantizer rounded at a time during the search, all steps pooled. Quantizers of one block do not see one another.
+outlier score, the signs of H (no source says any), Δ, the grid (that of 2DQuant by the same author: diagonal first, then
+around the best, here as long as the best moves), the prefix depth (`cbc_depth`: all blocks before, or 1, the previous block
+on otherwise float input), ranges as ratios of each row's ends, one quantizer rounded at a time during the search, all steps
+pooled. Quantizers of one block do not see one another.
 
 Departs from the paper: K is 20 and candidates stop at 0.4 (2DQuant: 100 and 0), on 4 samples × 4 steps and at most 1,024
-tokens, for CPUs; weights are symmetric, as `bits` has it, and H has random signs, as all other rotations here. form=published has
-2DQuant's grid, two range ends of asymmetric weights, no signs and one scale per token. ε is divided by mean|Y_L|, or the target would follow the scale of the outputs. With one scale per token,
-grouping hurts, since the outliers' half sets the scale of both; with permutation=group, activations that are dynamic per
-token therefore get one scale per token and Hadamard block (`act_scale` auto). Dynamic activations have no fixed ends: one
-clip ratio per layer input is searched. Where nothing follows, the target is the layer's own output. `target` fp_network
-judges against the float network's own response, which lets a block make up for errors before it. Linears outside the
-blocks, and attention operands, are rounded plainly. With dynamic activations CBC alone calibrates nothing: its row equals
-the base.
+tokens, for CPUs; weights are symmetric, as `bits` has it, and H has random signs, as all other rotations here. form=published
+has 2DQuant's grid, the two range ends of asymmetric weights, no signs and one scale per token. ε is divided by mean|Y_L|, or
+the target would follow the scale of the outputs. With permutation=group, activations that are dynamic per token get one scale
+per token and Hadamard block (`act_scale` auto), or the outliers' half would set the scale of both. Dynamic activations have no
+fixed ends: one clip ratio per layer input is searched. Where nothing follows, the target is the layer's own output. `target`
+fp_network judges against the float network's own response, which lets a block make up for errors before it. Linears outside
+the blocks, and attention operands, are rounded plainly. With dynamic activations CBC alone calibrates nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ from ditbench.harness.calibration.block_stream import MAX_BYTES, BlockInput, Blo
 from ditbench.harness.calibration.channel_statistics import ChannelMagnitude
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.fitting.forms import PUBLISHED, Form
+from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, Form
 from ditbench.harness.fitting.rounding import act_quant, nearest, static_ranges
 from ditbench.harness.fitting.trial_layers import TrialLayer, float_model, input_ranges, trial_layers
 from ditbench.harness.quant.effective import effective_linear
@@ -96,7 +95,7 @@ class Params:
     reach: int = 3
     grid: int = 20
     lowest: float = 0.4
-    local: int = 1  # how far around the best pair (i, j) so far the pairs (i + a, j + b) are searched
+    local: int = 3  # how far around the best pair (i, j) so far the pairs (i + a, j + b) are searched
     search_samples: int = 4
     search_steps: int = 4
     search_tokens: int = 1024  # in all of them: fewer samples of a model with longer sequences, but one per step
@@ -112,27 +111,19 @@ class Params:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"clq: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("blocks", "grid", "search_samples", "search_steps", "search_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"clq: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("reach", "local"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"clq: {name} must be at least 0, got {getattr(self, name)}")
+        least = dict.fromkeys(("blocks", "grid", "search_samples", "search_steps", "search_tokens"), 1)
+        for name, bound in (least | {"reach": 0, "local": 0}).items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"clq: {name} must be at least {bound}, got {getattr(self, name)}")
         if not self.probe or not all(0 < c <= 1 for c in (*self.probe, self.lowest or 1)):
-            raise ValueError(
-                f"clq: probe and lowest are shares of a range in (0, 1], got {self.probe} and {self.lowest}"
-            )
+            raise ValueError(f"clq: probe and lowest are shares in (0, 1], got {self.probe} and {self.lowest}")
 
     def has(self, part: str) -> bool:
         return part in self.parts.split("+")
 
 
-FORMS = {
-    PUBLISHED: Form(
-        {"signs": "none", "act_scale": "token", "grid": 100, "lowest": 0.0, "local": 5},
-        {"bits.weight.symmetric": False},
-    )
-}
+ALL_OF_THE_GRID = {"grid": 100, "lowest": 0.0, "local": 5}  # 2DQuant's
+FORMS = {PUBLISHED: Form({"signs": "none", "act_scale": "token"} | ALL_OF_THE_GRID, ASYMMETRIC_WEIGHTS)}
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
@@ -175,15 +166,14 @@ def walk(target: Target, calibration: Calibration, bits: Bits, params: Params, s
     for (block, module), _ in zip(stream, floats, strict=True):
         layers = {name: trials[name] for name in target.layers_in(block)}
         sites = [site for site in target.linear_sites() if any(name in layers for name in site.consumers)]
+        if params.has("obs") and params.signs == "random":
+            widths = {site.name: target.module(site.consumers[0]).in_features for site in sites}
+            state |= {f"{name}/signs": random_signs(width, sign_generator) for name, width in widths.items()}
         if params.has("obs") and params.permutation != "none":
             scores = outlier_scores(stream, module, sites, layers, params.score)
             for site in sites:
                 blocks, _ = hadamard_blocks(len(scores[site.name]), params.blocks)
                 state[f"{site.name}/order"] = channel_order(scores[site.name], blocks, params.permutation, generator)
-        if params.has("obs") and params.signs == "random":
-            for site in sites:
-                width = target.module(site.consumers[0]).in_features
-                state[f"{site.name}/signs"] = random_signs(width, sign_generator)
         rotated = transforms(target, state, params, sites)
         for name in layers:
             if name in rotated:
@@ -363,20 +353,16 @@ def loudest(error_cL: Tensor, choose: str) -> int:
 
 
 def search(loss: Callable[[float, float], float], params: Params, *, one_ratio: bool) -> tuple[float, float]:
-    """The ratios with the least loss: pairs (i, i) first, then (i ± local, j ± local) around the best, as long as it moves.
-
-    Where the loss is a quadratic of the ends, that is the least of the whole grid (one round of pairs, as 2DQuant has it, is not:
-    the best pair may lie far from the diagonal).
+    """The ratios with the least loss: pairs (i, i) first, then (i ± local, j ± local) around the best, as long as it moves:
+    one round of pairs (2DQuant's) misses the grid's least where that lies far from the diagonal.
     """
     shares = [1 - i / params.grid for i in range(params.grid) if 1 - i / params.grid >= params.lowest - 1e-9]
     losses = {(i, i): loss(share, share) for i, share in enumerate(shares)}
     best, centre = min(losses, key=losses.__getitem__), None
     while best != centre and not one_ratio:
         centre = best
-        lows, highs = (
-            [i for i in range(at - params.local, at + params.local + 1) if 0 <= i < len(shares)] for at in centre
-        )
-        losses |= {(i, j): loss(shares[i], shares[j]) for i in lows for j in highs if (i, j) not in losses}
+        low, high = (range(max(at - params.local, 0), min(at + params.local + 1, len(shares))) for at in centre)
+        losses |= {(i, j): loss(shares[i], shares[j]) for i in low for j in high if (i, j) not in losses}
         best = min(losses, key=losses.__getitem__)
     return shares[best[0]], shares[best[1]]
 
