@@ -95,7 +95,7 @@ class Params:
     reach: int = 3
     grid: int = 20
     lowest: float = 0.4
-    local: int = 3  # how far around the best pair (i, j) so far the pairs (i + a, j + b) are searched
+    local: int = 4  # how far around the best pair (i, j) so far the pairs (i + a, j + b) are searched
     search_samples: int = 4
     search_steps: int = 4
     search_tokens: int = 1024  # in all of them: fewer samples of a model with longer sequences, but one per step
