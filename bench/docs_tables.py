@@ -88,6 +88,7 @@ def forms(*names: str) -> str:
         for _, run in runs[runs.status == "ok"].iterrows():
             words = dict(word.split("=", 1) for word in run["run"].split()[1:])
             form = words.pop("form", DEFAULT)
+            words = {"calibration.n" if name == "n" else name: value for name, value in words.items()}
             key = run.bits, run.method
             found.setdefault(key, {})[place, form] = with_interval(run, "psnr", 1)
             if form == PUBLISHED and words:
