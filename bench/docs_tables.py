@@ -9,6 +9,7 @@ A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
 
     table: NAME                      results/NAME.csv by bits, in the order of PSNR; means over seeds with 95 % intervals (Student's t); bold
                                      and underlined as NAME.csv marks best and second, if the tests behind it lie in NAME.tests.csv
+    forms: NAME, NAME                PSNR of each method's default and published form, from results/NAME.csv of several models
     paired: NAME, METRIC, RUN, RUN   the difference of two rows, seed by seed
     fit cost                         what `bench/fit_cost.py` wrote
     bench: FILE                      results/bench/FILE.json, which `ditbench bench` wrote
@@ -24,6 +25,8 @@ from pathlib import Path
 import pandas as pd
 
 from ditbench.eval.seed_differences import mean_over_seeds
+from ditbench.harness.fitting import registry
+from ditbench.harness.fitting.forms import DEFAULT, PUBLISHED, Form
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "docs" / f"{name}.md" for name in ("methods", "backends", "mixed-precision")]
@@ -77,6 +80,34 @@ def table(name: str) -> str:
         lines.append([*cells, f"{run.fit_s:.0f}", f"{run.fit_peak_memory_mib:.0f}"])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{text}\n\n{caption(runs, tested)}"
+
+
+def forms(*names: str) -> str:
+    """A line for each method and format that has a published form beside its default, and who has none."""
+    tables = [pd.read_csv(RESULTS / f"{name}.csv") for name in names]
+    found: dict[tuple[str, str], dict[tuple[int, str], str]] = {}
+    changed: dict[tuple[str, str], str] = {}
+    for place, runs in enumerate(tables):
+        for _, run in runs[runs.status == "ok"].iterrows():
+            words = dict(word.split("=", 1) for word in run["run"].split()[1:])
+            form = words.pop("form", DEFAULT)
+            words = {"calibration.n" if name == "n" else name: value for name, value in words.items()}
+            key = run.bits, run.method
+            found.setdefault(key, {})[place, form] = with_interval(run, "psnr", 1, tested=False)
+            if form == PUBLISHED and words:
+                changed[key] = " ".join(f"{name}={value}" for name, value in words.items())
+    heads = ["method", "bits"]
+    heads += [f"{form}, {runs.iloc[0].model}" for runs in tables for form in (DEFAULT, PUBLISHED)]
+    lines = [[*heads, "published but for"], ["---", "---", *["---:"] * (len(heads) - 2), "---"]]
+    for (bits, method), values in sorted(found.items()):
+        cells = [values.get((place, form), "–") for place in range(len(tables)) for form in (DEFAULT, PUBLISHED)]
+        lines.append([method, bits, *cells, changed.get((bits, method), "")])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    differing = {name for name in registry.known_methods() if vars(registry.forms_of(name)[PUBLISHED]) != vars(Form())}
+    measured = {method for (_, method), values in found.items() if any(form == PUBLISHED for _, form in values)}
+    left = sorted(differing - measured)
+    said = f"\n\nNot measured in their published form: {', '.join(left)}." if left else ""
+    return f"{text}\n\nPSNR to the float model, dB. {' '.join(caption(runs, tested=False) for runs in tables)}{said}"
 
 
 def difference(name: str, metric: str, one: str, other: str) -> str:
@@ -148,7 +179,7 @@ def caption(runs: pd.DataFrame, tested: bool) -> str:
     )
 
 
-CONTENT = {"table": table, "paired": difference, "fit cost": fit_cost, "bench": step_times}
+CONTENT = {"table": table, "forms": forms, "paired": difference, "fit cost": fit_cost, "bench": step_times}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ CLPS. Range ends (l, r) of a quantizer are judged at a later layer T, where its 
     paper       here             meaning
     S           permutation      group (paper) | deal (ranks dealt out to the blocks in turn) | none | random
     o_j         score            absmax | rms | p999 of |X_j| over samples and tokens (p999: of each call, then the largest)
+    (signs)     signs            H = diag(±1) · Had, the signs drawn once (random), or Had alone (none)
     nb          blocks           number of Hadamard blocks; see `hadamard_blocks` where D/nb has no Hadamard matrix
     Δ           probe            shares of the range that are tried to find T
     T           choose           variance (paper) | peak (largest mean error)
@@ -26,18 +27,19 @@ CLPS. Range ends (l, r) of a quantizer are judged at a later layer T, where its 
 Certain, from the paper's figures and its public reviews: preceding blocks rounded and the calibrated one in float; G = S H
 with similar magnitudes together and two dense halves in the original order; a target layer downstream, of the largest
 variance, within three blocks; the squared error there. The text and code are not public in full; reconstructed are: the
-outlier score, Δ, the grid (that of 2DQuant by the same author: diagonal first, then around the best), the prefix depth
-(`cbc_depth`: all blocks before, or 1, the previous block on otherwise float input), ranges as ratios of each row's
-ends, one quantizer rounded at a time during the search, all steps pooled. Quantizers of one block do not see one another.
+outlier score, the signs of H (no source says any), Δ, the grid (that of 2DQuant by the same author: diagonal first, then
+around the best, here as long as the best moves), the prefix depth (`cbc_depth`: all blocks before, or 1, the previous block
+on otherwise float input), ranges as ratios of each row's ends, one quantizer rounded at a time during the search, all steps
+pooled. Quantizers of one block do not see one another.
 
 Departs from the paper: K is 20 and candidates stop at 0.4 (2DQuant: 100 and 0), on 4 samples × 4 steps and at most 1,024
-tokens, for CPUs. ε is divided by mean|Y_L|, or the target would follow the scale of the outputs. With one scale per token,
-grouping hurts, since the outliers' half sets the scale of both; with permutation=group, activations that are dynamic per
-token therefore get one scale per token and Hadamard block (`act_scale` auto). Dynamic activations have no fixed ends: one
-clip ratio per layer input is searched. Where nothing follows, the target is the layer's own output. `target` fp_network
-judges against the float network's own response, which lets a block make up for errors before it. Linears outside the
-blocks, and attention operands, are rounded plainly. With dynamic activations CBC alone calibrates nothing: its row equals
-the base.
+tokens, for CPUs; weights are symmetric, as `bits` has it, and H has random signs, as all other rotations here. form=published
+has 2DQuant's grid, the two range ends of asymmetric weights, no signs and one scale per token. ε is divided by mean|Y_L|, or
+the target would follow the scale of the outputs. With permutation=group, activations that are dynamic per token get one scale
+per token and Hadamard block (`act_scale` auto), or the outliers' half would set the scale of both. Dynamic activations have no
+fixed ends: one clip ratio per layer input is searched. Where nothing follows, the target is the layer's own output. `target`
+fp_network judges against the float network's own response, which lets a block make up for errors before it. Linears outside
+the blocks, and attention operands, are rounded plainly. With dynamic activations CBC alone calibrates nothing.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ from ditbench.harness.calibration.block_stream import MAX_BYTES, BlockInput, Blo
 from ditbench.harness.calibration.channel_statistics import ChannelMagnitude
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, Form
 from ditbench.harness.fitting.rounding import act_quant, nearest, static_ranges
 from ditbench.harness.fitting.trial_layers import TrialLayer, float_model, input_ranges, trial_layers
 from ditbench.harness.quant.effective import effective_linear
@@ -61,13 +64,14 @@ from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import ModelRecipe, to_device
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.target import Site, Target, weight_matrix
-from ditbench.harness.quant.transforms import Hadamard, Permutation, Rotation, Transform
+from ditbench.harness.quant.transforms import Hadamard, Permutation, Rotation, Transform, random_signs
 
 PARTS = ("cbc", "obs", "clps")
 CHOICES = {
     "cbc_depth": ("all", "1"),
     "target": ("fp_block", "fp_network"),
     "permutation": ("group", "deal", "none", "random"),
+    "signs": ("random", "none"),
     "score": ("absmax", "rms", "p999"),
     "act_scale": ("auto", "token", "token_block"),
     "choose": ("variance", "peak"),
@@ -82,6 +86,7 @@ class Params:
     cbc_depth: str | int = "all"
     target: str = "fp_block"
     permutation: str = "group"
+    signs: str = "random"  # of the rotations: random | none
     score: str = "absmax"
     blocks: int = 2
     act_scale: str = "auto"
@@ -90,11 +95,11 @@ class Params:
     reach: int = 3
     grid: int = 20
     lowest: float = 0.4
-    local: int = 1  # how far around the best of the diagonal (i, i) the pairs (i + a, j + b) are searched
+    local: int = 4  # how far around the best pair (i, j) so far the pairs (i + a, j + b) are searched
     search_samples: int = 4
     search_steps: int = 4
     search_tokens: int = 1024  # in all of them: fewer samples of a model with longer sequences, but one per step
-    seed: int = 0  # of permutation=random
+    seed: int = 0  # of signs=random and permutation=random
     max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used
 
     def __post_init__(self) -> None:
@@ -106,19 +111,19 @@ class Params:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"clq: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("blocks", "grid", "search_samples", "search_steps", "search_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"clq: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("reach", "local"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"clq: {name} must be at least 0, got {getattr(self, name)}")
+        least = dict.fromkeys(("blocks", "grid", "search_samples", "search_steps", "search_tokens"), 1)
+        for name, bound in (least | {"reach": 0, "local": 0}).items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"clq: {name} must be at least {bound}, got {getattr(self, name)}")
         if not self.probe or not all(0 < c <= 1 for c in (*self.probe, self.lowest or 1)):
-            raise ValueError(
-                f"clq: probe and lowest are shares of a range in (0, 1], got {self.probe} and {self.lowest}"
-            )
+            raise ValueError(f"clq: probe and lowest are shares in (0, 1], got {self.probe} and {self.lowest}")
 
     def has(self, part: str) -> bool:
         return part in self.parts.split("+")
+
+
+ALL_OF_THE_GRID = {"grid": 100, "lowest": 0.0, "local": 5}  # 2DQuant's
+FORMS = {PUBLISHED: Form({"signs": "none", "act_scale": "token"} | ALL_OF_THE_GRID, ASYMMETRIC_WEIGHTS)}
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
@@ -157,10 +162,13 @@ def walk(target: Target, calibration: Calibration, bits: Bits, params: Params, s
         for _ in range(2)
     )
     trials = trial_layers(stream.model)
-    generator = torch.Generator().manual_seed(params.seed)
+    generator, sign_generator = (torch.Generator().manual_seed(params.seed) for _ in range(2))
     for (block, module), _ in zip(stream, floats, strict=True):
         layers = {name: trials[name] for name in target.layers_in(block)}
         sites = [site for site in target.linear_sites() if any(name in layers for name in site.consumers)]
+        if params.has("obs") and params.signs == "random":
+            widths = {site.name: target.module(site.consumers[0]).in_features for site in sites}
+            state |= {f"{name}/signs": random_signs(width, sign_generator) for name, width in widths.items()}
         if params.has("obs") and params.permutation != "none":
             scores = outlier_scores(stream, module, sites, layers, params.score)
             for site in sites:
@@ -218,7 +226,8 @@ def transforms(
         if not readers:
             continue
         width = target.module(readers[0]).in_features
-        rotations: tuple[Rotation, ...] = (Hadamard(width, block_size=hadamard_blocks(width, params.blocks)[1]),)
+        block_size = hadamard_blocks(width, params.blocks)[1]
+        rotations: tuple[Rotation, ...] = (Hadamard(width, state.get(f"{site.name}/signs"), block_size),)
         if params.permutation != "none":
             rotations = (Permutation(state[f"{site.name}/order"]), *rotations)
         found |= dict.fromkeys(readers, Transform(rotations=rotations))
@@ -344,15 +353,18 @@ def loudest(error_cL: Tensor, choose: str) -> int:
 
 
 def search(loss: Callable[[float, float], float], params: Params, *, one_ratio: bool) -> tuple[float, float]:
-    """The ratios with the least loss: pairs (i, i) first, then (i ± local, j ± local) around the best of them."""
+    """The ratios with the least loss: pairs (i, i) first, then (i ± local, j ± local) around the best, as long as it moves:
+    one round of pairs (2DQuant's) misses the grid's least where that lies far from the diagonal.
+    """
     shares = [1 - i / params.grid for i in range(params.grid) if 1 - i / params.grid >= params.lowest - 1e-9]
     losses = {(i, i): loss(share, share) for i, share in enumerate(shares)}
-    best, _ = min(losses, key=losses.__getitem__)
-    if not one_ratio:
-        around = [i for i in range(best - params.local, best + params.local + 1) if 0 <= i < len(shares)]
-        losses |= {(i, j): loss(shares[i], shares[j]) for i in around for j in around if (i, j) not in losses}
-    low, high = min(losses, key=losses.__getitem__)
-    return shares[low], shares[high]
+    best, centre = min(losses, key=losses.__getitem__), None
+    while best != centre and not one_ratio:
+        centre = best
+        low, high = (range(max(at - params.local, 0), min(at + params.local + 1, len(shares))) for at in centre)
+        losses |= {(i, j): loss(shares[i], shares[j]) for i in low for j in high if (i, j) not in losses}
+        best = min(losses, key=losses.__getitem__)
+    return shares[best[0]], shares[best[1]]
 
 
 # --- what the state says about one layer

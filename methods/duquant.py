@@ -6,9 +6,10 @@
     Λ         scale_C        one per layer input
     α         alpha          0.6
     R₁ P R₂   Dual           greedy block rotations around a zigzag permutation (`harness.quant.rotations`)
+    swc, lac  weight_clip, act_clip   shares of a row's and of a token's range that are kept; 1 keeps all (the release: 0.8, 0.9)
 
-Departs from the paper: fitted on a sample of tokens over all denoising steps; no clipping ratios and no learned clipping
-(DuQuant+LWC); Λ is shared by all layers that read the same tensor and folded into its producer where one is known; the
+Departs from the paper: fitted on a sample of tokens over all denoising steps; by default neither clipping ratios nor asymmetric ranges on both sides
+(form=published has them), and no learned clipping (DuQuant+LWC); Λ is shared by all layers that read the same tensor and folded into its producer where one is known; the
 rotations run online at every layer input (adaLN does not commute with them).
 """
 
@@ -21,8 +22,11 @@ from torch import Tensor
 
 from ditbench.harness.calibration.channel_statistics import channel_stats, of_site, token_sample, tokens_of_site
 from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, Form
 from ditbench.harness.fitting.rounding import nearest, static_ranges
-from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.effective import effective_linear
+from ditbench.harness.quant.quantizers import quantize_weight
+from ditbench.harness.quant.recipe import ModelRecipe, clipped, to_device
 from ditbench.harness.quant.rotations import Dual, dual_rotation
 from ditbench.harness.quant.smoothing import place, smoothing_scale, weight_absmax
 from ditbench.harness.quant.spec import Bits
@@ -33,23 +37,37 @@ from ditbench.harness.samples.seeds import sample_seeds
 
 @dataclass(frozen=True)
 class Params:
-    """Defaults are those of the released code's run scripts."""
+    """Defaults are those of the released code's run scripts but for its clipping ratios."""
 
     alpha: float = 0.6
     floor: float = 1e-5  # on both ranges and on Λ: a dead channel must not divide by zero
     block_size: int = 128  # at most; the largest divisor of the width is taken
     steps: int = 256  # greedy
     tokens: int = 512  # that the rotations are fitted on, per layer input
+    weight_clip: float = 1.0
+    act_clip: float = 1.0  # of dynamic activations
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"duquant: alpha must be in [0, 1], got {self.alpha}")
+        if not 0.0 < self.weight_clip <= 1.0 or not 0.0 < self.act_clip <= 1.0:
+            raise ValueError(
+                f"duquant: weight_clip and act_clip must be in (0, 1], got {self.weight_clip} and {self.act_clip}"
+            )
         if self.block_size < 1 or self.steps < 0 or self.tokens < 1:
             raise ValueError(
                 "duquant: block_size and tokens must be at least 1, steps at least 0; "
                 f"got {self.block_size}, {self.tokens}, {self.steps}"
             )
+
+
+FORMS = {
+    PUBLISHED: Form(
+        {"weight_clip": 0.8, "act_clip": 0.9},
+        ASYMMETRIC_WEIGHTS | {"bits.act.symmetric": False, "calibration.n": 128},
+    )
+}
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
@@ -67,7 +85,14 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
 
 
 def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) -> ModelRecipe:
-    return nearest(target, bits, state, *placement(target, state))
+    transforms, folded = placement(target, state)
+    weights = {}
+    if bits.weight is not None and params.weight_clip != 1:
+        for name in target.layers:
+            weight_OC = effective_linear(target, name, transforms, folded).weight_OC
+            rounded = quantize_weight(weight_OC, bits.weight, ratios=(params.weight_clip, params.weight_clip))
+            weights[name] = to_device(rounded, "cpu")
+    return clipped(nearest(target, bits, state, transforms, folded, weights=weights), params.act_clip)
 
 
 def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Transform], frozenset[str]]:

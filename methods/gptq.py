@@ -10,7 +10,9 @@
 The solver is `harness.quant.gptq`. Blocks are calibrated one after the other on what the rounded blocks before them give.
 
 Departs from the paper: activations are quantized as `bits` says (the paper leaves them in float); the calibration is the
-sampler's trajectory, all steps pooled; its size is bounded by `max_bytes`.
+sampler's trajectory, all steps pooled; its size is bounded by `max_bytes`. By default weights are symmetric, as `bits` has it, and
+scales of groups inside a block are those of updated weights (`ahead`). form=published: the reference's asymmetric grid, 128
+samples, and groups as they stood before their block.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from ditbench.harness.calibration.block_stream import MAX_BYTES
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.fitting.blockwise import round_blockwise, weight_from_state, weight_state
+from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, Form
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.gptq import gptq
 from ditbench.harness.quant.quantizers import RANGES
@@ -32,12 +35,15 @@ from ditbench.harness.quant.target import Target
 
 @dataclass(frozen=True)
 class Params:
-    """Defaults are those of the reference code."""
+    """Defaults are those of the reference code but for `ahead`."""
 
     damp: float = 0.01
     block: int = 128
     act_order: bool = False
-    ranges: str = "minmax"  # of the scales: minmax | mse
+    ranges: str = "minmax"  # of the scales: minmax | mse | shrink (the reference's option mse)
+    ahead: bool = (
+        True  # a group's scale is of its weights with all errors so far; the reference's: as of the last block
+    )
     max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used
 
     def __post_init__(self) -> None:
@@ -45,6 +51,9 @@ class Params:
             raise ValueError(f"gptq: ranges must be one of {', '.join(RANGES)}, got {self.ranges!r}")
         if self.damp < 0 or self.block < 1:
             raise ValueError(f"gptq: damp must be ≥ 0 and block ≥ 1, got {self.damp} and {self.block}")
+
+
+FORMS = {PUBLISHED: Form({"ahead": False}, ASYMMETRIC_WEIGHTS | {"calibration.n": 128})}
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
@@ -63,6 +72,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
             block=params.block,
             act_order=params.act_order,
             ranges=params.ranges,
+            ahead=params.ahead,
         )
 
     weights = round_blockwise(target, calibration, round_weight, max_bytes=params.max_bytes)

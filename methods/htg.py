@@ -9,10 +9,14 @@ Activations of a DiT have asymmetric channel outliers that drift over the timest
 
     paper   here                meaning
     z_t     centre_SC           per step and channel
-    G       groups              steps // 10 by default
+    G       groups              10, one per step where there are fewer steps
     z̄_g     shift (table)       per group and channel
-    α       momentum            0.99
+    α       momentum            0.99 at T = 100; at other T the power of it that leaves the noisiest step its weight
     s       scale_C             one per layer input, for all steps
+
+The paper samples with T = 100 steps, where G = T / 10 and α^(T−1) = 0.37 is the weight of the noisiest step in m_1. Both describe
+a trajectory, which 20 steps go through as 100 do: there G = 2 would leave most of the drift inside a group, and α = 0.99 would give the
+noisiest step 0.83. So G is 10, and α_T = α^(99 / (T − 1)), whatever T is: the paper's own at T = 100 (`PAPER_STEPS`).
 
 `parts` switches grouping, shift and scale for the ablation; without "group" all steps are one group.
 
@@ -23,7 +27,8 @@ protocol's activations are static, each group of steps has its own range.
 Departs from the paper: its text was not available and two public re-implementations disagree; taken are the square-root
 form of s with |X − z̄_g| (SmoothQuant at 0.5 on shifted activations) and squared distance between means as linkage. The
 bias term W z̄_g, missing in one of them, is kept: without it the float output changes. The fold into V replaces an explicit
-division. With dynamic activations (the default protocol) only shift and scale remain of the method.
+division. With dynamic activations (the default protocol) only shift and scale remain of the method; form=published has the
+paper's static ranges.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from torch import Tensor
 
 from ditbench.harness.calibration.channel_statistics import ChannelStats, channel_stats, of_site
 from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.forms import PUBLISHED, STATIC_ACTIVATIONS, Form
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.clustering import adjacent_clusters, group_means
 from ditbench.harness.quant.recipe import ModelRecipe
@@ -45,15 +51,16 @@ from ditbench.harness.quant.target import Target
 from ditbench.harness.quant.transforms import Transform
 
 PARTS = ("group", "shift", "scale")
+PAPER_STEPS = 100  # that `groups` and `momentum` are for
 
 
 @dataclass(frozen=True)
 class Params:
-    """Defaults are the paper's."""
+    """Defaults are the paper's, of its 100 steps."""
 
     parts: str = "group+shift+scale"  # any of the three joined by +, or none
-    groups: int | None = None  # None: steps // 10, at least 1
-    momentum: float = 0.99
+    groups: int = 10  # at most: no more than there are steps
+    momentum: float = 0.99  # at PAPER_STEPS
     floor: float = 1e-5  # on both ranges: a dead channel must not divide by zero
 
     def __post_init__(self) -> None:
@@ -61,7 +68,7 @@ class Params:
             raise ValueError(f"htg: parts are {', '.join(PARTS)} joined by +, or none; got {self.parts!r}")
         if not 0.0 <= self.momentum <= 1.0:
             raise ValueError(f"htg: momentum must be in [0, 1], got {self.momentum}")
-        if self.groups is not None and self.groups < 1:
+        if self.groups < 1:
             raise ValueError(f"htg: groups must be at least 1, got {self.groups}")
 
     @property
@@ -69,8 +76,15 @@ class Params:
         return set() if self.parts == "none" else set(self.parts.split("+"))
 
     def groups_of(self, num_steps: int) -> int:
-        """G, at least one and no more than there are steps."""
-        return min(self.groups or max(1, num_steps // 10), num_steps) if "group" in self.active else 1
+        """G, no more than there are steps."""
+        return min(self.groups, num_steps) if "group" in self.active else 1
+
+    def momentum_of(self, num_steps: int) -> float:
+        """α_T, with which the noisiest of T steps has the weight that it has at PAPER_STEPS."""
+        return self.momentum ** ((PAPER_STEPS - 1) / max(num_steps - 1, 1))
+
+
+FORMS = {PUBLISHED: Form(settings=STATIC_ACTIVATIONS | {"calibration.n": 32})}
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
@@ -94,7 +108,9 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         if "scale" in params.active:
             magnitude_SC = shifted_absmax(site_stats, shift_GC[group_of_step])
             state[f"{site.name}/scale"] = scaling(
-                running_magnitude(magnitude_SC, params.momentum), weight_absmax(target, site), params.floor
+                running_magnitude(magnitude_SC, params.momentum_of(len(magnitude_SC))),
+                weight_absmax(target, site),
+                params.floor,
             )
     transforms, folded = placement(target, state)
     return state | static_ranges(target, bits, calibration, transforms, folded, group_of_layer=group_of_layer)

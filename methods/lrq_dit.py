@@ -19,7 +19,8 @@ Per layer input, in this order:
 `parts` switches smoothing, rotation and TLQ for the ablation; without "tlq" weights are rounded to nearest. With
 choose=measured a site takes the rotation with the lower output error on the calibration tokens, and J only reports.
 
-Departs from the paper: TLQ in its "strict" form, see `harness.quant.tlq` (tlq=paper, tlq=code for the others); m is shared
+Departs from the paper: TLQ in its "strict" form, see `harness.quant.tlq` (tlq=paper for Eq. 7 as written; tlq=code, and
+form=published, for the release's grid, which takes more than b bits); m is shared
 by all layers that read the same tensor and folded into its producer where one is known, else it runs online. The released
 code names the layers of the second branch instead of computing J; raw input and all steps are our reading. Activations are
 as `bits` says (released: dynamic per token). The paper's text was read second-hand.
@@ -42,6 +43,7 @@ from ditbench.harness.calibration.channel_statistics import (
 )
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.forms import PUBLISHED, Form
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
@@ -95,6 +97,9 @@ class Params:
         return set() if self.parts == "none" else set(self.parts.split("+"))
 
 
+FORMS = {PUBLISHED: Form({"tlq": "code"}, {"calibration.n": 8})}  # the release's grid, which its tables were made with
+
+
 def check_bits(bits: Bits) -> None:
     needs_integers("lrq_dit", bits.weight, bits.act)
     if bits.weight is not None and bits.weight.granularity != "per_channel":
@@ -102,8 +107,10 @@ def check_bits(bits: Bits) -> None:
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
-    stats = channel_stats(target, calibration)
-    state = {f"{site.name}/rms": rms(of_site(stats, site)) for site in target.linear_sites()}
+    state: dict[str, Tensor] = {}
+    if params.active & {"smooth", "rotate"}:  # TLQ alone looks at weights only
+        stats = channel_stats(target, calibration)
+        state = {f"{site.name}/rms": rms(of_site(stats, site)) for site in target.linear_sites()}
     if "smooth" in params.active:
         state |= smoothing(target, stats, params.alpha, params.floor)
     if "rotate" in params.active:

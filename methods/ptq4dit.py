@@ -21,8 +21,8 @@ block reconstruction: AdaRound, and learned scales of static activations (`harne
 
 Departs from the paper: 100 iterations per block at a learning rate of 3e-2 instead of 20,000 at 1e-3 (`iterations`,
 `learning_rate`), and the reported numbers depend on reconstruction; only the blocks are reconstructed, layers outside
-are rounded to nearest (the release: embedders and the last layer too); the error is summed over channels (the release:
-over dimension 1, which on a DiT are the tokens); all recorded timesteps calibrate (25 or 10 of them there); ρ_t is per
+are rounded to nearest (the release: embedders and the last layer too); the error is summed over channels (`error_over`; the
+release: over dimension 1, which on a DiT are the tokens); all recorded timesteps calibrate (25 or 10 of them there); ρ_t is per
 timestep as in Eq. 11 (the release: per sample row of one class); calibration classes are drawn at random (the release
 sees classes 0–15 only); s(W) of q, k, v is taken over the three together, since they share B^X.
 """
@@ -37,7 +37,8 @@ from torch import Tensor
 
 from ditbench.harness.calibration.channel_statistics import channel_stats, of_site
 from ditbench.harness.calibration.recording import Calibration
-from ditbench.harness.fitting.reconstruct import Reconstruction, learned_weights, reconstruct
+from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, STATIC_ACTIVATIONS, Form
+from ditbench.harness.fitting.reconstruct import ALL_TOKENS, Reconstruction, learned_weights, reconstruct
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.smoothing import place, weight_absmax
@@ -62,6 +63,20 @@ class Params(Reconstruction):
             raise ValueError(f"ptq4dit: parts must be {', '.join(PARTS[:-1])} or {PARTS[-1]}, got {self.parts!r}")
         if self.ranges not in ("mse", "minmax"):
             raise ValueError(f"ptq4dit: ranges must be mse or minmax, got {self.ranges!r}")
+
+
+FORMS = {
+    PUBLISHED: Form(
+        {
+            "iterations": 20_000,
+            "learning_rate": 1e-3,
+            "batch_size": 32,
+            "batch_tokens": ALL_TOKENS,
+            "error_over": "tokens",
+        },
+        ASYMMETRIC_WEIGHTS | STATIC_ACTIVATIONS | {"calibration.n": 32},
+    )
+}
 
 
 def check_bits(bits: Bits) -> None:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.calibration.recording import Calibration, selected
-from ditbench.harness.fitting.reconstruct import Reconstruction, learned_weights, reconstruct
+from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, STATIC_ACTIVATIONS, Form
+from ditbench.harness.fitting.reconstruct import ALL_TOKENS, Reconstruction, learned_weights, reconstruct
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, needs_integers
@@ -54,6 +55,14 @@ class Params(Reconstruction):
             raise ValueError(f"ptq4dm: samples must be at least 1, got {self.samples}")
         if self.ranges not in ("mse", "minmax"):
             raise ValueError(f"ptq4dm: ranges must be mse or minmax, got {self.ranges!r}")
+
+
+FORMS = {
+    PUBLISHED: Form(
+        {"mean": 0.4, "std": 0.4, "learning_rate": 1e-3, "batch_size": 32, "batch_tokens": ALL_TOKENS},
+        ASYMMETRIC_WEIGHTS | STATIC_ACTIVATIONS,
+    )
+}
 
 
 def select_calibration(calibration: Calibration, params: Params, seed: int) -> Calibration:

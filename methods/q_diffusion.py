@@ -16,7 +16,7 @@ learned step sizes of static activations (LSQ):
     p       scale_power              2.4, the power of the error while δ_X is learned
 
 Departs from the paper: 100 iterations at a learning rate of 3e-2 instead of 20,000 at 1e-3, and 50 instead of 5,000 for the
-step sizes; α is learned with activations already quantized (there: in float), and each block's step sizes before the next
+step sizes; α is learned with activations already quantized (`float_inputs`; there: in float), and each block's step sizes before the next
 block (there: in a second pass); only the blocks are reconstructed; the shortcut splitting is for U-Nets and has no place
 in a DiT; the ranges of static activations are searched on a sample of their values. Conditional and unconditional inputs
 both calibrate, as there.
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.calibration.recording import Calibration, selected
-from ditbench.harness.fitting.reconstruct import Reconstruction, learned_weights, reconstruct
+from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, STATIC_ACTIVATIONS, Form
+from ditbench.harness.fitting.reconstruct import ALL_TOKENS, Reconstruction, learned_weights, reconstruct
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, needs_integers
@@ -53,6 +54,21 @@ class Params(Reconstruction):
             raise ValueError(f"q_diffusion: steps must be at least 1, got {self.steps}")
         if self.ranges not in ("shrink", "mse", "minmax"):
             raise ValueError(f"q_diffusion: ranges must be shrink, mse or minmax, got {self.ranges!r}")
+
+
+FORMS = {
+    PUBLISHED: Form(
+        {
+            "iterations": 20_000,
+            "learning_rate": 1e-3,
+            "scale_iterations": 5_000,
+            "batch_size": 32,
+            "batch_tokens": ALL_TOKENS,
+            "float_inputs": True,
+        },
+        ASYMMETRIC_WEIGHTS | STATIC_ACTIVATIONS | {"calibration.n": 256},
+    )
+}
 
 
 def select_calibration(calibration: Calibration, params: Params, seed: int) -> Calibration:

@@ -39,6 +39,7 @@ from ditbench.harness.calibration.block_stream import MAX_BYTES
 from ditbench.harness.calibration.recording import Calibration, spread
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.blockwise import round_blockwise, weight_from_state, weight_state
+from ditbench.harness.fitting.forms import PUBLISHED, Form
 from ditbench.harness.fitting.rounding import nearest
 from ditbench.harness.quant.gptq import gptq
 from ditbench.harness.quant.recipe import ModelRecipe
@@ -58,6 +59,7 @@ class Params:
     symmetric: bool = False
     damp: float = 0.01
     block: int = 128
+    ahead: bool = True  # of GPTQ, see there
     max_bytes: int = MAX_BYTES  # of the hidden states kept at a time: so many rows are used
     search: str = "off"  # off | evolution
     sizes: tuple[int, ...] = (32, 64, 128, 192, 288)
@@ -87,6 +89,9 @@ class Params:
             raise ValueError(f"q_dit: mutation_probability must be in [0, 1], got {self.mutation_probability}")
 
 
+FORMS = {PUBLISHED: Form({"search": "evolution", "ahead": False}, {"calibration.n": 256})}
+
+
 def check_bits(bits: Bits) -> None:
     if bits.act is not None and not bits.act.dynamic:
         raise UserError("q_dit quantizes activations per token and group, dynamically; set bits.act.dynamic=true")
@@ -106,7 +111,9 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
     formats = bits_by_layer(target, bits, sizes, params)
 
     def round_weight(name: str, weight_OC: Tensor, hessian_CC: Tensor):
-        return gptq(weight_OC, hessian_CC, formats[name].weight, damp=params.damp, block=params.block)
+        return gptq(
+            weight_OC, hessian_CC, formats[name].weight, damp=params.damp, block=params.block, ahead=params.ahead
+        )
 
     weights = round_blockwise(target, calibration, round_weight, max_bytes=params.max_bytes)
     for name, weight in weights.items():

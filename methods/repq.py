@@ -36,6 +36,7 @@ from torch import Tensor
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.calibration.channel_statistics import channel_stats, inputs_observed, of_site, run_calibration
 from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, STATIC_ACTIVATIONS, Form
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.quantizers import quantize_weight
 from ditbench.harness.quant.recipe import ModelRecipe, to_device
@@ -62,6 +63,9 @@ class Params:
             raise ValueError(f"repq: softmax must be log_sqrt2 or uniform, got {self.softmax!r}")
         if self.tokens < 1:
             raise ValueError(f"repq: tokens must be at least 1, got {self.tokens}")
+
+
+FORMS = {PUBLISHED: Form(settings=ASYMMETRIC_WEIGHTS | STATIC_ACTIVATIONS | {"calibration.n": 32})}
 
 
 def check_bits(bits: Bits) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.forms import PUBLISHED, Form
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits
@@ -24,6 +25,9 @@ from ditbench.harness.quant.target import Target
 @dataclass(frozen=True)
 class Params:
     """Nothing to choose."""
+
+
+FORMS = {PUBLISHED: Form()}  # so that a sweep of published forms has its baseline
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:

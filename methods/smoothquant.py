@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ditbench.harness.calibration.channel_statistics import channel_stats, of_site
 from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.fitting.forms import PUBLISHED, Form
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.smoothing import place, smoothing_scale, weight_absmax
@@ -43,6 +44,11 @@ class Params:
     def __post_init__(self) -> None:
         if not 0.0 <= self.strength <= 1.0:
             raise ValueError(f"smoothquant: strength must be in [0, 1], got {self.strength}")
+
+
+FORMS = {
+    PUBLISHED: Form()
+}  # the defaults are the release's: α, symmetric weights per channel, dynamic activations per token
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ from ditbench.harness.calibration.channel_statistics import (
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.blockwise import round_blockwise, weight_from_state, weight_state
+from ditbench.harness.fitting.forms import PUBLISHED, Form
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.gptq import gptq
@@ -92,6 +93,9 @@ class Params:
                 raise ValueError(f"svdquant: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.gelu_shift < 0:
             raise ValueError(f"svdquant: gelu_shift must be at least 0, got {self.gelu_shift}")
+
+
+FORMS = {PUBLISHED: Form({"num_grids": 20, "iterations": 100}, {"calibration.n": 128})}
 
 
 def check_bits(bits: Bits) -> None:
@@ -238,7 +242,7 @@ def fit_smoothing(
     target: Target, calibration: Calibration, samples: dict[str, Tensor], bits: Bits, params: Params
 ) -> dict[str, Tensor]:
     """{site/scale: λ} for every input that gets one; empty if smoothing is off."""
-    if params.smooth == "off" and not has_own_format(bits.act):
+    if params.smooth == "off" and not any(is_shifted(site, bits, params) for site in branch_sites(target, params)):
         return {}  # nobody asks for statistics
     stats = channel_stats(target, calibration)
     state = {}

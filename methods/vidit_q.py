@@ -9,8 +9,8 @@ the timesteps (spread over all channels by a rotation). Per layer input
     paper     here                     meaning
     α         alpha                    exponent of the *weight* maximum: 1 − α is SmoothQuant's strength (equal at 0.5)
     s         scale_C                  1 / mask, what x is divided by
-    max|X|    statistics               high_noise: at the first denoising step (the static part, as the paper's text has
-                                       it); all_steps: over all of them (as its code is read)
+    max|X|    statistics               all_steps: over all denoising steps (as all code that could be read does); high_noise: at
+                                       the first one (the static part, as notes of the paper's text have it)
     Q         Hadamard(C, signs)       one per layer input, signs drawn once with `seed`
     bit plan  mixed                    {regular expression of layer names: w<bits>a<bits>}, the others as `bits` says
 
@@ -21,7 +21,8 @@ Departs from the paper: the search for the bit plan (sensitivity of layer types 
 by timestep interval) is not in; `mixed` takes a plan, which holds for all steps (on the command line
 `'+method.mixed={attn1:w4a8,ff.net.2$:w8a8}'`: without the plus Hydra takes no new keys). One scale for q, k and v together, since
 they share their input; it is folded into adaLN and V rows where the input comes from there and divided online before the
-second FFN layer. α has no single default in the paper's configurations, which sweep it by model: 0.5 here. Widths without
+second FFN layer. α has no single default in the paper's configurations, which sweep it by model: 0.5 here. By default weights are symmetric, as `bits` has it (form=published:
+asymmetric). Widths without
 a Hadamard matrix take block-diagonal blocks of the largest admissible size.
 """
 
@@ -36,6 +37,7 @@ from torch import Tensor
 from ditbench.harness.calibration.channel_statistics import ChannelStats, channel_stats, of_site
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, Form
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.smoothing import place, smoothing_scale, weight_absmax
@@ -51,7 +53,7 @@ class Params:
     """Defaults are the paper's, but for alpha; scale and rotate off one by one are the rows of its ablation."""
 
     alpha: float = 0.5
-    statistics: str = "high_noise"  # high_noise | all_steps
+    statistics: str = "all_steps"  # all_steps | high_noise
     scale: bool = True
     rotate: bool = True
     mixed: dict[str, str] = field(default_factory=dict)
@@ -71,6 +73,9 @@ class Params:
                     f"vidit_q: mixed: {pattern!r} is not a regular expression of layer names ({error})"
                 ) from error
             parse_label(str(label))
+
+
+FORMS = {PUBLISHED: Form(settings=ASYMMETRIC_WEIGHTS | {"calibration.n": 8})}  # its example for DiT: eight classes
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:

@@ -37,6 +37,9 @@ KIND = "recording"  # of artifact
 BATCH = "batch.json"  # what a recording was drawn with
 MOST = 32  # samples of a batch that is found
 MOST_ROWS = 64  # of a batch that is read
+MEASURED = (
+    1  # samples that are recorded in any case: layers, kernels and what the sampler reaches are looked at on them
+)
 
 
 class Estimate(NamedTuple):
@@ -151,16 +154,17 @@ def calibrate(
     """Record n samples with classes drawn at random (or with the model's calibration prompts), or find the recording of
     the same arguments in the cache. Without a cache it lies in a temporary folder for as long as it is used.
 
+    n = 0 records one sample, for what is measured on recorded calls; methods then get `without_data` of it.
     batch_size: or "auto" (`batch_of`, MOST at most). What does not fit into memory is halved; `Calibration.batch` says what was used.
 
     Raises:
-        UserError: n < 1, one sample does not fit into memory, or the model produces NaN.
+        UserError: n < 0, one sample does not fit into memory, or the model produces NaN.
     """
     key = key_of(model, sampler, n, seed, batch_size=batch_size, device=device, prompts=prompts)
     device = torch.device(device)
 
     def fill(folder: Path) -> None:
-        wanted = conditions_for_calibration(model, n, seed, prompts)
+        wanted = conditions_for_calibration(model, max(n, MEASURED), seed, prompts)
         _record(model, sampler, wanted, batch_size, device, folder, memory, cache)
 
     if cache is None:
@@ -187,11 +191,11 @@ def key_of(
     """The key of what `calibrate` makes of the same arguments; nothing is made.
 
     Raises:
-        UserError: n < 1, or a model that is told by prompts has none.
+        UserError: n < 0, or a model that is told by prompts has none.
     """
-    if n < 1:
-        raise UserError(f"calibration.n must be at least 1, got {n}")
-    wanted = conditions_for_calibration(model, n, seed, prompts)
+    if n < 0:
+        raise UserError(f"calibration.n must be at least 0, got {n}")
+    wanted = conditions_for_calibration(model, max(n, MEASURED), seed, prompts)
     return canonical_sha256(
         {
             "model": model.fingerprint,
@@ -276,6 +280,32 @@ def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) 
     rows = tensors_sha256({str(step): rows for step, rows in enumerate(rows_of_step)})
     key = canonical_sha256({"of": calibration.key, "chosen": chosen, "rows": rows})
     return replace(calibration, steps=steps, key=key, whole=calibration.whole or calibration.key)
+
+
+@dataclass(frozen=True)
+class WithoutData(Calibration):
+    """What a method is given where calibration.n is 0: how many steps there are, and nothing that a layer reads.
+
+    Raises:
+        UserError: whenever data is asked for; `who` asked.
+    """
+
+    who: str = ""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise UserError(
+            f"{self.who} looks at what layers read, and calibration.n=0 leaves it the weights only; set calibration.n to at least "
+            "1 (docs/methods.md says what can be done without data)"
+        )
+
+    derived = rows = call = num_rows = num_batches = batches = _refuse  # type: ignore[assignment]
+    per_step = property(_refuse)  # type: ignore[assignment]
+
+
+def without_data(calibration: Calibration, who: str) -> WithoutData:
+    """who: the method, and what else decides whether it needs data."""
+    values = {name: getattr(calibration, name) for name in ("key", "cache", "device", "saved_s", "unreached")}
+    return WithoutData(steps=((),) * calibration.num_steps, who=who, **values)
 
 
 def spread(length: int, wanted: int) -> Tensor:

@@ -17,6 +17,7 @@ from ditbench.harness.common.devices import AUTO, device_name, kinds_here, pick_
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import options
 from ditbench.harness.common.text_table import table
+from ditbench.harness.fitting import registry
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.records import tracking
 
@@ -26,6 +27,7 @@ def examine(results_dir: Path) -> str:
         ("device", _device()),
         ("packages", "  ".join(f"{name} {package_version(name) or 'MISSING'}" for name in PACKAGES)),
         ("kernels", format_matrix()),
+        ("methods", _methods()),
         ("models", table(("model", "weights"), [(path.stem, _weights(path)) for path in options("model")])),
         ("metrics", _metrics()),
         ("W&B", _wandb()),
@@ -45,6 +47,14 @@ def _device() -> str:
             about.append(f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB")
         lines.append(", ".join(about) + f"; device={AUTO if device.type == taken.type else device.type} takes it")
     return "\n".join(lines)
+
+
+def _methods() -> str:
+    """Which can be run as they were published, and which have other forms."""
+    names: dict[str, list[str]] = {}
+    for name in registry.known_methods():
+        names.setdefault(", ".join(registry.forms_of(name)), []).append(name)
+    return table(("forms", "methods"), [(forms, ", ".join(found)) for forms, found in names.items()])
 
 
 def _weights(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -12,17 +13,28 @@ from ditbench.harness.cli.flags import Parser
 from ditbench.harness.common.paths import CONF, options
 from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting import registry
+from ditbench.harness.fitting.forms import DEFAULT, Form
 from ditbench.harness.quant.spec import FORMATS, FP8, all_labels
 
 
 def list_methods() -> str:
-    rows = []
+    """Every method with its forms and parameters, and what each form sets."""
+    rows, forms = [], []
     for name in registry.known_methods():
         params = asdict(registry.method(name).Params())
-        rows.append(
-            (name, registry.summary(name), _formats(name), ", ".join(f"{k}={v}" for k, v in params.items()) or "–")
-        )
-    return table(("method", "what", "formats", "parameters"), rows)
+        own = registry.forms_of(name)
+        said = ", ".join(f"{k}={v}" for k, v in params.items()) or "–"
+        rows.append((name, registry.summary(name), _formats(name), ", ".join(own), said))
+        forms += [(name, form, _sets(its)) for form, its in own.items() if form != DEFAULT]
+    text = table(("method", "what", "formats", "forms", "parameters"), rows)
+    return f"{text}\n\nforms: method.form=NAME sets these; what is set by hand is stronger\n\n" + table(
+        ("method", "form", "sets"), forms
+    )
+
+
+def _sets(form: Form) -> str:
+    named = {f"method.{name}": value for name, value in form.params.items()} | dict(form.settings)
+    return " ".join(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in named.items()) or "nothing"
 
 
 def list_models() -> str:
@@ -80,8 +92,14 @@ def list_prompts() -> str:
 
 def list_bits() -> str:
     defaults = yaml.safe_load((CONF / "bits" / "default.yaml").read_text())
+
+    def plain(value: object) -> object:
+        """What holds where the method's form says nothing."""
+        found = re.fullmatch(r"\$\{form:[^,]+,(.+)\}", str(value))
+        return found[1] if found else value
+
     sides = [
-        f"{side}: " + ", ".join(f"{k}={v}" for k, v in defaults[side].items() if k != "bits")
+        f"{side}: " + ", ".join(f"{k}={plain(v)}" for k, v in defaults[side].items() if k != "bits")
         for side in ("weight", "act")
     ]
     return f"{' '.join(all_labels())}\ndefaults (conf/bits/default.yaml):\n  " + "\n  ".join(sides)

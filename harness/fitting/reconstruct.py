@@ -38,6 +38,7 @@ from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRec
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.harness.quant.target import Target
 
+ALL_TOKENS = 2**31  # batch_tokens that bound nothing
 STREAMS = 3  # hidden states kept at a time: quantized inputs, float inputs, float outputs
 
 
@@ -50,6 +51,10 @@ class Reconstruction:
     """
 
     reconstruct: str = "block"  # block | none: weights rounded to nearest, ranges as found
+    error_over: str = "channels"  # what the squared error is summed over, before its mean: channels | tokens
+    float_inputs: bool = (
+        False  # the rounding is learned with the layers' inputs in float, before scales (scale_iterations > 0)
+    )
     iterations: int = 100  # per block
     batch_size: int = 16
     batch_tokens: int = 1024  # of a minibatch, at most: fewer rows of a model with longer sequences, but one
@@ -70,6 +75,12 @@ class Reconstruction:
         method = type(self).__module__.rpartition(".")[2]
         if self.reconstruct not in ("block", "none"):
             raise ValueError(f"{method}: reconstruct must be block or none, got {self.reconstruct!r}")
+        if self.error_over not in ("channels", "tokens"):
+            raise ValueError(f"{method}: error_over must be channels or tokens, got {self.error_over!r}")
+        if self.float_inputs and self.scale_iterations == 0:
+            raise ValueError(
+                f"{method}: float_inputs=true leaves the scales to a pass of their own; set scale_iterations to at least 1"
+            )
         for name in ("iterations", "batch_size", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{method}: {name} must be at least 1, got {getattr(self, name)}")
@@ -122,9 +133,9 @@ def sharpness(iteration: int, settings: Reconstruction) -> float | None:
     return settings.sharpness_end + (settings.sharpness_start - settings.sharpness_end) * left
 
 
-def output_error(output_BTC: Tensor, target_BTC: Tensor, power: float = 2.0) -> Tensor:
-    """Σ over channels of |error|^power, mean over samples and tokens."""
-    return (output_BTC - target_BTC).abs().pow(power).sum(-1).mean()
+def output_error(output_BTC: Tensor, target_BTC: Tensor, power: float = 2.0, over: str = "channels") -> Tensor:
+    """Σ over channels (or tokens) of |error|^power, mean over the rest."""
+    return (output_BTC - target_BTC).abs().pow(power).sum(-1 if over == "channels" else -2).mean()
 
 
 class LearnedKernel(Kernel):
@@ -173,6 +184,7 @@ class _BlockLearner:
         self.attention = [name for name in recipe.attention if name.startswith(inside)]
         self.roundings: dict[str, AdaRound] = {}
         self.acts: dict[str, LearnedAct] = {}
+        self.in_float = False  # whether inputs are left alone for now
         device = clock_of(model).step.device
         for name, layer in self.layers.items():
             weight_OC, start = float_layers[name].kernel.weight_OC, to_device(recipe.layers[name].weight, device)
@@ -189,7 +201,9 @@ class _BlockLearner:
         static = [act for act in self.acts.values() if act.scale_G is not None]
         together = static if settings.scale_iterations == 0 else []
         if self.roundings or together:
+            self.in_float = settings.float_inputs
             self._descend(block, samples, list(self.roundings.values()), together, settings.iterations)
+            self.in_float = False
         for layer in self.layers.values():
             layer.kernel.freeze()
         if static and settings.scale_iterations:
@@ -226,9 +240,15 @@ class _BlockLearner:
         if quant is None:
             return None
         self.acts[name] = act = LearnedAct(to_device(quant, clock_of(self.model).step.device))
-        if self.settings.act_prob == 1:
+        if self.settings.act_prob == 1 and not self.settings.float_inputs:
             return act
-        return lambda x, step: _mix(act(x, step), x, self.settings.act_prob, self.generator)
+
+        def sometimes(x: Tensor, step: Tensor | None) -> Tensor:
+            if self.in_float:
+                return x
+            return _mix(act(x, step), x, self.settings.act_prob, self.generator)
+
+        return sometimes
 
     def _descend(
         self,
@@ -249,7 +269,8 @@ class _BlockLearner:
         for iteration in range(iterations):
             with torch.enable_grad():
                 hidden_BTC, target_BTC, kwargs = samples.draw()
-                loss = output_error(samples.stream.run(block, hidden_BTC, kwargs), target_BTC, power)
+                output_BTC = samples.stream.run(block, hidden_BTC, kwargs)
+                loss = output_error(output_BTC, target_BTC, power, settings.error_over)
                 b = sharpness(iteration, settings) if roundings else None
                 if b is not None:
                     loss = loss + settings.regulariser * sum(rounding.regulariser(b) for rounding in roundings)

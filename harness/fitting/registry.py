@@ -2,7 +2,8 @@
 
 A method is a module with: a docstring whose first line names it and its paper; `Params`, a frozen dataclass;
 `fit(target, calibration, bits, params) -> {str: Tensor}`; `apply(target, state, bits, params) -> ModelRecipe`.
-Optional: `check_bits(bits)` raises UserError for formats it does not define;
+Optional: `FORMS`, {name: Form}: other sets of parameters that it comes in, "published" above all (`harness.fitting.forms`);
+`check_bits(bits)` raises UserError for formats it does not define;
 `select_calibration(calibration, params, seed) -> Calibration` chooses what it is calibrated on (PTQ4DM, Q-Diffusion);
 `correct_step(state, params, step, noise) -> noise` corrects the sampler's guided noise estimate, and
 `correct_variance(state, params, step, variance, weight) -> variance` what an ancestral sampler adds (PTQD).
@@ -23,6 +24,7 @@ from ditbench.harness.common.code_identity import files_sha256, source_files
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.plugins import Broken, load_plugins
 from ditbench.harness.common.type_checks import check_types
+from ditbench.harness.fitting.forms import DEFAULT, Form
 from ditbench.harness.models.base import Correction
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import FORMATS, Bits, bits_of
@@ -81,18 +83,33 @@ def no_method(name: str) -> UserError:
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """What Hydra is given as the method's configuration node: its name and the defaults of its Params."""
-    return {"name": name, **asdict(method(name).Params())}
+    """The method's configuration node where nothing is said: its name, its form and the defaults of its Params."""
+    return {"name": name, "form": DEFAULT, **asdict(method(name).Params())}
+
+
+def forms_of(name: str) -> dict[str, Form]:
+    """{name: Form} that the method comes in, the default one first."""
+    return {DEFAULT: Form(), **getattr(method(name), "FORMS", {})}
+
+
+def form_value(name: str, form: str, setting: str, otherwise: Any) -> Any:
+    """What the form says of a setting, such as method.iterations or bits.weight.symmetric; an unknown form says nothing."""
+    chosen = forms_of(name).get(form, Form())
+    section, _, parameter = setting.partition(".")
+    return chosen.params.get(parameter, otherwise) if section == "method" else chosen.settings.get(setting, otherwise)
 
 
 def params_of(config: dict[str, Any]) -> Any:
     """The frozen Params of a method's configuration node.
 
     Raises:
-        UserError: an unknown field, a value of another type than the field's, or one that Params refuses.
+        UserError: an unknown form or field, a value of another type than the field's, or one that Params refuses.
     """
     values = dict(config)
     name = values.pop("name")
+    form = values.pop("form", DEFAULT)  # records from before there were forms have none
+    if form not in forms_of(name):
+        raise unknown_name(f"form of method {name}", str(form), forms_of(name))
     params_class = method(name).Params
     unknown = set(values) - {field.name for field in fields(params_class)}
     if unknown:
@@ -158,6 +175,14 @@ def _check_shape(module: ModuleType) -> None:
     dataclass_params = getattr(module.Params, "__dataclass_params__", None)
     if dataclass_params is None or not dataclass_params.frozen:
         raise UserError("Params must be a frozen dataclass")
+    taken = {"name", "form"} & {field.name for field in fields(module.Params)}
+    if taken:
+        raise UserError(f"Params has a field {taken.pop()!r}, which is the configuration's own; call it something else")
+    for name, form in getattr(module, "FORMS", {}).items():
+        try:
+            module.Params(**form.params)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"FORMS[{name!r}] is no Form of its Params ({error})") from error
     try:
         module.Params()
     except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@
     percdamp   damp          share of the mean diagonal added to it
     B          block         columns updated together; does not change the result
 
-Dead channels (H_cc = 0) get weight 0. Scales of a group are taken from the updated weights when the group begins.
+Dead channels (H_cc = 0) get weight 0. Scales of a group are taken from the updated weights when the group begins (`ahead`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ def gptq(
     block: int = 128,
     act_order: bool = False,
     ranges: str = "minmax",
+    ahead: bool = True,
 ) -> QuantizedWeight:
     """Codes of weight_OC under spec (per_channel or per_group) that keep X Wᵀ rather than W.
 
     act_order: columns in the order of falling diag(H); scales of groups are then those of the original weights.
     ranges: of scales, as in `quantize_weight`.
+    ahead: a group that begins inside a block takes its scale from weights that the block's errors have reached; False: from
+        those before the block, as the reference code does (the same where blocks and groups are of one size).
     """
     weight = weight_OC.double().clone()
     hessian = hessian_CC.double().clone()
@@ -62,10 +65,13 @@ def gptq(
     for start in range(0, width, block):
         stop = min(start + block, width)
         errors = weight.new_zeros(len(weight), stop - start)
+        before = weight if ahead else weight.clone()
         for column in range(start, stop):
             group = group_of_column[column]
             if not act_order and spec.group_size and column % group_size == 0:
-                fresh = _ahead(weight, inverse, errors, start, column, group_size)
+                fresh = before[:, column : column + group_size]
+                if ahead:
+                    fresh = _ahead(weight, inverse, errors, start, column, group_size)
                 scale_OG, zero_OG = _refresh(scale_OG, zero_OG, group, fresh, spec, ranges)
             scale_O = scale_OG[:, group]
             zero_O = None if zero_OG is None else zero_OG[:, group]

@@ -95,6 +95,17 @@ class ModelRecipe:
         return replace(first, layers={n: r.without_rounding() for n, r in first.layers.items()}, attention={})
 
 
+def clipped(recipe: ModelRecipe, clip: float) -> ModelRecipe:
+    """With the ranges of dynamic activations times `clip`; static ones are what the calibration found."""
+
+    def with_clip(layer: LayerRecipe) -> LayerRecipe:
+        if layer.act is None or not layer.act.spec.dynamic:
+            return layer
+        return replace(layer, act=replace(layer.act, clip=clip))
+
+    return replace(recipe, layers={name: with_clip(layer) for name, layer in recipe.layers.items()})
+
+
 def to_device(value: Any, device: torch.device | str) -> Any:
     """Any part of a recipe (or a tuple of such) with its tensors on the device: itself if they are there, else a copy."""
     if isinstance(value, Tensor):

@@ -15,6 +15,7 @@ from typing import Any
 
 from ditbench.harness.common.errors import unknown_name
 from ditbench.harness.records.record import PLACES, Record
+from ditbench.harness.report.forms import told_by_form
 
 FLOAT_METHOD = "fp"
 ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}
@@ -222,6 +223,10 @@ def run_names(records: Sequence[Record]) -> list[str]:
     """The method of each run, followed by the settings that tell it from a run with the same method and bits."""
     settings = [_flat({part: record.config.get(part) for part in _TOLD_APART_BY}) for record in records]
     kinds = [(record.method, bits_label(record)) for record in records]
+    for kind in set(kinds):
+        places = [place for place, other in enumerate(kinds) if other == kind]
+        for place, own in zip(places, told_by_form([settings[place] for place in places]), strict=True):
+            settings[place] = own
     twins: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for own, kind in zip(settings, kinds, strict=True):
         twins.setdefault(kind, []).append(own)

@@ -69,10 +69,12 @@ def planned(
     """Recipe, state and plan (see `Quantized`), with one format for all layers or one per layer (bits=mixed).
 
     Raises:
-        UserError: the method refuses; bits=mixed of a method that corrects the sampler for one uniform model's error.
+        UserError: the method refuses; bits=mixed without data, or of a method that corrects the sampler for one uniform model's error.
     """
     if not isinstance(config.bits, MixedBits):
         return *fitted(config, target, recording, config.bits), {}
+    if config.section("calibration")["n"] == 0:
+        raise UserError("bits=mixed measures errors on recorded calls; set calibration.n to at least 1")
     if registry.correction(config.method, {}, config.params) is not None:
         raise UserError(f"method {config.method} corrects the sampler for one format's errors; bits=mixed has several")
     fit = partial(fitted, config, target, recording)

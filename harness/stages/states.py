@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.calibration.recording import Calibration, without_data
 from ditbench.harness.common.artifacts import obtain
 from ditbench.harness.common.code_identity import STATE, code_identity
 from ditbench.harness.common.files import canonical_sha256, read_json, write_json
@@ -80,6 +80,8 @@ def key_of(config: RunConfig, target: Target, recording: Calibration, bits: Bits
 def _fit(config: RunConfig, target: Target, recording: Calibration, bits: Bits) -> Fitted:
     """A method may choose what it calibrates on; its layers are still judged on the whole recording."""
     method = registry.method(config.method)
+    if config.section("calibration")["n"] == 0:
+        recording = without_data(recording, _who(config, bits))
     select = getattr(method, "select_calibration", None)
     calibration = recording if select is None else select(recording, config.params, config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -88,6 +90,11 @@ def _fit(config: RunConfig, target: Target, recording: Calibration, bits: Bits) 
     registry.check_state(config.method, state)
     on_cpu = {name: tensor.cpu() for name, tensor in state.items()}  # where it is kept, wherever a plugin made it
     return Fitted(on_cpu, recording.saved_s)
+
+
+def _who(config: RunConfig, bits: Bits) -> str:
+    static = bits.act is not None and not bits.act.dynamic
+    return f"method {config.method}" + (" with static activations (bits.act.dynamic=false)" if static else "")
 
 
 def _write(fitted: Fitted, folder: Path) -> None:

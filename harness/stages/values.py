@@ -20,7 +20,7 @@ from ditbench.harness.models.loading import family
 COUNTS = {
     "protocol.n": 1,
     "protocol.steps": 1,
-    "calibration.n": 1,
+    "calibration.n": 0,  # without data: a method sees weights only
     "generate.noise_floor_seeds": 0,
     "measure.samples": 1,
     "measure.repeats": 1,

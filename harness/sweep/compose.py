@@ -25,6 +25,7 @@ from ditbench.harness.sweep import overrides as checks
 
 _registered: dict[tuple[str, str], dict[str, Any]] = {}
 
+FORM = "form"  # of a resolver: ${form:SETTING,OTHERWISE} is what the form of the method at hand says of a setting
 SEARCH_PATH = "hydra.searchpath"
 FILE = "file://"
 
@@ -68,12 +69,32 @@ def register() -> None:
             _registered[group, name] = node
 
     for name in registry.known_methods():
-        store("method", f"{name}_defaults", registry.defaults(name))
+        store("method", f"{name}_defaults", _node(name))
         if not (CONF / "method" / f"{name}.yaml").exists():  # a plugin's method needs no file here
-            store("method", name, registry.defaults(name))
+            store("method", name, _node(name))
     for label in all_labels():
         node: dict[str, Any] = {"defaults": ["default", "_self_"], "label": label, **parse_label(label).sides()}
         store("bits", label, node)
+
+
+def _node(name: str) -> dict[str, Any]:
+    """The method's defaults; what one of its forms changes is left to the form, so that what is set by hand is stronger."""
+    changed = {parameter for form in registry.forms_of(name).values() for parameter in form.params}
+    return registry.defaults(name) | {parameter: f"${{{FORM}:method.{parameter},null}}" for parameter in changed}
+
+
+def _of_the_form(setting: str, otherwise: Any, *, _root_: DictConfig) -> Any:
+    """What the form of the configured method says of a setting; `otherwise` if it says nothing (of a parameter: its default)."""
+    name, form = _root_.method.name, _root_.method.form
+    section, _, parameter = setting.partition(".")
+    if section == "method":
+        otherwise = registry.defaults(name)[parameter]
+    return registry.form_value(name, form, setting, otherwise)
+
+
+OmegaConf.register_new_resolver(
+    FORM, _of_the_form, replace=True
+)  # a launcher's own process imports this file, and no more
 
 
 def groups(beside: Iterable[Path] = ()) -> dict[str, list[str]]:

@@ -107,7 +107,8 @@ class Estimate:
         return Stage("load", seconds=seconds, host_bytes=self.base_bytes + held)
 
     def _calibrate(self, made: set[Path]) -> Stage:
-        place, n = kept.recording_at(self.config, self.model), self.config.section("calibration")["n"]
+        place = kept.recording_at(self.config, self.model)
+        n = max(self.config.section("calibration")["n"], recording.MEASURED)
         prompts = len(self.config.calibration_prompts)
         macs = self._drawn_macs(n, min(n, prompts or n), decode=False)
         rows = n * self._steps * self.counts.rows
@@ -196,7 +197,7 @@ class Estimate:
     def _layer_errors(self) -> list[Stage]:
         if not self.config.section("measure")["layer_errors"] or self.config.method == registry.FLOAT:
             return []
-        rows = min(ROWS, self.config.section("calibration")["n"] * self.counts.rows)
+        rows = min(ROWS, max(self.config.section("calibration")["n"], recording.MEASURED) * self.counts.rows)
         at_once = min(rows, self._rows_at_once)
         macs = min(MAX_STEPS, self._steps) * rows * self.counts.call_macs
         seconds = macs * (1 / self.rates.float_macs_s["float32"] + 2 / self.rates.quantized_macs_s) + self.rates.build_s

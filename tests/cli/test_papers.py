@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -145,6 +147,9 @@ def test_missing_weights_and_reference_are_one_message_before_anything_runs(ditb
 def test_a_reproduction_on_tiny_dit_prints_every_row_and_why_it_is_not_comparable(ditbench, tmp_path, monkeypatch):
     here = {name: registry.method(name) for name in ("fp", "ptq4dit")}
     monkeypatch.setattr(registry, "known_methods", lambda: here)
+    forms = here["ptq4dit"].FORMS  # 20,000 iterations are not for a test
+    short = replace(forms["published"], params=forms["published"].params | {"iterations": 2, "batch_size": 2})
+    monkeypatch.setitem(forms, "published", short)
     outcome = ditbench("reproduce", "ptq4dit-table1", "--model", "tiny-dit", *TINY, f"results_dir={tmp_path}")
     assert outcome.code == 0, outcome.err
     lines = [re.split(r"  +", line) for line in outcome.out.splitlines()]
@@ -170,4 +175,9 @@ def test_a_reproduction_on_tiny_dit_prints_every_row_and_why_it_is_not_comparabl
         assert reason in outcome.out
     assert "within\n" not in outcome.out and "outside\n" not in outcome.out
     records = list(tmp_path.glob("runs/reproduce-ptq4dit-table1/*/record.json"))
+    configs = [json.loads(record.read_text())["config"]["method"] for record in records]
+    assert sorted((each["name"], each["form"]) for each in configs) == [
+        ("fp", "published"),
+        *[("ptq4dit", "published")] * 2,
+    ]
     assert len(records) == 3, "rows at 250, 100 and 50 steps share one run when the steps are overridden"

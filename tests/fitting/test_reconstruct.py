@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from ditbench.methods import htg
 
 W4A8_STATIC = STATIC.with_widths(4, 8)
 SHORT = Reconstruction(iterations=60)
+module_learn = module._BlockLearner.learn  # as it is before a test puts something in its place
 
 
 def start(target, calibration, bits, **options):
@@ -390,3 +392,58 @@ def test_the_error_is_summed_over_channels_and_averaged_over_the_rest(normal):
 def test_settings_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Reconstruction(**options)
+
+
+def test_the_learning_rate_of_scales_falls_along_a_cosine_to_nothing(small_target, small_calibration, monkeypatch):
+    rates, kept = [], torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return kept(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    bits = Bits(None, STATIC.act)
+    settings = replace(SHORT, iterations=8, scale_learning_rate=4e-3)
+    learned(small_target, small_calibration, bits, settings)
+    expected = [4e-3 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    assert rates == pytest.approx(expected * len(small_target.blocks), rel=1e-6)
+
+
+def test_the_error_is_summed_over_channels_or_over_tokens(normal):
+    output, target = normal(3, 5, 7), normal(3, 5, 7, seed=1)
+    by_hand = {"channels": 0.0, "tokens": 0.0}
+    for error in ((output - target).abs() ** 2.4).tolist():
+        for token in error:
+            by_hand["channels"] += sum(token) / (3 * 5)
+            by_hand["tokens"] += sum(token) / (3 * 7)
+    for over, expected in by_hand.items():
+        assert float(output_error(output, target, 2.4, over)) == pytest.approx(expected)
+
+
+def test_roundings_are_learned_on_float_inputs_and_scales_on_rounded_ones(
+    recorded, small_target, small_calibration, normal
+):
+    """As Q-Diffusion and BRECQ do it: activations are quantized only while their scales are learned."""
+    _, recipe = start(small_target, small_calibration, W4A8_STATIC.with_widths(4, 3))
+    settings = replace(SHORT, float_inputs=True, iterations=2, scale_iterations=3)
+    x, seen = normal(5, 48).float(), []
+
+    def learn(self, block, samples):
+        layer = next(iter(self.layers.values()))
+
+        def look(block, samples, roundings, static, iterations, power=2.0):
+            seen.append((bool(roundings), bool(static), torch.equal(layer.kernel.act(x, None), x)))
+
+        self._descend = look
+        module_learn(self, block, samples)
+
+    module._BlockLearner.learn = learn  # monkeypatched by `recorded`, and put back by it
+    reconstruct(small_target, recipe, small_calibration, settings)
+    assert seen == [(True, False, True), (False, True, False)] * len(small_target.blocks)
+
+
+def test_float_inputs_without_a_pass_for_scales_are_refused():
+    with pytest.raises(ValueError, match="float_inputs=true leaves the scales to a pass of their own"):
+        Reconstruction(float_inputs=True)
+    with pytest.raises(ValueError, match="error_over must be channels or tokens"):
+        Reconstruction(error_over="rows")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clq_cases import BLOCK, FAST, LAST, generator
+from clq_cases import BLOCK, BOTH, FAST, LAST, generator
 
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.common.errors import UserError
@@ -178,3 +178,28 @@ def test_both_backends_clip_alike(spec, small_target, small_calibration, normal)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     unclipped = simulate.make_kernel(replace(recipe, act=ActQuant(spec)), torch.zeros(6, 48))(x.clone(), None)
     assert not torch.allclose(other, unclipped, rtol=1e-2)
+
+
+def test_the_rotations_have_random_signs_or_none(small_target, small_calibration):
+    signed, plain, other = (
+        clq.fit(small_target, small_calibration, BOTH, replace(FAST, parts="obs", **more))
+        for more in ({"signs": "random"}, {"signs": "none"}, {"signs": "random", "seed": 5})
+    )
+    names = [name for name in signed if name.endswith("/signs")]
+    assert len(names) == len(small_target.linear_sites()) and not any(name.endswith("/signs") for name in plain)
+    assert all(set(signed[name].tolist()) == {-1, 1} and not torch.equal(signed[name], other[name]) for name in names)
+    orders = [name for name in plain if name.endswith("/order")]
+    assert orders and all(
+        torch.equal(plain[f], signed[f]) for f in orders[:1]
+    )  # the first block's: nothing is rounded yet
+    site = small_target.linear_sites()[0]
+    layer = site.consumers[0]
+    found, bare = (
+        clq.apply(small_target, state, BOTH, replace(FAST, parts="obs", signs=signs)).layers[layer].transform
+        for state, signs in ((signed, "random"), (plain, "none"))
+    )
+    signs = signed[f"{site.name}/signs"].double()
+    eye = torch.eye(len(signs), dtype=torch.float64)
+    order, hadamard = bare.rotations
+    torch.testing.assert_close(found(eye), hadamard(order(eye) * signs))
+    assert not torch.allclose(found(eye), bare(eye))

@@ -43,6 +43,35 @@ def test_a_layer_computes_the_product_of_both_transformed_sides(outlier_target, 
     assert relative_error(layer(x), rounded @ rounded_weight.T + linear.bias.double()) < 1e-5
 
 
+@pytest.mark.parametrize("alpha", [0.2, 0.6, 1.0])
+def test_alpha_weighs_activations_against_weights_at_every_site(alpha, small_target, small_calibration):
+    state = duquant.fit(small_target, small_calibration, DYNAMIC, Params(alpha=alpha, **FAST))
+    stats = channel_stats(small_target, small_calibration)
+    for site in small_target.linear_sites():
+        weight_C = torch.cat([small_target.module(name).weight for name in site.consumers]).abs().amax(0)
+        expected_C = stats[site.consumers[0]].absmax_C ** alpha / weight_C ** (1 - alpha)
+        torch.testing.assert_close(state[f"{site.name}/scale"], expected_C, rtol=1e-4, atol=1e-6)
+    assert Params().alpha == 0.6  # the run scripts'
+
+
+def test_the_releases_clipping_ratios_narrow_rows_and_tokens(small_target, small_calibration, normal):
+    """swc and lac: both ends of a row of the transformed weight, and of a token, times the ratio."""
+    bits = Bits(QuantSpec(4, "per_channel", symmetric=False), QuantSpec(4, "per_token", symmetric=False, dynamic=True))
+    state = duquant.fit(small_target, small_calibration, bits, Params(**FAST))
+    plain, cut = (
+        duquant.apply(small_target, state, bits, params).layers[LAYER]
+        for params in (Params(**FAST), Params(weight_clip=0.8, act_clip=0.9, **FAST))
+    )
+    torch.testing.assert_close(cut.weight.scale_OG, 0.8 * plain.weight.scale_OG)
+    x = normal(4, 192).float()
+    low, high = 0.9 * x.amin(-1, keepdim=True), 0.9 * x.amax(-1, keepdim=True)
+    scale = (high - low) / 15
+    zero = torch.round(-low / scale)
+    expected = (torch.clamp(torch.round(x / scale) + zero, 0, 15) - zero) * scale
+    torch.testing.assert_close(fake_quantize_activation(x, cut.act), expected, rtol=1e-5, atol=1e-6)
+    assert plain.act.clip == 1.0 and duquant.FORMS["published"].params == {"weight_clip": 0.8, "act_clip": 0.9}
+
+
 def test_rotations_are_fitted_on_smoothed_tokens(outlier_target, small_calibration):
     params, small_target = Params(seed=2, **FAST), outlier_target
     state = duquant.fit(small_target, small_calibration, DYNAMIC, params)

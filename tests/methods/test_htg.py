@@ -9,7 +9,7 @@ from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.methods import htg
 
 STATIC = Bits(QuantSpec(8, "per_channel", symmetric=False), QuantSpec(8, "per_tensor", symmetric=False))
-PARAMS = htg.Params(groups=2, momentum=0.8)
+PARAMS = htg.Params(groups=2, momentum=0.995)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,8 @@ def test_shift_groups_and_scale_are_the_papers(small_target, state, recorded):
         running = None
         for t, x in enumerate(steps):  # step 0 is the noisiest
             largest = (x - state[f"{site.name}/shift"][group[t]].double()).abs().amax((0, 1))
-            running = largest if running is None else 0.8 * running + 0.2 * largest
+            kept = 0.995 ** (99 / (len(steps) - 1))  # what the α of 100 steps is at so few
+            running = largest if running is None else kept * running + (1 - kept) * largest
         weight = torch.stack([small_target.module(n).weight.double().abs().amax(0) for n in site.consumers]).amax(0)
         expected = (running.clamp(min=1e-5) / weight.clamp(min=1e-5)).sqrt()
         torch.testing.assert_close(state[f"{site.name}/scale"].double(), expected, rtol=1e-5, atol=1e-6)
@@ -98,11 +99,22 @@ def test_static_ranges_differ_between_groups_and_cover_what_was_seen(small_targe
         assert float(shifted.amin()) >= float(state[f"{name}/act_low"][group[step]]) - 1e-4
 
 
-def test_groups_default_to_a_tenth_of_the_steps_and_never_exceed_them(small_target, small_calibration):
-    for groups, expected in ((None, 1), (99, small_calibration.num_steps)):
+def test_there_are_ten_groups_or_one_for_each_step(small_target, small_calibration):
+    site, steps = small_target.linear_sites()[0], small_calibration.num_steps
+    assert steps < 10 and [htg.Params().groups_of(t) for t in (12, 20, 100, 250)] == [10] * 4
+    for groups, expected in ((10, steps), (3, 3)):
         state = htg.fit(small_target, small_calibration, STATIC, htg.Params(groups=groups))
-        site = small_target.linear_sites()[0]
         assert len(state[f"{site.name}/shift"]) == expected
+
+
+def test_the_noisiest_step_has_the_weight_of_the_paper_at_any_number_of_steps():
+    """α^99 = 0.37 at the paper's T = 100; there α is the paper's own."""
+    params = htg.Params()
+    assert params.momentum_of(100) == params.momentum == 0.99
+    for steps in (2, 12, 20, 50, 100, 250):
+        noisiest = torch.eye(steps)[:, :1]  # 1 at the first step and 0 behind it
+        assert float(htg.running_magnitude(noisiest, params.momentum_of(steps))) == pytest.approx(0.99**99, rel=1e-4)
+    assert params.momentum_of(1) < 1
 
 
 def test_switched_off_parts_leave_no_trace(small_target, small_calibration):
@@ -119,4 +131,4 @@ def test_impossible_parameters_are_refused(wrong):
 
 def test_without_grouping_all_steps_are_one_group():
     assert htg.Params(parts="shift+scale", groups=3).groups_of(20) == 1
-    assert htg.Params(groups=3).groups_of(20) == 3 and htg.Params().groups_of(20) == 2
+    assert htg.Params(groups=3).groups_of(20) == 3 and htg.Params().groups_of(20) == 10

@@ -3,25 +3,27 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from scipy.stats import linregress
 from small_pipelines import SIZES, SMALL
 
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.calibration.recording import calibrate, selected
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting import registry
-from ditbench.harness.fitting.conformance import DYNAMIC
+from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
 from ditbench.harness.fitting.conformance import relative_error as error_of
 from ditbench.harness.generation.generate import conditions, generate
 from ditbench.harness.models.base import Correction, LoadedModel, ModelSpec, Sampler
 from ditbench.harness.models.families.dit import CorrectedDDPM
 from ditbench.harness.models.loading import load_model
-from ditbench.harness.quant.spec import Bits
+from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.samples.samples import Prompt
 from ditbench.methods import ptqd, rtn
 from ditbench.methods.ptqd import Params, correct_step, correct_variance, error_statistics, noise_estimates
 
 BITS = DYNAMIC.with_widths(3, 4)
+JOINT = Params(correction="joint")
 
 
 def state_of(slope, bias_c, residual_std=0.0) -> dict[str, torch.Tensor]:
@@ -42,10 +44,10 @@ def estimates(normal, residual: float = 0.0, slope: float = 0.13):
 @pytest.mark.parametrize("slope", [0.13, -0.2, 0.0])
 def test_without_residual_the_correction_recovers_the_noise_exactly(slope, normal):
     exact, noisy, bias_c = estimates(normal, slope=slope)
-    k, bias, residual_std = error_statistics(exact, noisy, Params())
+    k, bias, residual_std = error_statistics(exact, noisy, JOINT)
     assert float(k) == pytest.approx(slope, abs=1e-12) and float(residual_std) < 1e-12
     torch.testing.assert_close(bias, bias_c, rtol=1e-12, atol=1e-12)
-    corrected = correct_step(state_of(k, bias), Params(), 1, noisy)
+    corrected = correct_step(state_of(k, bias), JOINT, 1, noisy)
     torch.testing.assert_close(corrected, exact, rtol=1e-12, atol=1e-12)
 
 
@@ -53,13 +55,13 @@ def test_without_residual_the_correction_recovers_the_noise_exactly(slope, norma
 def test_a_guided_estimate_is_recovered_with_the_statistics_of_its_rows(guidance, normal):
     """w and 1 − w sum to one: a slope and a bias that both rows share pass through guidance."""
     exact, noisy, _ = estimates(normal)
-    state = state_of(*error_statistics(exact, noisy, Params()))
+    state = state_of(*error_statistics(exact, noisy, JOINT))
 
     def guided(estimate):
         conditional, null = estimate.chunk(2)
         return null + guidance * (conditional - null)
 
-    corrected = correct_step(state, Params(), 1, guided(noisy))
+    corrected = correct_step(state, JOINT, 1, guided(noisy))
     torch.testing.assert_close(corrected, guided(exact), rtol=1e-12, atol=1e-12)
 
 
@@ -88,14 +90,38 @@ def statistics_by_hand(exact, noisy) -> tuple[float, list[float], float]:
 def test_the_statistics_are_the_least_squares_of_the_paper(normal):
     exact, noisy, _ = estimates(normal, residual=0.3)
     k, bias, residual_std = statistics_by_hand(exact, noisy)
-    found = error_statistics(exact, noisy, Params())
+    found = error_statistics(exact, noisy, JOINT)
     assert float(found[0]) == pytest.approx(k, rel=1e-10) and float(found[2]) == pytest.approx(residual_std, rel=1e-10)
     assert found[1].tolist() == pytest.approx(bias, rel=1e-10)
 
 
+@pytest.mark.parametrize("slope", [0.13, -0.2])
+def test_the_releases_statistics_are_those_of_its_scripts(slope, normal):
+    """One intercept, a slope below 0 counts as 0, the bias is that of the raw error, σ_q the mean over samples."""
+    exact, noisy, _ = estimates(normal, residual=0.3, slope=slope)
+    k, bias_c, residual_std = error_statistics(exact, noisy, Params())
+    error = noisy - exact
+    expected = max(linregress(exact.flatten().numpy(), error.flatten().numpy()).slope, 0.0)
+    assert float(k) == pytest.approx(expected, rel=1e-10) and (expected > 0) == (slope > 0)
+    assert bias_c.tolist() == pytest.approx([float(error[:, c].mean()) for c in range(4)], rel=1e-10)
+    stds = [float(torch.std(error[i] - expected * exact[i])) for i in range(6)]
+    assert float(residual_std) == pytest.approx(sum(stds) / 6, rel=1e-10)
+
+
+def test_the_published_form_learns_its_rounding_with_one_range_per_tensor(small_target, small_calibration):
+    form = ptqd.FORMS["published"]
+    params = Params(**{**form.params, "iterations": 3, "scale_iterations": 2})
+    bits = Bits(QuantSpec(4, "per_tensor", symmetric=False), STATIC.act)
+    state = ptqd.fit(small_target, small_calibration, bits, params)
+    recipe = ptqd.apply(small_target, state, bits, params)
+    weight = recipe.layers["transformer_blocks.0.attn1.to_q"].weight
+    assert len(set(weight.scale_OG.flatten().tolist())) == 1
+    assert torch.equal(weight.codes_OC, state["transformer_blocks.0.attn1.to_q/codes"])
+
+
 def test_the_statistics_of_a_fit_are_those_of_each_step(small_target, small_calibration):
     """From the two models' outputs, step by step."""
-    state = ptqd.fit(small_target, small_calibration, BITS, Params())
+    state = ptqd.fit(small_target, small_calibration, BITS, JOINT)
     recipe = rtn.apply(small_target, rtn.fit(small_target, small_calibration, BITS, rtn.Params()), BITS, rtn.Params())
     quantized = build(small_target, recipe, dtype=torch.float32)
     assert state["slope_S"].shape == (4,) and state["bias_Sc"].shape == (4, 1)
@@ -134,19 +160,19 @@ def test_the_correction_brings_estimates_closer_to_the_float_models(small_target
 
 def test_slope_and_bias_switch_off_one_by_one(normal):
     exact, noisy, bias_c = estimates(normal)
-    k, bias, _ = error_statistics(exact, noisy, Params(slope=False))
+    k, bias, _ = error_statistics(exact, noisy, Params(correction="joint", slope=False))
     assert float(k) == 0 and torch.allclose(bias, (noisy - exact).mean((0, 2, 3)))
-    k, bias, _ = error_statistics(exact, noisy, Params(bias=False))
+    k, bias, _ = error_statistics(exact, noisy, Params(correction="joint", bias=False))
     assert float(k) == pytest.approx(0.13) and bias.tolist() == [0.0] * 4
-    k, bias, _ = error_statistics(exact, noisy, Params(slope=False, bias=False))
-    assert torch.equal(correct_step(state_of(k, bias), Params(), 1, noisy), noisy)
+    k, bias, _ = error_statistics(exact, noisy, Params(correction="joint", slope=False, bias=False))
+    assert torch.equal(correct_step(state_of(k, bias), JOINT, 1, noisy), noisy)
 
 
 def test_an_estimate_that_has_nothing_to_do_with_the_noise_is_not_blown_up(normal):
     exact, noisy = normal(6, 4, 5, 5), 0.01 * normal(6, 4, 5, 5, seed=5)
-    k, *_ = error_statistics(exact, noisy, Params(least_gain=0.25))
+    k, *_ = error_statistics(exact, noisy, Params(correction="joint", least_gain=0.25))
     assert float(k) == -0.75
-    k, bias, _ = error_statistics(torch.zeros(2, 4, 3, 3).double(), noisy[:2, :, :3, :3], Params())
+    k, bias, _ = error_statistics(torch.zeros(2, 4, 3, 3).double(), noisy[:2, :, :3, :3], JOINT)
     assert float(k) == 0 and bool(bias.isfinite().all())
 
 
@@ -189,8 +215,8 @@ def test_a_least_gain_out_of_range_is_refused(gain):
 def test_the_residuals_variance_is_taken_off_what_the_sampler_adds():
     state = {"slope_S": torch.tensor([0.0, 0.25]), "residual_std_S": torch.tensor([0.3, 0.5])}
     variance, weight = torch.tensor(0.5, dtype=torch.float64), torch.tensor(1.2, dtype=torch.float64)
-    found = correct_variance(state, Params(), 1, variance, weight)
-    assert float(found) == pytest.approx(0.5 - (1.2 * 0.5 / 1.25) ** 2, rel=1e-6)
+    found = [float(correct_variance(state, params, 1, variance, weight)) for params in (Params(), JOINT)]
+    assert found == pytest.approx([0.5 - (1.2 * 0.5) ** 2, 0.5 - (1.2 * 0.5 / 1.25) ** 2], rel=1e-6)
     assert float(correct_variance(state, Params(), 1, torch.tensor(0.01), weight)) == 0.0
     assert float(correct_variance(state, Params(variance=False), 1, variance, weight)) == 0.5
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -303,3 +304,20 @@ def test_parameters_out_of_range_are_refused(wrong, message):
 
 def test_a_list_from_the_command_line_is_the_same_parameters():
     assert Params(sizes=[32, 64, 128, 192, 288]) == Params()
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_parents_are_the_best_and_no_more_of_them(top):
+    """What mutations and crossovers draw their parents from."""
+    drawn = []
+
+    class Parents(random.Random):
+        def choice(self, options):
+            if isinstance(options[0], tuple) and isinstance(options[0][1], tuple):
+                drawn.append({candidate for _, candidate in options})
+            return super().choice(options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(q_dit, "random", SimpleNamespace(Random=Parents))
+        evolve(CHOICES, (128,) * 8, lambda c: float(sum(c)), replace(Params(), population=12, epochs=3, top=top))
+    assert drawn and {len(parents) for parents in drawn} == {top}

@@ -114,3 +114,49 @@ def test_clip_shrinks_the_range_of_dynamic_tokens_and_leaves_static_ones(small_t
 def test_clip_is_a_share():
     with pytest.raises(ValueError, match=r"clip must be in \(0, 1\]"):
         Params(clip=1.2)
+
+
+def test_signs_are_where_the_release_has_them(small_target, small_calibration):
+    """residual: none before an attention's output layer and a feed-forward's second one; the others keep theirs."""
+    every, residual, none = (
+        quarot.fit(small_target, small_calibration, DYNAMIC, Params(signs=signs))
+        for signs in ("all", "residual", "none")
+    )
+    unsigned = {
+        f"{site.name}/signs"
+        for site in small_target.linear_sites()
+        if site.consumers[0].endswith(("to_out.0", "ff.net.2"))
+    }
+    assert len(unsigned) == 4 < len(every) == 8
+    for name, signs in every.items():
+        assert bool((none[name] == 1).all()) and not bool((signs == 1).all())
+        assert torch.equal(residual[name], none[name] if name in unsigned else signs)
+
+
+def test_without_signs_a_mean_of_all_channels_comes_to_lie_in_few():
+    """What a GELU's output has; with signs it is spread like anything else."""
+    x = torch.ones(1, 128, dtype=torch.float64)
+    signs = torch.randint(0, 2, (128,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    plain, signed = (quarot.rotation("a", s, Params())(x)[0].abs() for s in (torch.ones(128), signs))
+    assert float(plain.max()) > 0.5 * 128**0.5 and float(signed.max()) < 0.3 * 128**0.5
+
+
+def test_the_published_weights_are_gptqs_on_rotated_inputs_with_searched_ranges(small_target, small_calibration):
+    params = Params(**quarot.FORMS["published"].params)
+    state = quarot.fit(small_target, small_calibration, DYNAMIC, params)
+    found = quarot.apply(small_target, state, DYNAMIC, params).layers[LAYER].weight
+    assert torch.equal(found.codes_OC, state[f"{LAYER}/codes"])
+    without = {name: value for name, value in state.items() if name.endswith("/signs")}
+    nearest = quarot.apply(small_target, without, DYNAMIC, params).layers[LAYER].weight
+    minmax = quarot.apply(small_target, without, DYNAMIC, Params(signs="residual")).layers[LAYER].weight
+    torch.testing.assert_close(found.scale_OG, nearest.scale_OG)  # per row, so GPTQ's are those of the plain weight
+    assert not torch.equal(found.codes_OC, nearest.codes_OC)
+    assert bool((nearest.scale_OG <= minmax.scale_OG + 1e-12).all()) and bool(
+        (nearest.scale_OG < minmax.scale_OG).any()
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"signs": "some"}, {"weights": "rtn"}, {"ranges": "max"}])
+def test_a_choice_that_there_is_not_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"quarot: {next(iter(wrong))} must be one of"):
+        Params(**wrong)

@@ -226,3 +226,13 @@ def test_a_plan_can_be_given_on_the_command_line():
         config = compose("config", ["method=vidit_q", r"+method.mixed={to_q:w8a8,ff.net.2$:w6a8}"])
     params = registry.params_of(OmegaConf.to_container(config.method, resolve=True))
     assert params.mixed == {"to_q": "w8a8", "ff.net.2$": "w6a8"}
+
+
+def test_statistics_are_of_all_steps_unless_the_first_one_is_asked_for(small_target, small_calibration):
+    default, every, first = (
+        vidit_q.fit(small_target, small_calibration, DYNAMIC, vidit_q.Params(**asked))
+        for asked in ({}, {"statistics": "all_steps"}, {"statistics": "high_noise"})
+    )
+    scales = [name for name in default if name.endswith("/scale")]
+    assert scales and all(torch.equal(default[name], every[name]) for name in scales)
+    assert any(not torch.equal(default[name], first[name]) for name in scales)

@@ -83,3 +83,36 @@ def test_the_arguments_are_left_alone(problem):
     before = weight.clone(), hessian.clone()
     gptq(weight, hessian, SPECS["groups"])
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_groups_scale_is_of_weights_with_this_blocks_errors_or_without_them(ahead, normal):
+    """Groups of 4 in blocks of 8; the reference's lazily updated copy has not seen the errors of the block that it is in."""
+    weight, x = normal(6, 16), normal(40, 16, seed=1) @ normal(16, 16, seed=2)
+    hessian, spec = x.T @ x, QuantSpec(3, "per_group", group_size=4, symmetric=False)
+    found = gptq(weight, hessian, spec, block=8, ahead=ahead)
+
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    live, block_start = weight.clone(), weight.clone()
+    scales = torch.zeros(6, 4, dtype=torch.float64)
+    for column in range(16):
+        if column % 8 == 0:
+            block_start = live.clone()
+        if column % 4 == 0:
+            group = (live if ahead else block_start)[:, column : column + 4]
+            one = quantize_weight(group, QuantSpec(3, "per_channel", symmetric=False))
+            scales[:, column // 4], zero = one.scale_OG[:, 0].double(), one.zero_point_OG[:, 0].double()
+        scale = scales[:, column // 4]
+        code = ((live[:, column] / scale).round() + zero).clamp(0, 7)
+        assert torch.equal(found.codes_OC[:, column].double(), code)
+        error = (live[:, column] - (code - zero) * scale) / upper[column, column]
+        live[:, column:] -= error[:, None] * upper[column, column:]
+    torch.testing.assert_close(found.scale_OG.double(), scales, rtol=1e-6, atol=0)
+
+
+def test_the_two_agree_where_a_group_is_a_block_or_there_are_none(normal):
+    weight, x = normal(6, 16), normal(40, 16, seed=1)
+    for spec in (QuantSpec(3, "per_group", group_size=8), QuantSpec(3, "per_channel")):
+        one, other = (gptq(weight, x.T @ x, spec, block=8, ahead=ahead) for ahead in (True, False))
+        assert torch.equal(one.codes_OC, other.codes_OC) and torch.equal(one.scale_OG, other.scale_OG)

@@ -11,6 +11,7 @@ from ditbench.harness.fitting.rounding import nearest
 from ditbench.harness.quant.quantizers import (
     MSE_PERCENTILES,
     ActQuant,
+    activation_affine,
     affine_from_range,
     fake_quantize_activation,
     mse_percentile_range,
@@ -219,23 +220,22 @@ def test_the_searched_range_is_the_best_of_the_three_percentiles(symmetric, norm
     """Against a loop over the percentiles, on a heavy-tailed row where they differ."""
     values = (normal(20_000) ** 3).float()
     spec = QuantSpec(4, "per_tensor", symmetric)
-    ordered = sorted(values.tolist())
     errors = {}
     for percentile in MSE_PERCENTILES:
-        low, high = (ordered[round(p * (len(ordered) - 1))] for p in (1 - percentile, percentile))
+        low, high = (float(torch.quantile(values.double(), p)) for p in (1 - percentile, percentile))
         scale, zero_point = affine_from_range(torch.tensor(low), torch.tensor(high), spec)
         zero = 0.0 if zero_point is None else zero_point
         codes = (torch.round(values / scale) + zero).clamp(spec.quant_min, spec.quant_max)
         errors[low, high] = float(((codes - zero) * scale - values).double().square().sum())
     assert len(errors) == 3
     best = min(errors, key=errors.__getitem__)
-    assert tuple(float(end) for end in mse_percentile_range(values, spec)) == pytest.approx(best, rel=1e-6)
+    assert tuple(float(end) for end in mse_percentile_range(values, spec)) == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.parametrize("spec", WEIGHTS, ids=describe)
 @pytest.mark.parametrize("bits", [3, 8])
-def test_searched_ranges_are_never_worse_than_min_max_on_rows_of_a_dits_width(spec, bits, normal):
-    """Up to 50,000 elements per scale the widest percentile is the whole range; above, nothing is promised."""
+def test_searched_ranges_are_no_worse_than_min_max_on_rows_of_a_dits_width(spec, bits, normal):
+    """But for what the widest percentile cuts off: the releases do not try the whole range, and at 8 bits that can be seen."""
     weight = normal(6, 4608).float()
     weight[1] = weight[1] ** 5
     weight[2, 0] = 40.0
@@ -246,7 +246,7 @@ def test_searched_ranges_are_never_worse_than_min_max_on_rows_of_a_dits_width(sp
     }
     if spec.granularity == "per_tensor":
         squared = {ranges: error.sum() for ranges, error in squared.items()}
-    assert bool((squared["mse"] <= squared["minmax"] * (1 + 1e-6)).all())
+    assert bool((squared["mse"] <= squared["minmax"] * (1.0 if bits == 3 else 1.3)).all())
 
 
 def test_searched_ranges_gain_when_few_values_stand_far_out(normal):
@@ -306,3 +306,36 @@ def test_quantizing_leaves_its_input_alone(normal):
     for spec in ACTS:
         fake_quantize_activation(x, ActQuant(spec))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("rows", [128, 1152])
+def test_percentile_ranges_are_torchs_quantiles_and_do_something_on_narrow_rows(rows, normal):
+    """As the releases of RepQ-ViT and PTQ4DiT have it; by nearest rank a row of 128 kept its extremes."""
+    x = normal(6, rows).float() ** 3
+    spec = QuantSpec(4, "per_channel", symmetric=False)
+    found, plain = quantize_weight(x, spec, ranges="mse"), quantize_weight(x, spec)
+    scales, errors = [], []
+    for p in (0.999, 0.9999, 0.99999):
+        low, high = (torch.quantile(x.double(), q, dim=1) for q in (1 - p, p))
+        scale = (high - low) / 15
+        zero = torch.round(-low / scale)
+        rounded = (torch.clamp(torch.round(x / scale[:, None]) + zero[:, None], 0, 15) - zero[:, None]) * scale[:, None]
+        scales.append(scale)
+        errors.append((rounded - x).square().sum(1))
+    best = torch.stack(errors).argmin(0)
+    expected = torch.stack(scales)[best, torch.arange(6)]
+    torch.testing.assert_close(found.scale_OG[:, 0].double(), expected, rtol=1e-4, atol=0)
+    assert bool((found.scale_OG < plain.scale_OG).all())
+    assert float((found.dequantize() - x).square().sum()) < float((plain.dequantize() - x).square().sum())
+
+
+@pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
+@pytest.mark.parametrize("clip", [1.0, 0.7])
+def test_a_dynamic_range_reaches_to_both_ends_of_its_input(granularity, clip, normal):
+    """Far from zero, small and large: neither end is held anywhere but at zero."""
+    for factor in (1e-3, 1.0, 300.0):
+        x = factor * normal(2, 48).float()
+        low, high = (x.amin(-1), x.amax(-1))
+        spec = QuantSpec(8, granularity, symmetric=False, dynamic=True)
+        scale, _ = activation_affine(x, ActQuant(spec, clip=clip), None)
+        torch.testing.assert_close(scale.flatten(), clip * (high - low) / 255)

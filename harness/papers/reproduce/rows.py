@@ -9,6 +9,7 @@ from typing import Any
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting import registry
+from ditbench.harness.fitting.forms import PUBLISHED
 from ditbench.harness.papers import reported
 from ditbench.harness.papers.reported import Reproduce, Row, Table
 from ditbench.harness.stages.config import RunConfig, parse
@@ -84,10 +85,12 @@ def plan_lines(table: Table, section: Reproduce, model: str | None, overrides: S
 
 
 def _expected(table: Table, section: Reproduce, row: Row) -> tuple[str, ...] | None:
-    """The paper's own settings of this row as overrides; None if the method is not here."""
+    """The paper's own settings of this row as overrides, the method in its published form; None if it is not here."""
     chosen = section.rows.get(row.name) or ([f"method={OURS[row.name]}"] if row.name in OURS else [])
     if not chosen or chosen[0].split("=")[1] not in registry.known_methods():
         return None
+    if PUBLISHED in registry.forms_of(chosen[0].split("=")[1]):
+        chosen = [chosen[0], f"method.form={PUBLISHED}", *chosen[1:]]
     label = re.fullmatch(r"W\d+A\d+|FP8", str(row.keys.get("bits")))
     if label and chosen[0] != f"method={registry.FLOAT}":
         chosen = [*chosen, f"bits={label[0].lower()}"]
