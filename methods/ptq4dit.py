@@ -32,7 +32,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from ditbench.harness.calibration.channel_statistics import channel_stats, of_site
@@ -127,6 +126,8 @@ def timestep_weights(spearman_S: Tensor) -> Tensor:
 
 def spearman(rows_SC: Tensor, reference_C: Tensor) -> Tensor:
     """Spearman's rank correlation of each row with the reference; 0 where either has no variation."""
+    from scipy.stats import rankdata  # here, since whoever lists methods need not wait for it
+
     ranks_SC = torch.as_tensor(rankdata(rows_SC.numpy(), axis=1))
     ranks_C = torch.as_tensor(rankdata(reference_C.numpy()))
     centred_SC, centred_C = ranks_SC - ranks_SC.mean(1, keepdim=True), ranks_C - ranks_C.mean()

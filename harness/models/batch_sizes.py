@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import clock_of
-from ditbench.harness.common.batches import Batch, out_of_memory, release
+from ditbench.harness.common.batches import Batch, give_back, out_of_memory, release
 from ditbench.harness.common.memory import free_memory, peak_memory
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import float_dtype, placed
@@ -16,6 +17,7 @@ from ditbench.harness.models.calls import float_dtype, placed
 AUTO = "auto"
 MOST = 64  # samples, however small
 TOKENS = 2**15  # of all rows of a batch: more would not keep a device busier
+SMALL_BYTES = 2**28  # of weights: models of earlier runs that nothing holds any more may wait for Python to find them
 ROOM = 0.8  # of free memory that a batch may take
 
 
@@ -43,7 +45,7 @@ def batch_of(asked: int | str, model: LoadedModel, transformer: nn.Module, *, mo
     if asked != AUTO:
         return Batch(int(asked))
     device = clock_of(transformer).step.device
-    free = free_memory(device)
+    free, ran_out = free_memory(device), False
     try:
         first, tokens = _probe(model, transformer, 1, device)
         size = by_tokens(tokens, most)
@@ -51,12 +53,14 @@ def batch_of(asked: int | str, model: LoadedModel, transformer: nn.Module, *, mo
     except Exception as error:
         if not out_of_memory(error):
             raise
-        size = 1
+        size, ran_out = 1, True
     else:
         if free is not None and first is not None and second is not None and second > first:
             each = second - first
             size = max(1, min(size, int(ROOM * free - first) // each + 1))
-    release(device)
+    weights = chain(transformer.parameters(), transformer.buffers())
+    large = sum(each.numel() * each.element_size() for each in weights) > SMALL_BYTES
+    (release if ran_out or large else give_back)(device)
     return Batch(2 ** (size.bit_length() - 1), asked=AUTO)
 
 

@@ -2,6 +2,8 @@
 
 Diffusers loads; this file finds what it is given, in the forms in which people have checkpoints, and refuses in a line what would
 otherwise be a traceback, a silent download or a model that is not what its files say. docs/checkpoints.md has the table of forms.
+
+Functions import diffusers and transformers themselves: that takes seconds, which a command that loads no model need not wait.
 """
 
 from __future__ import annotations
@@ -12,10 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers.loaders import FromOriginalModelMixin
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import nn
@@ -148,12 +147,14 @@ class Checkpoint:
         Raises:
             UserError: diffusers cannot read this form of it. Whatever diffusers raises of weights that it cannot read.
         """
+        from diffusers import DiffusionPipeline
+
         parts = {} if self.transformer is None else {TRANSFORMER: self._transformer(self.transformer)}
         if self.base.kind == FOLDER:  # what the index says is not there, diffusers would miss
             parts |= {name: None for name, of in self._index().items() if of == [None, None]}
         if self.source.kind == FILE:
             return self._of_one_file(parts)
-        return diffusers.DiffusionPipeline.from_pretrained(
+        return DiffusionPipeline.from_pretrained(
             self.source.where,
             revision=self.revision,
             variant=self.variant,
@@ -163,6 +164,8 @@ class Checkpoint:
         )
 
     def _of_one_file(self, parts: dict[str, Any]) -> Any:
+        import diffusers
+
         name = self._index()["_class_name"]
         kind = getattr(diffusers, name, None)
         if not hasattr(kind, "from_single_file"):
@@ -177,6 +180,7 @@ class Checkpoint:
 
     def _text_encoders(self) -> dict[str, Any]:
         """Those that the file has not: diffusers looks for them in the file only."""
+        import transformers
         from diffusers.loaders.single_file_utils import is_clip_model_in_single_file, is_t5_in_single_file
 
         with safe_open(self.source.where, framework="pt") as opened:
@@ -215,6 +219,8 @@ class Checkpoint:
         return kind.from_pretrained(folder, variant=self._variant_of(place), dtype=self.dtype, **settings)
 
     def _transformer_of_one_file(self, kind: Any, path: str) -> nn.Module:
+        from diffusers.loaders import FromOriginalModelMixin
+
         where = {"subfolder": TRANSFORMER, "local_files_only": self.base.local}
         if issubclass(kind, FromOriginalModelMixin):
             return kind.from_single_file(
@@ -227,13 +233,14 @@ class Checkpoint:
             return kind.from_pretrained(folder, dtype=self.dtype, local_files_only=True)
 
     def _index(self) -> dict[str, Any]:
-        return dict(
-            diffusers.DiffusionPipeline.load_config(
-                self.base.where, revision=self.revision, local_files_only=self.base.local
-            )
-        )
+        from diffusers import DiffusionPipeline
+
+        where = {"revision": self.revision, "local_files_only": self.base.local}
+        return dict(DiffusionPipeline.load_config(self.base.where, **where))
 
     def _transformer_class(self) -> Any:
+        import diffusers
+
         named = self._index().get(TRANSFORMER)
         if not named:
             raise UserError(

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import diffusers
 from torch import nn
 
 from ditbench.harness.common.errors import UserError
@@ -70,6 +69,8 @@ def refuse_left_out(said: list[logging.LogRecord], where: str, pipe: Any) -> Non
     Of diffusers' models all weights count. Text encoders are often cut out of larger models, so of transformers' only
     further layers of a list that the model has.
     """
+    import diffusers  # here, since whoever only reads settings of adapters has nothing loaded
+
     for text in _texts(said):
         for kind, listed in UNUSED.findall(text):
             names = [name for name in listed.replace("'", "").split(", ") if not COMPUTED.search(name)]

@@ -54,6 +54,22 @@ def test_memory_bounds_it_to_a_power_of_two_that_fits(model, transformer, monkey
     assert batch_of("auto", model, transformer).size == 1
 
 
+def test_python_is_searched_for_what_nobody_holds_where_that_may_be_large_or_memory_ran_out(
+    model, transformer, monkeypatch
+):
+    searched = []
+    monkeypatch.setattr(batch_sizes, "release", searched.append)
+    batch_of("auto", model, transformer)
+    assert searched == [], "it takes as long as a tiny run draws"
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "forward", lambda **inputs: (_ for _ in ()).throw(MemoryError()))
+        batch_of("auto", model, transformer)
+    assert len(searched) == 1
+    monkeypatch.setattr(batch_sizes, "SMALL_BYTES", 0)
+    batch_of("auto", model, transformer)
+    assert len(searched) == 2
+
+
 def test_a_probe_that_runs_out_leaves_one(model, transformer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "forward", lambda **inputs: (_ for _ in ()).throw(MemoryError()))

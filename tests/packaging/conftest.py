@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,17 +57,15 @@ def installed(wheel, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def interpreter(installed, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """interpreter("-m", "ditbench", …): Python in an empty folder, seeing `extra` and the installed wheel but not the checkout.
+@pytest.fixture(scope="session")
+def interpreter_in(installed) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """interpreter_in(folder, "-m", "ditbench", …): Python there, seeing `extra` and the installed wheel but not the checkout.
 
     -S leaves out `site`, and with it the .pth file that makes the checkout importable; the dependencies are put on the
     path by hand, after the wheel.
     """
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
 
-    def call(*arguments: str, extra: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+    def call(elsewhere: Path, *arguments: str, extra: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
         path = [*map(str, extra), str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "WANDB"))}
         return subprocess.run(
@@ -78,6 +77,14 @@ def interpreter(installed, tmp_path) -> Callable[..., subprocess.CompletedProces
         )
 
     return call
+
+
+@pytest.fixture
+def interpreter(interpreter_in, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """interpreter("-m", "ditbench", …): the same, in a folder that is empty."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    return partial(interpreter_in, elsewhere)
 
 
 @pytest.fixture

@@ -34,13 +34,13 @@ def test_a_folder_at_the_top_of_the_checkout_is_no_package_and_says_what_to_impo
     assert said.stderr.splitlines()[-1].startswith(f"ImportError: import ditbench.{name} instead of {name}")
 
 
-@in_a_checkout
-@pytest.mark.parametrize("arguments", [["list", "methods"], ["list", "metrics"], ["list", "backends"]])
-def test_no_module_is_loaded_under_two_names(arguments):
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """{file: names of its module} of all that is loaded once everything was listed."""
     code = (
         "import collections, json, os, sys\n"
         "from ditbench.harness.cli import main\n"
-        f"assert main({arguments!r}) == 0\n"
+        "assert all(main(['list', what]) == 0 for what in ('methods', 'metrics', 'backends'))\n"
         "found = collections.defaultdict(list)\n"
         "for name, module in list(sys.modules.items()):\n"
         "    if name != '__main__' and getattr(module, '__file__', None):\n"
@@ -49,15 +49,27 @@ def test_no_module_is_loaded_under_two_names(arguments):
     )
     said = at_the_top(code, str(Path(ditbench.__file__).parents[1]))
     assert said.returncode == 0, said.stderr
-    found = json.loads(said.stdout.splitlines()[-1])
-    ours = {file: names for file, names in found.items() if Path(file).is_relative_to(ROOT / "harness")}
+    return json.loads(said.stdout.splitlines()[-1])
+
+
+@in_a_checkout
+def test_no_module_is_loaded_under_two_names(loaded):
+    ours = {file: names for file, names in loaded.items() if Path(file).is_relative_to(ROOT / "harness")}
     assert len(ours) > 20, "the harness of this checkout was not the one that ran"
     folders = [ROOT / folder for folder in (*FOLDERS, "src", "tests")]  # not a .venv, whose libraries have such twins
-    here = {file: names for file, names in found.items() if any(map(Path(file).is_relative_to, folders))}
+    here = {file: names for file, names in loaded.items() if any(map(Path(file).is_relative_to, folders))}
     assert {file: names for file, names in here.items() if len(names) > 1} == {}
     assert {name.partition(".")[0] for names in ours.values() for name in names} == {"ditbench"}
-    top_level = {name.partition(".")[0] for names in found.values() for name in names}
-    assert not top_level & set(FOLDERS)
+    assert not top_level(loaded) & set(FOLDERS)
+
+
+@in_a_checkout
+def test_what_there_is_can_be_listed_without_the_seconds_that_libraries_of_models_take(loaded):
+    assert not top_level(loaded) & {"diffusers", "transformers", "torchvision", "hydra", "wandb"}
+
+
+def top_level(loaded: dict[str, list[str]]) -> set[str]:
+    return {name.partition(".")[0] for names in loaded.values() for name in names}
 
 
 def names_in(wheel: Path) -> set[str]:

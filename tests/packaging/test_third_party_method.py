@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,27 +40,20 @@ def apply(target, state, bits, params):
 '''
 
 
+def installed(folder: Path, name: str, source: str, method: str | None = None) -> Path:
+    """A distribution with one method, as pip would install it into the folder."""
+    info = folder / f"{name}_plugin-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[ditbench.methods]\n{method or name} = {name}_plugin\n")
+    (folder / f"{name}_plugin.py").write_text(source)
+    return folder
+
+
 @pytest.fixture
-def package(tmp_path) -> Callable[..., Path]:
+def package(tmp_path) -> Callable[[str, str], Path]:
     """package("shrink", source) → the folder of an installed distribution with one method."""
-
-    def make(name: str, source: str, method: str | None = None) -> Path:
-        folder = tmp_path / f"site-{name}"
-        info = folder / f"{name}_plugin-1.0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[ditbench.methods]\n{method or name} = {name}_plugin\n")
-        (folder / f"{name}_plugin.py").write_text(source)
-        return folder
-
-    return make
-
-
-def test_a_method_of_another_package_is_listed_with_its_parameters(ditbench, package):
-    listed = ditbench("list", "methods", extra=(package("shrink", METHOD),))
-    assert listed.returncode == 0, listed.stderr
-    (line,) = (line for line in listed.stdout.splitlines() if line.startswith("shrink"))
-    assert "round to nearest after clipping" in line and line.endswith("keep=1.0")
+    return lambda name, source: installed(tmp_path / "site", name, source)
 
 
 def test_a_method_of_another_package_passes_check_method(ditbench, package):
@@ -93,7 +87,7 @@ def test_a_bad_parameter_of_another_packages_method_is_refused(ditbench, package
 
 BROKEN = {
     "import": ("import no_such_package\n", "No module named 'no_such_package'"),
-    "syntax": ("def fit(:\n", "shrink_plugin.py:1: SyntaxError"),
+    "syntax": ("def fit(:\n", "syntax_plugin.py:1: SyntaxError"),
     "fit": (METHOD.replace("def fit(", "def fitt("), "it has no fit; see docs/add-a-method.md"),
     "apply": (METHOD.replace("def apply(", "def aply("), "it has no apply"),
     "params": (METHOD.replace("class Params", "class Parameters"), "it has no Params"),
@@ -104,33 +98,52 @@ BROKEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def beside_broken_ones(interpreter_in, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder in which each flaw is a distribution, and `list methods` beside all of them at once: one that works, one of
+    which the module was deleted, and one with the name of a method of ours are there as well.
+    """
+    folder = tmp_path_factory.mktemp("broken")
+    for flaw, (source, _) in BROKEN.items():
+        installed(folder, flaw, source)
+    installed(folder, "shrink", METHOD)
+    installed(folder, "deleted", METHOD)
+    (folder / "deleted_plugin.py").unlink()
+    installed(folder, "named_as_ours", METHOD, method="rtn")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    return folder, interpreter_in(elsewhere, "-m", "ditbench", "list", "methods", extra=(folder,))
+
+
 @pytest.mark.parametrize("flaw", BROKEN)
-def test_a_broken_plugin_is_named_once_and_left_out(ditbench, package, flaw):
-    source, words = BROKEN[flaw]
-    site = package("shrink", source)
-    done = ditbench("list", "methods", extra=(site,))
-    assert done.returncode == 0 and "smoothquant" in done.stdout and "\nshrink" not in done.stdout
-    assert done.stderr.count("\n") == 1 and words in done.stderr
-    assert done.stderr.startswith(
-        f"ditbench: method 'shrink' of shrink_plugin ({site / 'shrink_plugin.py'}) is left out"
-    )
-    assert "`pip uninstall shrink-plugin`" in done.stderr
+def test_a_broken_plugin_is_named_once_and_left_out(beside_broken_ones, flaw):
+    folder, done = beside_broken_ones
+    assert done.returncode == 0 and "smoothquant" in done.stdout and f"\n{flaw} " not in done.stdout
+    (line,) = (line for line in done.stderr.splitlines() if f"'{flaw}'" in line)
+    assert BROKEN[flaw][1] in line
+    assert line.startswith(f"ditbench: method '{flaw}' of {flaw}_plugin ({folder / f'{flaw}_plugin.py'}) is left out")
+    assert f"`pip uninstall {flaw}-plugin`" in line
 
 
-def test_a_plugin_whose_module_was_deleted_is_left_out(ditbench, package):
-    site = package("shrink", METHOD)
-    (site / "shrink_plugin.py").unlink()
-    done = ditbench("list", "methods", extra=(site,))
-    assert done.returncode == 0 and "No module named 'shrink_plugin'" in done.stderr and done.stderr.count("\n") == 1
+def test_a_plugin_whose_module_was_deleted_is_left_out(beside_broken_ones):
+    (line,) = (line for line in beside_broken_ones[1].stderr.splitlines() if "'deleted'" in line)
+    assert "No module named 'deleted_plugin'" in line
+
+
+def test_a_plugin_with_the_name_of_one_of_ours_is_left_out(beside_broken_ones):
+    done = beside_broken_ones[1]
+    (line,) = (line for line in done.stderr.splitlines() if "there is another method 'rtn'" in line)
+    (rtn,) = (line for line in done.stdout.splitlines() if line.startswith("rtn "))
+    assert "named_as_ours_plugin" in line and "round to nearest after clipping" not in rtn
+
+
+def test_broken_plugins_cost_a_line_each_and_no_plugin_that_works(beside_broken_ones):
+    done = beside_broken_ones[1]
+    assert done.stderr.count("\n") == len(BROKEN) + 2
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("shrink"))
+    assert "round to nearest after clipping" in line and line.endswith("keep=1.0")
 
 
 def test_a_broken_plugin_is_an_error_where_it_is_asked_for(ditbench, package):
     done = ditbench("run", "method=shrink", "tracker=none", extra=(package("shrink", "import no_such_package\n"),))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "No module named 'no_such_package'" in done.stderr.splitlines()[-1]
-
-
-def test_a_plugin_with_the_name_of_one_of_ours_is_left_out(ditbench, package):
-    done = ditbench("list", "methods", extra=(package("shrink", METHOD, method="rtn"),))
-    assert done.returncode == 0 and "round to nearest after clipping" not in done.stdout
-    assert "there is another method 'rtn'" in done.stderr and done.stderr.count("\n") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from ditbench.harness import run as running
 from ditbench.harness.cli import main
 from ditbench.harness.generation import generate as generation
+from ditbench.harness.records import hashed_json
 from ditbench.harness.records.attempts import read_all
 from ditbench.harness.report.whole import values_with
 from ditbench.harness.stages import evaluate as evaluating
@@ -37,13 +40,25 @@ def computed(monkeypatch):
     return names
 
 
+@pytest.fixture(scope="module")
+def made_once(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    assert main(["run", *tiny, f"results_dir={folder}", *W4]) == 0
+    return folder
+
+
 @pytest.fixture
-def no_second_draw(run, drawn, computed):
-    """A run was made; whatever is counted is counted anew."""
+def no_second_draw(made_once, tmp_path, drawn, computed):
+    """A run was made, and its results and cache copied to where this test may change them; its record says so."""
+    shutil.copytree(made_once, tmp_path, dirs_exist_ok=True)
+    (path,) = tmp_path.glob("runs/kept/*/record.json")
+    moved = json.dumps(hashed_json.read(path)).replace(str(made_once), str(tmp_path))
+    path.write_text(hashed_json.text_of(json.loads(moved)))
+
+
+def test_a_run_draws_its_own_set_the_float_models_and_those_of_two_seeds_of_the_noise_floor(run, drawn, computed):
     assert run(*W4) == 0
-    assert len(drawn) == 4, "the run's, the float model's, and those of two seeds of the noise floor"
-    drawn.clear()
-    computed.clear()
+    assert len(drawn) == 4 and set(computed) == {"psnr", "sqnr", "torchmetrics/fid_judge"}
 
 
 def the_record(results_dir: Path):

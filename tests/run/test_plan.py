@@ -13,6 +13,7 @@ from ditbench.harness.cli import main
 from ditbench.harness.models.counts import Counts
 from ditbench.harness.stages.config import parse
 from ditbench.harness.sweep import plan as planning
+from ditbench.harness.sweep import rates
 from ditbench.harness.sweep.compose import composed
 from ditbench.harness.sweep.estimate import batch_size
 from ditbench.harness.sweep.plan import amount, configurations, duration, size
@@ -93,6 +94,7 @@ def test_a_plan_of_nothing_but_refused_runs_is_an_error(tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_said_with_the_batch_that_does(plan, monkeypatch):
+    monkeypatch.setattr(rates, "SMALL_MACS", 1e8)  # of a probe's step, for the rates, which are not asked here
     monkeypatch.setattr(planning, "_held_bytes", lambda: 0.0)
     monkeypatch.setattr(planning, "free_memory", lambda device: 40e6)
     assert "does not fit" not in plan()
@@ -109,6 +111,8 @@ def test_a_full_disk_is_said(plan, monkeypatch):
 
 def test_a_model_of_which_nothing_fits_is_planned_without_its_weights(capsys, tmp_path, monkeypatch):
     """FLUX.1 dev's shapes with fewer layers, 5,000 pictures of 1024²: its set is within the 8 GB of true runs."""
+    monkeypatch.setattr(rates, "ROWS", 8)
+    monkeypatch.setattr(rates, "BUSY_S", 0.1)
     few = ("model.random.num_layers=1", "model.random.num_single_layers=1", "protocol.n=5000", "protocol.steps=28")
     assert main(["run", "model=flux.1-dev-random", *few, f"results_dir={tmp_path}", "--plan"]) == 0
     text = capsys.readouterr().out
