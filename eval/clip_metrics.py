@@ -117,7 +117,9 @@ def clip_mmd(evidence: Evidence, pairs: bool = False, unbiased: bool = False) ->
     settings |= {"sigma": CMMD_SIGMA, "scale": CMMD_SCALE, "estimator": estimator, "n_dependence": n_dependence}
     settings |= {"design": design.name, "ci_method": INFLUENCE_OF_PAIRS if pairs else INFLUENCE}
     card = passport("ditbench cmmd", "ditbench", reference=reference, **settings)
-    return Measurement(value, (low if unbiased else max(low, 0.0), high), n, card, pseudo_values(evidence, value, influence))
+    return Measurement(
+        value, (low if unbiased else max(low, 0.0), high), n, card, pseudo_values(evidence, value, influence)
+    )
 
 
 def mmd2(x_NF: np.ndarray, y_MF: np.ndarray) -> float:

@@ -120,11 +120,14 @@ def precision(library: str, view: View, evidence: Evidence) -> Measurement:
 
 def recall(library: str, view: View, evidence: Evidence) -> Measurement:
     pair = view.pair(evidence)
-    n = need_samples(evidence, 5)  # all but one must still have three neighbours
+    n = need_samples(evidence, 4)
     _, value, settings = pair.once("prc", lambda: libraries.torch_fidelity_prc(pair.generated_NF, pair.reference_MF))
     settings = settings | {"estimator": "share of the reference", "n_dependence": MANIFOLD}
     if n > libraries.PRC_WHOLE_MATRIX:
         settings |= {"ci_method": f"none: too slow above {libraries.PRC_WHOLE_MATRIX} images"}
+        return _measurement(library, "recall", view, evidence, value, None, settings)
+    if n < settings["neighbours"] + 2:
+        settings |= {"ci_method": f"none: without one of {n} images the others lack a neighbour"}
         return _measurement(library, "recall", view, evidence, value, None, settings)
     given = pair.generated_NF, pair.reference_MF, settings["neighbours"]
     low, high = student(value, set_scores.recall_spread(*given, evidence.design.strata_N, evidence.seed))

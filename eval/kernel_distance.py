@@ -83,7 +83,10 @@ def influence_of_pairs(x_NF: np.ndarray, y_NF: np.ndarray, kernel: Kernel) -> In
     """Of pairs (x_i, y_i): mean of h_ij = k(x_i, x_j) + k(y_i, y_j) − k(x_i, y_j) − k(y_i, x_j)."""
     rows = rows_of_pairs(len(x_NF))
     first_N = 2 * (
-        across(x_NF, x_NF, kernel) + across(y_NF, y_NF, kernel) - across(x_NF, y_NF, kernel) - across(y_NF, x_NF, kernel)
+        across(x_NF, x_NF, kernel)
+        + across(y_NF, y_NF, kernel)
+        - across(x_NF, y_NF, kernel)
+        - across(y_NF, x_NF, kernel)
     )
     x_RF, y_RF = x_NF[rows], y_NF[rows]
     mixed_RR = kernel(x_RF, y_RF)

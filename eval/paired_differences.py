@@ -77,7 +77,9 @@ def differences(pairs: Sequence[tuple[PerSample, PerSample]], seed: int = 0) -> 
     if one.yes_no:
         weighted_PN = np.nan_to_num([delta_N * _weights(one, delta_N) for delta_N in deltas])
         intervals = [_of_categories(delta_N, one.strata_N) for delta_N in deltas]
-        found = zip(weighted_PN.sum(axis=1).tolist(), intervals, sign_flip_p(weighted_PN, seed).tolist(), sizes, strict=True)
+        found = zip(
+            weighted_PN.sum(axis=1).tolist(), intervals, sign_flip_p(weighted_PN, seed).tolist(), sizes, strict=True
+        )
         return [Difference(*each, FLIP_TEST, AGRESTI_MIN_OF_GROUPS) for each in found]
     spreads = [_spread(delta_N, one.design_N) for delta_N in deltas]
     values = [float(np.nanmean(delta_N)) for delta_N in deltas]

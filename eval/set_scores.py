@@ -75,7 +75,9 @@ def recall_spread(
     random, values = np.random.default_rng(seed), []
     for _ in range(DRAWS):
         rows = torch.from_numpy(_without_some(strata_N, random))
-        radius = among_NN[rows][:, rows].kthvalue(min(neighbours, len(rows) - 1) + 1).values  # the first is the point itself
+        radius = (
+            among_NN[rows][:, rows].kthvalue(min(neighbours, len(rows) - 1) + 1).values
+        )  # the first is the point itself
         values.append(float((to_reference_MN[:, rows] <= radius).any(dim=1).float().mean()))
     left_out = len(strata_N) - len(rows)
     return Spread(float(np.std(values, ddof=1) * np.sqrt(len(rows) / left_out)), DRAWS - 1)

@@ -8,7 +8,7 @@ Each is named in the passport (`ci_method`), and none has resamples whose number
   FID's logarithm, since an FID that came out small has a spread that came out small.
 
 What is covered is the value that this design and this n have in expectation. That FID falls as n grows is not in it.
-tests/eval/test_coverage.py and bench/coverage.py hold each of them against real digits.
+tests/eval/test_coverage.py and bench/intervals.py hold each of them against real digits.
 """
 
 from __future__ import annotations

@@ -220,9 +220,7 @@ def parsed(path: Path, dimension: str) -> tuple[float, list[float] | list[bool]]
     return float(value), per_video
 
 
-def entry_of(
-    dimension: str, value: float, per_video: list[float] | list[bool], mode: str
-) -> dict[str, Any]:
+def entry_of(dimension: str, value: float, per_video: list[float] | list[bool], mode: str) -> dict[str, Any]:
     """The interval is that of the mean or share over videos, and absent where vbench's total is neither."""
     ci95: Interval | None
     if isinstance(per_video[0], bool):

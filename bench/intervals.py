@@ -1,6 +1,6 @@
 """How often the "95 %" intervals cover, on real digits: writes results/intervals/coverage-N.csv, a row per metric, model and design.
 
-    python bench/coverage.py 64 256 1024          # as long as it takes: minutes to an hour on one core
+    python bench/intervals.py 64 256 1024          # as long as it takes: minutes to an hour on one core
     python bench/docs_tables.py                   # then fills the table of docs/protocols.md
 
 The model draws real digits (scikit-learn's 1,797, by label, with replacement), so that what an interval ought to cover is known: exactly, or
@@ -159,9 +159,7 @@ class Numbers:
         logits_NK = self.mine.logits_NK[self.rows_N]
         features = [torch.from_numpy(each).float() for each in (x_NF, reference_MF)]
         other = frechet.influence(self.y_NF, reference_MF)
-        apart = PerSample(
-            of_fid.first_N - other.first_N + values["difference of FID"], pseudo=True, design_N=strata_N
-        )
+        apart = PerSample(of_fid.first_N - other.first_N + values["difference of FID"], pseudo=True, design_N=strata_N)
         return {
             "FID": (values["FID"], student_of_log(values["FID"], spread(of_fid, strata_N))),
             "FD∞": (limit.value, student(limit.value, of_limit)),
