@@ -165,7 +165,7 @@ def with_interval(run: pd.Series, metric: str, decimals: int) -> str:
 def caption(runs: pd.DataFrame) -> str:
     first = runs.iloc[0]
     seeds = len(str(first.seed).split(","))
-    over = f"over {seeds} seeds" if seeds > 1 else "over samples"
+    over = f"over {seeds} seeds" if seeds > 1 else "over bootstrap resamples"
     return (
         f"{first.model}, n = {first.n:,} samples × {seeds} seed{'s' * (seeds > 1)}, {first.steps} steps, guidance {first.guidance}; "
         f"95 % intervals {over}; ~: inside the noise floor; {first.device}, commit {first.commit[:7]}."

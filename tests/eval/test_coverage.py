@@ -50,7 +50,9 @@ def test_intervals_of_64_digits_are_as_wide_as_fresh_draws_vary_and_cover(simula
 def test_what_is_called_exact_is_the_mean_of_many_draws(simulation, world):
     random, found = np.random.default_rng(0), []
     for seed in range(30):
-        numbers = simulation.Numbers(world, "noisy digits", *simulation.drawn(world.labels_N, 64, "balanced", random), seed)
+        numbers = simulation.Numbers(
+            world, "noisy digits", *simulation.drawn(world.labels_N, 64, "balanced", random), seed
+        )
         found.append({name: value for name, (value, _) in numbers.intervals().items()})
     for name, truth in numbers.exact().items():
         values = np.array([each[name] for each in found])
@@ -65,7 +67,9 @@ def test_labels_that_are_balanced_come_in_turn_and_make_the_strata(simulation, w
     assert not strata_N.any()
 
 
-@pytest.mark.parametrize("row", recorded(), ids=lambda row: f"{row['metric']} {row['n']} {row['design']} {row['model']}")
+@pytest.mark.parametrize(
+    "row", recorded(), ids=lambda row: f"{row['metric']} {row['n']} {row['design']} {row['model']}"
+)
 def test_recorded_intervals_cover_between_90_and_98_times_in_100(row):
     if float(row["sd"]) < 1e-9:
         return

@@ -53,12 +53,12 @@ TALL_AND_WIDE = {
 @pytest.mark.parametrize("name", TALL_AND_WIDE)
 def test_the_influence_is_the_derivative_by_a_samples_weight(name):
     number, influence = TALL_AND_WIDE[name]
-    step, found = 1e-4, influence().first_N
+    step, found = 1e-2, influence().first_N
     for index in (0, 7, 23):
         more, less = np.ones(24), np.ones(24)
         more[index] += step
         less[index] -= step
-        assert found[index] == pytest.approx(24 * (number(more) - number(less)) / (2 * step), rel=1e-4, abs=1e-6)
+        assert found[index] == pytest.approx(24 * (number(more) - number(less)) / (2 * step), rel=1e-3, abs=1e-4)
     assert found.mean() == pytest.approx(0.0, abs=1e-9)
 
 
@@ -95,7 +95,7 @@ def test_kids_influence_is_the_derivative_of_the_set_without_its_diagonal():
 
 
 def test_pairs_come_and_go_together():
-    noisy = X + 0.1 * np.random.default_rng(5).normal(size=X.shape)
+    noisy = X + 1.0 + 0.1 * np.random.default_rng(5).normal(size=X.shape)
     strata_N = np.zeros(24, int)
     of_pairs = spread(frechet.influence_of_pairs(noisy, X), strata_N).sd
     assert 0 < of_pairs < 0.3 * spread(frechet.influence(noisy, X), strata_N).sd
@@ -132,19 +132,20 @@ def test_a_spread_within_strata_is_that_of_the_strata_with_one_taken_off_each():
 
 
 def test_what_pairs_do_together_is_counted_once():
-    """A number of pairs alone: T = Σ_{i<j} 2 x_i x_j / n², x of mean 0, whose variance is 2 (n − 1) / n³."""
+    """A number of pairs alone: T = Σ_{i<j} 2 x_i·x_j / n², x of mean 0 and width 20, whose variance is 40 (n − 1) / n³."""
     truth, found, without = [], [], []
     random = np.random.default_rng(2)
     for _ in range(400):
-        x = random.normal(size=40)
-        truth.append((x.sum() ** 2 - (x**2).sum()) / 40**2)
-        first = 2 * x * (x.sum() - x) / 40
-        influence = Influence(first - first.mean(), 2 * np.outer(x, x), np.arange(40))
+        x = random.normal(size=(40, 20))
+        total = x.sum(axis=0)
+        truth.append((total @ total - (x**2).sum()) / 40**2)
+        first = 2 * (x @ total - (x**2).sum(axis=1)) / 40
+        influence = Influence(first - first.mean(), 2 * x @ x.T, np.arange(40))
         found.append(spread(influence, np.zeros(40, int)).sd ** 2)
         without.append(spread(Influence(influence.first_N), np.zeros(40, int)).sd ** 2)
-    assert np.var(truth) == pytest.approx(2 * 39 / 40**3, rel=0.3)
-    assert np.mean(found) == pytest.approx(2 * 39 / 40**3, rel=0.35)
-    assert np.mean(without) > 1.6 * 2 * 39 / 40**3
+    assert np.var(truth) == pytest.approx(40 * 39 / 40**3, rel=0.3)
+    assert np.mean(found) == pytest.approx(40 * 39 / 40**3, rel=0.2)
+    assert np.mean(without) > 1.6 * 40 * 39 / 40**3
 
 
 def test_the_rows_whose_pairs_are_looked_at_are_spread_over_the_labels_and_always_the_same():
