@@ -1,6 +1,6 @@
 """How often the "95 %" intervals cover, on real digits: writes results/intervals/coverage-N.csv, a row per metric, model and design.
 
-    python bench/intervals.py 64 256 1024          # as long as it takes: minutes to an hour on one core
+    python bench/intervals.py 64 256 1024          # minutes to an hour on one core; --only FID,KID for some of the metrics
     python bench/docs_tables.py                   # then fills the table of docs/protocols.md
 
 The model draws real digits (scikit-learn's 1,797, by label, with replacement), so that what an interval ought to cover is known: exactly, or
@@ -14,9 +14,10 @@ from __future__ import annotations
 import csv
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ import ditbench.harness.models.zoo as zoo
 from ditbench.eval import frechet, kernel_distance, set_scores
 from ditbench.eval.base import PerSample
 from ditbench.eval.clip_metrics import gaussian_kernel, mmd2
-from ditbench.eval.influence import Spread, spread
+from ditbench.eval.influence import Influence, Spread, spread
 from ditbench.eval.paired_differences import differences
 from ditbench.eval.statistics import (
     Interval,
@@ -44,8 +45,6 @@ NOISE = 40.0  # grey levels
 NEIGHBOURS = 3
 CLASSES = 10
 FIELDS = ("n", "design", "model", "metric", "truth", "mean", "sd", "sd_estimated", "coverage", "draws")
-
-Found = dict[str, tuple[float, Interval]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def drawn(labels_N: np.ndarray, n: int, design: str, random: np.random.Generator
 
 
 class Numbers:
-    """Every number of one drawn set, and its interval. `values` alone are cheap."""
+    """The numbers of one drawn set, and their intervals."""
 
     def __init__(self, world: World, model: str, rows_N: np.ndarray, strata_N: np.ndarray, seed: int) -> None:
         (other,) = (name for name in MODELS if name != model)
@@ -124,86 +123,123 @@ class Numbers:
         self.x_NF, self.y_NF = self.mine.features_NF[rows_N], self.theirs.features_NF[rows_N]
         self.all_rows = np.arange(len(rows_N))
 
-    def values(self) -> dict[str, float]:
-        """Of the numbers whose expectation is not known exactly."""
-        x, reference = torch.from_numpy(self.x_NF).float(), torch.from_numpy(self.world.reference_MF).float()
-        return {
-            "FID": frechet.distance(self.x_NF, self.world.reference_MF)(self.all_rows),
-            "FID to float": frechet.distance(self.x_NF, self.y_NF)(self.all_rows),
-            "difference of FID": self._fid_apart(),
-            "IS": self._score(),
-            "recall": recall_of(x, reference),
-            "CMMD to float": mmd2(unit(self.x_NF), unit(self.y_NF)),
-        }
+    def value(self, metric: str) -> float:
+        """Of one of the ESTIMATED metrics, whose expectation is not known exactly."""
+        return ESTIMATED[metric](self)
 
-    def intervals(self) -> Found:
-        found = self.values()
-        return self._of_sets(found) | self._of_samples()
+    def interval(self, metric: str) -> tuple[float, Interval]:
+        return INTERVALS[metric](self)
 
-    def _of_sets(self, values: dict[str, float]) -> Found:
-        x_NF, reference_MF, strata_N = self.x_NF, self.world.reference_MF, self.strata_N
-        of_fid = frechet.influence(x_NF, reference_MF)
-        limit = frechet.infinity(x_NF, reference_MF, of_fid, strata_N, self.seed)
-        of_limit = spread(limit.influence, strata_N)
-        of_limit = Spread(float(np.hypot(of_limit.sd, limit.split_sd)), of_limit.freedom)
-        within = kernel_distance.within(x_NF, strata_N)
-        cubic = kernel_distance.cubic_kernel
-        of_kid = kernel_distance.influence(x_NF, reference_MF, within, cubic)
-        kid = within.by_design + self.world.within_reference["KID"]
-        kid -= 2 * float(kernel_distance.across(x_NF, reference_MF).mean())
-        unit_x, unit_y, unit_r = unit(x_NF), unit(self.y_NF), unit(reference_MF)
-        unit_within = kernel_distance.within(unit_x, strata_N, gaussian_kernel)
-        of_cmmd = kernel_distance.influence(unit_x, unit_r, unit_within, gaussian_kernel)
-        cmmd = unit_within.by_design + self.world.within_reference["CMMD"]
-        cmmd -= 2 * float(kernel_distance.across(unit_x, unit_r, gaussian_kernel).mean())
-        logits_NK = self.mine.logits_NK[self.rows_N]
-        features = [torch.from_numpy(each).float() for each in (x_NF, reference_MF)]
-        other = frechet.influence(self.y_NF, reference_MF)
-        apart = PerSample(of_fid.first_N - other.first_N + values["difference of FID"], pseudo=True, design_N=strata_N)
-        return {
-            "FID": (values["FID"], student_of_log(values["FID"], spread(of_fid, strata_N))),
-            "FD∞": (limit.value, student(limit.value, of_limit)),
-            "KID": (kid, student(kid, spread(of_kid, strata_N))),
-            "IS": (
-                values["IS"],
-                student(values["IS"], spread(set_scores.inception_score_influence(logits_NK, values["IS"]), strata_N)),
-            ),
-            "recall": (
-                values["recall"],
-                student(values["recall"], set_scores.recall_spread(*features, NEIGHBOURS, strata_N, self.seed)),
-            ),
-            "CMMD": (cmmd, student(cmmd, spread(of_cmmd, strata_N))),
-            "FID to float": self._of_pairs(values["FID to float"], frechet.influence_of_pairs(x_NF, self.y_NF)),
-            "CMMD to float": self._of_pairs(
-                values["CMMD to float"], kernel_distance.influence_of_pairs(unit_x, unit_y, gaussian_kernel)
-            ),
-            "difference of FID": _difference(apart, PerSample(np.zeros(len(strata_N)), pseudo=True)),
-        }
+    def fid_value(self) -> float:
+        return frechet.distance(self.x_NF, self.world.reference_MF)(self.all_rows)
 
-    def _of_pairs(self, value: float, influence) -> tuple[float, Interval]:
-        return value, student(value, spread(influence, self.strata_N))
+    def to_float_value(self) -> float:
+        return frechet.distance(self.x_NF, self.y_NF)(self.all_rows)
 
-    def _of_samples(self) -> Found:
-        rows_N, strata_N = self.rows_N, self.strata_N
-        left_N, other_N = self.mine.leans_N[rows_N], self.theirs.leans_N[rows_N]
-        labels_N = self.world.labels_N[rows_N]
-        categories = [left_N[labels_N == label] for label in range(CLASSES) if (labels_N == label).any()]
-        sure_N, other_sure_N = (self._sureness(seen)[rows_N] for seen in (self.mine, self.theirs))
-        psnr, psnr_ci = mean_with_ci(self.world.psnr_N[rows_N], strata_N)
-        assert psnr_ci is not None
-        return {
-            "PSNR": (psnr, psnr_ci),
-            "precision": share_by_design(self.mine.near_N[rows_N], strata_N),
-            "share (recognised)": share_by_design(self.mine.right_N[rows_N], strata_N),
-            "share (leans left)": share_by_design(left_N, strata_N),
-            "mean of categories' shares": mean_of_shares_with_ci((int(c.sum()), len(c)) for c in categories),
-            "difference of numbers": _difference(
-                PerSample(sure_N, design_N=strata_N), PerSample(other_sure_N, design_N=strata_N)
-            ),
-            "difference of shares": _difference(
-                PerSample(left_N.astype(float), True), PerSample(other_N.astype(float), True)
-            ),
-        }
+    def apart_value(self) -> float:
+        mine, theirs = (frechet.distance(each, self.world.reference_MF) for each in (self.x_NF, self.y_NF))
+        return mine(self.all_rows) - theirs(self.all_rows)
+
+    def score_value(self) -> float:
+        probability_NK = torch.from_numpy(self.mine.logits_NK[self.rows_N]).softmax(dim=1).numpy()
+        marginal_K = probability_NK.mean(axis=0)
+        certainty = (probability_NK * np.log(probability_NK.clip(1e-300))).sum(axis=1).mean()
+        return float(np.exp(certainty - (marginal_K * np.log(marginal_K.clip(1e-300))).sum()))
+
+    def recall_value(self) -> float:
+        generated_NF, reference_MF = self._tensors()
+        radius_N = torch.cdist(generated_NF, generated_NF).kthvalue(NEIGHBOURS + 1).values
+        return float((torch.cdist(reference_MF, generated_NF) <= radius_N).any(dim=1).float().mean())
+
+    def cmmd_to_float_value(self) -> float:
+        return mmd2(unit(self.x_NF), unit(self.y_NF))
+
+    def fid(self) -> tuple[float, Interval]:
+        value = self.fid_value()
+        return value, student_of_log(value, self._spread(frechet.influence(self.x_NF, self.world.reference_MF)))
+
+    def fd_infinity(self) -> tuple[float, Interval]:
+        whole = frechet.influence(self.x_NF, self.world.reference_MF)
+        limit = frechet.infinity(self.x_NF, self.world.reference_MF, whole, self.strata_N, self.seed)
+        of_samples = self._spread(limit.influence)
+        total = Spread(float(np.hypot(of_samples.sd, limit.split_sd)), of_samples.freedom)
+        return limit.value, student(limit.value, total)
+
+    def kid(self) -> tuple[float, Interval]:
+        return self._kernel("KID", self.x_NF, self.world.reference_MF, kernel_distance.cubic_kernel)
+
+    def cmmd(self) -> tuple[float, Interval]:
+        return self._kernel("CMMD", unit(self.x_NF), unit(self.world.reference_MF), gaussian_kernel)
+
+    def score(self) -> tuple[float, Interval]:
+        value = self.score_value()
+        influence = set_scores.inception_score_influence(self.mine.logits_NK[self.rows_N], value)
+        return value, student(value, self._spread(influence))
+
+    def recall(self) -> tuple[float, Interval]:
+        value = self.recall_value()
+        return value, student(value, set_scores.recall_spread(*self._tensors(), NEIGHBOURS, self.strata_N, self.seed))
+
+    def to_float(self) -> tuple[float, Interval]:
+        value = self.to_float_value()
+        return value, student(value, self._spread(frechet.influence_of_pairs(self.x_NF, self.y_NF)))
+
+    def cmmd_to_float(self) -> tuple[float, Interval]:
+        value = self.cmmd_to_float_value()
+        influence = kernel_distance.influence_of_pairs(unit(self.x_NF), unit(self.y_NF), gaussian_kernel)
+        return value, student(value, self._spread(influence))
+
+    def apart(self) -> tuple[float, Interval]:
+        mine, theirs = (frechet.influence_of_rows(each, self.world.reference_MF) for each in (self.x_NF, self.y_NF))
+        return self._difference(mine - theirs + self.apart_value(), np.zeros(len(self.rows_N)), pseudo=True)
+
+    def psnr(self) -> tuple[float, Interval]:
+        value, ci95 = mean_with_ci(self.world.psnr_N[self.rows_N], self.strata_N)
+        assert ci95 is not None
+        return value, ci95
+
+    def precision(self) -> tuple[float, Interval]:
+        return share_by_design(self.mine.near_N[self.rows_N], self.strata_N)
+
+    def recognised(self) -> tuple[float, Interval]:
+        return share_by_design(self.mine.right_N[self.rows_N], self.strata_N)
+
+    def leaning(self) -> tuple[float, Interval]:
+        return share_by_design(self.mine.leans_N[self.rows_N], self.strata_N)
+
+    def by_category(self) -> tuple[float, Interval]:
+        leans_N, labels_N = self.mine.leans_N[self.rows_N], self.world.labels_N[self.rows_N]
+        categories = [leans_N[labels_N == label] for label in range(CLASSES) if (labels_N == label).any()]
+        return mean_of_shares_with_ci((int(each.sum()), len(each)) for each in categories)
+
+    def numbers_apart(self) -> tuple[float, Interval]:
+        return self._difference(*(self._sureness(seen)[self.rows_N] for seen in (self.mine, self.theirs)))
+
+    def shares_apart(self) -> tuple[float, Interval]:
+        one, other = (seen.leans_N[self.rows_N].astype(float) for seen in (self.mine, self.theirs))
+        return self._difference(one, other, yes_no=True)
+
+    def _kernel(
+        self, name: str, x_NF: np.ndarray, reference_MF: np.ndarray, kernel: kernel_distance.Kernel
+    ) -> tuple[float, Interval]:
+        within = kernel_distance.within(x_NF, self.strata_N, kernel)
+        across = float(kernel_distance.across(x_NF, reference_MF, kernel).mean())
+        value = within.by_design + self.world.within_reference[name] - 2 * across
+        return value, student(value, self._spread(kernel_distance.influence(x_NF, reference_MF, within, kernel)))
+
+    def _difference(
+        self, one_N: np.ndarray, other_N: np.ndarray, yes_no: bool = False, pseudo: bool = False
+    ) -> tuple[float, Interval]:
+        design_N = self.strata_N if self.strata_N.any() else None
+        pair = (PerSample(each, yes_no, pseudo=pseudo, design_N=design_N) for each in (one_N, other_N))
+        (found,) = differences([tuple(pair)])
+        return found.value, found.ci95
+
+    def _spread(self, influence: Influence) -> Spread:
+        return spread(influence, self.strata_N)
+
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(self.x_NF).float(), torch.from_numpy(self.world.reference_MF).float()
 
     def exact(self) -> dict[str, float]:
         """What the model has in expectation, of the numbers of which that is known."""
@@ -239,76 +275,104 @@ class Numbers:
         logits_NK[np.arange(len(labels_N)), labels_N] = -np.inf
         return own_N - logits_NK.max(axis=1)
 
-    def _score(self) -> float:
-        probability_NK = torch.from_numpy(self.mine.logits_NK[self.rows_N]).softmax(dim=1).numpy()
-        marginal_K = probability_NK.mean(axis=0)
-        certainty = (probability_NK * np.log(probability_NK.clip(1e-300))).sum(axis=1).mean()
-        return float(np.exp(certainty - (marginal_K * np.log(marginal_K.clip(1e-300))).sum()))
 
-    def _fid_apart(self) -> float:
-        mine, theirs = (frechet.distance(each, self.world.reference_MF) for each in (self.x_NF, self.y_NF))
-        return mine(self.all_rows) - theirs(self.all_rows)
-
-
-def recall_of(generated_NF: torch.Tensor, reference_MF: torch.Tensor) -> float:
-    radius_N = torch.cdist(generated_NF, generated_NF).kthvalue(NEIGHBOURS + 1).values
-    return float((torch.cdist(reference_MF, generated_NF) <= radius_N).any(dim=1).float().mean())
+ESTIMATED: dict[str, Callable[[Numbers], float]] = {
+    "FID": Numbers.fid_value,
+    "IS": Numbers.score_value,
+    "recall": Numbers.recall_value,
+    "FID to float": Numbers.to_float_value,
+    "CMMD to float": Numbers.cmmd_to_float_value,
+    "difference of FID": Numbers.apart_value,
+}
+INTERVALS: dict[str, Callable[[Numbers], tuple[float, Interval]]] = {
+    "FID": Numbers.fid,
+    "FD∞": Numbers.fd_infinity,
+    "KID": Numbers.kid,
+    "IS": Numbers.score,
+    "recall": Numbers.recall,
+    "CMMD": Numbers.cmmd,
+    "FID to float": Numbers.to_float,
+    "CMMD to float": Numbers.cmmd_to_float,
+    "difference of FID": Numbers.apart,
+    "PSNR": Numbers.psnr,
+    "precision": Numbers.precision,
+    "share (recognised)": Numbers.recognised,
+    "share (leans left)": Numbers.leaning,
+    "mean of categories' shares": Numbers.by_category,
+    "difference of numbers": Numbers.numbers_apart,
+    "difference of shares": Numbers.shares_apart,
+}
 
 
 def unit(x_NF: np.ndarray) -> np.ndarray:
     return x_NF / np.linalg.norm(x_NF, axis=1, keepdims=True)
 
 
-def simulate(world: World, n: int, design: str, model: str, draws: int = DRAWS, truth: int = TRUTH) -> list[dict]:
-    """A row of FIELDS per metric."""
+def simulate(
+    world: World,
+    n: int,
+    design: str,
+    model: str,
+    metrics: Sequence[str] = tuple(INTERVALS),
+    draws: int = DRAWS,
+    truth: int = TRUTH,
+) -> list[dict[str, Any]]:
+    """A row of FIELDS per metric; the same draws whichever metrics are asked for."""
     random = np.random.default_rng([n, DESIGNS.index(design), MODELS.index(model)])
-
-    def numbers(seed: int) -> Numbers:
-        return Numbers(world, model, *drawn(world.labels_N, n, design, random), seed)
-
-    found = [numbers(seed).intervals() for seed in range(draws)]
-    more = [numbers(seed).values() for seed in range(truth)]
-    known = [*more, *({name: each[name][0] for name in numbers(0).values()} for each in found)]
-    expected = {name: float(np.mean([each[name] for each in known])) for name in known[0]} | numbers(0).exact()
-    rows = []
-    for name in found[0]:
-        values = np.array([each[name][0] for each in found])
-        limits = np.array([each[name][1] for each in found])
-        at = expected[name]
+    drawn_rows = [drawn(world.labels_N, n, design, random) for _ in range(draws + truth)]
+    numbers = [Numbers(world, model, *rows, seed) for seed, rows in enumerate(drawn_rows)]
+    exact, rows = numbers[0].exact(), []
+    for name in metrics:
+        found = [each.interval(name) for each in numbers[:draws]]
+        values, limits = np.array([value for value, _ in found]), np.array([ci95 for _, ci95 in found])
+        at = exact.get(name)
+        if at is None:
+            at = float(np.mean([*values, *(each.value(name) for each in numbers[draws:])]))
         rows.append(
             {
-                "n": n, "design": design, "model": model, "metric": name, "truth": at, "mean": values.mean(),
-                "sd": values.std(ddof=1), "sd_estimated": float(np.sqrt(((limits[:, 1] - limits[:, 0]) ** 2).mean()) / 3.92),
+                "n": n, "design": design, "model": model, "metric": name, "truth": at, "mean": float(values.mean()),
+                "sd": float(values.std(ddof=1)),
+                "sd_estimated": float(np.sqrt(((limits[:, 1] - limits[:, 0]) ** 2).mean()) / 3.92),
                 "coverage": float(((limits[:, 0] <= at) & (at <= limits[:, 1])).mean()), "draws": draws,
             }
         )  # fmt: skip
     return rows
 
 
-def _difference(one: PerSample, other: PerSample) -> tuple[float, Interval]:
-    (found,) = differences([(one, other)])
-    return found.value, found.ci95
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Into the table, in the place of rows of the same metric, design and model."""
+    kept: dict[tuple[str, ...], dict[str, Any]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = {_key(row): row for row in csv.DictReader(file)}
+    for row in rows:
+        kept[_key(row)] = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+    order = {name: place for place, name in enumerate((*MODELS, *DESIGNS, *INTERVALS))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept[key] for key in sorted(kept, key=lambda key: [order[part] for part in key]))
 
 
-def main(sizes: list[int], say: Callable[[str], None] = print) -> None:
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["model"], row["design"], row["metric"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """n …, and --only METRIC[,METRIC …]."""
     torch.set_num_threads(1)
+    sizes = [int(each) for each in arguments if each.isdigit()] or [64, 256, 1024]
+    named = arguments[arguments.index("--only") + 1].split(",") if "--only" in arguments else tuple(INTERVALS)
     all_digits = world()
     for n in sizes:
-        rows = []
         for model in MODELS:
             for design in DESIGNS:
-                start = time.time()
-                rows += simulate(all_digits, n, design, model)
-                say(f"n = {n}, {design} labels, {model}: {time.time() - start:.0f} s")
-                OUT.mkdir(parents=True, exist_ok=True)
-                with (OUT / f"coverage-{n}.csv").open("w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(
-                        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-                        for row in rows
-                    )
+                for name in named:
+                    start = time.time()
+                    write(OUT / f"coverage-{n}.csv", simulate(all_digits, n, design, model, [name]))
+                    print(f"n = {n}, {design} labels, {model}, {name}: {time.time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main([int(size) for size in sys.argv[1:]] or [64, 256, 1024])
+    main(sys.argv[1:])

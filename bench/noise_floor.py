@@ -29,6 +29,7 @@ from scipy.stats import t
 
 from ditbench.eval import frechet, kernel_distance
 from ditbench.eval.base import PerSample
+from ditbench.eval.influence import counted_once
 from ditbench.eval.paired_differences import Difference, differences
 
 OUT = intervals.OUT / "noise_floor.csv"
@@ -45,13 +46,13 @@ def scored(world: intervals.World, features_NF: np.ndarray, strata_N: np.ndarray
     """FID and KID (up to what the reference adds) with what each sample contributes."""
     reference_MF = world.reference_MF
     fid = frechet.distance(features_NF, reference_MF)(np.arange(len(strata_N)))
-    of_fid = frechet.influence_of_rows(features_NF, reference_MF)
+    of_fid = frechet.contributed(frechet.influence(features_NF, reference_MF), features_NF.shape[1], strata_N)
     within = kernel_distance.within(features_NF, strata_N)
-    first_N = 2 * (within.by_design_N - kernel_distance.across(features_NF, reference_MF))
-    kid = float((first_N - within.by_design_N).mean())
+    of_kid = kernel_distance.influence(features_NF, reference_MF, within, kernel_distance.cubic_kernel)
+    kid = within.by_design - 2 * float(kernel_distance.across(features_NF, reference_MF).mean())
     return {
-        "FID": PerSample(fid + of_fid, pseudo=True, design_N=strata_N),
-        "KID": PerSample(kid + first_N - first_N.mean(), pseudo=True, design_N=strata_N),
+        "FID": PerSample(fid + of_fid.first_N, pseudo=True, design_N=strata_N),
+        "KID": PerSample(kid + counted_once(of_kid, strata_N).first_N, pseudo=True, design_N=strata_N),
     }
 
 

@@ -23,7 +23,7 @@ from ditbench.eval import kernel_distance
 from ditbench.eval.base import Evidence, Measurement, metric
 from ditbench.eval.clip import HUB, clip_here, count_too_long, embed_images, embed_texts, load_clip, need_prompts
 from ditbench.eval.features import against_float, need_reference
-from ditbench.eval.influence import spread
+from ditbench.eval.influence import counted_once, spread
 from ditbench.eval.passport import need_samples, passport
 from ditbench.eval.per_sample import mean_or_share, pseudo_values
 from ditbench.eval.statistics import INFLUENCE, INFLUENCE_OF_PAIRS, student
@@ -116,10 +116,9 @@ def clip_mmd(evidence: Evidence, pairs: bool = False, unbiased: bool = False) ->
     settings = clip.passport | _CROPPED_FIRST | {"dtype": "float32, kernel float64"}
     settings |= {"sigma": CMMD_SIGMA, "scale": CMMD_SCALE, "estimator": estimator, "n_dependence": n_dependence}
     settings |= {"design": design.name, "ci_method": INFLUENCE_OF_PAIRS if pairs else INFLUENCE}
+    kept = pseudo_values(evidence, value, counted_once(influence, design.strata_N))
     card = passport("ditbench cmmd", "ditbench", reference=reference, **settings)
-    return Measurement(
-        value, (low if unbiased else max(low, 0.0), high), n, card, pseudo_values(evidence, value, influence)
-    )
+    return Measurement(value, (low if unbiased else max(low, 0.0), high), n, card, kept)
 
 
 def mmd2(x_NF: np.ndarray, y_MF: np.ndarray) -> float:

@@ -32,7 +32,7 @@ from torch import Tensor
 from ditbench.eval import frechet, kernel_distance, libraries, set_scores
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, Need, metric
 from ditbench.eval.features import Pair, against_float, judge_pair, need_judge, one_thread, outputs
-from ditbench.eval.influence import Influence, spread
+from ditbench.eval.influence import Influence, counted_once, spread
 from ditbench.eval.passport import need_samples, passport
 from ditbench.eval.per_sample import mean_or_share, pseudo_values
 from ditbench.eval.statistics import INFLUENCE, INFLUENCE_OF_LOG, INFLUENCE_OF_PAIRS, Interval, student, student_of_log
@@ -76,7 +76,8 @@ def fid(library: str, view: View, evidence: Evidence, pairs: bool = False) -> Me
     found = spread(influence, evidence.design.strata_N)
     low, high = (student if pairs else student_of_log)(value, found)
     ci95 = max(low, min(value, 0.0)), high
-    return _measurement(library, "fid", view, evidence, value, ci95, settings, influence)
+    kept = frechet.contributed(influence, width, evidence.design.strata_N)
+    return _measurement(library, "fid", view, evidence, value, ci95, settings, kept)
 
 
 def kid(library: str, view: View, evidence: Evidence) -> Measurement:
@@ -94,7 +95,8 @@ def kid(library: str, view: View, evidence: Evidence) -> Measurement:
         settings["estimator"] = "unbiased by design: the library's, pairs of generated images weighted by strata"
     settings |= {"n_dependence": NO_BIAS, "ci_method": INFLUENCE}
     ci95 = student(value, spread(influence, strata_N))
-    return _measurement(library, "kid", view, evidence, value, ci95, settings, influence)
+    kept = counted_once(influence, strata_N)
+    return _measurement(library, "kid", view, evidence, value, ci95, settings, kept)
 
 
 def inception_score(library: str, view: View, evidence: Evidence) -> Measurement:

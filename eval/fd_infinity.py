@@ -53,9 +53,8 @@ def fd_infinity_through(view: View, evidence: Evidence) -> Measurement:
     settings |= {"n_dependence": "none where the bias is b / n", "design": design.name, "ci_method": INFLUENCE}
     if n < 4 * width:
         settings["note"] = f"n = {n} is below four times the feature width {width}: extrapolated too low"
+    kept = pseudo_values(evidence, found.value, frechet.contributed(found.influence, width, design.strata_N))
     card = passport(
         "ditbench fd_infinity", "ditbench", reference=evidence.reference, **view.origin(evidence), **settings
     )
-    return Measurement(
-        found.value, student(found.value, total), n, card, pseudo_values(evidence, found.value, found.influence)
-    )
+    return Measurement(found.value, student(found.value, total), n, card, kept)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ditbench.eval.influence import Influence, rows_of_pairs
+from ditbench.eval.influence import Influence, counted_once, rows_of_pairs
 
 SPLITS, FEW_SPLITS = 10, 3
 WIDE = 512
@@ -60,6 +60,14 @@ def influence(generated_NF: np.ndarray, reference_MF: np.ndarray) -> Influence:
     first_N, whitened_NK, singular_K = _first(generated_NF.astype(np.float64), reference_MF.astype(np.float64))
     rows = rows_of_pairs(len(generated_NF))
     return Influence(first_N, _second(whitened_NK[rows], singular_K), rows)
+
+
+def contributed(whole: Influence, width: int, strata_N: np.ndarray) -> Influence:
+    """What is kept for each sample, so that two runs can be told apart: pairs counted once where there are more samples than features.
+
+    With fewer, terms of third order are as large as those that would be taken off: equal models would be told apart too often.
+    """
+    return counted_once(whole, strata_N) if len(strata_N) > width else whole
 
 
 def influence_of_pairs(generated_NF: np.ndarray, float_NF: np.ndarray) -> Influence:

@@ -82,6 +82,15 @@ def spread_within(values_N: np.ndarray, strata_N: np.ndarray) -> Spread:
     return Spread(float(np.sqrt(total)) / n, max(float(freedom), 1.0))
 
 
+def counted_once(influence: Influence, strata_N: np.ndarray) -> Influence:
+    """φ drawn together so that it scatters as much as the number does: where it is added up, pairs are counted once.
+
+    Exact for a number that is quadratic in the samples, such as a kernel distance.
+    """
+    blind = spread_within(influence.first_N, strata_N).sd
+    return Influence(influence.first_N * (spread(influence, strata_N).sd / blind if blind > 0 else 1.0))
+
+
 def jackknife(without_one: Callable[[int], float], n: int) -> Influence:
     """Of a number that has no derivative: (n − 1) · (mean − the number without sample i)."""
     values_N = np.array([without_one(index) for index in range(n)])

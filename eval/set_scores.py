@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditbench.eval.influence import Influence, Spread, jackknife, rows_of_pairs
+from ditbench.eval.influence import Influence, Spread, jackknife
 
 BLOCK = 1024  # rows of a distance matrix held at once
 LEFT_OUT = 0.25
@@ -17,17 +17,15 @@ DELETE_QUARTER = "value ± t·sd over samples without a random quarter of each s
 def inception_score_influence(logits_NK: np.ndarray, score: float) -> Influence:
     """score = exp(mean_i Σ_k p_ik log p_ik − Σ_k p̄_k log p̄_k), p̄ the mean of p.
 
-    Libraries that average the scores of splits estimate the same number; what a sample contributes to it is nearly the same.
+    Libraries that average the scores of splits estimate the same number; what a sample contributes to it is nearly the same. What pairs
+    do together is not taken off: the score is skewed, and the interval of real digits covered 90 instead of 96 times in 100.
     """
     shifted_NK = logits_NK.astype(np.float64) - logits_NK.max(axis=1, keepdims=True)
     probability_NK = np.exp(shifted_NK) / np.exp(shifted_NK).sum(axis=1, keepdims=True)
     marginal_K = probability_NK.mean(axis=0).clip(min=1e-300)
     certainty_N = (probability_NK * np.log(probability_NK.clip(min=1e-300))).sum(axis=1)
     of_log_N = certainty_N - probability_NK @ np.log(marginal_K)
-    of_log_N -= of_log_N.mean()
-    rows = rows_of_pairs(len(logits_NK))
-    off_RK = (probability_NK[rows] - marginal_K) / np.sqrt(marginal_K)
-    return Influence(score * of_log_N, score * (np.outer(of_log_N[rows], of_log_N[rows]) - off_RK @ off_RK.T), rows)
+    return Influence(score * (of_log_N - of_log_N.mean()))
 
 
 def near_reference(generated_NF: Tensor, reference_MF: Tensor, neighbours: int) -> np.ndarray:

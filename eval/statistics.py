@@ -55,15 +55,15 @@ def share_with_ci(hits: int, n: int) -> tuple[float, Interval]:
 def share_by_design(found_N: np.ndarray, strata_N: np.ndarray) -> tuple[float, Interval]:
     """The share of samples (bool) for which it holds, and Wilson's interval for n / design effect samples.
 
-    Design effect: variance of the share within strata over that of independent samples (Kish 1965), at most 1. Its own standard error is
-    added, so that a few samples which happen to agree within strata make no narrow interval.
+    Design effect: variance of the share within strata over that of independent samples (Kish 1965), at most 1. Half of its own standard
+    error (of normal values) is added, so that a few samples which happen to agree within strata make no narrow interval.
     """
     n, share, strata = len(found_N), float(found_N.mean()), int(strata_N.max()) + 1
     independent = share * (1 - share) / n
     if strata == 1 or independent == 0:
         return share, _wilson(share, n)
     effect = spread_within(found_N.astype(np.float64), strata_N).sd ** 2 / independent
-    return share, _wilson(share, n / min(1.0, effect + float(np.sqrt(2 / (n - strata)))))
+    return share, _wilson(share, n / min(1.0, effect + float(np.sqrt(2 / (n - strata))) / 2))
 
 
 def mean_of_shares_with_ci(counts: Iterable[tuple[int, int]]) -> tuple[float, Interval]:

@@ -48,14 +48,11 @@ def test_intervals_of_64_digits_are_as_wide_as_fresh_draws_vary_and_cover(simula
 
 
 def test_what_is_called_exact_is_the_mean_of_many_draws(simulation, world):
-    random, found = np.random.default_rng(0), []
-    for seed in range(30):
-        numbers = simulation.Numbers(
-            world, "noisy digits", *simulation.drawn(world.labels_N, 64, "balanced", random), seed
-        )
-        found.append({name: value for name, (value, _) in numbers.intervals().items()})
-    for name, truth in numbers.exact().items():
-        values = np.array([each[name] for each in found])
+    random = np.random.default_rng(0)
+    drawn = [simulation.drawn(world.labels_N, 64, "balanced", random) for _ in range(30)]
+    numbers = [simulation.Numbers(world, "noisy digits", *each, seed) for seed, each in enumerate(drawn)]
+    for name, truth in numbers[0].exact().items():
+        values = np.array([each.interval(name)[0] for each in numbers])
         off = 4 * values.std() / np.sqrt(30) + (0.5 * truth if name == "FD∞" else 0)
         assert abs(values.mean() - truth) <= off, (name, values.mean(), truth)
 
