@@ -191,7 +191,8 @@ def _measurement(
         raise MetricSkipped(f"{library} gave {value} for {kind}: too few or degenerate images")
     package = libraries.PACKAGES[library]
     fields = {"reference": None if kind == "is" else evidence.reference, "design": evidence.design.name}
-    card = passport(f"{package} {kind}", package, **fields, **view.origin(evidence), **settings)
+    fields |= view.origin(evidence) | settings
+    card = passport(f"{package} {kind}", package, **fields)
     kept = pseudo_values(evidence, value, influence) if influence is not None else None
     return Measurement(value, ci95, len(evidence.generated), card, kept)
 
