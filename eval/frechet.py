@@ -27,17 +27,21 @@ WIDE = 512
 RANK = 1e-12  # eigenvalues below this share of the largest are rounding
 FINE = 1e-4  # terms of the second derivative below this share of the largest change no digit
 
+Moments = tuple[np.ndarray, np.ndarray, float]  # μ_R (F,), A (F, R) with A Aᵀ = Σ_R, tr Σ_R
 Distance = Callable[[np.ndarray], float]  # rows of the generated set → their distance to the reference
 
 
 def distance(generated_NF: np.ndarray, reference_MF: np.ndarray) -> Distance:
     """Rows of the generated set → their Fréchet distance to the reference; covariances over n − 1."""
-    generated_NF, reference_MF = generated_NF.astype(np.float64), reference_MF.astype(np.float64)
-    mean_F, root_FF, trace_ref = _moments(reference_MF)
-    projected_NF = generated_NF @ root_FF
+    return _distance(generated_NF.astype(np.float64), _moments(reference_MF))
+
+
+def _distance(generated_NF: np.ndarray, reference: Moments) -> Distance:
+    mean_F, root_FR, trace_ref = reference
+    projected_NR = generated_NF @ root_FR
 
     def of_rows(rows: np.ndarray) -> float:
-        features, projected = generated_NF[rows], projected_NF[rows]
+        features, projected = generated_NF[rows], projected_NR[rows]
         projected = projected - projected.mean(axis=0)
         gram = projected.T @ projected if len(rows) > projected.shape[1] else projected @ projected.T
         trace_root = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0) / (len(rows) - 1)).sum()
@@ -49,15 +53,15 @@ def distance(generated_NF: np.ndarray, reference_MF: np.ndarray) -> Distance:
 
 def distance_of_moments(mean_F: np.ndarray, cov_FF: np.ndarray, reference_MF: np.ndarray) -> float:
     """Of a distribution whose mean and covariance are known."""
-    mean_ref_F, root_FF, trace_ref = _moments(reference_MF.astype(np.float64))
+    mean_ref_F, root_FR, trace_ref = _moments(reference_MF)
     gap = mean_F - mean_ref_F
-    square_F = np.linalg.eigvalsh(root_FF.T @ cov_FF @ root_FF).clip(min=0)
+    square_F = np.linalg.eigvalsh(root_FR.T @ cov_FF @ root_FR).clip(min=0)
     return float(gap @ gap + np.trace(cov_FF) + trace_ref - 2 * np.sqrt(square_F).sum())
 
 
 def influence(generated_NF: np.ndarray, reference_MF: np.ndarray) -> Influence:
     """Of the generated rows; the reference stays as it is."""
-    first_N, whitened_NK, singular_K = _first(generated_NF.astype(np.float64), reference_MF.astype(np.float64))
+    first_N, whitened_NK, singular_K = _first(generated_NF.astype(np.float64), _moments(reference_MF))
     rows = rows_of_pairs(len(generated_NF))
     return Influence(first_N, _second(whitened_NK[rows], singular_K), rows)
 
@@ -73,7 +77,8 @@ def contributed(whole: Influence, width: int, strata_N: np.ndarray) -> Influence
 def influence_of_pairs(generated_NF: np.ndarray, float_NF: np.ndarray) -> Influence:
     """Of pairs (a generated row and the float model's of the same noise), which come and go together."""
     x_NF, y_NF = generated_NF.astype(np.float64), float_NF.astype(np.float64)
-    return Influence(_first(x_NF, y_NF)[0] + _first(y_NF, x_NF)[0])
+    # Both covariances over N, as the weighted set's is: nothing is contributed to a distance of 0.
+    return Influence(_first(x_NF, _moments(y_NF, ddof=0))[0] + _first(y_NF, _moments(x_NF, ddof=0))[0])
 
 
 @dataclass(frozen=True)
@@ -100,13 +105,14 @@ def infinity(
     n, random = len(strata_N), np.random.default_rng(seed)
     if n < 4:
         raise ValueError(f"FD∞: halves of {n} rows have no covariance; give it 4 or more")
-    of_rows = distance(generated_NF, reference_MF)
+    generated_NF, reference = generated_NF.astype(np.float64), _moments(reference_MF)
+    of_rows = _distance(generated_NF, reference)
     means, of_halves_N = [], np.zeros(n)
     for _ in range(splits):
         halves = split(strata_N, random)
         means.append(float(np.mean([of_rows(rows) for rows in halves])))
         for rows in halves:  # a sample makes 2 / n of its half, which makes 1 / 2 of their mean
-            of_halves_N[rows] += influence_of_rows(generated_NF[rows], reference_MF) / splits
+            of_halves_N[rows] += _first(generated_NF[rows], reference)[0] / splits
     first_N = 2 * whole.first_N - of_halves_N
     of_all = Influence(first_N - first_N.mean(), whole.second_RR, whole.rows_R)
     split_sd = float(np.std(means, ddof=1) / np.sqrt(splits))
@@ -115,7 +121,7 @@ def infinity(
 
 def influence_of_rows(generated_NF: np.ndarray, reference_MF: np.ndarray) -> np.ndarray:
     """φ alone."""
-    return _first(generated_NF.astype(np.float64), reference_MF.astype(np.float64))[0]
+    return _first(generated_NF.astype(np.float64), _moments(reference_MF))[0]
 
 
 def splits_of(width: int) -> int:
@@ -130,25 +136,32 @@ def split(strata_N: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray
     return np.sort(by_stratum[0::2]), np.sort(by_stratum[1::2])
 
 
-def _moments(reference_MF: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """μ_R, A and tr Σ_R."""
-    cov_FF = np.cov(reference_MF, rowvar=False)
+def _moments(reference_MF: np.ndarray, ddof: int = 1) -> Moments:
+    """Covariance over M − ddof; of few rows by their singular values, since F × F roots of wide features take seconds."""
+    reference_MF = reference_MF.astype(np.float64)
+    m, width = reference_MF.shape
+    mean_F = reference_MF.mean(axis=0)
+    if m <= width:
+        _, singular_M, rows_MF = np.linalg.svd(reference_MF - mean_F, full_matrices=False)
+        root_FM = rows_MF.T * singular_M / np.sqrt(m - ddof)
+        return mean_F, root_FM, float((root_FM**2).sum())
+    cov_FF = np.cov(reference_MF, rowvar=False, ddof=ddof)
     eigenvalues_F, vectors_FF = np.linalg.eigh(cov_FF)
-    return reference_MF.mean(axis=0), vectors_FF * np.sqrt(eigenvalues_F.clip(min=0)), float(np.trace(cov_FF))
+    return mean_F, vectors_FF * np.sqrt(eigenvalues_F.clip(min=0)), float(np.trace(cov_FF))
 
 
-def _first(generated_NF: np.ndarray, reference_MF: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _first(generated_NF: np.ndarray, reference: Moments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """φ (N,), u (N, K) and s (K,); K is the rank of the product."""
     n = len(generated_NF)
-    mean_F, root_FF, _ = _moments(reference_MF)
+    mean_F, root_FR, _ = reference
     centred_NF = generated_NF - generated_NF.mean(axis=0)
-    projected_NF = centred_NF @ root_FF
-    tall = n > projected_NF.shape[1]
-    gram = (projected_NF.T @ projected_NF if tall else projected_NF @ projected_NF.T) / n
+    projected_NR = centred_NF @ root_FR
+    tall = n > projected_NR.shape[1]
+    gram = (projected_NR.T @ projected_NR if tall else projected_NR @ projected_NR.T) / n
     square_K, vectors = np.linalg.eigh(gram)
     kept = square_K > RANK * max(square_K[-1], 0.0)
     singular_K, vectors = np.sqrt(square_K[kept]), vectors[:, kept]
-    whitened_NK = projected_NF @ vectors / singular_K if tall else vectors * np.sqrt(n)
+    whitened_NK = projected_NR @ vectors / singular_K if tall else vectors * np.sqrt(n)
     gap = generated_NF.mean(axis=0) - mean_F
     first_N = 2 * centred_NF @ gap + (centred_NF**2).sum(axis=1) - whitened_NK**2 @ singular_K
     return first_N - first_N.mean(), whitened_NK, singular_K

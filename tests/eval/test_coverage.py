@@ -74,4 +74,19 @@ def test_recorded_intervals_cover_between_90_and_98_times_in_100(row):
     assert low <= float(row["coverage"]) <= high
 
 
+def floors():
+    with (RESULTS / "noise_floor.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("row", floors(), ids=lambda row: f"{row['metric']} {row['n']} {row['worse share']}")
+def test_at_most_7_of_100_equal_models_are_outside_the_recorded_noise_floor(row):
+    if float(row["worse share"]) == 0:
+        assert float(row["pairs, one seed"]) <= 0.07 and float(row["pairs, three seeds"]) <= 0.07
+        assert float(row["range of three seeds"]) > 0.07, "what it was"
+    else:
+        assert float(row["effect"]) > 0.2
+
+
+# What the bar is missed by, and why: docs/protocols.md.
 EXCEPT: dict[tuple[str, str, str, str], tuple[float, float]] = {}

@@ -108,7 +108,8 @@ def test_a_metric_of_samples_is_held_against_the_float_model_of_the_same_noise(m
     for name in unpaired:
         entry, held = metrics[name], metrics[name]["against_float"]
         assert held["difference"] == pytest.approx(entry["value"] - of_float[0][name]["value"])
-        assert entry["noise_floor"] == pytest.approx((held["ci95"][1] - held["ci95"][0]) / 2) > 0
+        half = (held["ci95"][1] - held["ci95"][0]) / 2
+        assert entry["noise_floor"] == pytest.approx(half) and half > 0
         assert 0 < held["p"] <= 1 and held["n"] == len(worse)
 
 
