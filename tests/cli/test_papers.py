@@ -143,10 +143,8 @@ def test_missing_weights_and_reference_are_one_message_before_anything_runs(ditb
 
 
 def test_a_reproduction_on_tiny_dit_prints_every_row_and_why_it_is_not_comparable(ditbench, tmp_path, monkeypatch):
-    here, defaults = {name: registry.method(name) for name in ("fp", "ptq4dit")}, registry.defaults
-    few = {"fp": {}, "ptq4dit": {"iterations": 2}}  # what a method learns is not asked here
+    here = {name: registry.method(name) for name in ("fp", "ptq4dit")}
     monkeypatch.setattr(registry, "known_methods", lambda: here)
-    monkeypatch.setattr(registry, "defaults", lambda name: defaults(name) | few[name])
     outcome = ditbench("reproduce", "ptq4dit-table1", "--model", "tiny-dit", *TINY, f"results_dir={tmp_path}")
     assert outcome.code == 0, outcome.err
     lines = [re.split(r"  +", line) for line in outcome.out.splitlines()]

@@ -203,7 +203,9 @@ def test_damaged_cache_files_are_made_again_and_named(run, tmp_path, read_record
     assert [name for name in artifacts if f"cache/{name}/" not in said] == [], "of an artifact its first damaged file"
 
 
-def test_a_metric_that_was_skipped_when_the_noise_floor_was_cached_gets_one_later(run, tmp_path, read_records, smoothed):
+def test_a_metric_that_was_skipped_when_the_noise_floor_was_cached_gets_one_later(
+    run, tmp_path, read_records, smoothed
+):
     shutil.rmtree(tmp_path / "cache" / "values")
     assert run("method=smoothquant", "--force") == 0
     first, second = (each["metrics"]["torchmetrics/fid_judge"] for each in read_records(tmp_path).values())
