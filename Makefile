@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/ditbench report --experiment demo --format html
 
 test: install-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: install-test
 	$(BIN)/ruff check .

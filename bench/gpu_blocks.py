@@ -51,7 +51,7 @@ class Shape:
 
 
 SHAPES = {"pixart": Shape(1152, 16, 4608, 4096), "flux": Shape(3072, 24, 12288, 4096)}
-DRY_SHAPES = {"tiny": Shape(32, 2, 64, 24)}
+DRY_SHAPES = {"tiny": Shape(32, 2, 64, 8)}
 
 FORMATS = {  # name: (backend, format, Hadamard before every layer)
     "W8A8": (cuda_int8, "w8a8", False),

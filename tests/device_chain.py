@@ -49,6 +49,7 @@ METRICS = {  # of images, of videos, of the digits: each with one that a network
     False: [*PAIRED, "clipscore_b32"],
 }
 METHODS = ("rtn", "smoothquant", "quarot", "svdquant", "gptq")
+QUICK = {"svdquant": ("method.num_grids=2",)}  # it searches what it searches, among fewer
 REFUSED = {  # what no device makes work: block by block needs blocks in line
     ("generic", "gptq"): "does not know how its blocks are called",
     ("hunyuan_dit", "gptq"): "its later blocks read the outputs of its first ones",
@@ -118,8 +119,8 @@ def config_of(family: str, method: str, device: str, folder: Path) -> RunConfig:
         ]  # fmt: skip
         metrics = METRICS[family in VIDEO]
     return parse(composed([[
-        *model, f"method={method}", "bits=w4a8", f"device={device}", "backend=simulate", "model.dtype=float32",
-        "generate.dtype=float32", "generate.reference_dtype=float32", f"protocol.n={N}", f"protocol.steps={STEPS}",
+        *model, f"method={method}", *QUICK.get(method, ()), "bits=w4a8", f"device={device}", "backend=simulate",
+        "model.dtype=float32", "generate.dtype=float32", "generate.reference_dtype=float32", f"protocol.n={N}", f"protocol.steps={STEPS}",
         f"generate.batch_size={N}", f"calibration.n={N}", f"calibration.batch_size={N}", "metrics.resamples=5",
         f"metrics.names=[{','.join(metrics)}]", "tracker=none", f"results_dir={folder / family}",
     ]])[0])  # fmt: skip
