@@ -10,6 +10,8 @@ A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
     paired: NAME, METRIC, RUN, RUN   the difference of two rows, seed by seed
     fit cost                         what `bench/fit_cost.py` wrote
     bench: FILE                      results/bench/FILE.json, which `ditbench bench` wrote
+    coverage: MODEL                  how often intervals cover, of what `bench/intervals.py` drew from MODEL
+    noise floor                      what `bench/noise_floor.py` wrote
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from ditbench.harness.report.over_seeds import t_interval
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("methods", "backends", "mixed-precision")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("methods", "backends", "mixed-precision", "protocols")]
 RESULTS = ROOT / "results"
 BENCH = RESULTS / "bench"
+INTERVALS = RESULTS / "intervals"
 COST = BENCH / "fit_cost-dit-xl-2-256-random.jsonl"
 MARKED = re.compile(r"(?P<open><!-- (?P<what>[a-z ]+)(?:: (?P<of>.+?))? -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 FID = "torchmetrics/fid_judge"
@@ -122,6 +126,36 @@ def step_times(name: str) -> str:
     return "\n".join(lines)
 
 
+def coverage(model: str) -> str:
+    rows = pd.concat([pd.read_csv(path) for path in sorted(INTERVALS.glob("coverage-*.csv"))])
+    rows = rows[rows.model == model].sort_values("n")
+    places = [(design, n) for design in ("balanced", "independent") for n in rows.n.unique()]
+    lines = [["interval of", *(f"{design}, n = {n:,}" for design, n in places)], ["---", *["---:"] * len(places)]]
+    for metric, of_metric in rows.groupby("metric", sort=False):
+        found = {(row.design, row.n): row for row in of_metric.itertuples()}
+        lines.append([str(metric), *(covered(found.get(place)) for place in places)])
+    draws = "–".join(str(each) for each in sorted(rows.draws.unique()))
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{text}\n\nPer cent of {draws} draws (± 1.5 where the truth is 95); –: not drawn; ·: the number is the same in every draw."
+
+
+def covered(row: Any) -> str:
+    if row is None:
+        return "–"
+    return "·" if row.sd < 1e-9 else f"{100 * row.coverage:.1f}"
+
+
+def noise_floor() -> str:
+    rows = pd.read_csv(INTERVALS / "noise_floor.csv").sort_values(["metric", "n", "worse share"])
+    rules = list(rows.columns[4:-1])
+    lines = [["metric", "n", "noisy digits", "worse by, sd", *rules], ["---", *["---:"] * (3 + len(rules))]]
+    for _, row in rows.iterrows():
+        effect = "0 (equal)" if row["worse share"] == 0 else f"{row.effect:.1f}"
+        rates = [f"{100 * row[rule]:.1f}" for rule in rules]
+        lines.append([row.metric, f"{row.n:,}", f"{row['worse share']:.0%}", effect, *rates])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def with_interval(run: pd.Series, metric: str, decimals: int) -> str:
     half = (run[f"{metric}.ci95_high"] - run[f"{metric}.ci95_low"]) / 2
     inside = " ~" if run.get(f"{metric}.inside_noise_floor") is True else ""
@@ -138,7 +172,14 @@ def caption(runs: pd.DataFrame) -> str:
     )
 
 
-CONTENT = {"table": table, "paired": difference, "fit cost": fit_cost, "bench": step_times}
+CONTENT = {
+    "table": table,
+    "paired": difference,
+    "fit cost": fit_cost,
+    "bench": step_times,
+    "coverage": coverage,
+    "noise floor": noise_floor,
+}
 
 
 if __name__ == "__main__":

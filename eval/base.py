@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ditbench.eval.batches import diverged
+from ditbench.eval.design import Design, design_of
 from ditbench.harness.common.code_identity import files_sha256, source_files
 from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.errors import UserError, reason, unknown_name
@@ -60,9 +61,14 @@ class Evidence:
     float_model: Samples | None = None
     reference: Reference | None = None
     judge: FeatureModel | None = None
-    seed: int = 0  # of resampling
-    resamples: int = 200
+    seed: int = 0  # of what a metric draws: KID's subsets, FD∞'s halves
+    resamples: int = 200  # for a plugin's metric that resamples; the intervals of those here need none
     device: torch.device = CPU
+
+    @property
+    def design(self) -> Design:
+        """How the conditions of the generated samples were chosen: intervals are of other samples of the same design."""
+        return design_of(self.generated)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,19 +76,23 @@ class PerSample:
     """What a metric found for each generated sample, in their order: float64 (N,), NaN for one that does not count.
 
     yes_no: the values are 0 or 1. strata_N: the category of each sample (int), where the metric is the mean of its
-    categories' means; without, it is the mean of the values.
+    categories' means; without, it is the mean of the values. pseudo: the metric is a number of the whole set (FID), and the values are
+    it plus what each sample contributes (eval/influence.py, Tukey's pseudo-values): their mean is the metric, and those of two runs
+    of the same noise are compared like any others. design_N: the stratum of each sample (`Evidence.design`), None if independent.
     """
 
     values_N: np.ndarray
     yes_no: bool = False
     strata_N: np.ndarray | None = None
+    pseudo: bool = False
+    design_N: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Measurement:
     """A value with its 95 % interval, the number of samples it rests on and the settings that made it.
 
-    per_sample: None where only the whole set has a number (FID).
+    per_sample: None where a sample contributes nothing that could be told.
     """
 
     value: float

@@ -5,6 +5,9 @@
     CMMD        1000 MMD²(generated, reference), k(x, y) = exp(−‖x − y‖² / (2 · 10²))   Jayasumana et al. 2024,
                                                                                  arXiv:2401.09603
 
+CMMD as its authors compute it counts each image as its own neighbour, which adds about 1000 · (1 − k̄) · (1 / n + 1 / m). `cmmd_unbiased` leaves
+that out (eval/kernel_distance.py), so that it does not depend on n; it can come out below 0.
+
 Depart from the papers: CLIPScore is scaled by 100 (torchmetrics, SVDQuant) instead of 2.5, and nothing is put before
 the prompt (there: "A photo depicts"). CLIP-IQA looks through ViT-L/14 (there: a ResNet-50 without positional embedding).
 """
@@ -16,13 +19,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ditbench.eval import resampling
+from ditbench.eval import kernel_distance
 from ditbench.eval.base import Evidence, Measurement, metric
 from ditbench.eval.clip import HUB, clip_here, count_too_long, embed_images, embed_texts, load_clip, need_prompts
 from ditbench.eval.features import against_float, need_reference
+from ditbench.eval.influence import counted_once, spread
 from ditbench.eval.passport import need_samples, passport
-from ditbench.eval.per_sample import mean_or_share
-from ditbench.eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, around
+from ditbench.eval.per_sample import mean_or_share, pseudo_values
+from ditbench.eval.statistics import INFLUENCE, INFLUENCE_OF_PAIRS, student
 
 GOOD, BAD = "Good photo.", "Bad photo."
 SCALE = 100.0  # of cosines: CLIP's trained temperature
@@ -61,6 +65,12 @@ def cmmd(evidence: Evidence) -> Measurement:
     return clip_mmd(evidence)
 
 
+@metric("cmmd_unbiased", better="lower", asks=("reference",), needs=(clip_here("l14_336"),))
+def cmmd_unbiased(evidence: Evidence) -> Measurement:
+    """CMMD to the reference without the bias of small sets: pairs of different images only, by the design of the labels."""
+    return clip_mmd(evidence, unbiased=True)
+
+
 @metric("cmmd_float", better="lower", paired=True, needs=(clip_here("l14_336"),))
 def cmmd_float(evidence: Evidence) -> Measurement:
     """CMMD to the float model's images: distance between the two sets' CLIP ViT-L/14-336 embeddings."""
@@ -77,25 +87,38 @@ def clipscore(evidence: Evidence, name: str) -> Measurement:
     return _mean(evidence, "clipscore", (SCALE * cosine_N).clamp(min=0), clip.passport | _CROPPED | settings)
 
 
-def clip_mmd(evidence: Evidence, pairs: bool = False) -> Measurement:
-    """pairs: row i of the reference has the noise of generated row i, so both are resampled together."""
-    n = need_samples(evidence, 2)
+def clip_mmd(evidence: Evidence, pairs: bool = False, unbiased: bool = False) -> Measurement:
+    """pairs: row i of the reference has the noise of generated row i, so both come and go together.
+
+    Of pairs there is only the biased form: an image and its counterpart are no independent samples.
+    """
+    n, design = need_samples(evidence, 2), evidence.design
     reference = need_reference(evidence)
     images_NHWC = evidence.generated.images_NHWC
     clip = load_clip(HUB["l14_336"], evidence.device)
     generated_NF, reference_MF = (
         embed_images(clip, images, crop_first=True).double().numpy() for images in (images_NHWC, reference.images_NHWC)
     )
-    value = CMMD_SCALE * mmd2(generated_NF, reference_MF)
-    kernel_sd = resampling.kernel_sd_of_pairs if pairs else resampling.kernel_sd
-    sd = kernel_sd(generated_NF, reference_MF, evidence.seed, evidence.resamples, kernel=gaussian_kernel)
-    low, high = around(value, CMMD_SCALE * sd)
+    if pairs:
+        influence = kernel_distance.influence_of_pairs(generated_NF, reference_MF, gaussian_kernel)
+    else:
+        within = kernel_distance.within(generated_NF, design.strata_N, gaussian_kernel)
+        influence = kernel_distance.influence(generated_NF, reference_MF, within, gaussian_kernel)
+    influence = influence.times(CMMD_SCALE)
+    if unbiased:
+        value = CMMD_SCALE * kernel_distance.unbiased(within, generated_NF, reference_MF, gaussian_kernel)
+        estimator, n_dependence = "unbiased by design (U-statistic), unit vectors", "none in expectation"
+    else:
+        value = CMMD_SCALE * mmd2(generated_NF, reference_MF)
+        estimator = "biased (V-statistic), unit vectors"
+        n_dependence = "biased upwards by about b / n: compare at equal n, or read cmmd_unbiased"
+    low, high = student(value, spread(influence, design.strata_N))
     settings = clip.passport | _CROPPED_FIRST | {"dtype": "float32, kernel float64"}
-    settings |= {"sigma": CMMD_SIGMA, "scale": CMMD_SCALE, "estimator": "biased (V-statistic), unit vectors"}
-    settings |= {"ci_method": PAIRED_BOOTSTRAP if pairs else NORMAL_BOOTSTRAP, "resamples": evidence.resamples}
-    return Measurement(
-        value, (max(low, 0.0), high), n, passport("ditbench cmmd", "ditbench", reference=reference, **settings)
-    )
+    settings |= {"sigma": CMMD_SIGMA, "scale": CMMD_SCALE, "estimator": estimator, "n_dependence": n_dependence}
+    settings |= {"design": design.name, "ci_method": INFLUENCE_OF_PAIRS if pairs else INFLUENCE}
+    kept = pseudo_values(evidence, value, counted_once(influence, design.strata_N))
+    card = passport("ditbench cmmd", "ditbench", reference=reference, **settings)
+    return Measurement(value, (low if unbiased else max(low, 0.0), high), n, card, kept)
 
 
 def mmd2(x_NF: np.ndarray, y_MF: np.ndarray) -> float:
@@ -109,8 +132,8 @@ def gaussian_kernel(x_NF: np.ndarray, y_MF: np.ndarray) -> np.ndarray:
 
 
 def _mean_kernel(x_NF: np.ndarray, y_MF: np.ndarray) -> float:
-    blocks = range(0, len(x_NF), resampling.KERNEL_ROWS)
-    total = sum(gaussian_kernel(x_NF[start : start + resampling.KERNEL_ROWS], y_MF).sum() for start in blocks)
+    blocks = range(0, len(x_NF), kernel_distance.KERNEL_ROWS)
+    total = sum(gaussian_kernel(x_NF[start : start + kernel_distance.KERNEL_ROWS], y_MF).sum() for start in blocks)
     return float(total / (len(x_NF) * len(y_MF)))
 
 

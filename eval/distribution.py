@@ -11,8 +11,12 @@ evaluations/evaluator.py, read_statistics) takes those the .npz stores (`mu`, `s
 used it print another FID of the same images, as a rule a lower one (fewer samples bias it upwards: Chong & Forsyth 2020,
 arXiv:1911.07023).
 
-An interval says how the number would move with n other images of the same model. That FID falls as n grows is not in
-it: compare at equal n.
+An interval says how the number would move with n other images of the same model and design (eval/design.py). That FID falls as n
+grows is not in it: compare at equal n, or read `fd_infinity` (eval/fd_infinity.py), which does not depend on n. The passport says
+how a number depends on n and design (`n_dependence`, `design`).
+
+KID's libraries take the mean over pairs of generated images as if labels were independent. Where they are balanced that mean is replaced by
+the one that is right (eval/kernel_distance.py); the value is the library's in all else.
 """
 
 from __future__ import annotations
@@ -20,16 +24,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from ditbench.eval import libraries, resampling
+from ditbench.eval import frechet, kernel_distance, libraries, set_scores
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, Need, metric
 from ditbench.eval.features import Pair, against_float, judge_pair, need_judge, one_thread, outputs
+from ditbench.eval.influence import Influence, counted_once, spread
 from ditbench.eval.passport import need_samples, passport
-from ditbench.eval.statistics import NORMAL_BOOTSTRAP, PAIRED_BOOTSTRAP, WILSON, around, bootstrap_sd, share_with_ci
+from ditbench.eval.per_sample import mean_or_share, pseudo_values
+from ditbench.eval.statistics import INFLUENCE, INFLUENCE_OF_LOG, INFLUENCE_OF_PAIRS, Interval, student, student_of_log
+
+FALLS_WITH_N = "biased upwards by about b / n, b unknown: compare at equal n and design, or read fd_infinity"
+PAIRS_FALL_WITH_N = "biased upwards by about b / n, b unknown: compare at equal n and design"
+NO_BIAS = "none in expectation"
+GROWS_WITH_N = "biased downwards by about b / n: compare at equal n and design"
+MANIFOLD = "balls shrink as n grows: compare at equal n"
 
 
 @dataclass(frozen=True)
@@ -45,12 +57,11 @@ class View:
 
 
 def fid(library: str, view: View, evidence: Evidence, pairs: bool = False) -> Measurement:
-    """pairs: row i of the reference has the noise of generated row i, so both are resampled together."""
+    """pairs: row i of the reference has the noise of generated row i, so both come and go together."""
     pair = view.pair(evidence)
     (n, width), m = pair.generated_NF.shape, len(pair.reference_MF)
     value, settings = libraries.FID[library](pair.generated_NF, pair.reference_MF, evidence.seed)
-    resamples = resampling.frechet_resamples(width, evidence.resamples)
-    sd = pair.once("fid sd", lambda: _frechet_sd(pair, evidence.seed, resamples, pairs))
+    influence = pair.once("fid influence", lambda: _frechet_influence(pair, pairs))
     if n <= width:
         settings["note"] = f"n = {n} is not above the feature width {width}: compare at equal n only"
     elif m <= width:
@@ -59,52 +70,73 @@ def fid(library: str, view: View, evidence: Evidence, pairs: bool = False) -> Me
         )
     if not pairs:
         settings["reference_moments"] = f"of the reference batch's {m} images"
-    settings |= {"ci_method": PAIRED_BOOTSTRAP if pairs else NORMAL_BOOTSTRAP, "resamples": resamples}
-    low, high = around(value, sd)
-    return _measurement(library, "fid", view, evidence, value, (max(low, min(value, 0.0)), high), settings)
+    settings |= {"estimator": "moments of the samples, covariance over n − 1"}
+    settings |= {"n_dependence": PAIRS_FALL_WITH_N if pairs else FALLS_WITH_N}
+    settings |= {"ci_method": INFLUENCE_OF_PAIRS if pairs else INFLUENCE_OF_LOG}
+    found = spread(influence, evidence.design.strata_N)
+    low, high = (student if pairs else student_of_log)(value, found)
+    ci95 = max(low, min(value, 0.0)), high
+    kept = frechet.contributed(influence, width, evidence.design.strata_N)
+    return _measurement(library, "fid", view, evidence, value, ci95, settings, kept)
 
 
 def kid(library: str, view: View, evidence: Evidence) -> Measurement:
-    pair = view.pair(evidence)
+    pair, strata_N = view.pair(evidence), evidence.design.strata_N
     value, settings = libraries.KID[library](pair.generated_NF, pair.reference_MF, evidence.seed)
-    sd = pair.once(
-        "kid sd",
-        lambda: resampling.kernel_sd(
-            pair.generated_NF.numpy(), pair.reference_MF.numpy(), evidence.seed, evidence.resamples
-        ),
+    generated_NF, reference_MF = pair.generated_NF.numpy(), pair.reference_MF.numpy()
+    within = pair.once("kid within", lambda: kernel_distance.within(generated_NF, strata_N))
+    influence = pair.once(
+        "kid influence",
+        lambda: kernel_distance.influence(generated_NF, reference_MF, within, kernel_distance.cubic_kernel),
     )
-    settings |= {"ci_method": NORMAL_BOOTSTRAP, "resamples": evidence.resamples}
-    return _measurement(library, "kid", view, evidence, value, around(value, sd), settings)
+    settings["estimator"] = "unbiased, independent samples (the library's)"
+    if strata_N.any():
+        value += within.by_design - within.plain
+        settings["estimator"] = "unbiased by design: the library's, pairs of generated images weighted by strata"
+    settings |= {"n_dependence": NO_BIAS, "ci_method": INFLUENCE}
+    ci95 = student(value, spread(influence, strata_N))
+    kept = counted_once(influence, strata_N)
+    return _measurement(library, "kid", view, evidence, value, ci95, settings, kept)
 
 
 def inception_score(library: str, view: View, evidence: Evidence) -> Measurement:
     need_samples(evidence, 2)
     logits_NK = view.logits(evidence)
     value, settings = libraries.IS[library](logits_NK, evidence.seed)
-    sd = resampling.inception_score_sd(logits_NK.numpy(), settings["splits"], evidence.seed, evidence.resamples)
-    settings |= {"ci_method": NORMAL_BOOTSTRAP, "resamples": evidence.resamples}
-    return _measurement(library, "is", view, evidence, value, around(value, sd), settings)
+    influence = set_scores.inception_score_influence(logits_NK.numpy(), value)
+    settings |= {"estimator": "mean over splits" if settings["splits"] > 1 else "of all samples"}
+    settings |= {"n_dependence": GROWS_WITH_N, "ci_method": INFLUENCE}
+    ci95 = student(value, spread(influence, evidence.design.strata_N))
+    return _measurement(library, "is", view, evidence, value, ci95, settings, influence)
 
 
 def precision(library: str, view: View, evidence: Evidence) -> Measurement:
     pair = view.pair(evidence)
     value, _, settings = pair.once("prc", lambda: libraries.torch_fidelity_prc(pair.generated_NF, pair.reference_MF))
-    n = len(pair.generated_NF)
-    _, ci95 = share_with_ci(round(value * n), n)
-    return _measurement(library, "precision", view, evidence, value, ci95, settings | {"ci_method": WILSON})
+    near_N = set_scores.near_reference(pair.generated_NF, pair.reference_MF, settings["neighbours"])
+    package = libraries.PACKAGES[library]
+    origin = {"reference": evidence.reference, "n_dependence": NO_BIAS, **view.origin(evidence), **settings}
+    found = mean_or_share(evidence, near_N, f"{package} precision", package, **origin)
+    return replace(found, value=value)  # the library's own: distances that tie may round the other way here
 
 
 def recall(library: str, view: View, evidence: Evidence) -> Measurement:
     pair = view.pair(evidence)
-    n = need_samples(evidence, 4)  # half of them must still have a neighbour
+    n = need_samples(evidence, 4)
     _, value, settings = pair.once("prc", lambda: libraries.torch_fidelity_prc(pair.generated_NF, pair.reference_MF))
+    settings = settings | {"estimator": "share of the reference", "n_dependence": MANIFOLD}
     if n > libraries.PRC_WHOLE_MATRIX:
-        settings = settings | {"ci_method": f"none: too slow above {libraries.PRC_WHOLE_MATRIX} images"}
+        settings |= {"ci_method": f"none: too slow above {libraries.PRC_WHOLE_MATRIX} images"}
         return _measurement(library, "recall", view, evidence, value, None, settings)
-    recall_of = resampling.recall(pair.generated_NF, pair.reference_MF, settings["neighbours"])
-    low, high = around(value, resampling.halves_sd(recall_of, n, evidence.seed))
-    settings = settings | {"ci_method": resampling.HALVES_METHOD, "resamples": resampling.HALVES}
-    return _measurement(library, "recall", view, evidence, value, (max(low, 0.0), min(high, 1.0)), settings)
+    if n < settings["neighbours"] + 2:
+        settings |= {"ci_method": f"none: without one of {n} images the others lack a neighbour"}
+        return _measurement(library, "recall", view, evidence, value, None, settings)
+    given = pair.generated_NF, pair.reference_MF, settings["neighbours"]
+    low, high = student(value, set_scores.recall_spread(*given, evidence.design.strata_N, evidence.seed))
+    influence = set_scores.recall_influence(*given)
+    settings |= {"ci_method": set_scores.DELETE_QUARTER}
+    ci95 = max(low, 0.0), min(high, 1.0)
+    return _measurement(library, "recall", view, evidence, value, ci95, settings, influence)
 
 
 def register(views: dict[str, View], suffix: str, seen_by: str) -> None:
@@ -151,20 +183,23 @@ def _measurement(
     view: View,
     evidence: Evidence,
     value: float,
-    ci95: tuple[float, float] | None,
+    ci95: Interval | None,
     settings: dict[str, Any],
+    influence: Influence | None = None,
 ) -> Measurement:
     if not math.isfinite(value):
         raise MetricSkipped(f"{library} gave {value} for {kind}: too few or degenerate images")
     package = libraries.PACKAGES[library]
-    fields = {"reference": None if kind == "is" else evidence.reference, **view.origin(evidence), **settings}
-    return Measurement(value, ci95, len(evidence.generated), passport(f"{package} {kind}", package, **fields))
+    fields = {"reference": None if kind == "is" else evidence.reference, "design": evidence.design.name}
+    fields |= view.origin(evidence) | settings
+    card = passport(f"{package} {kind}", package, **fields)
+    kept = pseudo_values(evidence, value, influence) if influence is not None else None
+    return Measurement(value, ci95, len(evidence.generated), card, kept)
 
 
-def _frechet_sd(pair: Pair, seed: int, resamples: int, pairs: bool) -> float:
-    statistic = resampling.frechet_of_pairs if pairs else resampling.frechet
-    distance = statistic(pair.generated_NF.numpy(), pair.reference_MF.numpy())
-    return bootstrap_sd(distance, len(pair.generated_NF), seed, resamples)
+def _frechet_influence(pair: Pair, pairs: bool) -> Influence:
+    of = frechet.influence_of_pairs if pairs else frechet.influence
+    return of(pair.generated_NF.numpy(), pair.reference_MF.numpy())
 
 
 def _judge_logits(evidence: Evidence) -> Tensor:
@@ -176,5 +211,5 @@ def _judge_origin(evidence: Evidence) -> dict[str, Any]:
     return {"weights_sha256": judge.sha256, "dtype": "float32", "features": f"judge {judge.name}"}
 
 
-_JUDGE = View(judge_pair, _judge_logits, _judge_origin, asks=("judge",), narrow=True)
-register(dict.fromkeys(libraries.PACKAGES, _JUDGE), "_judge", "in the judge's features")
+JUDGE_VIEW = View(judge_pair, _judge_logits, _judge_origin, asks=("judge",), narrow=True)
+register(dict.fromkeys(libraries.PACKAGES, JUDGE_VIEW), "_judge", "in the judge's features")

@@ -160,14 +160,16 @@ def _loading(weights: Path) -> Iterator[None]:
         raise MetricSkipped(f"{weights}: not Inception's weights ({reason}); delete it and fetch it again") from error
 
 
+TORCH_FIDELITY_VIEW = inception_view(
+    torch_fidelity_upstream, port_here, torch_fidelity_network, "bilinear as TensorFlow 1 to 299", False
+)
+
 register(
     {
         "torchmetrics": inception_view(
             torch_fidelity_upstream, port_here, torchmetrics_network, "bilinear to 299", True
         ),
-        "torch_fidelity": inception_view(
-            torch_fidelity_upstream, port_here, torch_fidelity_network, "bilinear as TensorFlow 1 to 299", False
-        ),
+        "torch_fidelity": TORCH_FIDELITY_VIEW,
         "clean_fid": inception_view(
             clean_fid_upstream, script_here, clean_fid_network, "PIL bicubic per channel to 299, not rounded", True
         ),

@@ -7,7 +7,12 @@ between prompts, which widens each run's own interval, cancels.
     yes/no                   exact sign test of the discordant pairs,      Agresti & Min 2005, "Wald+2"
                              which is McNemar's exact test
     yes/no by category       sign flips of the mean of categories          Agresti & Min's of each category, combined (MOVER)
-    numbers                  sign flips of the mean difference             percentile bootstrap of the pairs
+    numbers                  sign flips of the mean difference             Student's, spread within strata of the design
+    pseudo-values of a       Student's                                     the same
+    number of the set (FID)
+
+Where labels or prompts are balanced, what one label has against another is no chance: differences are centred within strata, and
+their mean put back, before signs are flipped.
 
 Sign flips: under the hypothesis of no difference each pair could as well be swapped. All 2^m swaps of the m pairs that
 differ are counted where m ≤ EXACT_UP_TO, else FLIPS random ones. Agresti & Min (Statistics in Medicine 24, 729–740) instead of a
@@ -20,21 +25,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 from ditbench.eval.base import PerSample
-from ditbench.eval.statistics import Interval, percentiles95, resampled_rows
+from ditbench.eval.design import with_company
+from ditbench.eval.influence import Spread, spread_within
+from ditbench.eval.statistics import Interval, student
 
 SIGN_TEST = "exact sign test (McNemar)"
 FLIP_TEST = "sign-flip permutation"
-PAIRED_PERCENTILE = "percentile bootstrap of the pairs, widened for small n (Hesterberg 2015)"
+T_TEST = "Student's t of each sample's influence"
+PAIRED_STUDENT = "Student's t of the pairs, spread within the strata of the design"
 AGRESTI_MIN = "Agresti & Min 2005"
 AGRESTI_MIN_OF_GROUPS = "Agresti & Min 2005 of each category, combined (MOVER)"
 
 FLIPS = 9999
 EXACT_UP_TO = 13  # 2^13 = 8,192 swaps: no more than FLIPS
-RESAMPLES = 2000
-BLOCK = 500  # rows of random signs or counts held at once
+BLOCK = 500  # rows of random signs held at once
 _Z95 = 1.959963984540054
 
 
@@ -51,7 +58,7 @@ class Difference:
 
 
 def differences(pairs: Sequence[tuple[PerSample, PerSample]], seed: int = 0) -> list[Difference]:
-    """first − second for every pair of runs, all of one metric; all pairs see the same swaps and resamples.
+    """first − second for every pair of runs, all of one metric; all pairs see the same swaps.
 
     Raises:
         ValueError: two runs with different numbers of samples.
@@ -67,14 +74,23 @@ def differences(pairs: Sequence[tuple[PerSample, PerSample]], seed: int = 0) -> 
             Difference((more - less) / n, agresti_min(more, less, n), sign_test(more, less), n, SIGN_TEST, AGRESTI_MIN)
             for (more, less), n in zip(counts, sizes, strict=True)
         ]
-    weighted_PN = np.nan_to_num([delta_N * _weights(one, delta_N) for delta_N in deltas])
-    p_P = sign_flip_p(weighted_PN, seed).tolist()
     if one.yes_no:
-        method, intervals = AGRESTI_MIN_OF_GROUPS, [_of_categories(delta_N, one.strata_N) for delta_N in deltas]
+        weighted_PN = np.nan_to_num([delta_N * _weights(one, delta_N) for delta_N in deltas])
+        intervals = [_of_categories(delta_N, one.strata_N) for delta_N in deltas]
+        found = zip(
+            weighted_PN.sum(axis=1).tolist(), intervals, sign_flip_p(weighted_PN, seed).tolist(), sizes, strict=True
+        )
+        return [Difference(*each, FLIP_TEST, AGRESTI_MIN_OF_GROUPS) for each in found]
+    spreads = [_spread(delta_N, one.design_N) for delta_N in deltas]
+    values = [float(np.nanmean(delta_N)) for delta_N in deltas]
+    intervals = [_interval(*each) for each in zip(values, spreads, sizes, strict=True)]
+    if one.pseudo:
+        p_P, test = [_student_p(*each) for each in zip(values, spreads, sizes, strict=True)], T_TEST
     else:
-        method, intervals = PAIRED_PERCENTILE, _bootstrap(deltas, seed)
-    values = weighted_PN.sum(axis=1).tolist()
-    return [Difference(*each, FLIP_TEST, method) for each in zip(values, intervals, p_P, sizes, strict=True)]
+        swapped_PN = np.stack([_without_strata(delta_N, one.design_N) for delta_N in deltas])
+        p_P, test = sign_flip_p(swapped_PN, seed).tolist(), FLIP_TEST
+    found = zip(values, intervals, p_P, sizes, strict=True)
+    return [Difference(*each, test, PAIRED_STUDENT) for each in found]
 
 
 def sign_test(more: int, less: int) -> float:
@@ -133,28 +149,39 @@ def _weights(one: PerSample, delta_N: np.ndarray) -> np.ndarray:
     return weight_N
 
 
-def _bootstrap(deltas: Sequence[np.ndarray], seed: int) -> list[Interval]:
-    """Percentile intervals of the mean difference; all pairs of runs with the same samples see the same resamples."""
-    delta_PN = np.array(deltas)
-    counted_PN = np.isfinite(delta_PN)
-    interval_P2 = np.empty((len(delta_PN), 2))
-    for counted_N in np.unique(counted_PN, axis=0):
-        same_P = (counted_PN == counted_N).all(axis=1)
-        interval_P2[same_P] = _mean_intervals(delta_PN[same_P][:, counted_N], seed)
-    return [(float(low), float(high)) for low, high in interval_P2]
+def _strata(delta_N: np.ndarray, design_N: np.ndarray | None) -> np.ndarray:
+    """Of the differences that count."""
+    counted_N = np.isfinite(delta_N)
+    return np.zeros(int(counted_N.sum()), int) if design_N is None else with_company(design_N[counted_N])
 
 
-def _mean_intervals(delta_PN: np.ndarray, seed: int) -> np.ndarray:
-    """(P, 2); without limits where one sample, or none, is all there is."""
-    n = delta_PN.shape[1]
-    if n < 2:
-        return np.array([-np.inf, np.inf])
-    means = []
-    for start in range(0, RESAMPLES, BLOCK):
-        rows = resampled_rows(n, seed + start, min(BLOCK, RESAMPLES - start))
-        counts_RN = np.stack([np.bincount(each, minlength=n) for each in rows]).astype(float)
-        means.append(counts_RN @ delta_PN.T / n)
-    return np.percentile(np.concatenate(means), percentiles95(n), axis=0).T
+def _spread(delta_N: np.ndarray, design_N: np.ndarray | None) -> Spread:
+    return spread_within(delta_N[np.isfinite(delta_N)], _strata(delta_N, design_N))
+
+
+def _interval(value: float, spread: Spread, n: int) -> Interval:
+    """Without limits where one pair is all there is."""
+    return student(value, spread) if n > 1 else (-np.inf, np.inf)
+
+
+def _student_p(value: float, spread: Spread, n: int) -> float:
+    """Two-sided; 1 of one pair, and of two runs that are the same."""
+    if n < 2 or value == 0:
+        return 1.0
+    return float(2 * t.sf(abs(value) / spread.sd, spread.freedom)) if spread.sd > 0 else 0.0
+
+
+def _without_strata(delta_N: np.ndarray, design_N: np.ndarray | None) -> np.ndarray:
+    """The differences, 0 where they do not count, less what their stratum has beyond the mean; with their spread within strata."""
+    counted_N, shifted_N = np.isfinite(delta_N), np.nan_to_num(delta_N)
+    strata_N = _strata(delta_N, design_N)
+    if strata_N.any():
+        found_N = delta_N[counted_N]
+        size_K = np.bincount(strata_N)
+        mean_K = np.bincount(strata_N, found_N) / size_K
+        widened_K = np.sqrt(size_K / (size_K - 1))
+        shifted_N[counted_N] = (found_N - mean_K[strata_N]) * widened_K[strata_N] + found_N.mean()
+    return shifted_N
 
 
 def _of_categories(delta_N: np.ndarray, strata_N: np.ndarray) -> Interval:

@@ -1,65 +1,69 @@
-"""95 % intervals: how far a number could have moved had other samples been drawn.
+"""95 % intervals: how far a number could have moved had other samples of the same design been drawn (eval/design.py).
 
-Three kinds, each named in the passport (`ci_method`):
-- a mean over samples: percentile bootstrap, with the percentiles of Hesterberg 2015; of one sample there is none;
-- a share of samples: Wilson's interval; the mean of several groups' shares: theirs combined. No bootstrap, which draws an
-  interval of width zero around 0 % and 100 %;
-- a number of the whole set (FID, KID, IS): value ± 1.96 · standard deviation over bootstrap resamples. Percentiles
-  would be wrong there: a resample repeats rows, so its FID and KID lie above those of the set it was drawn from.
+Each is named in the passport (`ci_method`), and none has resamples whose number would have to be chosen:
+- a mean over samples: Student's, of the spread within strata; of one sample there is none;
+- a share of samples: Wilson's interval, of as many samples as would be worth these if they were independent; the mean of several
+  groups' shares: Wilson's of each combined. They keep a width at 0 % and 100 %;
+- a number of the whole set (FID, KID, IS, recall): Student's, of the spread of what each sample contributes (eval/influence.py); of
+  FID's logarithm, since an FID that came out small has a spread that came out small.
+
+What is covered is the value that this design and this n have in expectation. That FID falls as n grows is not in it.
+tests/eval/test_coverage.py and bench/intervals.py hold each of them against real digits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from scipy.stats import binomtest, norm, t
 
+from ditbench.eval.influence import Spread, spread_within
+
 Interval = tuple[float, float]
 
-PERCENTILE_BOOTSTRAP = "percentile bootstrap of the mean, widened for small n (Hesterberg 2015)"
+STUDENT = "Student's t, spread within the strata of the design"
 OF_ONE = "none: one sample says nothing of the spread"
 WILSON = "Wilson"
+WILSON_BY_DESIGN = "Wilson, of the number of independent samples that would be as good (Kish's design effect)"
 WILSON_OF_GROUPS = "Wilson's limits of each category's share, combined (MOVER, Zou & Donner 2008)"
-NORMAL_BOOTSTRAP = "value ± 1.96·sd over bootstrap resamples of the generated rows (percentiles would be biased)"
-PAIRED_BOOTSTRAP = (
-    "value ± 1.96·sd over bootstrap resamples of the pairs (an image and the float model's of the same noise)"
-)
+INFLUENCE = "Student's t, spread of each sample's influence within the strata of the design"
+INFLUENCE_OF_LOG = "Student's t on the logarithm, spread of each sample's influence within the strata of the design"
+INFLUENCE_OF_PAIRS = "Student's t, spread of the influence of pairs (a sample and the float model's of the same noise)"
 
 _Z95 = 1.96
 
 
-def resampled_rows(n: int, seed: int, resamples: int) -> np.ndarray:
-    """Row indices drawn with replacement, (resamples, n) int64; the global random state is left alone."""
-    return np.random.default_rng(seed).integers(0, n, size=(resamples, n))
+def mean_with_ci(values_N: np.ndarray, strata_N: np.ndarray | None = None) -> tuple[float, Interval | None]:
+    """The mean of one value per sample, and Student's interval; one sample says nothing of its spread.
 
-
-def percentiles95(n: int) -> tuple[float, float]:
-    """Which percentiles of the bootstrapped means of n ≥ 2 samples bound a 95 % interval: 2.5 and 97.5 as n grows.
-
-    Those of few samples lie too close together (a resample's variance is that of the population times (n − 1) / n, and
-    the normal's tails are not Student's), so the share beyond each is Φ(−√(n / (n − 1)) · t_{n−1, 97.5 %}): "expanded
-    percentile interval", Hesterberg 2015 (arXiv:1411.5279). Of 5 normal samples 2.5 and 97.5 cover the mean 83 times in 100.
+    strata_N: int from 0, each with two samples or more (`design.with_company`); None: independent samples.
     """
-    beyond = 100.0 * float(norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf(0.975, n - 1)))
-    return beyond, 100.0 - beyond
-
-
-def mean_with_ci(values_N: np.ndarray, seed: int, resamples: int) -> tuple[float, Interval | None]:
-    """The mean of one value per sample, and its percentile bootstrap interval; one sample says nothing of its spread."""
     values_N = np.asarray(values_N, dtype=np.float64)
-    n = len(values_N)
-    if n < 2:
-        return float(values_N.mean()), None
-    means = values_N[resampled_rows(n, seed, resamples)].mean(axis=1)
-    low, high = np.percentile(means, percentiles95(n))
-    return float(values_N.mean()), (float(low), float(high))
+    value = float(values_N.mean())
+    if len(values_N) < 2:
+        return value, None
+    strata_N = np.zeros(len(values_N), int) if strata_N is None else strata_N
+    return value, student(value, spread_within(values_N, strata_N))
 
 
 def share_with_ci(hits: int, n: int) -> tuple[float, Interval]:
-    """hits out of n, and Wilson's interval for that share."""
-    interval = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return hits / n, (float(interval.low), float(interval.high))
+    """hits out of n independent samples, and Wilson's interval for that share."""
+    return hits / n, _wilson(hits / n, n)
+
+
+def share_by_design(found_N: np.ndarray, strata_N: np.ndarray) -> tuple[float, Interval]:
+    """The share of samples (bool) for which it holds, and Wilson's interval for n / design effect samples.
+
+    Design effect: variance of the share within strata over that of independent samples (Kish 1965), at most 1. Half of its own standard
+    error (of normal values) is added, so that a few samples which happen to agree within strata make no narrow interval.
+    """
+    n, share, strata = len(found_N), float(found_N.mean()), int(strata_N.max()) + 1
+    independent = share * (1 - share) / n
+    if strata == 1 or independent == 0:
+        return share, _wilson(share, n)
+    effect = spread_within(found_N.astype(np.float64), strata_N).sd ** 2 / independent
+    return share, _wilson(share, n / min(1.0, effect + float(np.sqrt(2 / (n - strata))) / 2))
 
 
 def mean_of_shares_with_ci(counts: Iterable[tuple[int, int]]) -> tuple[float, Interval]:
@@ -76,16 +80,30 @@ def mean_of_shares_with_ci(counts: Iterable[tuple[int, int]]) -> tuple[float, In
     return value, (value - below, value + above)
 
 
-def bootstrap_ci(statistic: Callable[[np.ndarray], float], n: int, seed: int, resamples: int) -> tuple[float, Interval]:
-    """statistic(row indices) of the whole set, ± 1.96 · its standard deviation over resamples of the n rows."""
-    value = float(statistic(np.arange(n)))
-    return value, around(value, bootstrap_sd(statistic, n, seed, resamples))
+def student(value: float, spread: Spread) -> Interval:
+    half = float(t.ppf(0.975, spread.freedom)) * spread.sd
+    return value - half, value + half
 
 
-def bootstrap_sd(statistic: Callable[[np.ndarray], float], n: int, seed: int, resamples: int) -> float:
-    return float(np.std([statistic(rows) for rows in resampled_rows(n, seed, resamples)], ddof=1))
+def student_of_log(value: float, spread: Spread) -> Interval:
+    """Of a number that is positive and whose spread grows with it; where it is not above 0, around the number itself."""
+    if value <= 0:
+        return student(value, spread)
+    half = float(t.ppf(0.975, spread.freedom)) * spread.sd / value
+    return value * float(np.exp(-half)), value * float(np.exp(half))
 
 
 def around(value: float, spread: float) -> Interval:
     """value ± 1.96 · spread, spread being a standard deviation."""
     return value - _Z95 * spread, value + _Z95 * spread
+
+
+def _wilson(share: float, n: float) -> Interval:
+    """scipy's for whole numbers; the same formula for a number of samples that is not whole."""
+    if n == round(n):
+        interval = binomtest(round(share * n), round(n)).proportion_ci(confidence_level=0.95, method="wilson")
+        return float(interval.low), float(interval.high)
+    square = float(norm.ppf(0.975)) ** 2
+    middle = (share + square / (2 * n)) / (1 + square / n)
+    half = float(np.sqrt(square * (share * (1 - share) / n + square / (4 * n**2)))) / (1 + square / n)
+    return middle - half, middle + half

@@ -32,7 +32,7 @@ LAYER_ERRORS = (*RECORDING, "measurement")
 # The rooms whose code can change a number; the others choose, keep, show or tell.
 COMPUTING = (*RECORDING, "fitting", "generation", "measurement", "stages", "eval", "run.py")
 # Of these rooms, the files that only tell.
-TELLERS = frozenset(["conformance.py", "export.py", "export_checks.py", "needs.py", "paired_differences.py"])
+TELLERS = frozenset(["conformance.py", "export.py", "export_checks.py", "needs.py"])
 TELLERS |= {"schedule.py", "step_finder.py"}
 OURS = "ditbench"
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "torch-fidelity", "clean-fid", "numpy", "scipy")

@@ -14,7 +14,7 @@ from ditbench.harness.records.attempts import named
 from ditbench.harness.records.drawn_samples import samples_at, store_of
 from ditbench.harness.records.record import Record, add_metric
 from ditbench.harness.stages.config import RunConfig, parse
-from ditbench.harness.stages.evaluate import scored, write_noise_floor
+from ditbench.harness.stages.evaluate import hold_against_float, scored, write_noise_floor
 from ditbench.harness.stages.generate import Drawn
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.sweep.compose import composed
@@ -68,6 +68,7 @@ def add(record: Record, metrics: Sequence[str], overrides: Sequence[str]) -> dic
     entries, found = scored(config, model, samples, float_model)
     unpaired = [name for name in found if not entries[name]["paired"]]
     of_float = scored(config, model, float_model, float_model, unpaired)[1]
+    hold_against_float(entries, found, of_float)
     write_noise_floor(config, model, entries, [of(key) for key in record.made_from.get("noise_samples", ())])
     assert record.folder is not None
     drawn = sample_values.drawn(samples.samples, config.seed)

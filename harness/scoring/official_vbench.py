@@ -30,7 +30,7 @@ import numpy as np
 
 from ditbench.eval.batches import one_by_one
 from ditbench.eval.passport import passport
-from ditbench.eval.statistics import OF_ONE, PERCENTILE_BOOTSTRAP, WILSON, Interval, mean_with_ci, share_with_ci
+from ditbench.eval.statistics import OF_ONE, STUDENT, WILSON, Interval, mean_with_ci, share_with_ci
 from ditbench.eval.weights import data_folder, offline, weights_folder
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import file_sha256
@@ -199,8 +199,7 @@ def run_dimension(python: Path, videos: Path, dimension: str, samples: Samples, 
     if done.returncode or not results:
         raise VBenchFailed(error_line(done.stderr))
     value, per_video = parsed(results[-1], dimension)
-    seed, resamples = record.config.get("seed", 0), record.config.get("metrics", {}).get("resamples", 200)
-    return entry_of(dimension, value, per_video, mode, seed, resamples)
+    return entry_of(dimension, value, per_video, mode)
 
 
 def parsed(path: Path, dimension: str) -> tuple[float, list[float] | list[bool]]:
@@ -221,22 +220,19 @@ def parsed(path: Path, dimension: str) -> tuple[float, list[float] | list[bool]]
     return float(value), per_video
 
 
-def entry_of(
-    dimension: str, value: float, per_video: list[float] | list[bool], mode: str, seed: int, resamples: int
-) -> dict[str, Any]:
+def entry_of(dimension: str, value: float, per_video: list[float] | list[bool], mode: str) -> dict[str, Any]:
     """The interval is that of the mean or share over videos, and absent where vbench's total is neither."""
     ci95: Interval | None
     if isinstance(per_video[0], bool):
         (mean, ci95), method = share_with_ci(sum(per_video), len(per_video)), WILSON
     else:
-        mean, ci95 = mean_with_ci(np.array(per_video), seed, resamples)
-        method = PERCENTILE_BOOTSTRAP if ci95 else OF_ONE
+        mean, ci95 = mean_with_ci(np.array(per_video))
+        method = STUDENT if ci95 else OF_ONE
     is_mean = math.isclose(mean, value, rel_tol=1e-4, abs_tol=1e-6)
     settings = {
         "mode": mode,
         "videos": "mp4, H.264 in RGB, lossless",
         "ci_method": method if is_mean else "none: the total is not the mean over videos",
-        "resamples": resamples,
         "environment_sha256": file_sha256(REQUIREMENTS),
     }
     if dimension == "temporal_flickering":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import t
 
 from ditbench.eval.base import Evidence, PerSample, evaluate_samples, known_metrics
 from ditbench.eval.needs import lacking, offered
+from ditbench.eval.paired_differences import differences
 from ditbench.harness.common.artifacts import obtain
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import read_json, write_json
@@ -32,15 +35,42 @@ Scored = tuple[dict[str, Any], PerSample | None]  # the record's entry of one me
 def evaluate(
     config: RunConfig, model: LoadedModel, samples: Drawn, float_model: Drawn
 ) -> tuple[dict[str, Any], sample_values.Values]:
-    """The record's `metrics`, and the values per sample of the run and of the float model."""
+    """The record's `metrics`, each held against the float model, and the values per sample of the run and of the float model."""
     entries, found = scored(config, model, samples, float_model)
     unpaired = [name for name in found if not entries[name]["paired"]]
     of_float = scored(config, model, float_model, float_model, unpaired)[1]
+    hold_against_float(entries, found, of_float)
     return entries, sample_values.Values(found, of_float, sample_values.drawn(samples.samples, config.seed))
 
 
+def hold_against_float(
+    metrics: dict[str, Any], found: Mapping[str, PerSample], of_float: Mapping[str, PerSample]
+) -> None:
+    """Write into each unpaired metric's entry what the run has against the float model of the same noise, and its noise floor.
+
+    against_float: difference (run − float model), its 95 % interval, p and their methods (eval/paired_differences.py).
+    noise_floor: half of that interval, how far chance alone sets two models of equal quality apart. Noise and prompts are shared,
+    so no other seeds are needed; metrics that have nothing per sample get theirs from `add_noise_floor`.
+    """
+    for name, one in found.items():
+        if name not in of_float:
+            continue
+        (difference,) = differences([(one, of_float[name])])
+        if np.isfinite(difference.ci95).all():
+            low, high = difference.ci95
+            metrics[name]["noise_floor"] = (high - low) / 2
+            metrics[name]["against_float"] = {
+                "difference": difference.value,
+                "ci95": [low, high],
+                "p": difference.p,
+                "n": difference.n,
+                "test": difference.test,
+                "ci_method": difference.ci_method,
+            }
+
+
 def add_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, Any]) -> list[str]:
-    """Write each unpaired metric's noise floor into its entry → the keys of the samples that it rests on."""
+    """Write the values of other seeds of the float model, and the noise floors that rest on them → the keys of their samples."""
     section = config.section("generate")
     if section["noise_floor_seeds"] < 1 or not _unpaired(metrics):
         return []
@@ -51,26 +81,35 @@ def add_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, An
 
 
 def write_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, Any], drawn: list[Drawn]) -> None:
-    """The noise floor of an unpaired metric: its largest difference between any two seeds of the 16-bit float model.
+    """float_seeds: each unpaired metric's value of every seed of the 16-bit float model, its own first.
 
-    Paired metrics have none: their noise is their interval. With one seed nothing is written.
+    noise_floor, where nothing per sample gave one: how far two seeds lie apart in 95 of 100 cases. Paired metrics have none: their noise
+    is their interval. With one seed nothing is written.
     """
     unpaired = _unpaired(metrics)
     if len(drawn) < 2 or not unpaired:
         return
     replicates = [scored(config, model, each, each, unpaired)[0] for each in drawn]
     for name in unpaired:
-        metrics[name]["noise_floor"] = spread([each[name]["value"] for each in replicates])
+        values = [each[name]["value"] for each in replicates]
+        metrics[name]["float_seeds"] = values
+        if metrics[name]["noise_floor"] is None:
+            metrics[name]["noise_floor"] = apart(values)
 
 
 def _unpaired(metrics: dict[str, Any]) -> list[str]:
     return [name for name, entry in metrics.items() if not entry["paired"] and entry["status"] == "ok"]
 
 
-def spread(values: list[float | None]) -> float | None:
-    """The range; None if the metric could not run on one of the replicates."""
+def apart(values: list[float | None]) -> float | None:
+    """t_{k−1, 97.5 %} · √2 · sd of k seeds: the difference of two more has that at most, 95 times in 100.
+
+    None if the metric could not run on one of them.
+    """
     known = [value for value in values if value is not None]
-    return max(known) - min(known) if len(known) == len(values) else None
+    if len(known) < len(values):
+        return None
+    return float(t.ppf(0.975, len(known) - 1) * np.sqrt(2) * np.std(known, ddof=1))
 
 
 def scored(

@@ -16,7 +16,7 @@ from every_metric import every_network as every_network  # fixtures
 from every_metric import network_files as network_files
 from torch import Tensor
 
-from ditbench.eval import batches, distribution, libraries
+from ditbench.eval import batches, libraries
 from ditbench.eval.base import Evidence, evaluate_samples, known_metrics
 from ditbench.eval.features import against_float
 from ditbench.eval.reference import images_sha256
@@ -94,7 +94,6 @@ def quick_distances(monkeypatch):
         return float((generated_NF.mean(0) - reference_MF.mean(0)).norm()), {}
 
     monkeypatch.setattr(libraries, "FID", dict.fromkeys(libraries.FID, gap))
-    monkeypatch.setattr(distribution, "_frechet_sd", lambda pair, *_: float(pair.generated_NF.std()))
 
 
 pytestmark = pytest.mark.usefixtures("quick_distances")

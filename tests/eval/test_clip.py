@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from sklearn.metrics.pairwise import rbf_kernel
 
-from ditbench.eval import clip, clip_metrics, resampling
+from ditbench.eval import clip, clip_metrics, kernel_distance
 from ditbench.eval.base import Evidence, Reference, evaluate, known_metrics
-from ditbench.eval.statistics import resampled_rows
 from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Prompt, Samples
 
@@ -228,23 +227,39 @@ def test_cmmd_of_two_points_is_the_closed_form():
     assert clip_metrics.mmd2(x, y) == pytest.approx(2 - 2 * np.exp(-2 / 200))
 
 
-def test_the_interval_of_cmmd_is_that_of_a_plain_loop_over_resamples():
+def test_what_an_image_contributes_to_cmmd_is_the_derivative_of_the_unbiased_form():
     x, y = np.random.default_rng(0).normal(size=(2, 9, 5)) * 8
-    gamma, values = 1 / (2 * 10**2), []
-    for rows in resampled_rows(9, seed=3, resamples=15):
-        within = rbf_kernel(x[rows], x[rows], gamma)
-        values.append((within.sum() - np.trace(within)) / (9 * 8) - 2 * rbf_kernel(x[rows], y, gamma).mean())
-    sd = resampling.kernel_sd(x, y, 3, 15, kernel=clip_metrics.gaussian_kernel)
-    assert sd == pytest.approx(np.std(values, ddof=1), rel=1e-9) and sd > 1e-3
+    gamma = 1 / (2 * 10**2)
+    inside, across = rbf_kernel(x, x, gamma), rbf_kernel(x, y, gamma)
+    within = kernel_distance.within(x, np.zeros(9, int), clip_metrics.gaussian_kernel)
+    found = kernel_distance.influence(x, y, within, clip_metrics.gaussian_kernel).first_N
+    by_hand = 2 * ((inside.sum(axis=1) - 1) / 8 - across.mean(axis=1))
+    np.testing.assert_allclose(found, by_hand - by_hand.mean(), atol=1e-12)
 
 
-def test_the_interval_of_cmmd_to_the_float_model_draws_both_images_of_a_pair(monkeypatch):
+def test_cmmd_to_the_float_model_counts_both_images_of_a_pair():
     x, y = np.random.default_rng(0).normal(size=(2, 9, 5)) * 8
-    values = [clip_metrics.mmd2(x[rows], y[rows]) for rows in resampled_rows(9, seed=3, resamples=15)]
-    for rows_at_once in (100, 4):
-        monkeypatch.setattr(resampling, "KERNEL_ROWS", rows_at_once)
-        sd = resampling.kernel_sd_of_pairs(x, y, 3, 15, kernel=clip_metrics.gaussian_kernel)
-        assert sd == pytest.approx(np.std(values, ddof=1), rel=1e-9) and sd > 1e-3
+    gamma = 1 / (2 * 10**2)
+    h = rbf_kernel(x, x, gamma) + rbf_kernel(y, y, gamma) - rbf_kernel(x, y, gamma) - rbf_kernel(y, x, gamma)
+    assert clip_metrics.mmd2(x, y) == pytest.approx(h.mean())
+    found = kernel_distance.influence_of_pairs(x, y, clip_metrics.gaussian_kernel)
+    np.testing.assert_allclose(found.first_N, 2 * (h.mean(axis=1) - h.mean()), atol=1e-12)
+    np.testing.assert_allclose(found.second_RR, 2 * h, atol=1e-12)
+
+
+def test_cmmd_without_bias_leaves_out_an_image_as_its_own_neighbour(installed, painted):
+    x, y = (
+        clip.embed_images(installed, images, crop_first=True).double().numpy()
+        for images in (painted.generated.images_NHWC, painted.reference.images_NHWC)
+    )
+    gamma = 1 / (2 * 10**2)
+    inside = [
+        (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (rbf_kernel(x, x, gamma), rbf_kernel(y, y, gamma))
+    ]
+    plain = replace(painted, generated=replace(painted.generated, labels_N=None, prompts=()))
+    entry = scored("cmmd_unbiased", plain)
+    assert entry["value"] == pytest.approx(1000 * (sum(inside) - 2 * rbf_kernel(x, y, gamma).mean()), rel=1e-6)
+    assert entry["value"] < scored("cmmd", plain)["value"] and "U-statistic" in entry["passport"]["estimator"]
 
 
 def test_images_cropped_before_and_after_resizing_are_not_taken_for_each_other(installed):
@@ -256,10 +271,11 @@ def test_images_cropped_before_and_after_resizing_are_not_taken_for_each_other(i
 
 def test_kernel_sums_do_not_depend_on_how_many_rows_are_held_at_once(monkeypatch):
     x, y = np.random.default_rng(0).normal(size=(2, 11, 5))
-    whole = clip_metrics.mmd2(x, y), resampling.kernel_sd(x, y, 0, 20, kernel=clip_metrics.gaussian_kernel)
-    monkeypatch.setattr(resampling, "KERNEL_ROWS", 4)
-    parts = clip_metrics.mmd2(x, y), resampling.kernel_sd(x, y, 0, 20, kernel=clip_metrics.gaussian_kernel)
-    assert parts == pytest.approx(whole, rel=1e-9)
+    whole = clip_metrics.mmd2(x, y), kernel_distance.across(x, y, clip_metrics.gaussian_kernel)
+    monkeypatch.setattr(kernel_distance, "KERNEL_ROWS", 4)
+    parts = clip_metrics.mmd2(x, y), kernel_distance.across(x, y, clip_metrics.gaussian_kernel)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-9)
+    np.testing.assert_allclose(parts[1], whole[1])
 
 
 def test_cmmd_to_the_float_model_takes_its_images_and_is_zero_for_the_same_ones(installed, painted):

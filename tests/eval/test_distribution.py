@@ -207,7 +207,7 @@ def test_accuracy_counts_the_labels_the_judge_recognises(evidence):
     entry = evaluate(["accuracy"], replace(evidence, generated=replace(evidence.generated, labels_N=labels)))[
         "accuracy"
     ]
-    assert entry["value"] == pytest.approx(72 / 96) and entry["passport"]["ci_method"] == "Wilson"
+    assert entry["value"] == pytest.approx(72 / 96) and entry["passport"]["design"] == "independent"
     unlabelled = replace(evidence, generated=Samples(evidence.generated.images_NHWC))
     assert "labels" in evaluate(["accuracy"], unlabelled)["accuracy"]["reason"]
 

@@ -9,12 +9,12 @@ from both_devices import same_there
 from scipy.linalg import sqrtm
 from torch import nn
 
-from ditbench.eval import fvd
+from ditbench.eval import frechet, fvd
 from ditbench.eval.base import Evidence, evaluate, known_metrics
 from ditbench.eval.data import find_data
+from ditbench.eval.influence import spread
 from ditbench.eval.passport import FLOAT_MODEL
-from ditbench.eval.resampling import frechet_of_pairs
-from ditbench.eval.statistics import resampled_rows
+from ditbench.eval.statistics import student
 from ditbench.harness.samples.samples import Samples
 
 N, FRAMES, WIDTH = 9, 12, 5
@@ -74,15 +74,14 @@ def test_it_is_the_frechet_distance_of_the_features_of_both_sets(installed):
     assert entry["n"] == N and entry["paired"] and known_metrics()["fvd_to_float"].better == "lower"
 
 
-def test_its_interval_resamples_both_videos_of_a_pair_together(installed):
+def test_its_interval_counts_both_videos_of_a_pair(installed):
     given = evidence()
     entry = entry_of(given)
-    distance = frechet_of_pairs(
+    influence = frechet.influence_of_pairs(
         features(installed, given.generated.pixels), features(installed, given.float_model.pixels)
     )
-    sd = np.std([distance(rows) for rows in resampled_rows(N, 0, 30)], ddof=1)
-    assert entry["ci95"][1] == pytest.approx(entry["value"] + 1.96 * sd, rel=1e-3)
-    assert entry["passport"]["resamples"] == 30
+    expected = student(entry["value"], spread(influence, np.zeros(N, int)))
+    assert entry["ci95"][1] == pytest.approx(expected[1], rel=1e-3) and "pairs" in entry["passport"]["ci_method"]
 
 
 def test_the_same_videos_are_at_distance_zero(installed):

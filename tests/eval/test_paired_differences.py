@@ -71,7 +71,7 @@ def test_p_is_uniform_when_nothing_differs():
     assert 0.02 <= (p_P < 0.05).mean() <= 0.08 and 0.42 <= (p_P < 0.5).mean() <= 0.58
 
 
-def test_numbers_get_their_mean_difference_with_the_bootstrap_interval_of_the_pairs():
+def test_numbers_get_their_mean_difference_with_students_interval_of_the_pairs():
     random = np.random.default_rng(7)
     prompt_N = random.normal(25.0, 10.0, 300)  # what both share, and what makes either's own interval wide
     first, second = prompt_N + 0.5 + random.normal(0, 1, 300), prompt_N + random.normal(0, 1, 300)
@@ -82,7 +82,7 @@ def test_numbers_get_their_mean_difference_with_the_bootstrap_interval_of_the_pa
     assert found.ci95 == pytest.approx((found.value - half, found.value + half), abs=0.15 * half)
     assert found.p < 0.001 and (found.test, found.ci_method) == (
         paired_differences.FLIP_TEST,
-        paired_differences.PAIRED_PERCENTILE,
+        paired_differences.PAIRED_STUDENT,
     )
     assert stats.ttest_ind(first, second).pvalue > 0.1  # unpaired, nothing could be told
 
@@ -99,14 +99,14 @@ def test_samples_that_do_not_count_take_no_part():
     assert found.n == 4 and found.value == pytest.approx(1 / 4)
     without = one(numbers(5, np.nan, 7, 9), numbers(4, np.nan, 4, 1))
     assert without.n == 3 and without.value == pytest.approx(4.0) and without.p == 2 / 8
-    assert 1.0 <= without.ci95[0] < without.ci95[1] <= 8.0
+    assert without.ci95 == pytest.approx(stats.ttest_1samp([1.0, 3.0, 8.0], 0).confidence_interval(), rel=0.6)
 
 
 def test_an_interval_is_of_the_samples_that_count_alone():
-    """Drawn from all 60 rows, one resample in eight would hold neither of the two, and count as no difference."""
     nothing = [np.nan] * 58
     found = one(numbers(5, 7, *nothing), numbers(0, 0, *nothing))
-    assert found.n == 2 and 5.0 <= found.ci95[0] <= found.value == 6.0 <= found.ci95[1] <= 7.0
+    half = stats.t.ppf(0.975, 1) * np.sqrt(2) / np.sqrt(2)
+    assert found.n == 2 and found.ci95 == pytest.approx((6.0 - half, 6.0 + half))
 
 
 def test_one_pair_puts_no_limits_to_the_difference():
@@ -170,3 +170,37 @@ def test_the_global_random_state_is_left_alone():
     before = np.random.get_state()[1].copy()
     one(numbers(*range(40)), numbers(*range(1, 41)))
     assert (np.random.get_state()[1] == before).all()
+
+
+def balanced(*values, pseudo=False):
+    return PerSample(np.array(values, float), pseudo=pseudo, design_N=np.arange(len(values)) % 4)
+
+
+def test_what_labels_differ_by_neither_widens_the_interval_nor_hides_a_difference_when_they_are_balanced():
+    random = np.random.default_rng(9)
+    delta_N = 5.0 * (np.arange(80) % 4 - 1.5) + 0.5 + random.normal(0.0, 1.0, 80)
+    found, blind = one(balanced(*delta_N), balanced(*[0.0] * 80)), one(numbers(*delta_N), numbers(*[0.0] * 80))
+    assert found.value == blind.value == pytest.approx(delta_N.mean())
+    assert found.ci95[1] - found.ci95[0] < 0.3 * (blind.ci95[1] - blind.ci95[0])
+    assert found.p < 0.01 and blind.p > 0.2 and found.ci95[0] > 0
+
+
+def test_p_is_uniform_when_nothing_differs_but_the_labels():
+    random = np.random.default_rng(10)
+    pairs = [
+        (balanced(*(3.0 * (np.arange(40) % 4 - 1.5) + random.normal(0, 1, 40))), balanced(*[0.0] * 40))
+        for _ in range(400)
+    ]
+    p_P = np.array([each.p for each in paired_differences.differences(pairs)])
+    assert 0.02 <= (p_P < 0.05).mean() <= 0.08
+
+
+def test_numbers_of_the_whole_set_are_compared_by_students_t_of_what_each_sample_contributes():
+    random = np.random.default_rng(11)
+    first, second = 7.0 + random.normal(0, 1, 60), 6.6 + random.normal(0, 1, 60)
+    found = one(PerSample(first, pseudo=True), PerSample(second, pseudo=True))
+    expected = stats.ttest_rel(first, second)
+    assert found.p == pytest.approx(expected.pvalue, rel=0.2) and found.test == paired_differences.T_TEST
+    assert found.value == pytest.approx(first.mean() - second.mean())
+    same = one(PerSample(first, pseudo=True), PerSample(first, pseudo=True))
+    assert (same.value, same.p, same.ci95) == (0.0, 1.0, (0.0, 0.0))

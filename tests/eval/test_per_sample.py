@@ -38,12 +38,26 @@ def test_the_value_is_the_mean_of_what_is_kept(name, evidence):
     assert kept.values_N.shape == (96,) and kept.strata_N is None
     assert entries[name]["value"] == pytest.approx(kept.values_N.mean())
     assert kept.yes_no == (name in ("accuracy", "collapse"))
-    assert entries[name]["passport"]["ci_method"].startswith(WILSON if kept.yes_no else "percentile bootstrap")
+    assert entries[name]["passport"]["ci_method"].startswith(WILSON if kept.yes_no else "Student's t")
 
 
-def test_metrics_of_the_whole_set_keep_nothing_per_sample(evidence):
-    entries, samples = evaluate_samples(["torchmetrics/fid_judge"], evidence)
-    assert entries["torchmetrics/fid_judge"]["status"] == "ok" and samples == {}
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchmetrics/fid_judge",
+        "torch_fidelity/kid_judge",
+        "torch_fidelity/is_judge",
+        "torch_fidelity/recall_judge",
+        "fd_infinity_judge",
+    ],
+)
+def test_metrics_of_the_whole_set_keep_what_each_sample_contributes_and_its_mean_is_the_value(name, evidence):
+    entries, samples = evaluate_samples([name], evidence)
+    kept = samples[name]
+    assert kept.pseudo and not kept.yes_no and kept.values_N.shape == (96,) and kept.values_N.std() > 0
+    assert kept.values_N.mean() == pytest.approx(entries[name]["value"])
+    assert kept.design_N.tolist() == [index % 10 for index in range(96)]
+    assert entries[name]["passport"]["design"] == "balanced labels (10 in turn)"
 
 
 SHARES = ["geneval_shapes/colors", "motion_shapes/object", "vbench_style/dynamic_degree", "collapse"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ditbench.eval.base import Evidence, PerSample, evaluate
+from ditbench.eval.base import Evidence, PerSample, evaluate_samples
 from ditbench.harness.models.zoo import shapes
 from ditbench.harness.records import sample_values
 from ditbench.harness.records.attempts import read_all
@@ -37,12 +37,14 @@ def test_each_run_keeps_its_values_and_the_float_models_which_are_scored_once(re
     first, second = read_all(tmp_path)
     kept = [sample_values.load(each.folder / each.artifacts["per_sample"]) for each in (first, second)]
     of_two_seeds = ["accuracy", "torchmetrics/fid_judge"] * 2  # of the noise floor
-    assert scored_floats == ["accuracy", *of_two_seeds], "the second run finds them"
+    assert scored_floats == ["accuracy", "torchmetrics/fid_judge", *of_two_seeds], "the second run finds them"
     for record, values in zip((first, second), kept, strict=True):
-        assert set(values.run) == {"psnr", "accuracy"} and set(values.float_model) == {"accuracy"}
+        assert set(values.run) == {"psnr", "accuracy", "torchmetrics/fid_judge"}
+        assert set(values.float_model) == {"accuracy", "torchmetrics/fid_judge"}
+        assert values.run["torchmetrics/fid_judge"].pseudo and not values.run["psnr"].pseudo
         for name, one in values.run.items():
             assert one.values_N.shape == (4,) and one.values_N.mean() == pytest.approx(
-                record.metrics[name]["value"], rel=1e-6
+                record.metrics[name]["value"], rel=1e-5
             )
         assert values.run["accuracy"].yes_no and not values.run["psnr"].yes_no
     assert kept[0].drawn == kept[1].drawn
@@ -52,11 +54,13 @@ def test_each_run_keeps_its_values_and_the_float_models_which_are_scored_once(re
 def test_values_are_read_as_they_were_written(tmp_path):
     values_N = np.array([0.5, np.nan, -3.0])
     strata = PerSample(np.array([1.0, 0.0, 1.0]), True, np.array([0, 1, 1]))
-    written = sample_values.Values({"a/b": PerSample(values_N), "c": strata}, {"c": strata}, "key")
+    of_set = PerSample(values_N, pseudo=True, design_N=np.array([0, 1, 0]))
+    written = sample_values.Values({"a/b": PerSample(values_N), "c": strata, "fid": of_set}, {"c": strata}, "key")
     sample_values.save(written, tmp_path / "values.npz")
     read = sample_values.load(tmp_path / "values.npz")
     np.testing.assert_array_equal(read.run["a/b"].values_N, values_N)
     assert not read.run["a/b"].yes_no and read.run["a/b"].strata_N is None
+    assert read.run["fid"].pseudo and not read.run["c"].pseudo and read.run["fid"].design_N.tolist() == [0, 1, 0]
     assert read.run["c"].yes_no and read.float_model["c"].strata_N.tolist() == [0, 1, 1] and read.drawn == "key"
 
 
@@ -88,27 +92,43 @@ def videos(seed):
 
 
 @pytest.mark.parametrize(
-    ("make", "names", "expected"),
+    ("make", "names"),
     [
-        (pictures, ["geneval_shapes/overall", "collapse", "psnr"], {"geneval_shapes/overall": 2 / 6, "collapse": 0.0}),
-        (videos, ["motion_shapes/object", "flow_score", "psnr"], {"motion_shapes/object": 2 / 4}),
+        (pictures, ["geneval_shapes/overall", "collapse", "psnr"]),
+        (videos, ["motion_shapes/object", "flow_score", "psnr"]),
     ],
 )
-def test_the_noise_floor_of_text_to_image_and_video_metrics_is_the_spread_over_seeds(
-    make, names, expected, monkeypatch
-):
-    def scored(names, ours, theirs):
-        return evaluate(names, Evidence(ours, theirs, resamples=5))
+def test_a_metric_of_samples_is_held_against_the_float_model_of_the_same_noise(make, names):
+    worse, model = make(2), make(0)
+    metrics, found = evaluate_samples(names, Evidence(worse, model))
+    of_float = evaluate_samples(names, Evidence(model, model))
+    unpaired = {name: of_float[1][name] for name in names if name != "psnr"}
+    stage.hold_against_float(metrics, found, unpaired)
+    assert metrics["psnr"]["noise_floor"] is None and "against_float" not in metrics["psnr"]
+    for name in unpaired:
+        entry, held = metrics[name], metrics[name]["against_float"]
+        assert held["difference"] == pytest.approx(entry["value"] - of_float[0][name]["value"])
+        half = (held["ci95"][1] - held["ci95"][0]) / 2
+        assert entry["noise_floor"] == pytest.approx(half) and half > 0
+        assert 0 < held["p"] <= 1 and held["n"] == len(worse)
 
-    monkeypatch.setattr(stage, "scored", lambda config, model, ours, theirs, names: (scored(names, ours, theirs), {}))
-    metrics = scored(names, make(0), make(0))
-    stage.write_noise_floor(None, None, metrics, [make(seed) for seed in range(3)])
-    assert metrics["psnr"]["noise_floor"] is None
-    for name, floor in expected.items():
-        assert metrics[name]["noise_floor"] == pytest.approx(floor)
-    if "flow_score" in names:
-        assert metrics["flow_score"]["noise_floor"] > 0
+
+def test_other_seeds_of_the_float_model_are_recorded_and_are_the_floor_of_what_has_nothing_per_sample(monkeypatch):
+    seeds = iter([{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": 5.0}, {"a": 3.0, "b": None}])
+
+    def entries(values):
+        return {
+            name: {"value": value, "paired": False, "status": "ok", "noise_floor": None}
+            for name, value in values.items()
+        }
+
+    monkeypatch.setattr(stage, "scored", lambda *_: (entries(next(seeds)), {}))
+    metrics = entries({"a": 1.5, "b": 2.5})
+    metrics["b"]["noise_floor"] = 0.25
+    stage.write_noise_floor(None, None, metrics, [None] * 3)
+    assert metrics["a"]["float_seeds"] == [1.0, 2.0, 3.0] and metrics["b"]["float_seeds"] == [3.0, 5.0, None]
+    assert metrics["a"]["noise_floor"] == pytest.approx(4.302653 * np.sqrt(2)) and metrics["b"]["noise_floor"] == 0.25
 
 
-def test_a_metric_that_cannot_run_on_every_seed_has_no_noise_floor():
-    assert stage.spread([1.0, None, 3.0]) is None and stage.spread([1.0, 5.0, 3.0]) == 4.0
+def test_a_metric_that_cannot_run_on_every_seed_gets_no_noise_floor_of_seeds():
+    assert stage.apart([1.0, None, 3.0]) is None and stage.apart([2.0, 2.0]) == 0.0

@@ -127,12 +127,13 @@ def test_results_are_read_from_the_official_format(tmp_path):
 
 
 def test_an_interval_is_given_where_the_total_is_the_mean_over_videos_only():
-    entry = official_vbench.entry_of("imaging_quality", 0.4, [0.3, 0.5], "custom_input", 0, 50)
-    assert entry["ci95"] == pytest.approx([0.3, 0.5]) and entry["n"] == 2
+    entry = official_vbench.entry_of("imaging_quality", 0.4, [0.3, 0.5], "custom_input")
+    half = 12.7062 * 0.1  # Student's of two videos
+    assert entry["ci95"] == pytest.approx([0.4 - half, 0.4 + half], abs=1e-4) and entry["n"] == 2
     assert entry["passport"]["version"] == "vbench 0.1.5" and entry["passport"]["mode"] == "custom_input"
-    by_frames = official_vbench.entry_of("object_class", 0.25, [1.0, 0.0], "vbench_standard", 0, 50)
+    by_frames = official_vbench.entry_of("object_class", 0.25, [1.0, 0.0], "vbench_standard")
     assert by_frames["ci95"] is None and "not the mean" in by_frames["passport"]["ci_method"]
-    flickering = official_vbench.entry_of("temporal_flickering", 0.4, [0.4], "vbench_standard", 0, 50)
+    flickering = official_vbench.entry_of("temporal_flickering", 0.4, [0.4], "vbench_standard")
     assert "not applied" in flickering["passport"]["static_filter"]
 
 
@@ -141,7 +142,7 @@ def test_a_share_of_videos_has_wilsons_interval_which_keeps_a_width_at_all_and_n
     videos = [{"video_path": f"{index}.mp4", "video_results": True} for index in range(5)]
     path.write_text(json.dumps({"dynamic_degree": [1.0, videos]}))
     value, per_video = official_vbench.parsed(path, "dynamic_degree")
-    entry = official_vbench.entry_of("dynamic_degree", value, per_video, "custom_input", 0, 50)
+    entry = official_vbench.entry_of("dynamic_degree", value, per_video, "custom_input")
     assert entry["passport"]["ci_method"] == WILSON
     assert entry["ci95"] == pytest.approx([0.5655, 1.0], abs=1e-4)  # n / (n + z²)
 
@@ -208,7 +209,7 @@ def test_the_report_holds_scores_that_were_filed_later(tmp_path):
     from ditbench.harness.report import report
 
     folder = run_folder(tmp_path)
-    add_metric(folder, "vbench/scene", official_vbench.entry_of("scene", 0.625, [0.5, 0.75], "vbench_standard", 0, 20))
+    add_metric(folder, "vbench/scene", official_vbench.entry_of("scene", 0.625, [0.5, 0.75], "vbench_standard"))
     text = report(tmp_path / "results", "videos", "csv").text
     assert "vbench/scene" in text.splitlines()[0] and "0.625" in text
 
@@ -216,7 +217,7 @@ def test_the_report_holds_scores_that_were_filed_later(tmp_path):
 @pytest.mark.parametrize("damage", ["{", '{"value": 1.0}', "[]"])
 def test_a_filed_metric_that_cannot_be_read_is_named_and_costs_the_record_nothing_else(tmp_path, damage):
     folder = run_folder(tmp_path)
-    path = add_metric(folder, "vbench/scene", official_vbench.entry_of("scene", 0.6, [0.5, 0.7], "custom_input", 0, 20))
+    path = add_metric(folder, "vbench/scene", official_vbench.entry_of("scene", 0.6, [0.5, 0.7], "custom_input"))
     path.write_text(damage)
     record = read(folder / "record.json")
     (line,) = record.damaged
