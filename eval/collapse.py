@@ -113,7 +113,7 @@ def numbers(samples: Samples, device: torch.device = CPU) -> dict[str, Tensor]:
                 seen = frames_of(row).to(device)
                 for name, values in found.items():
                     values.append(ALARMS[name].measure(seen).cpu())
-            return {name: ALARMS[name].among(torch.stack(values)) for name, values in found.items()}
+            return {name: ALARMS[name].among(torch.stack(values).to(device)).cpu() for name, values in found.items()}
 
         return remembered(rows, numbers, f"{chosen} on {device}", all_rows)
 
@@ -191,7 +191,7 @@ def noisiness(frames_FHWC: Tensor) -> Tensor:
 
 def thumbnail(frames_FHWC: Tensor) -> Tensor:
     """The first, middle and last frame, at most THUMBNAIL_SIDE pixels a side, as one vector of grey levels."""
-    some_F3HW = frames_FHWC[sorted({0, len(frames_FHWC) // 2, len(frames_FHWC) - 1})].cpu().permute(0, 3, 1, 2).float()
+    some_F3HW = frames_FHWC[sorted({0, len(frames_FHWC) // 2, len(frames_FHWC) - 1})].permute(0, 3, 1, 2).float()
     height, width = (min(side, THUMBNAIL_SIDE) for side in some_F3HW.shape[-2:])
     return adaptive_avg_pool2d(some_F3HW, (height, width)).flatten()
 

@@ -22,7 +22,7 @@ from ditbench.eval.passport import need_samples, passport
 from ditbench.eval.per_sample import pseudo_values
 from ditbench.eval.statistics import INFLUENCE, student
 
-LEAST = 16  # images: halves of fewer have no covariance to speak of
+LEAST = 4  # images: halves of fewer have no covariance
 
 
 @metric("fd_infinity_judge", better="lower", asks=("judge", "reference"))

@@ -108,7 +108,7 @@ def params_of(config: dict[str, Any]) -> Any:
     values = dict(config)
     name = values.pop("name")
     form = values.pop("form", DEFAULT)  # records from before there were forms have none
-    if form not in forms_of(name):
+    if not isinstance(form, str) or form not in forms_of(name):
         raise unknown_name(f"form of method {name}", str(form), forms_of(name))
     params_class = method(name).Params
     unknown = set(values) - {field.name for field in fields(params_class)}

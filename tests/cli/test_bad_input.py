@@ -36,7 +36,7 @@ REFUSALS = [
     ("method=vidit_q method.scale=off", "method.scale must be true or false, got 'off'"),
     ("method=gptq method.block=1.5", "method.block must be a whole number, got 1.5"),
     ("method=duquant method.seed=abc", "method.seed must be a whole number, got 'abc'"),
-    ("method=htg method.groups=few", "method.groups must be a whole number or null, got 'few'"),
+    ("method=htg method.groups=few", "method.groups must be a whole number, got 'few'"),
     ("method=clq method.probe=0.4", "method.probe must be a list of numbers, got 0.4"),
     ("method=clq method.probe=[a]", "method.probe must be a list of numbers, got ['a']"),
     ("method=quarot method.clip=nan", "method.clip must be finite, got nan"),

@@ -87,7 +87,7 @@ def test_the_doctor_reports_on_every_part(ditbench, tmp_path):
     outcome = ditbench("doctor", "--results-dir", str(tmp_path / "not" / "yet"))
     assert outcome.code == 0
     sections = [line for line in outcome.out.splitlines() if line and not line.startswith(" ")]
-    assert sections == ["device", "packages", "kernels", "models", "metrics", "W&B", "results"]
+    assert sections == ["device", "packages", "kernels", "methods", "models", "metrics", "W&B", "results"]
     assert "MISSING" not in outcome.out
     assert re.search(r"^  tiny-dit +shipped$", outcome.out, re.MULTILINE)
     assert f"{tmp_path / 'not' / 'yet'}: writable" in outcome.out

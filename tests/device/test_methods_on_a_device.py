@@ -212,7 +212,7 @@ def test_a_method_written_as_the_docs_show_is_on_the_device_without_knowing_of_i
     family, second, tmp_path, monkeypatch
 ):
     page = (REPOSITORY / "docs" / "add-a-method.md").read_text()
-    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    source = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     (tmp_path / "halve_on_a_device.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     method = importlib.import_module("halve_on_a_device")

@@ -42,9 +42,9 @@ def test_each_part_leaves_its_own_traces(small_target, small_calibration):
     }
     assert kinds == {
         "cbc": set(),
-        "cbc+obs": {"order"},
+        "cbc+obs": {"order", "signs"},
         "clps": {"weight_ratios", "act_clip"},
-        "cbc+obs+clps": {"order", "weight_ratios", "act_clip"},
+        "cbc+obs+clps": {"order", "signs", "weight_ratios", "act_clip"},
     }
 
 

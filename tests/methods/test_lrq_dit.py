@@ -91,7 +91,7 @@ def test_a_layer_is_smoothed_rotated_and_rounded_in_that_order(threshold, outlie
 
 
 def test_the_energy_of_an_input_is_its_rms_over_all_steps(small_target, small_calibration):
-    state = lrq_dit.fit(small_target, small_calibration, W3A4, Params(parts="none"))
+    state = lrq_dit.fit(small_target, small_calibration, W3A4, Params(parts="smooth"))
     for site in (small_target.sites[0], small_target.site_of(LAYER)):
         pooled = torch.cat([x.double().flatten() for x in inputs_of(small_target, small_calibration, site)])
         assert float(state[f"{site.name}/rms"]) == pytest.approx(float(pooled.square().mean().sqrt()), rel=1e-5)
@@ -118,7 +118,7 @@ def test_the_boundary_of_the_energy_belongs_to_the_dual_rotation():
 
 
 def test_each_site_takes_the_rotation_of_its_energy(small_target, small_calibration):
-    state = lrq_dit.fit(small_target, small_calibration, W3A4, Params(parts="none"))
+    state = lrq_dit.fit(small_target, small_calibration, W3A4, Params(parts="smooth"))
     energies = {site.name: float(state[f"{site.name}/rms"]) for site in small_target.sites}
     threshold = sorted(energies.values())[4]
     taken = kinds(recipe_of(small_target, small_calibration, parts="rotate", threshold=threshold))

@@ -101,7 +101,7 @@ def test_a_recording_that_had_to_be_halved_is_that_of_the_smaller_batch(model, m
     expected = calibrate(model, SAMPLER, 5, 0, batch_size=2)
     narrow(monkeypatch, model, room=2)
     found = calibrate(model, SAMPLER, 5, 0, batch_size=4)
-    assert found.batch == {"size": 2, "asked": 4, "halved_from": [4]}
+    assert found.batch == {"size": 2, "asked": 4, "halved_from": [4], "rows": 64}
     for ours, theirs in zip(found.steps, expected.steps, strict=True):
         assert [call.num_rows for call in ours] == [call.num_rows for call in theirs] == [4, 4, 2]
         for a, b in zip(ours, theirs, strict=True):

@@ -132,7 +132,7 @@ def test_a_plugin_whose_module_was_deleted_is_left_out(beside_broken_ones):
 def test_a_plugin_with_the_name_of_one_of_ours_is_left_out(beside_broken_ones):
     done = beside_broken_ones[1]
     (line,) = (line for line in done.stderr.splitlines() if "there is another method 'rtn'" in line)
-    (rtn,) = (line for line in done.stdout.splitlines() if line.startswith("rtn "))
+    rtn = next(line for line in done.stdout.splitlines() if line.startswith("rtn "))
     assert "named_as_ours_plugin" in line and "round to nearest after clipping" not in rtn
 
 
