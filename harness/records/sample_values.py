@@ -1,6 +1,6 @@
 """per_sample.npz beside a record: what every metric found sample by sample, of the run and of the float model it is held against.
 
-run:<metric>      float32 (N,), NaN for a sample that does not count
+run:<metric>      float64 (N,), NaN for a sample that does not count
 float:<metric>    the same of the float model's samples (same noise), for metrics that are not distances to it already
 strata:<metric>   int (N,): the category of each sample, where the metric is the mean of categories
 design            int (N,): the stratum of each sample, where labels or prompts are balanced (eval/design.py)
@@ -42,7 +42,7 @@ def save(values: Values, path: Path) -> None:
     arrays: dict[str, np.ndarray] = {"drawn": np.array(values.drawn)}
     for side, found in (("run", values.run), ("float", values.float_model)):
         for name, one in found.items():
-            arrays[f"{side}:{name}"] = one.values_N.astype(np.float32)
+            arrays[f"{side}:{name}"] = one.values_N.astype(np.float64)  # read back it must give the same intervals
             if one.strata_N is not None:
                 arrays[f"strata:{name}"] = one.strata_N.astype(np.int32)
     both = {**values.float_model, **values.run}

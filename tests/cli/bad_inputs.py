@@ -340,7 +340,7 @@ OTHERS = [
     ("compare", "results/runs: no record"),
     ("compare --results-dir file", "--results-dir"),
     ("compare --metric", "--metric"),
-    ("compare --metric nope --results-dir good", "'nope'", "known: psnr"),
+    ("compare --metric nope --results-dir good", "'nope'", "known: collapse, psnr"),
     ("compare --bits w9 --results-dir good", "'W9'"),
     ("compare nope --results-dir good", "'nope'", "known: default"),
     ("compare --results-dir broken", "broken/runs/default"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from ditbench.harness.build.build import build, quant_layers
 from ditbench.harness.calibration.block_stream import BlockStream
 from ditbench.harness.fitting import reconstruct as module
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC
-from ditbench.harness.fitting.reconstruct import Reconstruction, learned_weights, output_error, reconstruct, sharpness
+from ditbench.harness.fitting.reconstruct import Reconstruction, learned_weights, output_error, reconstruct
 from ditbench.harness.fitting.rounding import nearest, static_ranges
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.recipe import ModelRecipe
@@ -347,12 +346,6 @@ def test_the_weight_that_is_learned_is_the_transformed_one(small_target, small_c
     assert quant_layers(build(small_target, recipe, dtype=torch.float32))[name].transform is not None
 
 
-def test_the_regulariser_waits_and_then_sharpens_linearly():
-    settings = Reconstruction(iterations=10, warmup=0.3, sharpness_start=11.0, sharpness_end=4.0)
-    assert [sharpness(i, settings) for i in range(3)] == [None] * 3
-    assert [sharpness(i, settings) for i in range(3, 10)] == pytest.approx([11, 10, 9, 8, 7, 6, 5])
-
-
 def test_the_regulariser_pulls_the_roundings_to_a_decision(small_target, small_calibration, monkeypatch):
     """Without it more weights stay between their neighbours."""
     _, recipe = start(small_target, small_calibration, DYNAMIC)
@@ -378,48 +371,6 @@ def test_the_error_is_summed_over_channels_and_averaged_over_the_rest(normal):
     assert float(output_error(output, target, 2.4)) == pytest.approx(total, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"reconstruct": "layer"}, "block or none, got 'layer'"),
-        ({"iterations": 0}, "iterations must be at least 1, got 0"),
-        ({"scale_power": 1.0}, "scale_power must be above 1, got 1.0"),
-        ({"sharpness_end": 0.5}, "sharpness_end must be above 1, got 0.5"),
-        ({"warmup": 1.5}, r"warmup must be in \[0, 1\], got 1.5"),
-        ({"input_prob": -0.1}, r"input_prob must be in \[0, 1\]"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Reconstruction(**options)
-
-
-def test_the_learning_rate_of_scales_falls_along_a_cosine_to_nothing(small_target, small_calibration, monkeypatch):
-    rates, kept = [], torch.optim.Adam.step
-
-    def step(self, *args, **kwargs):
-        rates.append(self.param_groups[0]["lr"])
-        return kept(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
-    bits = Bits(None, STATIC.act)
-    settings = replace(SHORT, iterations=8, scale_learning_rate=4e-3)
-    learned(small_target, small_calibration, bits, settings)
-    expected = [4e-3 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
-    assert rates == pytest.approx(expected * len(small_target.blocks), rel=1e-6)
-
-
-def test_the_error_is_summed_over_channels_or_over_tokens(normal):
-    output, target = normal(3, 5, 7), normal(3, 5, 7, seed=1)
-    by_hand = {"channels": 0.0, "tokens": 0.0}
-    for error in ((output - target).abs() ** 2.4).tolist():
-        for token in error:
-            by_hand["channels"] += sum(token) / (3 * 5)
-            by_hand["tokens"] += sum(token) / (3 * 7)
-    for over, expected in by_hand.items():
-        assert float(output_error(output, target, 2.4, over)) == pytest.approx(expected)
-
-
 def test_roundings_are_learned_on_float_inputs_and_scales_on_rounded_ones(
     recorded, small_target, small_calibration, normal
 ):
@@ -440,10 +391,3 @@ def test_roundings_are_learned_on_float_inputs_and_scales_on_rounded_ones(
     module._BlockLearner.learn = learn  # monkeypatched by `recorded`, and put back by it
     reconstruct(small_target, recipe, small_calibration, settings)
     assert seen == [(True, False, True), (False, True, False)] * len(small_target.blocks)
-
-
-def test_float_inputs_without_a_pass_for_scales_are_refused():
-    with pytest.raises(ValueError, match="float_inputs=true leaves the scales to a pass of their own"):
-        Reconstruction(float_inputs=True)
-    with pytest.raises(ValueError, match="error_over must be channels or tokens"):
-        Reconstruction(error_over="rows")
