@@ -80,9 +80,11 @@ def parameters(path: Path) -> int:
         return sum(file.get_tensor(name).numel() for name in list(file.keys()))
 
 
-def _told(metric: str, value: float) -> str:
-    """Shares in percent, distances as they are."""
-    return f"{value:.3g}" if "fid" in metric else f"{value:.1%}"
+def _scored(metric: str, score: dict[str, Any]) -> str:
+    """Shares in percent, distances as they are; without an interval where the metric has none."""
+    told = "{:.3g}" if "fid" in metric else "{:.1%}"
+    value, low, high = (told.format(number) for number in (score["value"], *(score["ci95"] or (0, 0))))
+    return f"{value} of {score['n']}" + (f" (95 % interval {low} to {high})" if score["ci95"] else "")
 
 
 def _card(text: str, name: str, numbers: dict[str, Any]) -> str:
@@ -95,14 +97,6 @@ def _card(text: str, name: str, numbers: dict[str, Any]) -> str:
         ("parameters", ", ".join(f"{part} {count:,}" for part, count in numbers["parameters"].items())),
         ("loss", f"`loss_curve.csv`; mean of the last 500 steps {numbers['final_loss_mean_of_last_500']:.4f}"),
     ]
-    rows += [
-        (
-            metric,
-            "{} of {} (95 % interval {} to {})".format(
-                *(_told(metric, x) for x in (s["value"],)), s["n"], *(_told(metric, x) for x in s["ci95"])
-            ),
-        )
-        for metric, s in numbers["scores"].items()
-    ]
+    rows += [(metric, _scored(metric, score)) for metric, score in numbers["scores"].items()]
     rows += [(f"sha256 of {part}", f"`{digest}`") for part, digest in numbers["sha256"].items()]
     return "\n".join([text, "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]) + "\n"
