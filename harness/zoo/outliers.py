@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ditbench.harness.quant.target import Site
+from ditbench.harness.quant.target import Site, ValueRows
+
+TURNS = 30  # in which scales of rows and of columns are fitted
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,30 @@ def shortfall(seen: dict[str, Tensor], loud: list[Loud], ratio: float) -> Tensor
 
 
 @torch.no_grad()
-def left_by_best_scale(plain: Tensor, other: Tensor) -> Tensor:
+def left_by_best_scale(plain: Tensor, other: Tensor, *, rows: bool = False) -> Tensor:
     """What the best scale per input channel leaves of the difference of two weights, (in,): 0 where it gives back `plain`.
 
-    min over s_c of |plain_c − s_c other_c| / |plain_c| with columns (out, in)_c: √(1 − cos²). s_c may be any number, and
-    each layer has its own, so what is left is the least that any method's scale can leave.
+    min over s of |plain_c − s_c other_c| / |plain_c| with columns (out, in)_c. s_c may be any number, and each layer has its
+    own, so what is left is the least that any method's scale can leave. rows: the layer makes an input that is scaled too (V makes that of
+    the projection), so its rows have a scale as well; the best of both is found by turns.
     """
-    cosine = nn.functional.cosine_similarity(plain.double(), other.double(), dim=0)
-    return (1 - cosine.square()).clamp(min=0).sqrt()
+    plain, other = plain.double(), other.double()
+    row_R = plain.new_ones(len(plain))
+    for _ in range(TURNS if rows else 1):
+        scaled = other * row_R[:, None]
+        column_C = (plain * scaled).sum(dim=0) / scaled.square().sum(dim=0)
+        if rows:
+            scaled = other * column_C
+            row_R = (plain * scaled).sum(dim=1) / scaled.square().sum(dim=1)
+    scaled = other * row_R[:, None] * column_C
+    return (plain - scaled).norm(dim=0) / plain.norm(dim=0)
+
+
+def left_of_layers(plain: nn.Module, other: nn.Module, sites: list[Site]) -> dict[str, Tensor]:
+    """{layer: `left_by_best_scale`} of all that read a site."""
+    makers = {producer.linear for site in sites for producer in site.producers if isinstance(producer, ValueRows)}
+    return {
+        name: left_by_best_scale(*(model.get_submodule(name).weight for model in (plain, other)), rows=name in makers)
+        for site in sites
+        for name in site.consumers
+    }

@@ -17,7 +17,7 @@ from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.zoo import card
 from ditbench.harness.zoo.labelled import save_pipeline
-from ditbench.harness.zoo.outliers import Loud, inputs_of, left_by_best_scale, loudest, loudness, shortfall
+from ditbench.harness.zoo.outliers import Loud, inputs_of, left_of_layers, loudest, loudness, shortfall
 from ditbench.harness.zoo.small_dit import SCORED, noise_loss
 from ditbench.harness.zoo.training import Schedule, minutes_of, train
 
@@ -85,20 +85,18 @@ def site_table(plain: nn.Module, model: nn.Module) -> str:
     loud = loud_channels(model)
     before, after = _mean_loudness(plain, loud_channels(plain)), _mean_loudness(model, loud)
     rows: dict[str, list[tuple[float, ...]]] = {}
-    with torch.no_grad():
-        for one in loud:
-            site, chosen = one.site, list(one.channels)
-            left_C = torch.stack(
-                [left_by_best_scale(*(m.get_submodule(c).weight for m in (plain, model))) for c in site.consumers]
-            ).mean(dim=0)
-            rows.setdefault(site.name.rsplit(".", 1)[-1], []).append(
-                (before[site.name], after[site.name], float(left_C[chosen].mean()), float(left_C.median()))
-            )
+    left = left_of_layers(plain, model, [one.site for one in loud])
+    for one in loud:
+        left_C = torch.stack([left[consumer] for consumer in one.site.consumers]).mean(dim=0)
+        numbers = (float(left_C[list(one.channels)].mean()), float(left_C.median()))
+        rows.setdefault(one.site.name.rsplit(".", 1)[-1], []).append(
+            (before[one.site.name], after[one.site.name], *numbers)
+        )
     lines = ["| input | loudest channels, small-dit | here | left of their columns | of the median column |"]
     lines.append("|---|---|---|---|---|")
     for kind, found in rows.items():
-        twin, here, left, usual = (sum(column) / len(found) for column in zip(*found, strict=True))
-        lines.append(f"| `{kind}` | {twin:.1f} | {here:.1f} | {left:.0%} | {usual:.0%} |")
+        twin, here, loudest_columns, usual = (sum(column) / len(found) for column in zip(*found, strict=True))
+        lines.append(f"| `{kind}` | {twin:.1f} | {here:.1f} | {loudest_columns:.0%} | {usual:.0%} |")
     return "\n".join(lines)
 
 

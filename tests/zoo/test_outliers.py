@@ -14,7 +14,15 @@ from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.models.zoo.digits import Digits
 from ditbench.harness.zoo import labelled, small_dit, small_dit_outliers
-from ditbench.harness.zoo.outliers import Loud, inputs_of, left_by_best_scale, loudest, loudness, shortfall
+from ditbench.harness.zoo.outliers import (
+    Loud,
+    inputs_of,
+    left_by_best_scale,
+    left_of_layers,
+    loudest,
+    loudness,
+    shortfall,
+)
 
 SMALL = small_dit.TRANSFORMER | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "sample_size": 8}
 
@@ -30,14 +38,6 @@ def plain(monkeypatch) -> DiTTransformer2DModel:
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
-
-
-def left_of(plain, other) -> dict[str, torch.Tensor]:
-    return {
-        consumer: left_by_best_scale(*(model.get_submodule(consumer).weight for model in (plain, other)))
-        for site in dit.sites(plain)
-        for consumer in site.consumers
-    }
 
 
 def injected(plain) -> DiTTransformer2DModel:
@@ -63,7 +63,7 @@ def test_the_best_scale_gives_back_a_column_that_was_scaled_and_no_other():
 def test_injected_outliers_are_undone_by_a_scale_per_channel(plain):
     other = injected(plain)
     assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
-    assert max(left_C.max().item() for left_C in left_of(plain, other).values()) < 1e-3
+    assert max(left_C.max().item() for left_C in left_of_layers(plain, other, dit.sites(plain)).values()) < 1e-3
 
 
 def test_training_on_moves_the_loudest_columns_where_no_scale_gives_them_back(plain, tmp_path, monkeypatch):
@@ -71,9 +71,10 @@ def test_training_on_moves_the_loudest_columns_where_no_scale_gives_them_back(pl
     schedule = replace(small_dit_outliers.SCHEDULE, steps=20, warmup=1, learning_rate=2e-3, ema_decay=0.5)
     trained, losses = small_dit_outliers.train_outliers(plain, tmp_path / "outliers.pt", schedule)
     assert len(losses) == 20 and torch.isfinite(torch.tensor(losses)).all()
+    left = left_of_layers(plain, trained, dit.sites(plain))
     for one in small_dit_outliers.loud_channels(trained):
         if one.site.foldable:
-            left_C = torch.stack([left_of(plain, trained)[consumer] for consumer in one.site.consumers]).mean(dim=0)
+            left_C = torch.stack([left[consumer] for consumer in one.site.consumers]).mean(dim=0)
             assert left_C[list(one.channels)].min() > 0.2, one.site.name
     assert not any(module._forward_pre_hooks for module in trained.modules())
 
