@@ -39,8 +39,9 @@ TRANSFORMER = {
     "num_embeds_ada_norm": mnist.NUM_CLASSES,
 }
 SCHEDULE = Schedule(steps=6000, learning_rate=1e-3, hold=0.75, checkpoint_every=100)
-JUDGE_SCHEDULE = Schedule(steps=1200, learning_rate=2e-3, ema_decay=0.99, weight_decay=0.05)
+JUDGE_SCHEDULE = Schedule(steps=800, learning_rate=2e-3, ema_decay=0.99, weight_decay=0.05)
 SCORED = ["accuracy", "torchmetrics/fid_judge"]
+N_SCORED = 500
 LEAST_SIGNAL = 0.1  # ᾱ below which the loss gains no more weight
 
 
@@ -71,7 +72,7 @@ def make(folder: Path, checkpoints: Path) -> dict[str, Any]:
     held_out = mnist.load("held_out")
     write_reference(as_images(held_out), folder / REFERENCE, compressed=True)
     right = judge_accuracy(judge, held_out.images_N1HW, held_out.labels_N)
-    scores = card.scores_of("small-dit", folder, SCORED, n=1000)
+    scores = card.scores_of("small-dit", folder, SCORED, n=N_SCORED)
     text = CARD.format(right=f"{right:.1%}", held_out=f"{len(held_out):,}", batch=BATCH)
     return card.write(folder, text, losses, SCHEDULE, minutes_of(checkpoint), scores)
 

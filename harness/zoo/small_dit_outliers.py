@@ -18,7 +18,7 @@ from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.zoo import card
 from ditbench.harness.zoo.labelled import save_pipeline
 from ditbench.harness.zoo.outliers import Loud, inputs_of, left_of_layers, loudest, loudness, shortfall
-from ditbench.harness.zoo.small_dit import SCORED, noise_loss
+from ditbench.harness.zoo.small_dit import N_SCORED, SCORED, noise_loss
 from ditbench.harness.zoo.training import Schedule, minutes_of, train
 
 TWIN = "small-dit"
@@ -27,7 +27,7 @@ LOG2_FACTOR = 5
 RATIO = 16.0  # how much louder than the others the chosen channels shall be
 REWARD = 0.02
 SCHEDULE = Schedule(
-    steps=600, learning_rate=5e-4, warmup=50, weight_decay=0.1, ema_decay=0.99, seed=1, checkpoint_every=100
+    steps=400, learning_rate=5e-4, warmup=50, weight_decay=0.1, ema_decay=0.99, seed=1, checkpoint_every=100
 )
 
 
@@ -68,7 +68,7 @@ def make(folder: Path, checkpoints: Path) -> dict[str, Any]:
     save_pipeline(model, folder)
     shutil.copytree(source / "judge", folder / "judge", dirs_exist_ok=True)
     model = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).eval()
-    scores = card.scores_of("small-dit-outliers", folder, SCORED, n=1000)
+    scores = card.scores_of("small-dit-outliers", folder, SCORED, n=N_SCORED)
     table = site_table(plain, model)
     return card.write(folder, CARD.format(table=table), losses, SCHEDULE, minutes_of(checkpoint), scores)
 
