@@ -95,7 +95,10 @@ def _card(text: str, name: str, numbers: dict[str, Any]) -> str:
         ),
         ("training", f"{numbers['train_minutes']:.0f} minutes of wall time"),
         ("parameters", ", ".join(f"{part} {count:,}" for part, count in numbers["parameters"].items())),
-        ("loss", f"`loss_curve.csv`; mean of the last 500 steps {numbers['final_loss_mean_of_last_500']:.4f}"),
+        (
+            "loss",
+            f"`loss_curve.csv`; mean of the last {min(500, numbers['steps'])} steps {numbers['final_loss_mean_of_last_500']:.4f}",
+        ),
     ]
     rows += [(metric, _scored(metric, score)) for metric, score in numbers["scores"].items()]
     rows += [(f"sha256 of {part}", f"`{digest}`") for part, digest in numbers["sha256"].items()]
