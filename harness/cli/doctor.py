@@ -97,7 +97,9 @@ def _metrics() -> str:
         lines += [f"{' ' * 9}{problem}" for problem in problems]
     here = [name for name, data in known_data().items() if data.is_here]
     lines.append(f"of others' data: {', '.join(here) or 'nothing'} here; `ditbench data list` names what there is")
-    lines.append("reference sets: digits-1797 ready; others by metrics.reference=FILE.npz (ADM's format) or a folder")
+    lines.append(
+        "reference sets: digits-1797 and mnist-1000 are shipped; others by metrics.reference=FILE.npz (ADM's format) or a folder"
+    )
     return "\n".join(lines)
 
 

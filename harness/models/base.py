@@ -45,6 +45,13 @@ class Correction:
     variance: Callable[[int, Tensor, Tensor], Tensor] | None = None
 
 
+RESCALED, TRAINED = (
+    "rescaled",
+    "trained",
+)  # by model.stress, which per-channel scaling undoes; by training, which it does not
+OUTLIERS = (RESCALED, TRAINED)
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """One file of conf/model/.
@@ -56,7 +63,10 @@ class ModelSpec:
     fuse_qkv: q, k and v become one layer wherever diffusers can fuse them.
     random: instead of source, arguments of the family's transformer class; weights are drawn with `seed`.
     size: height, width, num_frames of what is drawn, where it is not the family's usual.
-    stress: {channels, log2_factor, seed}: function-preserving rescaling that gives the activations outliers.
+    stress: {channels, log2_factor, seed}: function-preserving rescaling that gives the activations outliers. A scale per channel
+        undoes it exactly.
+    outliers: {kind, unstressed} of a model that was given outliers: kind is one of OUTLIERS; unstressed names its twin without them.
+        It changes nothing, and reports say it.
     """
 
     name: str
@@ -68,6 +78,7 @@ class ModelSpec:
     dtype: str = "float32"
     size: dict[str, int] | None = None
     stress: dict[str, Any] | None = None
+    outliers: dict[str, str] | None = None
     note: str = ""
     variant: str | None = None
     config: str | None = None

@@ -192,15 +192,32 @@ def bits_label(record: Record) -> str:
     return printable(record.bits.get("label") or (str(config).upper() if config else "–"), 24)
 
 
+HOW_OUTLIERS_CAME = {
+    "rescaled": "undone by a scale per channel",
+    "trained": "outliers from training",
+}  # model.outliers.kind
+
+
 def model_label(record: Record) -> str:
-    """The model's name, with "(stress: …)" where outliers were injected into it."""
-    stress = (record.config.get("model") or {}).get("stress")
-    name = printable(record.model)
+    """The model's name, with "(…)" where it was given outliers: how, whether scaling undoes them, its twin without them."""
+    model = record.config.get("model") or {}
+    said = [_stress(model.get("stress")), *_outliers(model.get("outliers"))]
+    return f"{printable(record.model)} ({'; '.join(filter(None, said))})" if any(said) else printable(record.model)
+
+
+def _stress(stress: Any) -> str:
     if not stress or stress == "none":
-        return name
+        return ""
     if isinstance(stress, Mapping):
         stress = ", ".join(f"{name} {setting}" for name, setting in stress.items())
-    return f"{name} (stress)" if stress is True else f"{name} (stress: {printable(str(stress))})"
+    return "stress" if stress is True else f"stress: {printable(str(stress))}"
+
+
+def _outliers(outliers: Any) -> list[str]:
+    if not isinstance(outliers, Mapping):
+        return []
+    kind = str(outliers.get("kind"))
+    return [HOW_OUTLIERS_CAME.get(kind, printable(kind)), f"without: {printable(str(outliers.get('unstressed')))}"]
 
 
 def protocol(record: Record) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ditbench.harness.backends.base import AUTO, known_backends
 from ditbench.harness.build.offload import MEMORY
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.paths import no_folder
+from ditbench.harness.models.base import OUTLIERS
 from ditbench.harness.models.loading import family
 
 # Whole numbers and the least that each may be.
@@ -80,6 +81,7 @@ SETTINGS += (GUIDANCE, METRICS, SKIP, LABEL, BACKEND, SAMPLER)
 SECTIONS = ("model", "method", "bits", "bits.weight", "bits.act", "protocol", "calibration", "generate")
 SECTIONS += ("measure", "metrics", "tracker")
 STRESS = {"channels": (1, MOST), "log2_factor": (1, 16), "seed": (0, MOST_SEED)}  # of model.stress, from … to
+OUTLIERS_OF = ("kind", "unstressed")  # of model.outliers
 SIZES = ("height", "width", "num_frames")  # of model.size
 LONGEST = 4096  # characters: of a path, or of anything else that is told
 FREE_TEXT = ("model.note",)  # may have several lines
@@ -116,6 +118,7 @@ def check_values(raw: dict[str, Any]) -> None:
     _check_lists(value_of(raw, METRICS), value_of(raw, SKIP))
     _check_size(raw["model"].get("size"))
     _check_stress(raw["model"].get("stress"))
+    _check_outliers(raw["model"].get("outliers"))
     for name in ("results_dir", "cache_dir"):
         if why := no_folder(raw[name]):
             raise UserError(f"{name}={raw[name]}: {why}; set {name}=… to another folder")
@@ -208,6 +211,18 @@ def _check_size(size: Any) -> None:
         if name not in SIZES:
             raise unknown_name("setting of model.size", str(name), SIZES)
         _check_number(f"model.size.{name}", value, 1)
+
+
+def _check_outliers(outliers: Any) -> None:
+    if not isinstance(outliers, dict):
+        return  # null, or refused by the dataclass
+    for name in (*OUTLIERS_OF, *outliers):
+        if name not in OUTLIERS_OF:
+            raise unknown_name("setting of model.outliers", str(name), OUTLIERS_OF)
+        if not isinstance(outliers.get(name), str):
+            raise UserError(f"model.outliers needs {' and '.join(OUTLIERS_OF)}, both text; got {outliers}")
+    if outliers["kind"] not in OUTLIERS:
+        raise unknown_name("model.outliers.kind", outliers["kind"], OUTLIERS)
 
 
 def _check_stress(stress: Any) -> None:

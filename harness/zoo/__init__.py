@@ -23,5 +23,5 @@ def trainable() -> dict[str, Train]:
 
         return train
 
-    files = [path.stem for path in Path(__file__).parent.glob("tiny_*.py")]
+    files = [path.stem for kind in ("tiny", "small") for path in Path(__file__).parent.glob(f"{kind}_*.py")]
     return {name: trainer(name) for name in sorted(file.replace("_", "-") for file in files)}

@@ -19,6 +19,8 @@ def scores_of(name: str, folder: Path, metrics: list[str], n: int) -> dict[str, 
     import torch
 
     from ditbench.eval.base import Evidence, evaluate
+    from ditbench.eval.judges import load_judge
+    from ditbench.eval.reference import load_reference
     from ditbench.harness.build.build import float_copy
     from ditbench.harness.generation.generate import conditions, generate
     from ditbench.harness.models.loading import load_model
@@ -31,19 +33,21 @@ def scores_of(name: str, folder: Path, metrics: list[str], n: int) -> dict[str, 
     transformer = float_copy(model.target(), dtype=torch.float32)
     wanted = conditions(model, n, SEED, prompts=config.protocol.prompts)
     samples = generate(model, transformer, wanted, config.protocol.sampler, batch_size=60)
-    return evaluate(metrics, Evidence(samples, seed=SEED))
+    judge = model.extras.get("judge")
+    evidence = Evidence(
+        samples,
+        reference=load_reference(config.raw["metrics"]["reference"]),
+        judge=judge and load_judge(judge),
+        seed=SEED,
+    )
+    return evaluate(metrics, evidence)
 
 
 def write(
     folder: Path, text: str, losses: list[float], schedule: Schedule, minutes: float, scores: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """loss_curve.csv, card.json and README.md in the model's folder → the card's numbers."""
-    with (folder / "loss_curve.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["step", f"loss_mean_of_{EVERY}"])
-        rows.writerows(
-            [end, f"{sum(losses[end - EVERY : end]) / EVERY:.5f}"] for end in range(EVERY, len(losses) + 1, EVERY)
-        )
+    write_losses(folder / "loss_curve.csv", losses)
     weights = sorted(folder.glob("*/*.safetensors"))
     numbers = {
         "parameters": {path.parent.name: parameters(path) for path in weights},
@@ -59,11 +63,28 @@ def write(
     return numbers
 
 
+def write_losses(path: Path, losses: list[float]) -> None:
+    """A row for every EVERY steps, their mean."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["step", f"loss_mean_of_{EVERY}"])
+        rows.writerows(
+            [end, f"{sum(losses[end - EVERY : end]) / EVERY:.5f}"] for end in range(EVERY, len(losses) + 1, EVERY)
+        )
+
+
 def parameters(path: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         return sum(file.get_tensor(name).numel() for name in list(file.keys()))
+
+
+def _scored(metric: str, score: dict[str, Any]) -> str:
+    """Shares in percent, distances as they are; without an interval where the metric has none."""
+    told = "{:.3g}" if "fid" in metric else "{:.1%}"
+    value, low, high = (told.format(number) for number in (score["value"], *(score["ci95"] or (0, 0))))
+    return f"{value} of {score['n']}" + (f" (95 % interval {low} to {high})" if score["ci95"] else "")
 
 
 def _card(text: str, name: str, numbers: dict[str, Any]) -> str:
@@ -74,11 +95,11 @@ def _card(text: str, name: str, numbers: dict[str, Any]) -> str:
         ),
         ("training", f"{numbers['train_minutes']:.0f} minutes of wall time"),
         ("parameters", ", ".join(f"{part} {count:,}" for part, count in numbers["parameters"].items())),
-        ("loss", f"`loss_curve.csv`; mean of the last 500 steps {numbers['final_loss_mean_of_last_500']:.4f}"),
+        (
+            "loss",
+            f"`loss_curve.csv`; mean of the last {min(500, numbers['steps'])} steps {numbers['final_loss_mean_of_last_500']:.4f}",
+        ),
     ]
-    rows += [
-        (metric, f"{s['value']:.1%} of {s['n']} (95 % interval {s['ci95'][0]:.1%} to {s['ci95'][1]:.1%})")
-        for metric, s in numbers["scores"].items()
-    ]
+    rows += [(metric, _scored(metric, score)) for metric, score in numbers["scores"].items()]
     rows += [(f"sha256 of {part}", f"`{digest}`") for part, digest in numbers["sha256"].items()]
     return "\n".join([text, "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]) + "\n"

@@ -13,16 +13,21 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ditbench.harness.models.zoo import digits
 from ditbench.harness.models.zoo import judge as judges
+from ditbench.harness.zoo.labelled import (
+    judge_accuracy,
+    new_transformer,
+    noise_errors,
+    sample,
+    scheduler,
+    train_judge,
+)
 from ditbench.harness.zoo.training import Schedule, train
 
-NULL_LABEL = digits.NUM_CLASSES
-LABEL_DROP = 0.1
 BATCH = 64
 TRANSFORMER = {
     "num_attention_heads": 4,
@@ -38,97 +43,24 @@ DIFFUSION_SCHEDULE = Schedule(steps=6000, learning_rate=1.5e-3)
 JUDGE_SCHEDULE = Schedule(steps=1500, learning_rate=2e-3, ema_decay=0.99, weight_decay=0.05)
 
 
-def scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-    )
-
-
-def new_transformer(seed: int = 0) -> DiTTransformer2DModel:
-    """An untrained transformer with DiT's adaLN-Zero initialisation (adaLN and the last projection start at 0)."""
-    torch.manual_seed(seed)
-    transformer = DiTTransformer2DModel(**TRANSFORMER)
-    for block in transformer.transformer_blocks:
-        nn.init.zeros_(block.norm1.linear.weight)
-        nn.init.zeros_(block.norm1.linear.bias)
-        nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
-    nn.init.zeros_(transformer.proj_out_2.weight)
-    nn.init.zeros_(transformer.proj_out_2.bias)
-    return transformer.eval()  # eval: the per-block label dropout of diffusers would drop labels block by block
-
-
-def train_judge(checkpoint: Path, schedule: Schedule = JUDGE_SCHEDULE) -> tuple[judges.Judge, list[float]]:
+def train_transformer(
+    checkpoint: Path, schedule: Schedule = DIFFUSION_SCHEDULE
+) -> tuple[DiTTransformer2DModel, list[float]]:
     data = digits.load("train")
-    torch.manual_seed(schedule.seed)
-    model = judges.Judge(digits.NUM_CLASSES)
 
     def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(data), (BATCH,), generator=generator)
-        images, labels = data.images_N1HW[index], data.labels_N[index]
-        dy, dx = torch.randint(-1, 2, (2,), generator=generator).tolist()
-        images = torch.roll(images, (dy, dx), dims=(2, 3))
-        images = images + 0.1 * torch.randn(images.shape, generator=generator)
-        return F.cross_entropy(model(images), labels, label_smoothing=0.05)
+        return noise_errors(model, data, BATCH, generator)[0].mean()
 
-    trained, losses = train(model.train(), loss_of, schedule, checkpoint, "judge")
-    # The EMA keeps the batch norms' statistics of its first copy: measure them again on the real digits.
-    trained.train()
-    for module in trained.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    with torch.no_grad():
-        for start in range(0, len(data), BATCH):
-            trained(data.images_N1HW[start : start + BATCH])
-    return trained.eval(), losses
-
-
-def train_transformer(checkpoint: Path, schedule: Schedule = DIFFUSION_SCHEDULE):
-    data = digits.load("train")
-    alphas_cumprod = scheduler().alphas_cumprod
-
-    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(data), (BATCH,), generator=generator)
-        labels = data.labels_N[index]
-        dropped = torch.rand(BATCH, generator=generator) < LABEL_DROP
-        timestep = torch.randint(1000, (BATCH,), generator=generator)
-        noise = torch.randn(data.images_N1HW[index].shape, generator=generator)
-        signal = alphas_cumprod[timestep].view(-1, 1, 1, 1)
-        noisy = signal.sqrt() * data.images_N1HW[index] + (1 - signal).sqrt() * noise
-        labels = torch.where(dropped, NULL_LABEL, labels)
-        return F.mse_loss(model(noisy, timestep=timestep, class_labels=labels).sample.float(), noise)
-
-    return train(new_transformer(schedule.seed), loss_of, schedule, checkpoint, "tiny-dit")
-
-
-@torch.no_grad()
-def judge_accuracy(judge: judges.Judge, images: Tensor, labels: Tensor) -> float:
-    return (judge(images).argmax(dim=1) == labels).float().mean().item()
-
-
-@torch.no_grad()
-def sample(transformer, labels: Tensor, steps: int = 20, guidance: float = 1.5, seed: int = 0) -> Tensor:
-    """Float samples for the card: (n, 1, 16, 16) in [-1, 1]."""
-    ddim = scheduler()
-    ddim.set_timesteps(steps)
-    x = torch.randn((len(labels), 1, 16, 16), generator=torch.Generator().manual_seed(seed))
-    both = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
-    for t in ddim.timesteps:
-        noise = transformer(torch.cat([x, x]), timestep=t.expand(len(both)), class_labels=both).sample
-        conditional, unconditional = noise.chunk(2)
-        x = ddim.step(unconditional + guidance * (conditional - unconditional), t, x).prev_sample
-    return x.clamp(-1, 1)
+    return train(new_transformer(TRANSFORMER, schedule.seed), loss_of, schedule, checkpoint, "tiny-dit")
 
 
 def make(folder: Path, checkpoints: Path) -> dict:
     """Train judge and transformer, write the pipeline folder with loss curves and card → the card's numbers."""
     start = time.monotonic()
-    judge, judge_losses = train_judge(checkpoints / "judge.pt")
+    torch.manual_seed(JUDGE_SCHEDULE.seed)
+    judge, judge_losses = train_judge(
+        digits.load("train"), judges.Judge(digits.NUM_CLASSES), JUDGE_SCHEDULE, checkpoints / "judge.pt"
+    )
     transformer, losses = train_transformer(checkpoints / "tiny-dit.pt")
 
     folder.mkdir(parents=True, exist_ok=True)

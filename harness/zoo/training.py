@@ -19,9 +19,16 @@ LossOf = Callable[[nn.Module, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
+    """Warm-up, then the full rate up to `hold` of the rest, then half a cosine down to 0.
+
+    While the rate is held, no step depends on how many there will be: a training may still be made longer or shorter, and the
+    result is that of one which was planned so (warmup-stable-decay: Hu et al. 2024, arXiv:2404.06395).
+    """
+
     steps: int
     learning_rate: float = 1e-3
     warmup: int = 200
+    hold: float = 0.0
     weight_decay: float = 0.01
     ema_decay: float = 0.999
     checkpoint_every: int = 250
@@ -31,6 +38,7 @@ class Schedule:
         if step < self.warmup:
             return (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        progress = max(0.0, progress - self.hold) / (1.0 - self.hold)
         return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

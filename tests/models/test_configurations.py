@@ -12,7 +12,7 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from ditbench.harness.common.paths import CONF
-from ditbench.harness.models.base import ModelSpec
+from ditbench.harness.models.base import RESCALED, ModelSpec
 from ditbench.harness.models.loading import family
 from ditbench.harness.samples.conditions import PROMPTS
 from ditbench.harness.stages.config import RunConfig, parse
@@ -76,3 +76,15 @@ def test_a_revision_is_a_commit_or_said_not_to_be_pinned():
 def test_files_that_others_are_based_on_are_no_choice():
     assert {"_t2i", "_t2v"} <= {path.stem for path in (CONF / "model").glob("_*.yaml")}
     assert compose.groups()["model"] == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_with_outliers_says_how_they_came_and_which_model_has_none(name):
+    spec = composed(name).model
+    if spec.stress:
+        assert spec.outliers is not None and spec.outliers["kind"] == RESCALED
+    if spec.outliers:
+        twin = composed(spec.outliers["unstressed"]).model
+        assert twin.outliers is None and twin.stress is None
+        assert (twin.family, twin.size) == (spec.family, spec.size)
+        assert (spec.source == twin.source) == (spec.outliers["kind"] == RESCALED)

@@ -48,7 +48,7 @@ def test_nothing_that_is_not_part_of_the_product_is_inside(names, wheel):
     inside = {"harness", "methods", "eval", "conf", "results", "__init__.py", "__main__.py", "py.typed"}
     assert {name.split("/")[1] for name in ours} == inside
     assert not [name for name in ours if "/results/" in name and not name.startswith("ditbench/results/papers/")]
-    assert wheel.stat().st_size < 20 * 2**20
+    assert wheel.stat().st_size < 40 * 2**20  # two thirds of it the weights of the embedded models
 
 
 def test_the_license_is_inside_and_named(wheel):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.models.base import OUTLIERS, RESCALED, TRAINED
 from ditbench.harness.records.attempts import read_all
 from ditbench.harness.report import compare, comparison_table, report
 from ditbench.harness.report.frame import frame
@@ -110,6 +111,26 @@ def test_only_runs_under_one_model_protocol_and_seed_share_a_group(add_run, resu
     labels = [group.label for group in compare.groups([*read_all(results_dir), other_steps, other_seed, hidden])]
     assert len(labels) == len(set(labels)) == 5
     assert sum("(stress: outliers x32)" in label for label in labels) == 1
+
+
+def test_a_model_with_outliers_says_in_every_table_how_they_came_and_which_model_has_none(add_run):
+    record = add_run("a", stress={"channels": 6})
+    labels = [
+        compare.model_label(of_model(record, outliers=outliers, stress=stress))
+        for outliers, stress in (
+            ({"kind": RESCALED, "unstressed": "tiny-dit"}, {"channels": 6}),
+            ({"kind": TRAINED, "unstressed": "small-dit"}, None),
+            (None, {"channels": 6}),
+            (None, None),
+        )
+    ]
+    assert labels == [
+        "tiny-dit (stress: channels 6; undone by a scale per channel; without: tiny-dit)",
+        "tiny-dit (outliers from training; without: small-dit)",
+        "tiny-dit (stress: channels 6)",
+        "tiny-dit",
+    ]
+    assert set(OUTLIERS) == set(compare.HOW_OUTLIERS_CAME)
 
 
 def of_model(record, weights=None, **settings):

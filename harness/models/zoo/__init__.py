@@ -8,4 +8,5 @@ from __future__ import annotations
 
 from pathlib import Path
 
+REFERENCE = "reference.npz"  # in a model's folder: real images that it was not trained on, where no package brings them
 WEIGHTS = Path(__file__).parent / "weights"

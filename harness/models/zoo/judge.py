@@ -18,19 +18,19 @@ FEATURE_WIDTH = 64
 
 
 class Judge(nn.Module):
-    """Images (B, 1|3, 16, 16) → features (B, 64) and logits (B, 10).
+    """Images (B, 1|3, side, side) → features (B, 64) and logits (B, 10).
 
     `forward` takes uint8 0–255 or float in [-1, 1]; three equal channels are reduced to one.
     """
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, side: int = 16) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.side = num_classes, side
         self.body = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.GELU(),
             nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.GELU(),
             nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.GELU(),
-            nn.Flatten(), nn.Linear(64 * 16, FEATURE_WIDTH), nn.GELU(),
+            nn.Flatten(), nn.Linear(64 * (side // 4) ** 2, FEATURE_WIDTH), nn.GELU(),
         )  # fmt: skip
         self.head = nn.Linear(FEATURE_WIDTH, num_classes)
 
@@ -48,7 +48,7 @@ def save(judge: Judge, folder: Path) -> None:
     save_tensors(
         {name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, folder / "model.safetensors"
     )
-    (folder / "config.json").write_text(json.dumps({"num_classes": judge.num_classes}) + "\n")
+    (folder / "config.json").write_text(json.dumps({"num_classes": judge.num_classes, "side": judge.side}) + "\n")
 
 
 def load(folder: Path) -> Judge:
