@@ -112,4 +112,5 @@ def sample(transformer, labels: Tensor, steps: int = 20, guidance: float = 1.5, 
 def save_pipeline(transformer: DiTTransformer2DModel, folder: Path) -> None:
     """The `DiTPipeline` that these weights are run in, in bfloat16."""
     stored = copy.deepcopy(transformer).eval().to(torch.bfloat16)
+    stored.register_to_config(_name_or_path="")  # where training started is a folder of whoever trained
     DiTPipeline(stored, vae=None, scheduler=scheduler()).save_pretrained(folder)

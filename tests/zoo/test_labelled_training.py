@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 
 from ditbench.eval.reference import load_reference
 from ditbench.harness.common.errors import UserError
@@ -112,3 +113,11 @@ def test_the_shipped_model_draws_what_it_is_asked_for_and_is_small_enough(name):
         path for one in ("small-dit", "small-dit-outliers") for path in (WEIGHTS / one).rglob("*") if path.is_file()
     ]
     assert sum(path.stat().st_size for path in both) < 25e6
+
+
+def test_what_is_saved_names_no_folder_of_whoever_trained(tmp_path):
+    stored = DiTTransformer2DModel.from_pretrained(WEIGHTS / "small-dit", subfolder="transformer")
+    labelled.save_pipeline(stored, tmp_path / "saved")
+    written = [json.loads(path.read_text()) for path in (tmp_path / "saved").rglob("*.json")]
+    shipped = [json.loads(path.read_text()) for path in WEIGHTS.rglob("config.json")]
+    assert len(written) > 1 and not any(each.get("_name_or_path") for each in [*written, *shipped])
