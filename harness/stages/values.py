@@ -216,7 +216,7 @@ def _check_size(size: Any) -> None:
 def _check_outliers(outliers: Any) -> None:
     if not isinstance(outliers, dict):
         return  # null, or refused by the dataclass
-    for name in (*OUTLIERS_OF, *outliers):
+    for name in (*outliers, *OUTLIERS_OF):
         if name not in OUTLIERS_OF:
             raise unknown_name("setting of model.outliers", str(name), OUTLIERS_OF)
         if not isinstance(outliers.get(name), str):
