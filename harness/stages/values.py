@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -216,11 +216,10 @@ def _check_size(size: Any) -> None:
 def _check_outliers(outliers: Any) -> None:
     if not isinstance(outliers, dict):
         return  # null, or refused by the dataclass
-    for name in (*outliers, *OUTLIERS_OF):
-        if name not in OUTLIERS_OF:
-            raise unknown_name("setting of model.outliers", str(name), OUTLIERS_OF)
-        if not isinstance(outliers.get(name), str):
-            raise UserError(f"model.outliers needs {' and '.join(OUTLIERS_OF)}, both text; got {outliers}")
+    _check_names("model.outliers", outliers, OUTLIERS_OF)
+    for name, value in outliers.items():
+        if not isinstance(value, str):
+            raise UserError(f"model.outliers.{name} must be text, got {value!r}")
     if outliers["kind"] not in OUTLIERS:
         raise unknown_name("model.outliers.kind", outliers["kind"], OUTLIERS)
 
@@ -228,11 +227,18 @@ def _check_outliers(outliers: Any) -> None:
 def _check_stress(stress: Any) -> None:
     if not isinstance(stress, dict):
         return  # null, or refused by the dataclass
-    for name in (*STRESS, *stress):
-        if name not in STRESS:
-            raise unknown_name("setting of model.stress", str(name), STRESS)
-        if name not in stress:
-            raise UserError(f"model.stress needs {', '.join(STRESS)}; {name} is missing")
-        (least, most), value = STRESS[name], stress[name]
+    _check_names("model.stress", stress, STRESS)
+    for name, value in stress.items():
+        least, most = STRESS[name]
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise UserError(f"model.stress.{name} must be a whole number from {least} to {most}, got {value!r}")
+
+
+def _check_names(section: str, given: Mapping[str, Any], wanted: Collection[str]) -> None:
+    """Of a section that is given whole or not at all."""
+    for name in given:
+        if name not in wanted:
+            raise unknown_name(f"setting of {section}", str(name), wanted)
+    for name in wanted:
+        if name not in given:
+            raise UserError(f"{section} needs {', '.join(wanted)}; {name} is missing")

@@ -183,7 +183,7 @@ MODELS = [
     ("RUN model.stress={channels:1000000,log2_factor:1,seed:0}", "model.stress.channels=1000000"),
     ("RUN model.stress={channels:3,log2_factor:1000,seed:0}", "model.stress.log2_factor"),
     ("RUN +model.outliers={foo:1}", "no setting of model.outliers 'foo'"),
-    ("RUN +model.outliers={kind:trained}", "model.outliers needs kind and unstressed"),
+    ("RUN +model.outliers={kind:trained}", "model.outliers needs kind, unstressed; unstressed is missing"),
     ("RUN +model.outliers={kind:trainde,unstressed:tiny-dit}", "model.outliers.kind", "did you mean 'trained'"),
     ("RUN +model.size={height:0}", "model.size.height"),
     ("RUN +model.size={foo:1}", "no setting of model.size 'foo'"),
