@@ -17,10 +17,8 @@ from ditbench.eval.paired_differences import Difference
 from ditbench.eval.statistics import Interval
 
 FEWEST_SEEDS = 3
-COMPARISONS, PRIOR_FREEDOM = (
-    10,
-    4.0,
-)  # with fewer, or more, one false alarm in ten families of tests instead of one in fifteen
+# With fewer comparisons or more freedom one family of tests in ten has a false alarm, instead of one in fifteen.
+COMPARISONS, PRIOR_FREEDOM = 10, 4.0
 OVER_SEEDS = "Student's t over the seeds"
 MODERATED = "Student's t over the seeds, its variance moderated by all comparisons (Smyth 2004)"
 OF_THE_SAMPLES = "normal, of the samples of these seeds only"

@@ -37,9 +37,7 @@ KIND = "recording"  # of artifact
 BATCH = "batch.json"  # what a recording was drawn with
 MOST = 32  # samples of a batch that is found
 MOST_ROWS = 64  # of a batch that is read
-MEASURED = (
-    1  # samples that are recorded in any case: layers, kernels and what the sampler reaches are looked at on them
-)
+MEASURED = 1  # samples are recorded in any case: layers, kernels and what the sampler reaches are looked at on them
 
 
 class Estimate(NamedTuple):
@@ -66,9 +64,7 @@ class Calibration:
     saved_s: dict[str, float] = field(default_factory=dict, compare=False)  # seconds that the cache saved, by what
     unreached: tuple[str, ...] = ()
     whole: str | None = None
-    batch: dict[str, Any] = field(
-        default_factory=dict, compare=False
-    )  # what it was drawn with, and `rows` to read at once
+    batch: dict[str, Any] = field(default_factory=dict, compare=False)  # as drawn; `rows` to read at once
 
     def derived(self, kind: str, key: str, title: str) -> Address | None:
         """Where what is made from it is kept; None: nowhere."""

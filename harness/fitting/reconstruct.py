@@ -52,9 +52,7 @@ class Reconstruction:
 
     reconstruct: str = "block"  # block | none: weights rounded to nearest, ranges as found
     error_over: str = "channels"  # what the squared error is summed over, before its mean: channels | tokens
-    float_inputs: bool = (
-        False  # the rounding is learned with the layers' inputs in float, before scales (scale_iterations > 0)
-    )
+    float_inputs: bool = False  # learn the rounding on inputs in float, before the scales (scale_iterations > 0)
     iterations: int = 100  # per block
     batch_size: int = 16
     batch_tokens: int = 1024  # of a minibatch, at most: fewer rows of a model with longer sequences, but one

@@ -92,9 +92,8 @@ def _of_the_form(setting: str, otherwise: Any, *, _root_: DictConfig) -> Any:
     return registry.form_value(name, form, setting, otherwise)
 
 
-OmegaConf.register_new_resolver(
-    FORM, _of_the_form, replace=True
-)  # a launcher's own process imports this file, and no more
+# Here and not in a function: a launcher's own process imports this file, and no more.
+OmegaConf.register_new_resolver(FORM, _of_the_form, replace=True)
 
 
 def groups(beside: Iterable[Path] = ()) -> dict[str, list[str]]:

@@ -66,9 +66,7 @@ class RunPlan:
     run_id: str
     recorded: Path | None
     stages: list[Stage] = field(default_factory=list)
-    accelerated: dict[str, tuple[float, float]] = field(
-        default_factory=dict
-    )  # {memory=…: host and device, if one computed}
+    accelerated: dict[str, tuple[float, float]] = field(default_factory=dict)  # {memory=…: host, device}
     source: str = ""
     unknown: list[str] = field(default_factory=list)
 
