@@ -179,13 +179,14 @@ def _looks(group: Group) -> dict[str, str]:
 
 
 def _noise_band(group: Group, metric: str) -> list[dict[str, Any]]:
+    """Where all runs have one floor (it came from seeds); a run's own, of its paired difference, says nothing of the others."""
     center = compare.float_value(group.records, metric)
     entries = [record.metrics.get(metric, {}) for record in group.records]
     unpaired = [entry for entry in entries if not entry.get("paired")]
     floors: list[float] = [entry["noise_floor"] for entry in unpaired if entry.get("noise_floor") is not None]
-    if center is None or not floors:
+    if center is None or len(set(floors)) != 1:
         return []
-    band = {"xref": "paper", "x0": 0, "x1": 1, "y0": center - max(floors), "y1": center + max(floors)}
+    band = {"xref": "paper", "x0": 0, "x1": 1, "y0": center - floors[0], "y1": center + floors[0]}
     return [{"type": "rect", **band, "fillcolor": FLOAT_COLOR, "opacity": 0.16, "line": {"width": 0}, "layer": "below"}]
 
 

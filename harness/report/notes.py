@@ -33,7 +33,13 @@ def _noise_floor(group: Group, metrics: Sequence[str]) -> list[str]:
         pairs = zip(group.records, marks.verdicts(group, name), strict=True)
         if inside := [record.metrics[name]["noise_floor"] for record, verdict in pairs if verdict.inside]:
             floors.append(f"{names[name]} ±{max(inside):.4g}")
-    return [f"~: inside the noise floor, no further from the float row than {', '.join(floors)}."] if floors else []
+    return (
+        [
+            f"~: inside the noise floor, no further from the float row than a test of that run alone can tell, which is {', '.join(floors)} at most."
+        ]
+        if floors
+        else []
+    )
 
 
 def _untested(group: Group, metrics: Sequence[str], at: str) -> list[str]:

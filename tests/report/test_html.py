@@ -175,6 +175,14 @@ def test_a_sweep_in_which_everything_failed_still_makes_a_page(add_run, results_
     assert complaints == []
 
 
+def test_runs_that_have_a_floor_each_share_no_band(add_run, results_dir, fid):
+    add_run("fp", "W16A16", metrics={"fid": fid(30.0)})
+    for method, floor in (("a", 0.2), ("b", 0.5)):
+        add_run(method, metrics={"fid": fid(30.3, floor)})
+    (group,) = compare.groups(read_all(results_dir))
+    assert figures(group)["size"]["fid"]["layout"]["shapes"] == []
+
+
 def test_simulated_runs_are_not_in_the_latency_plot(add_run, results_dir, metric, fid):
     metrics = {"fid": fid(30.0), "psnr": metric(20.0)}
     add_run("fp", "W16A16", metrics={"fid": fid(30.0)})
