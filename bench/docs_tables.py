@@ -201,15 +201,16 @@ def with_interval(run: pd.Series, metric: str, decimals: int, tested: bool) -> s
 def caption(runs: pd.DataFrame, tested: bool) -> str:
     first = runs.iloc[0]
     seeds = len(str(first.seed).split(","))
-    over = f"over {seeds} seeds" if seeds > 1 else "over bootstrap resamples"
+    one_seed = "over the samples" if tested else "over bootstrap resamples"
+    over = f"over {seeds} seeds" if seeds > 1 else one_seed
     marks = (
-        "**best** and <ins>second</ins> of their bits where paired tests tell them apart"
+        "~: paired tests do not tell it apart from the float model; **best** and <ins>second</ins> of their bits where they tell them apart"
         if tested
-        else "no marks: the paired tests behind them were not kept"
+        else "~: inside the noise floor; no marks: the paired tests behind them were not kept"
     )
     return (
         f"{first.model}, n = {first.n:,} samples × {seeds} seed{'s' * (seeds > 1)}, {first.steps} steps, guidance {first.guidance}; "
-        f"95 % intervals {over}; ~: inside the noise floor; {marks}; {first.device}, commit {first.commit[:7]}."
+        f"95 % intervals {over}; {marks}; {first.device}, commit {first.commit[:7]}."
     )
 
 
