@@ -66,7 +66,7 @@ def fill(place: re.Match[str]) -> str:
 
 def table(name: str) -> str:
     runs = pd.read_csv(RESULTS / f"{name}.csv")
-    runs = runs[runs.status == "ok"].sort_values(["bits", "psnr"], ascending=[True, False])
+    runs = runs[runs.status == "ok"].sort_values(["bits", "psnr"], ascending=[True, False], kind="stable")
     tested = (RESULTS / f"{name}.tests.csv").is_file()
     columns = {name: column for name, column in COLUMNS.items() if name in runs and runs[name].notna().any()}
     heads = [
@@ -162,7 +162,7 @@ def step_times(name: str) -> str:
 
 def coverage(model: str) -> str:
     rows = pd.concat([pd.read_csv(path) for path in sorted(INTERVALS.glob("coverage-*.csv"))])
-    rows = rows[rows.model == model].sort_values("n")
+    rows = rows[rows.model == model].sort_values("n", kind="stable")
     places = [(design, n) for design in ("balanced", "independent") for n in rows.n.unique()]
     lines = [["interval of", *(f"{design}, n = {n:,}" for design, n in places)], ["---", *["---:"] * len(places)]]
     for metric, of_metric in rows.groupby("metric", sort=False):
@@ -180,7 +180,7 @@ def covered(row: Any) -> str:
 
 
 def noise_floor() -> str:
-    rows = pd.read_csv(INTERVALS / "noise_floor.csv").sort_values(["metric", "n", "worse share"])
+    rows = pd.read_csv(INTERVALS / "noise_floor.csv").sort_values(["metric", "n", "worse share"], kind="stable")
     rules = list(rows.columns[4:-1])
     lines = [["metric", "n", "noisy digits", "worse by, sd", *rules], ["---", *["---:"] * (3 + len(rules))]]
     for _, row in rows.iterrows():
