@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from video_cases import FRAMES, PROMPTS, N, evidence, value
+from video_cases import FRAMES, PROMPTS, N, entry_of, evidence, value
 
 from ditbench.eval import video_judges
 from ditbench.eval.base import evaluate
@@ -58,6 +58,13 @@ def test_each_video_is_compared_with_its_own_prompt(judges):
 def test_a_prompt_longer_than_the_network_takes_is_cut_and_not_an_error(judges):
     judge, _ = video_judges.load_judge(CLIP, CPU)
     assert judge.texts(["a very long prompt " * 20]).shape == (1, 16)
+
+
+@pytest.mark.parametrize("name", ["clipsim", "vbench_style/overall_consistency", "vbench_style/scene_consistency"])
+def test_the_entry_says_how_many_prompts_were_cut(name, judges):
+    """Every letter is a token here, and of twelve two begin and end the text."""
+    card = entry_of(name, evidence())["passport"]
+    assert (card["max_tokens"], card["prompts_cut_off"]) == (12, 1), "a cat, the sea, a red ball; an old town at night"
 
 
 @pytest.mark.parametrize("name", BY_FEATURES)
