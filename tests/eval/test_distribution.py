@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg
+from scipy.stats import t
 
-from ditbench.eval import batches, features, libraries
+from ditbench.eval import batches, features, frechet, libraries
 from ditbench.eval.base import Reference, evaluate, known_metrics
 from ditbench.eval.features import judge_pair, outputs
+from ditbench.eval.influence import spread
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.samples.samples import Samples
 
@@ -127,6 +129,17 @@ def test_every_judge_metric_has_a_finite_value_an_interval_around_it_and_a_full_
 
 
 TO_FLOAT = [f"{library}/fid_judge_to_float" for library in libraries.FID]
+
+
+def test_fd_infinity_has_an_interval_of_its_samples_and_of_its_choice_of_halves(evidence):
+    pair, strata_N = judge_pair(evidence), np.arange(96) % 10
+    features = pair.generated_NF.numpy(), pair.reference_MF.numpy()
+    found = frechet.infinity(*features, frechet.influence(*features), strata_N, evidence.seed)
+    of_samples = spread(found.influence, strata_N)
+    half = t.ppf(0.975, of_samples.freedom) * np.sqrt(of_samples.sd**2 + found.split_sd**2)
+    entry = evaluate(["fd_infinity_judge"], evidence)["fd_infinity_judge"]
+    assert entry["value"] == pytest.approx(found.value) and found.split_sd > 0.01 * of_samples.sd
+    assert entry["ci95"] == pytest.approx([found.value - half, found.value + half], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", TO_FLOAT)

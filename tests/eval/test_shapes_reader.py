@@ -36,6 +36,15 @@ def test_a_lone_object_is_read_in_every_colour_and_place(shape, size):
         assert abs(seen.centre[0] - x) <= 1 and abs(seen.centre[1] - y) <= 1.2
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_area_and_centre_of_mass_are_those_of_the_shape_as_it_is_drawn(shape):
+    radius, side = 100.0, 300
+    drawn_HW = shapes.coverage(Object(shape, "", radius, 150.0, 150.0), side)
+    y = (drawn_HW.sum(axis=1) @ (np.arange(side) + 0.5)) / drawn_HW.sum()
+    assert drawn_HW.sum() / radius**2 == pytest.approx(reader.AREA[shape], rel=0.01)
+    assert (y - 150.0) / radius == pytest.approx(reader.SINKS[shape], abs=0.005)
+
+
 @pytest.mark.parametrize("sigma", [0, 12])
 def test_a_scene_is_read_back_object_by_object(sigma):
     """sigma: of noise, in grey levels."""

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from video_cases import PROMPTS, SIDE, N, entry_of, evidence, value, videos
+from video_cases import FRAMES, PROMPTS, SIDE, N, entry_of, evidence, value, videos
 
-from ditbench.eval import vbench_style, video_judges
+from ditbench.eval import vbench_style, video_judges, video_motion
 from ditbench.eval.base import Evidence, evaluate, known_metrics
+from ditbench.eval.flow import Flow
 from ditbench.eval.video_judges import CLIP_LARGE, DINO
 from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Samples
@@ -51,6 +52,15 @@ def test_motion_is_judged_at_eight_frames_a_second():
     assert (
         "longer videos" in evaluate(["vbench_style/dynamic_degree"], one_left)["vbench_style/dynamic_degree"]["reason"]
     )
+
+
+def test_speeds_of_every_frame_are_not_taken_for_those_of_every_second_one():
+    pixels, flow = videos(), Flow("test", lambda before, after: after.float().permute(0, 3, 1, 2)[:, :2], {})
+    every_second = video_motion._speeds(pixels, flow, step=2)
+    assert every_second.shape == (N, FRAMES // 2 - 1, 2)
+    every_one = video_motion._speeds(pixels, flow, step=1)
+    assert every_one.shape == (N, FRAMES - 1, 2)
+    torch.testing.assert_close(every_one[:, 1::2][:, :3], every_second)  # this flow looks at the later frame only
 
 
 def test_steady_motion_is_smoother_than_the_same_frames_shuffled():

@@ -83,3 +83,15 @@ def test_setting_the_clock_keeps_its_tensor():
     held = clock.step
     clock.set(2, 4)
     assert int(held) == 2
+
+
+def test_the_clock_is_in_the_range_whose_first_step_it_has_reached():
+    clock = StepClock(7, (0, 3, 5))
+    assert clock.ranges == [range(0, 3), range(3, 5), range(5, 7)]
+    seen = []
+    for step in range(7):
+        clock.set(step, 7)
+        seen.append(clock.range)
+    assert seen == [0, 0, 0, 1, 1, 2, 2]
+    clock.enter(1)
+    assert (int(clock.step), clock.range) == (3, 1)
