@@ -93,6 +93,18 @@ def test_both_weights_and_the_regulariser_are_those_of_plain_loops(spec, normal)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=describe)
+def test_a_weight_that_is_still_half_way_is_rounded_up(spec, normal):
+    weight, start = normal(5, 48), widened(normal(5, 48), spec, 2.0)
+    rounding = AdaRound(weight, start)
+    rounding.alpha_OGg.data.zero_()
+    groups = start.scale_OG.shape[1]
+    up = weight.unflatten(1, (groups, -1)).div(start.scale_OG[..., None]).floor() + 1
+    zero = 0.0 if start.zero_point_OG is None else start.zero_point_OG[..., None]
+    expected = (up + zero).clamp(spec.quant_min, spec.quant_max).flatten(1)
+    assert torch.equal(rounding.hard().codes_OC.double(), expected)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=describe)
 def test_whatever_is_learned_a_weight_stays_within_one_step(spec, normal):
     weight = normal(5, 48).float()
     rounding = AdaRound(weight, quantize_weight(weight, spec))
