@@ -158,6 +158,15 @@ def test_fid_to_float_is_fid_with_the_float_models_images_for_the_reference(name
 
 
 @pytest.mark.parametrize("name", TO_FLOAT)
+def test_no_distance_to_the_float_model_lies_below_zero(name, evidence):
+    """One image of 96 has changed: what it contributes is known with one degree of freedom, and Student's t of that is 12.7."""
+    pixels = evidence.float_model.pixels.clone()
+    pixels[5] = 255 - pixels[5]
+    entry = evaluate([name], replace(evidence, generated=replace(evidence.generated, pixels=pixels)))[name]
+    assert entry["ci95"][0] == 0.0 < entry["value"] < entry["ci95"][1]
+
+
+@pytest.mark.parametrize("name", TO_FLOAT)
 def test_fid_to_float_needs_no_reference_but_the_float_model(name, evidence):
     assert evaluate([name], replace(evidence, reference=None))[name]["status"] == "ok"
     entry = evaluate([name], replace(evidence, float_model=None))[name]

@@ -48,6 +48,9 @@ def test_motion_is_judged_at_eight_frames_a_second():
     """At 16 frames per second every other frame is taken: half a pixel a frame becomes a whole one."""
     entry = entry_of("vbench_style/dynamic_degree", evidence(speed=1, fps=16.0))
     assert entry["passport"]["every_frame"] == 2 and entry["passport"]["pairs_needed"] == 1
+    for fps, step in ((8.0, 1), (11.0, 1), (15.0, 2), (30.0, 4)):  # to the nearest, as VBench's round(fps / 8)
+        card = entry_of("vbench_style/dynamic_degree", evidence(speed=1, fps=fps))["passport"]
+        assert card["every_frame"] == step
     one_left = Evidence(Samples(videos()[:, :2], fps=24.0))
     assert (
         "longer videos" in evaluate(["vbench_style/dynamic_degree"], one_left)["vbench_style/dynamic_degree"]["reason"]
