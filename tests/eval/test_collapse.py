@@ -215,6 +215,15 @@ def test_what_the_float_model_repeats_is_its_own():
     assert alarmed(alarms(Samples(scenes()), Samples(of_few(2)))) == []
 
 
+def test_each_sample_is_held_against_its_own_counterpart_and_not_against_the_usual_one():
+    twins = scenes()
+    twins[1] = (twins[0].int() + 3).to(torch.uint8)  # two that the float model draws nearly alike as well
+    distance_N = collapse.numbers(Samples(twins))["repeated"]
+    assert (distance_N[:2] < 0.25 * distance_N.mean()).all()
+    found = alarms(Samples(twins), Samples(twins))
+    assert found["repeated"]["share"] == found["alike"]["share"] == 0.0
+
+
 def test_without_the_float_model_only_the_same_picture_is_a_repetition():
     twice = scenes()
     twice[1] = twice[0]

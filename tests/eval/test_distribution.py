@@ -140,6 +140,7 @@ def test_fd_infinity_has_an_interval_of_its_samples_and_of_its_choice_of_halves(
     entry = evaluate(["fd_infinity_judge"], evidence)["fd_infinity_judge"]
     assert entry["value"] == pytest.approx(found.value) and found.split_sd > 0.01 * of_samples.sd
     assert entry["ci95"] == pytest.approx([found.value - half, found.value + half], rel=1e-6)
+    assert "n = 96 is below four times the feature width 64" in entry["passport"]["note"]
 
 
 @pytest.mark.parametrize("name", TO_FLOAT)

@@ -80,3 +80,10 @@ def test_a_colour_between_those_of_the_palette_is_none():
     image = render(Scene((Object("square", "red", 3.0, 12, 12),)))
     image[image[..., 0] > 100] = (255, 0, 255)
     assert read(image) == []
+
+
+def test_a_background_is_what_more_than_half_of_the_edge_shows():
+    for rows, seen in ((13, None), (19, "dark")):  # 58 and 70 of the edge's 128 pixels, corners twice
+        image = np.full((32, 32, 3), COLOURS["red"], np.uint8)
+        image[:rows] = shapes.BACKGROUNDS["dark"]
+        assert reader.background(image) == seen

@@ -66,6 +66,14 @@ def test_speeds_of_every_frame_are_not_taken_for_those_of_every_second_one():
     torch.testing.assert_close(every_one[:, 1::2][:, :3], every_second)  # this flow looks at the later frame only
 
 
+def test_smoothness_is_of_the_odd_frames_against_the_middle_of_their_neighbours(monkeypatch):
+    """Without motion the middle is the mean: |100 − (10 + 30) / 2| = 80 and |40 − (30 + 50) / 2| = 0."""
+    still = Flow("ditbench", lambda before, after: torch.zeros(len(before), 2, *before.shape[1:3]), {})
+    monkeypatch.setattr(video_motion, "find_flow", lambda device: still)
+    levels = torch.tensor([10, 100, 30, 40, 50], dtype=torch.uint8).view(1, 5, 1, 1, 1).expand(2, 5, 8, 8, 3)
+    assert value("vbench_style/motion_smoothness", Evidence(Samples(levels))) == pytest.approx(1 - 40 / 255)
+
+
 def test_steady_motion_is_smoother_than_the_same_frames_shuffled():
     steady = videos(speed=1)
     shuffled = steady[:, [0, 4, 1, 6, 2, 5, 3, 7]]
