@@ -9,7 +9,7 @@ from torch import nn
 from ditbench.harness.backends import simulate
 from ditbench.harness.build.build import build
 from ditbench.harness.fitting.rounding import nearest
-from ditbench.harness.quant.accounting import _fold_bytes, account, stored_bytes
+from ditbench.harness.quant.accounting import _act_bits, _fold_bytes, account, stored_bytes
 from ditbench.harness.quant.folds import _row_fold
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight, static_quant
 from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank, ModelRecipe
@@ -117,6 +117,13 @@ def test_effective_bits_are_those_of_a_sum_by_hand(toy, normal):
     assert size["baseline_model_bytes"] == 2 * (36 + 8 + 24)
     assert size["model_bytes"] == (32 + 2 * 4) + 2 * 8 + 2 * 24
     assert size["compression_quantized_layers"] == pytest.approx(2 * 36 / (32 + 2 * 4))
+
+
+def test_bits_that_change_with_the_step_count_by_the_steps_they_hold_for(toy):
+    """Activations of 4 bits at one step of four, then of 8, then in float."""
+    four, eight = (LayerRecipe(act=ActQuant(QuantSpec(bits, "per_token", dynamic=True))) for bits in (4, 8))
+    shares = [(four, 0.25), (eight, 0.5), (LayerRecipe(), 0.25)]
+    assert _act_bits(shares) == pytest.approx(0.25 * 4 + 0.5 * 8 + 0.25 * 16)
 
 
 def test_weight_only_counts_no_mac_as_quantized_on_both_sides(toy, normal):
