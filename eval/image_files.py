@@ -67,10 +67,10 @@ def read_rgb(file: Path) -> np.ndarray:
 
 def _problem(image: Image.Image, file: Path) -> str | None:
     """What of an opened image is no 8-bit RGB, or None."""
-    if image.mode not in OPAQUE + WITH_ALPHA:
-        return f"mode {image.mode}"
     if image.format == "PNG" and (bits := _png_depth(file)) > 8:
         return f"{bits} bits a channel (mode {image.mode})"
+    if image.mode not in OPAQUE + WITH_ALPHA:
+        return f"mode {image.mode}"
     if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
         return f"{frames} frames (mode {image.mode})"
     if image.mode in WITH_ALPHA or "transparency" in image.info:

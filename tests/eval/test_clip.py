@@ -262,6 +262,10 @@ def test_cmmd_without_bias_leaves_out_an_image_as_its_own_neighbour(installed, p
     entry = scored("cmmd_unbiased", plain)
     assert entry["value"] == pytest.approx(1000 * (sum(inside) - 2 * rbf_kernel(x, y, gamma).mean()), rel=1e-6)
     assert entry["value"] < scored("cmmd", plain)["value"] and "U-statistic" in entry["passport"]["estimator"]
+    against_itself = replace(plain, reference=Reference("itself", plain.generated.images_NHWC, "0" * 64))
+    entry = scored("cmmd_unbiased", against_itself)
+    assert entry["ci95"][0] < entry["value"] < 0, "it can come out below 0, and so can where its interval begins"
+    assert scored("cmmd", against_itself)["ci95"][0] == 0
 
 
 def test_images_cropped_before_and_after_resizing_are_not_taken_for_each_other(installed):

@@ -78,6 +78,19 @@ def test_ssim_is_scikit_images_number():
     assert value("ssim", Evidence(*images)) == pytest.approx(0.8445864594, abs=2e-6)
 
 
+def test_a_videos_psnr_is_of_the_error_of_all_its_frames_and_its_ssim_the_mean_of_theirs():
+    random = torch.Generator().manual_seed(0)
+    theirs = torch.randint(40, 200, (2, 3, 12, 14, 3), generator=random)
+    off = torch.tensor([1, 4, 20]).view(1, 3, 1, 1, 1) * torch.randint(-1, 2, theirs.shape, generator=random)
+    ours, theirs = (theirs + off).to(torch.uint8), theirs.to(torch.uint8)
+    evidence = Evidence(Samples(ours), Samples(theirs))
+    x, y = ours.numpy().astype(float), theirs.numpy().astype(float)
+    psnr = np.mean([10 * np.log10(255**2 / np.mean((a - b) ** 2)) for a, b in zip(x, y, strict=True)])
+    assert value("psnr", evidence) == pytest.approx(psnr, abs=1e-9)
+    ssim = np.mean([wangs_ssim(a, b, 1.5, 5) for v, w in zip(x, y, strict=True) for a, b in zip(v, w, strict=True)])
+    assert value("ssim", evidence) == pytest.approx(ssim, abs=2e-5)
+
+
 def test_sqnr_divides_by_the_difference_and_takes_the_float_model_as_signal():
     signal = torch.full((2, 1, 2, 2), 2.0)
     noisy = signal * torch.tensor([1.1, 1.01]).view(2, 1, 1, 1)

@@ -128,7 +128,7 @@ REFUSED = {
         "alpha down to 0 of 255 (mode P)",
     ),
     "colour.png": (transparent_text, "alpha down to 0 of 255 (mode RGB)"),
-    "sixteen.png": (lambda path: Image.fromarray(GREY.astype(np.uint16) * 257).save(path), "mode I;16"),
+    "sixteen.png": (lambda path: Image.fromarray(GREY.astype(np.uint16) * 257).save(path), "16 bits a channel"),
     "cmyk.jpg": (lambda path: Image.new("CMYK", (6, 4), (9, 8, 7, 6)).save(path), "mode CMYK"),
     "animated.webp": (animated, "2 frames"),
     "animated.png": (animated, "2 frames"),

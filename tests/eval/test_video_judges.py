@@ -104,6 +104,14 @@ def test_frames_are_looked_at_once_for_all_metrics_that_share_them(judges, monke
     assert sum(seen) == N * FRAMES
 
 
+def test_frames_that_were_resized_one_way_are_not_taken_for_those_resized_the_other(judges):
+    judge, _ = video_judges.load_judge(CLIP, CPU)
+    pixels = evidence().generated.pixels
+    smooth, sharp = (video_judges.frame_features(pixels, judge, antialias) for antialias in (True, False))
+    torch.testing.assert_close(sharp, video_judges.frame_features(pixels.clone(), judge, antialias=False))
+    assert (smooth - sharp).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("name", [DINO, CLIP])
 def test_judges_look_in_float32_as_the_passport_says_whatever_their_file_holds(
     name, judge_folders, tmp_path, monkeypatch
