@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import traceback
 
+from ditbench.harness.common import watch
 from ditbench.harness.common.errors import reason
 from ditbench.harness.common.files import disk_errors_explained, is_disk_error
 from ditbench.harness.common.memory import peak_memory
 from ditbench.harness.common.precision import compute_float32_in_float32
-from ditbench.harness.common.timer import Timer, say
+from ditbench.harness.common.timer import Timer
+from ditbench.harness.common.watch import say
 from ditbench.harness.fitting import registry
 from ditbench.harness.measurement.layer_errors import layer_table
 from ditbench.harness.models.base import LoadedModel
@@ -54,6 +56,7 @@ def run(config: RunConfig) -> Record:
         disk_errors_explained(config.results_dir),
         attempts.attempt(config.results_dir, config.name, its_id) as attempt,
     ):
+        watch.begins(its_id, title(config), attempt.folder)
         try:
             carry_out(config, model, values, attempt)
             values.status = "ok"
@@ -69,6 +72,7 @@ def run(config: RunConfig) -> Record:
                 traceback.print_exc()
         values.env["finished_at"] = now()
         recorded = attempt.publish(values, config.force)
+    watch.ends(values.status, values.error)
     if attempt.published:
         track(config, recorded)
     else:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ditbench.harness.common.artifacts import tell
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.watch import say
 from ditbench.harness.records import record as records
 from ditbench.harness.records.record import ATTEMPT, DamagedRecord, Record, failed_metrics, read
 
@@ -54,7 +54,7 @@ class Attempt:
         try:
             self.turn.acquire(timeout=1.0)
         except Timeout:
-            tell(f"run {self.run_id}: another process measures it; waiting")
+            say(f"run {self.run_id}: another process measures it; waiting")
             self.turn.acquire()
         new = [
             each for each in _attempts_in(self.home, self.run_id) if each.folder and each.folder.name not in self.seen
@@ -187,7 +187,7 @@ def read_all(results_dir: Path, experiment: str | None = None) -> list[Record]:
     """The best attempt of every run, of one experiment or of all; what is damaged is said and left out."""
     found = survey(results_dir, experiment)
     for line in found.damaged:
-        tell(line)
+        say(line)
     return found.records
 
 
@@ -214,7 +214,7 @@ def _attempts_in(home: Path, run_id: str) -> list[Record]:
         try:
             found.append(read(folder / "record.json"))
         except DamagedRecord as damage:
-            tell(f"{damage}; it counts for nothing")
+            say(f"{damage}; it counts for nothing")
     return found
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of, of_the_system
 from ditbench.harness.common.paths import CONF
-from ditbench.harness.common.timer import say
+from ditbench.harness.common.watch import say
 from ditbench.harness.records.record import Record
 from ditbench.harness.report import comparison_table
 from ditbench.harness.run import run
