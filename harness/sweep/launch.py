@@ -6,47 +6,58 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of, of_the_system
+from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.common.watch import say
-from ditbench.harness.records.record import Record
+from ditbench.harness.records.record import read
 from ditbench.harness.report import comparison_table
-from ditbench.harness.run import run
-from ditbench.harness.stages.config import parse
 from ditbench.harness.sweep import compose
+from ditbench.harness.sweep.engines.base import FAILED, LOST, REFUSED, outcomes
+from ditbench.harness.sweep.jobs import engine_of, prepared
 from ditbench.harness.sweep.overrides import check_flags
-
-# Of this process: Hydra does not hand back what a job returns in a sweep.
-_done: list[Record] = []
-_refused: list[UserError] = []  # jobs that left no record: a value that cannot be used, a model that is not there
 
 
 def launch(arguments: list[str]) -> int:
-    """Run what the arguments say → exit code (0, or 3 when a run failed).
+    """Run what the arguments say → exit code (0, or 3 when a run failed or never came back).
 
     Raises:
         UserError: a choice, override or value that cannot be used.
     """
-    _done.clear()
-    _refused.clear()
-    through_hydra(arguments, job)
-    if _done:
-        print(comparison_table(_done))
-    failed = [record for record in _done if record.status == "failed"]
-    for record in failed:
-        say(
-            f"failed: {record.model} {record.method} {(record.config.get('bits') or {}).get('label', '–')}: {record.error}"
-        )
-    if _refused:
-        *others, last = {str(error): error for error in _refused}.values()
+    configs: list[DictConfig] = []
+    through_hydra(arguments, lambda config: configs.append(config) or "listed")
+    if not configs:
+        return 0  # Hydra was asked for something else, such as --cfg job
+    raws = [compose.resolved(config) for config in configs]
+    engine, settings = engine_of(raws)
+    jobs, cannot = prepared(raws, engine.ELSEWHERE)
+    refused = [str(error) for error in cannot]
+    if jobs and refused:
+        for error in dict.fromkeys(refused):
+            say(f"ditbench: {lines_of(UserError(error))}; the other jobs run")
+    ended = dict(outcomes(engine, settings, jobs)) if jobs else {}
+    found = {each.folder: read(Path(each.folder) / "record.json") for _, each in sorted(ended.items()) if each.folder}
+    if found:
+        print(comparison_table(list(found.values())))
+    for record in found.values():
+        if record.status == "failed":
+            label = (record.config.get("bits") or {}).get("label", "–")
+            say(f"failed: {record.model} {record.method} {label}: {record.error}")
+    lost = [place for place, each in ended.items() if each.status == LOST]
+    for place in sorted(lost):
+        say(f"lost: {jobs[place].title}: {ended[place].error}; the same command does what is missing")
+    refused += [str(each.error) for _, each in sorted(ended.items()) if each.status == REFUSED]
+    if refused:
+        *others, last = dict.fromkeys(refused)
         for error in others:
-            say(f"ditbench: {lines_of(error)}")
-        raise last
-    return EXIT_FAILED_RUNS if failed else 0
+            say(f"ditbench: {lines_of(UserError(error))}")
+        raise UserError(last)
+    failed = any(each.status == FAILED for each in ended.values())
+    return EXIT_FAILED_RUNS if failed or lost else 0
 
 
 def through_hydra(arguments: list[str], job: Callable[[DictConfig], str]) -> None:
@@ -62,21 +73,6 @@ def through_hydra(arguments: list[str], job: Callable[[DictConfig], str]) -> Non
     check_flags(arguments)
     with _arguments(arguments), compose.hydra_errors_explained():
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
-
-
-def job(config: DictConfig) -> str:
-    """One Hydra job: the configuration becomes a run, the run a record. A job that is refused does not stop a sweep."""
-    try:
-        record = run(parse(compose.resolved(config)))
-    except UserError as error:
-        _refused.append(error)
-        return "refused"
-    except OSError as error:
-        _refused.append(of_the_system(error))
-        return "refused"
-    if record.folder not in [other.folder for other in _done]:
-        _done.append(record)
-    return record.status
 
 
 @contextmanager
