@@ -4,70 +4,187 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of, of_the_system
+from ditbench.eval.base import known_metrics
+from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of, of_the_system, reason, unknown_name
 from ditbench.harness.common.paths import CONF
-from ditbench.harness.common.watch import say
+from ditbench.harness.common.watch import Watcher, say, watching
+from ditbench.harness.records import attempts, sweeps
+from ditbench.harness.records.environment import now
 from ditbench.harness.records.record import Record
+from ditbench.harness.records.sweeps import DONE, FAILED, MISSING, REFUSED, RUNNING, Outcome, Sweep
 from ditbench.harness.report import comparison_table
 from ditbench.harness.run import run
-from ditbench.harness.stages.config import parse
+from ditbench.harness.stages.config import RunConfig, parse
+from ditbench.harness.stages.identity import title
 from ditbench.harness.sweep import compose
+from ditbench.harness.sweep.jobs import JOB, OBJECTIVE, OF, Planned, manifests, planned, without_hydra
+from ditbench.harness.sweep.multirun import Multirun, multirun
 from ditbench.harness.sweep.overrides import check_flags
 
-# Of this process: Hydra does not hand back what a job returns in a sweep.
+# Of one run, without a sweep.
 _done: list[Record] = []
-_refused: list[UserError] = []  # jobs that left no record: a value that cannot be used, a model that is not there
+_refused: list[UserError] = []  # it left no record: a value that cannot be used, a model that is not there
 
 
-def launch(arguments: list[str]) -> int:
-    """Run what the arguments say → exit code (0, or 3 when a run failed).
+def launch(arguments: list[str], again: Mapping[int, Sequence[str]] | None = None, stamp: str | None = None) -> int:
+    """Run what the arguments say → exit code (0, or 3 when a run failed or never came).
+
+    again: jobs of the sweep `stamp`, {number: overrides}, to be carried out instead of those that the arguments make.
 
     Raises:
         UserError: a choice, override or value that cannot be used.
     """
+    arguments = _checked(arguments)
+    with _arguments(arguments), multirun(arguments) as sweep:
+        if sweep is not None:
+            return _launch_sweep(sweep, again, stamp or sweeps.new_stamp())
     _done.clear()
     _refused.clear()
     through_hydra(arguments, job)
-    if _done:
-        print(comparison_table(_done))
-    failed = [record for record in _done if record.status == "failed"]
-    for record in failed:
-        say(
-            f"failed: {record.model} {record.method} {(record.config.get('bits') or {}).get('label', '–')}: {record.error}"
-        )
-    if _refused:
-        *others, last = {str(error): error for error in _refused}.values()
-        for error in others:
-            say(f"ditbench: {lines_of(error)}")
-        raise last
-    return EXIT_FAILED_RUNS if failed else 0
+    failed = [
+        Outcome(sweeps.Job(0, (), named(each)), FAILED, each.error or "") for each in _done if each.status == "failed"
+    ]
+    return _told(_done, failed, _refused)
 
 
-def through_hydra(arguments: list[str], job: Callable[[DictConfig], str]) -> None:
-    """Every job that the arguments make, one after the other or as their launcher has it.
+def named(record: Record) -> str:
+    return f"{record.model} {record.method} {(record.config.get('bits') or {}).get('label', '–')}"
+
+
+def _launch_sweep(multirun: Multirun, again: Mapping[int, Sequence[str]] | None, stamp: str) -> int:
+    if multirun.sweeper is not None:
+        return _launch_chosen(multirun, stamp)
+    jobs = planned(multirun, stamp, again or dict(enumerate(multirun.jobs())))
+    if all(each.error is not None for each in jobs):
+        return _told([], [], [each.error for each in jobs if each.error is not None])
+    made = manifests(multirun, stamp, now(), jobs)
+    if again is not None:
+        made = [sweeps.renew(sweeps.read(each.home, stamp), each.jobs) for each in made]
+    for sweep in made:
+        sweeps.write(sweep)
+    for line in announced(jobs):
+        say(line)
+    to_do, broken = [each for each in jobs if each.to_do], {}
+    with _table_on_interrupt(made):
+        if multirun.here:
+            for each in to_do:
+                broken |= _carried_out(multirun, each)
+        elif to_do:
+            given = [(*each.job.overrides, f"{OF}={stamp}", f"{JOB}={each.job.number}") for each in to_do]
+            returned = multirun.launch(given, job)
+            broken = {
+                each.job.number: error
+                for each, error in zip(to_do, returned, strict=False)
+                if isinstance(error, Exception)
+            }
+    return _end(made, broken)
+
+
+def _launch_chosen(multirun: Multirun, stamp: str) -> int:
+    """The jobs of a sweeper that chooses each by what the ones before gave: they make themselves known as they start."""
+    check_objective(multirun)
+    config = without_hydra(multirun.config)
+    home = attempts.experiment_folder(Path(config.results_dir).expanduser(), config.name)
+    sweep = Sweep(stamp, home, now(), (), sweeper=multirun.sweeper)
+    sweeps.write(sweep)
+    say(f"sweep {stamp} of {home.name}: {multirun.sweeper} chooses its runs one after the other")
+    with _table_on_interrupt([sweep]):
+        multirun.sweep([f"{OF}={stamp}"], job)
+    return _end([sweep], {})
+
+
+def announced(jobs: Sequence[Planned]) -> list[str]:
+    """What a sweep is, and a line for each job that is refused, before anything starts."""
+    refused = [each for each in jobs if each.error is not None]
+    same = [each for each in jobs if each.job.same_as is not None]
+    runs = len(jobs) - len(refused) - len(same)
+    done = sum(each.done and each.job.same_as is None for each in jobs)
+    parts = [f"{done} recorded already" * (done > 0), f"{runs - done} to do"]
+    parts += [f"{len(same)} jobs are the same as another" * (len(same) > 0), f"{len(refused)} refused" * bool(refused)]
+    head = f"sweep of {len(jobs)} jobs in {', '.join(dict.fromkeys(each.home.name for each in jobs))}: {runs} runs"
+    lines = [": ".join([head, ", ".join(filter(None, parts))])]
+    return lines + [f"refused: {each.job.title}: {lines_of(each.error)}" for each in refused if each.error]
+
+
+def _carried_out(multirun: Multirun, each: Planned) -> dict[int, Exception]:
+    """{its number: why it left no record}, of a job in this process."""
+    config = each.run
+    assert config is not None, "it is to be done"
+    try:
+        multirun.carry_out(each.config, lambda _: carried_out(config, each.job.number, each.job.overrides))
+    except Exception as error:
+        if not isinstance(error, UserError):
+            say(f"{each.job.title}: {reason(error)}")
+        return {each.job.number: error}
+    return {}
+
+
+def carried_out(config: RunConfig, number: int, overrides: Sequence[str] = ()) -> Record:
+    """A job of a sweep, wherever it runs: the run, and a note beside the sweep which run it is, or why it was refused.
 
     Raises:
-        UserError: a choice, override or value that cannot be used.
+        UserError: it leaves no record.
     """
-    compose.register()
-    overrides = [a for a in arguments if ("=" in a or a.startswith("~")) and not a.startswith("-")]
-    arguments = overrides + [a for a in arguments if a not in overrides]  # Hydra wants them in one piece
-    compose.check_overrides(overrides)
-    check_flags(arguments)
-    with _arguments(arguments), compose.hydra_errors_explained():
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
-
-
-def job(config: DictConfig) -> str:
-    """One Hydra job: the configuration becomes a run, the run a record. A job that is refused does not stop a sweep."""
+    assert config.sweep is not None, "it is of a sweep"
+    note = JobNote(config, number, tuple(overrides))
     try:
-        record = run(parse(compose.resolved(config)))
+        with watching(note):
+            record = run(config)
+    except (UserError, OSError) as error:
+        said = error if isinstance(error, UserError) else of_the_system(error)
+        note.refuse(str(said))
+        raise said from error
+    if not note.written:  # it was recorded already
+        note.write(record.run_id)
+    return record
+
+
+class JobNote(Watcher):
+    """Says in the sweep's folder which run a job is, as soon as it begins."""
+
+    def __init__(self, config: RunConfig, number: int, overrides: tuple[str, ...]) -> None:
+        self.home = attempts.experiment_folder(config.results_dir, config.name)
+        self.stamp, self.job, self.written = config.sweep, sweeps.Job(number, overrides, title(config)), False
+
+    def begins(self, run_id: str, title: str, folder: Path) -> None:
+        self.write(run_id, before=sweeps.attempts_before(self.home, run_id))
+
+    def refuse(self, why: str) -> None:
+        with suppress(OSError):  # no room, perhaps: then it is missing
+            self.write(None, refused=why)
+
+    def write(self, run_id: str | None, **more: Any) -> None:
+        assert self.stamp is not None
+        sweeps.say_of_job((self.home, self.stamp), replace(self.job, run_id=run_id, **more))
+        self.written = True
+
+
+def job(config: DictConfig) -> str | float:
+    """One Hydra job: the configuration becomes a run, the run a record. A job that is refused does not stop a sweep.
+
+    Returns:
+        The status of its record, or "refused"; the value of the metric sweep.objective, where one is named and has a value.
+    """
+    try:
+        raw = compose.resolved(config)
+        objective, number = raw["sweep"]["objective"], raw["sweep"]["job"]
+        its_config = parse(raw)
+        if its_config.sweep is None:
+            record = run(its_config)
+        else:
+            its = HydraConfig.get()
+            number = its.job.num if number is None else number
+            record = carried_out(its_config, number, its.overrides.task)
     except UserError as error:
         _refused.append(error)
         return "refused"
@@ -76,7 +193,95 @@ def job(config: DictConfig) -> str:
         return "refused"
     if record.folder not in [other.folder for other in _done]:
         _done.append(record)
-    return record.status
+    value = record.metrics.get(objective, {}).get("value") if objective else None
+    return record.status if value is None else float(value)
+
+
+def check_objective(multirun: Multirun) -> None:
+    """Raise UserError unless the sweep names one of its metrics as what its sweeper seeks the best of."""
+    config = multirun.config
+    objective, names = config.sweep.objective, list(config.metrics.names)
+    if objective is None:
+        raise UserError(
+            f"{multirun.sweeper} needs a value of each run: name a metric, {OBJECTIVE}=… ({', '.join(names)})"
+        )
+    if objective not in names:
+        raise unknown_name(f"metric of this sweep for {OBJECTIVE}", str(objective), names)
+    better, direction = known_metrics()[objective].better, str(config.hydra.sweeper.get("direction", ""))
+    if (better, direction) in (("higher", "minimize"), ("lower", "maximize")):
+        say(f"hydra.sweeper.direction={direction}, but {objective} is better when {better}: the worst is sought")
+
+
+@contextmanager
+def _table_on_interrupt(made: Sequence[Sweep]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(made, {}, interrupted=True)
+        raise
+
+
+def _end(made: Sequence[Sweep], broken: Mapping[int, Exception], interrupted: bool = False) -> int:
+    """The table of what came, and what did not → exit code."""
+    found: list[Outcome] = []
+    for sweep in made:
+        found += sweeps.outcomes(sweeps.read(sweep.home, sweep.stamp))
+    found = [
+        replace(each, state=REFUSED, why=str(broken[each.job.number]))
+        if each.state == MISSING and each.job.number in broken
+        else each
+        for each in found
+    ]
+    records = {each.record.folder: each.record for each in found if each.record is not None}
+    not_done = [each for each in found if each.state not in (DONE, REFUSED)]
+    if interrupted:
+        if records:
+            print(comparison_table(list(records.values())))
+        names = " or ".join(f"`ditbench retry {sweep.experiment}`" for sweep in made)
+        done = sum(each.state == DONE for each in found)
+        say(f"{done} of {len(found)} runs are done; {names} does the others, and so does the same command")
+        return EXIT_FAILED_RUNS
+    return _told(list(records.values()), not_done, [UserError(each.why) for each in found if each.state == REFUSED])
+
+
+def _told(records: list[Record], not_done: Sequence[Outcome], refused: Sequence[UserError]) -> int:
+    """Print the table, then a line for each run that is none of it → exit code.
+
+    Raises:
+        UserError: the last of those that were refused.
+    """
+    if records:
+        print(comparison_table(records))
+    for each in not_done:
+        why = {FAILED: each.why, RUNNING: "another process does it", MISSING: "it left no record"}[each.state]
+        say(f"{each.state}: {each.job.title}: {why}")
+    if refused:
+        *others, last = {str(error): error for error in refused}.values()
+        for error in others:
+            say(f"ditbench: {lines_of(error)}")
+        raise last
+    return EXIT_FAILED_RUNS if not_done else 0
+
+
+def through_hydra(arguments: list[str], job: Callable[[DictConfig], Any]) -> None:
+    """Every job that the arguments make, one after the other or as their launcher has it.
+
+    Raises:
+        UserError: a choice, override or value that cannot be used.
+    """
+    arguments = _checked(arguments)
+    with _arguments(arguments), compose.hydra_errors_explained():
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+
+
+def _checked(arguments: list[str]) -> list[str]:
+    """The arguments in an order that Hydra takes."""
+    compose.register()
+    overrides = [a for a in arguments if ("=" in a or a.startswith("~")) and not a.startswith("-")]
+    arguments = overrides + [a for a in arguments if a not in overrides]  # Hydra wants them in one piece
+    compose.check_overrides(overrides)
+    check_flags(arguments)
+    return arguments
 
 
 @contextmanager
