@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 
 from ditbench.eval.base import known_metrics
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of, of_the_system, reason, unknown_name
+from ditbench.harness.common.interrupts import terminable
 from ditbench.harness.common.paths import CONF
-from ditbench.harness.common.watch import Watcher, say, watching
+from ditbench.harness.common.watch import Watcher, progress_is_shown, say, watching
 from ditbench.harness.records import attempts, sweeps
 from ditbench.harness.records.environment import now
 from ditbench.harness.records.record import Record
@@ -28,6 +29,7 @@ from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.identity import title
 from ditbench.harness.sweep import compose
 from ditbench.harness.sweep.jobs import JOB, OBJECTIVE, OF, Planned, manifests, planned, without_hydra
+from ditbench.harness.sweep.live import Live
 from ditbench.harness.sweep.multirun import Multirun, multirun
 from ditbench.harness.sweep.overrides import check_flags
 
@@ -50,7 +52,8 @@ def launch(arguments: list[str], again: Mapping[int, Sequence[str]] | None = Non
             return _launch_sweep(sweep, again, stamp or sweeps.new_stamp())
     _done.clear()
     _refused.clear()
-    through_hydra(arguments, job)
+    with Live() as live, watching(live):
+        through_hydra(arguments, job)
     failed = [
         Outcome(sweeps.Job(0, (), named(each)), FAILED, each.error or "") for each in _done if each.status == "failed"
     ]
@@ -77,8 +80,12 @@ def _launch_sweep(multirun: Multirun, again: Mapping[int, Sequence[str]] | None,
     to_do, broken = [each for each in jobs if each.to_do], {}
     with _table_on_interrupt(made):
         if multirun.here:
-            for each in to_do:
-                broken |= _carried_out(multirun, each)
+            with Live(len(to_do)) as live, watching(live):
+                for number, each in enumerate(to_do, start=1):
+                    broken |= _carried_out(multirun, each)
+                    live.begun = (
+                        number  # also of one that did not begin: another process did it meanwhile, or it was refused
+                    )
         elif to_do:
             given = [(*each.job.overrides, f"{OF}={stamp}", f"{JOB}={each.job.number}") for each in to_do]
             returned = multirun.launch(given, job)
@@ -98,7 +105,7 @@ def _launch_chosen(multirun: Multirun, stamp: str) -> int:
     sweep = Sweep(stamp, home, now(), (), sweeper=multirun.sweeper)
     sweeps.write(sweep)
     say(f"sweep {stamp} of {home.name}: {multirun.sweeper} chooses its runs one after the other")
-    with _table_on_interrupt([sweep]):
+    with _table_on_interrupt([sweep]), Live(None) as live, watching(live):
         multirun.sweep([f"{OF}={stamp}"], job)
     return _end([sweep], {})
 
@@ -184,7 +191,8 @@ def job(config: DictConfig) -> str | float:
         else:
             its = HydraConfig.get()
             number = its.job.num if number is None else number
-            record = carried_out(its_config, number, its.overrides.task)
+            with terminable(), _shown(number):
+                record = carried_out(its_config, number, its.overrides.task)
     except UserError as error:
         _refused.append(error)
         return "refused"
@@ -195,6 +203,15 @@ def job(config: DictConfig) -> str | float:
         _done.append(record)
     value = record.metrics.get(objective, {}).get("value") if objective else None
     return record.status if value is None else float(value)
+
+
+def _shown(number: int) -> AbstractContextManager[Any]:
+    """A job's lines, where nobody shows them yet: in a process of its own."""
+    if progress_is_shown():
+        return nullcontext()
+    both = ExitStack()
+    both.enter_context(watching(both.enter_context(Live(number=number))))
+    return both
 
 
 def check_objective(multirun: Multirun) -> None:

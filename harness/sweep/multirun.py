@@ -114,7 +114,7 @@ def multirun(arguments: Sequence[str]) -> Iterator[Multirun | None]:
     Raises:
         UserError: a choice, override or value that cannot be used.
     """
-    asked = get_args_parser().parse_args([*arguments, *search_path()])
+    asked = get_args_parser().parse_args([*search_path(), *arguments])
     other = asked.cfg or asked.info or asked.help or asked.hydra_help or asked.shell_completion or asked.config_name
     may_be = asked.multirun or any(each.lstrip("+").startswith(("experiment=", MODE)) for each in asked.overrides)
     if other or not may_be:

@@ -8,9 +8,11 @@ import shutil
 
 import pytest
 
+from ditbench.harness.cli import main
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.records import sweeps
 from ditbench.harness.records.sweeps import DONE, FAILED, MISSING, REFUSED, RUNNING
+from ditbench.harness.sweep import launch
 
 
 def states(home):
@@ -71,13 +73,8 @@ def test_outcomes_come_from_records_not_from_who_ran_them(sweep, quick, home, ca
 
 def test_a_job_that_never_came_back_is_missing_and_the_exit_code_says_so(sweep, quick, home, capsys, monkeypatch):
     quick()
-    dropped = lambda multirun, each: {}  # noqa: E731: a launcher that loses a job
-    from ditbench.harness.sweep import launch
-
     usual = launch._carried_out
-    monkeypatch.setattr(
-        launch, "_carried_out", lambda multirun, each: (dropped if each.job.number == 1 else usual)(multirun, each)
-    )
+    monkeypatch.setattr(launch, "_carried_out", lambda sweep, each: {} if each.job.number == 1 else usual(sweep, each))
     assert sweep("method=rtn", "bits=w8a8,w4a4") == 3
     assert "missing: tiny-dit rtn W4A4: it left no record" in capsys.readouterr().err
 
@@ -85,8 +82,6 @@ def test_a_job_that_never_came_back_is_missing_and_the_exit_code_says_so(sweep, 
 def test_a_failure_of_an_earlier_sweep_says_nothing_of_this_one(sweep, quick, home, monkeypatch):
     quick(lambda config: "failed")
     assert sweep("method=rtn", "bits=w8a8,w4a4") == 3
-    from ditbench.harness.sweep import launch
-
     monkeypatch.setattr(launch, "_carried_out", lambda multirun, each: {})
     assert sweep("method=rtn", "bits=w8a8,w4a4") == 3
     assert set(states(home).values()) == {MISSING}
@@ -149,8 +144,6 @@ def test_what_a_sweep_is_belongs_to_no_record(sweep, quick, home):
 
 
 def test_one_run_keeps_no_list(quick, home, tmp_path):
-    from ditbench.harness.cli import main
-
     quick()
     assert main(["run", "model=tiny-dit", "name=swept", "tracker=none", f"results_dir={tmp_path}"]) == 0
     assert not (home / ".sweeps").exists() and len(os.listdir(home)) == 1
