@@ -17,6 +17,7 @@ from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.records import attempts, tracking
 from ditbench.harness.records.environment import environment, now
 from ditbench.harness.records.record import Record, failed_metrics
+from ditbench.harness.records.status import reported
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.evaluate import add_noise_floor, evaluate, refuse_skipped_metrics
 from ditbench.harness.stages.generate import drawing_cost, float_samples, generate, save_artifacts
@@ -45,7 +46,8 @@ def run(config: RunConfig) -> Record:
             return done
         say(f"{title(config)}: {', '.join(failed)} failed in {done.folder}; again")
 
-    say(f"{title(config)}: run {its_id}")
+    if not watch.progress_is_shown():
+        say(f"{title(config)}: run {its_id}")
     values = Record(its_id, "failed", config.raw, config.method, config.model.name, config.name)
     values.env = environment(config.device, config.seed) | {
         "weights_sha256": model.fingerprint,
@@ -58,7 +60,8 @@ def run(config: RunConfig) -> Record:
     ):
         watch.begins(its_id, title(config), attempt.folder)
         try:
-            carry_out(config, model, values, attempt)
+            with reported(attempt.folder, its_id, title(config), values.env["device"]):
+                carry_out(config, model, values, attempt)
             values.status = "ok"
         except attempts.PublishedElsewhere as done:
             say(f"{title(config)}: {done}")

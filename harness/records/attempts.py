@@ -123,6 +123,14 @@ def is_experiment(results_dir: Path, name: str) -> bool:
     return name == Path(name).name != "" and experiment_folder(results_dir, name).is_dir()
 
 
+def under_way(home: Path) -> list[Path]:
+    """The scratch folders that a process holds. Their locks are tried while nobody makes one."""
+    if not home.is_dir():
+        return []
+    with _claimed(home):
+        return [path for path in sorted(home.glob(".*.part")) if path.stem.count(".") == 2 and _is_held(path)]
+
+
 def attempts(results_dir: Path, experiment: str, run_id: str) -> list[Record]:
     """Every readable attempt of one run, oldest first; what is damaged is said.
 
@@ -241,6 +249,16 @@ def _remove_leftovers(home: Path) -> None:
             continue
         shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
         _let_go(lock)
+
+
+def _is_held(path: Path) -> bool:
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def _let_go(lock: FileLock) -> None:

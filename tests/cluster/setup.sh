@@ -84,8 +84,9 @@ start_ray() {
   mkdir -p "$HOME_OF_IT"
   ray_node head --head --port "$RAY_PORT" --include-dashboard false --temp-dir "$HOME_OF_IT/ray"
   ray_node second --address "127.0.0.1:$RAY_PORT"
-  for _ in $(seq 40); do
-    if "$PYTHON" -m ray.scripts.scripts status --address "127.0.0.1:$RAY_PORT" 2>/dev/null | grep -q '/2.0 CPU'; then
+  local until=$((SECONDS + 60))
+  while [ $SECONDS -lt $until ]; do
+    if timeout 20 "$PYTHON" -m ray.scripts.scripts status --address "127.0.0.1:$RAY_PORT" 2>/dev/null | grep -q '/2.0 CPU'; then
       say "Ray answers; export DITBENCH_TEST_RAY=127.0.0.1:$RAY_PORT"
       return 0
     fi

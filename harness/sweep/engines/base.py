@@ -1,4 +1,4 @@
-"""What every engine is given and gives back: a job is the configuration of one run, its outcome is the run's record.
+"""What every engine is given and gives back: a job is the configuration of one run, its outcome is in the records.
 
 An engine is a file of this folder with
     Settings     a frozen dataclass: what `launcher.…` may say of it, beside `engine`; `per_run` is among them
@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from ditbench.harness.common.devices import AUTO
-from ditbench.harness.common.errors import UserError, of_the_system, reason, unknown_name
+from ditbench.harness.common.errors import UserError, reason, unknown_name
+from ditbench.harness.common.interrupts import terminable
 from ditbench.harness.common.type_checks import check_types
-from ditbench.harness.run import run
 from ditbench.harness.stages.config import parse
 from ditbench.harness.sweep import engines
+from ditbench.harness.sweep.one_job import carried_out, shown
 
 OURS = ("base",)
 OK, FAILED, REFUSED, LOST = "ok", "failed", "refused", "lost"
@@ -35,10 +36,14 @@ ON_CPU = 2  # workers, where there is no other device and nobody said how many
 
 @dataclass(frozen=True)
 class Job:
-    """raw: the resolved configuration of one run, plain values; title: how it is called; folder: where paths start from."""
+    """raw: the resolved configuration of one run, plain values; title: how it is called; number, overrides: of the sweep's job;
+    folder: where paths start from.
+    """
 
     raw: dict[str, Any]
     title: str
+    number: int
+    overrides: tuple[str, ...]
     folder: str
 
 
@@ -46,11 +51,10 @@ class Job:
 class Outcome:
     """status: ok | failed (recorded, with its reason) | refused (a value that cannot be used) | lost (it never came back).
 
-    folder: of the record, None if there is none.
+    What became of a sweep is read from records; this is for the line that is said at once, and for why there is no record.
     """
 
     status: str
-    folder: str | None = None
     error: str | None = None
 
 
@@ -58,16 +62,15 @@ def do(job: Job) -> Outcome:
     """Carry out one job, here; whatever goes wrong is its outcome. An interruption is not caught."""
     os.chdir(job.folder)
     try:
-        record = run(parse(job.raw))
+        with terminable(), shown(job.number):
+            record = carried_out(parse(job.raw), job.number, job.overrides)
     except UserError as error:
         return Outcome(REFUSED, error=str(error))
-    except OSError as error:
-        return Outcome(REFUSED, error=str(of_the_system(error)))
     except Exception as error:
         if job.raw["debug"]:
             traceback.print_exc()
         return Outcome(LOST, error=reason(error))
-    return Outcome(record.status, str(record.folder), record.error)
+    return Outcome(record.status, record.error)
 
 
 def chosen(section: Mapping[str, Any]) -> tuple[ModuleType, Any]:
@@ -119,7 +122,9 @@ def refuse_own_devices(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if ":" in (device := job.raw["device"]):
             kind = device.partition(":")[0]
-            raise UserError(f"device={device}: a launcher gives each worker its own devices; leave device={AUTO} or {kind}")
+            raise UserError(
+                f"device={device}: a launcher gives each worker its own devices; leave device={AUTO} or {kind}"
+            )
 
 
 def least(settings: Any, **names: int) -> None:
@@ -140,4 +145,3 @@ def number_or_auto(settings: Any, *names: str) -> None:
 def set_threads(number: int) -> None:
     """Of torch, in this worker."""
     torch.set_num_threads(number)
-

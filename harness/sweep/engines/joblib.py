@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ditbench.harness.common.devices import AUTO, visible_devices
+from ditbench.harness.common.interrupts import Terminated
 from ditbench.harness.common.watch import say
 from ditbench.harness.sweep.engines.base import (
     LOST,
@@ -78,7 +79,7 @@ def run(jobs: Sequence[Job], settings: Settings) -> Iterator[tuple[int, Outcome]
             if not left:
                 return
         for place in left:
-            yield place, Outcome(LOST, error=DIED)
+            yield place, Outcome(LOST, DIED)
 
 
 def _round(jobs: dict[int, Job], workers: int, share: Share) -> Iterator[tuple[int, Outcome]]:
@@ -114,7 +115,10 @@ def shared(settings: Settings, jobs: int, folder: str, on_cpu: bool = False) -> 
 
 def _in_worker(place: int, job: Job, share: Share) -> tuple[int, Outcome]:
     settle(share)
-    return place, do(job)
+    try:
+        return place, do(job)
+    except Terminated:
+        return place, Outcome(LOST, "its worker was asked to end (SIGTERM)")
 
 
 def settle(share: Share) -> None:

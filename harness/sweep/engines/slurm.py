@@ -73,7 +73,7 @@ class Task:
     requeues: int
 
     def __call__(self) -> Outcome:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # submitit would ignore it; so the run ends, and lets go
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would ignore it; so `do` hears it, and ends
         signal.signal(signal.SIGUSR2, self.out_of_time)
         if self.threads is not None:
             set_threads(self.threads)
