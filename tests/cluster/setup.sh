@@ -3,6 +3,7 @@
 #
 #   tests/cluster/setup.sh start   install SLURM from Debian's packages where it is missing (root and apt), start both
 #   tests/cluster/setup.sh stop    end what this script started
+#   . /tmp/ditbench-cluster/env    what the tests want to know of it
 #
 # What cannot be had is said in a line and left out; its tests skip. PYTHON: whose ray is started (else python3's).
 set -euo pipefail
@@ -71,7 +72,8 @@ END
   fi
   for _ in $(seq 30); do
     if [ "$(timeout 5 sinfo --noheader --format=%t 2>/dev/null)" = idle ]; then
-      say "SLURM answers; export SLURM_CONF=$SLURM_CONF"
+      echo "export DITBENCH_TEST_SLURM=$SLURM_CONF" >>"$HOME_OF_IT/env"
+      say "SLURM answers"
       return 0
     fi
     sleep 1
@@ -87,7 +89,8 @@ start_ray() {
   local until=$((SECONDS + 60))
   while [ $SECONDS -lt $until ]; do
     if timeout 20 "$PYTHON" -m ray.scripts.scripts status --address "127.0.0.1:$RAY_PORT" 2>/dev/null | grep -q '/2.0 CPU'; then
-      say "Ray answers; export DITBENCH_TEST_RAY=127.0.0.1:$RAY_PORT"
+      echo "export DITBENCH_TEST_RAY=127.0.0.1:$RAY_PORT" >>"$HOME_OF_IT/env"
+      say "Ray answers"
       return 0
     fi
     sleep 1
@@ -107,6 +110,8 @@ ray_node() {
 }
 
 stop() {
+  [ -d "$HOME_OF_IT" ] || return 0
+  : >"$HOME_OF_IT/env"
   for name in ray-second ray-head slurmd slurmctld munged; do
     [ -s "$HOME_OF_IT/$name.pid" ] && kill "$(cat "$HOME_OF_IT/$name.pid")" 2>/dev/null || true
     rm -f "$HOME_OF_IT/$name.pid"
@@ -114,7 +119,12 @@ stop() {
 }
 
 case "${1:-}" in
-  start) start_slurm; start_ray ;;
+  start)
+    mkdir -p "$HOME_OF_IT"
+    : >"$HOME_OF_IT/env"
+    start_slurm
+    start_ray
+    ;;
   stop) stop ;;
-  *) sed -n '2,8p' "$0"; exit 2 ;;
+  *) sed -n '2,9p' "$0"; exit 2 ;;
 esac

@@ -71,6 +71,7 @@ def connect(ray: Any, settings: Settings) -> None:
     # What is imported here is imported there: workers of a cluster that runs already know nothing of this process's path.
     variables = {"PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
     environment["env_vars"] = variables | environment.get("env_vars", {})
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a worker without GPUs is left with what it sees
     try:
         ray.init(
@@ -134,7 +135,7 @@ def _ended(
                 say(f"{jobs[place].title}: its worker died; it begins again from what is kept")
                 waiting.append(place)
                 continue
-            outcome = Outcome(LOST, error=f"its worker died {begun[place]} times ({first_words(error)})")
+            outcome = Outcome(LOST, f"its worker died {begun[place]} times ({first_words(error)})")
         else:
             free.append(worker)
         yield place, outcome

@@ -34,7 +34,8 @@ from ditbench.harness.sweep.engines.base import (
 
 ELSEWHERE = True
 ASKED_EVERY_S = 5.0
-GRACE_S = 30.0  # from when SLURM knows a task no more until its outcome must be seen: shared folders are late
+GRACE_S = 30.0  # from when a task has left the queue until what it wrote must be seen: shared folders are late
+ENDED_WELL = ("COMPLETED", "")
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,11 @@ def _ended(tasks: Sequence[Any], array: str) -> Iterator[tuple[int, Outcome]]:
         known = in_queue(array)
         for place, task in list(left.items()):
             if (outcome := _brought(task)) is None and known is not None and task.job_id not in known:
+                state = state_of(task.job_id)
                 gone[place] = gone.get(place, -ASKED_EVERY_S) + ASKED_EVERY_S
-                if gone[place] >= GRACE_S:
-                    outcome = Outcome(LOST, error=f"SLURM {state_of(task.job_id)}; log {task.paths.stderr}")
+                if gone[place] >= (GRACE_S if state in ENDED_WELL else ASKED_EVERY_S):
+                    said = f"says {state}" if state else "does not know the task any more"
+                    outcome = Outcome(LOST, f"SLURM {said}; log {task.paths.stderr}")
             else:
                 gone.pop(place, None)
             if outcome is not None:
@@ -179,7 +182,7 @@ def _brought(task: Any) -> Outcome | None:
         return None
     with suppress(EOFError, FileNotFoundError):
         exception = task.exception()
-        return task.result() if exception is None else Outcome(LOST, error=first_words(exception))
+        return task.result() if exception is None else Outcome(LOST, first_words(exception))
     return None
 
 
@@ -194,10 +197,10 @@ def in_queue(array: str) -> set[str] | None:
 
 
 def state_of(task: str) -> str:
-    """In a word of SLURM's, while it still knows: CANCELLED, TIMEOUT, NODE_FAIL, …"""
+    """In a word of SLURM's: CANCELLED, TIMEOUT, NODE_FAIL, …; empty where it does not know any more."""
     told = _asked("scontrol", "--oneliner", "show", "job", task)
     states = [each.partition("=")[2] for each in told.split() if each.startswith("JobState=")]
-    return f"says {states[-1]}" if states else "does not know the task any more"
+    return states[-1] if states else ""
 
 
 def _asked(*command: str) -> str:
