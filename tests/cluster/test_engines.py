@@ -27,7 +27,7 @@ from engines_here import (
 )
 
 TWELVE = ("method=rtn,smoothquant,quarot", "bits=w8a8,w6a6,w4a8,w4a4")
-SLOW = ("method=rtn", "bits=w8a8,w6a6,w4a8,w4a4", "protocol.n=48", "protocol.steps=8", "generate.batch_size=4")
+SLOW = ("method=rtn", "bits=w8a8,w4a8,w4a4", "protocol.n=48", "protocol.steps=4", "generate.batch_size=4")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_worker_that_is_killed_costs_no_run(tmp_path):
     os.kill(busiest_child(process.pid), signal.SIGKILL)
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0 and "a worker died" in said, said
-    assert len(recorded(tmp_path)) == 4 and states(tmp_path) == {"done": 4}
+    assert len(recorded(tmp_path)) == 3 and states(tmp_path) == {"done": 3}
 
 
 def busiest_child(pid: int) -> int:
@@ -97,12 +97,12 @@ def test_a_sweep_that_is_cancelled_half_way_goes_on_by_retry_and_nothing_is_done
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 3 and "SLURM says CANCELLED" in said, said
     before, files = recorded(tmp_path), kept(tmp_path)
-    assert 1 <= len(before) < 4 and states(tmp_path) == {"done": len(before), "missing": 4 - len(before)}
+    assert 1 <= len(before) < 3 and states(tmp_path) == {"done": len(before), "missing": 3 - len(before)}
     again = begun(tmp_path, "retry", "swept")
     said, _ = again.communicate(timeout=900)
     assert again.returncode == 0, said
     after = recorded(tmp_path)
-    assert states(tmp_path) == {"done": 4} and len(after) == 4 and not any("." in name for name in after)
+    assert states(tmp_path) == {"done": 3} and len(after) == 3 and not any("." in name for name in after)
     assert before.items() <= after.items() and files.items() <= kept(tmp_path).items()
 
 
@@ -129,5 +129,5 @@ def test_the_run_of_a_ray_worker_that_is_killed_comes_back(tmp_path):
     os.kill(int(killed), signal.SIGKILL)
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0 and "its worker died; it begins again" in said, said
-    assert states(tmp_path) == {"done": 4} and len(recorded(tmp_path)) == 4
+    assert states(tmp_path) == {"done": 3} and len(recorded(tmp_path)) == 3
     assert not any("." in name for name in recorded(tmp_path))
