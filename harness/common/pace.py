@@ -35,6 +35,8 @@ class Pace:
         """640/3,840 img·step, 412/s, 8 s left"""
         count = f"{self.done:,.0f}" + (f"/{self.total:,.0f}" if self.total is not None else "")
         parts = [count if self.unit == "it" else f"{count} {self.unit}"]
+        if self.total is not None and self.done >= self.total:
+            return parts[0]
         if self.rate is not None:
             parts.append(f"{self.rate:,.0f}/s" if self.rate >= 10 else f"{self.rate:.2g}/s")
         if self.left_s is not None:

@@ -24,7 +24,7 @@ from ditbench.harness.stages.identity import run_id, title
 from ditbench.harness.sweep.compose import resolved
 from ditbench.harness.sweep.multirun import Multirun
 
-OF, JOB, OBJECTIVE = "sweep.of", "sweep.job", "sweep.objective"
+OF, JOB = "sweep.of", "sweep.job"
 
 
 @dataclass

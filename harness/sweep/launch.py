@@ -15,8 +15,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ditbench.eval.base import known_metrics
-from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of, of_the_system, reason, unknown_name
+from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of, of_the_system, reason
 from ditbench.harness.common.interrupts import terminable
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.common.watch import say, watching
@@ -27,12 +26,12 @@ from ditbench.harness.records.sweeps import DONE, FAILED, MISSING, REFUSED, RUNN
 from ditbench.harness.report import comparison_table
 from ditbench.harness.run import run
 from ditbench.harness.stages.config import parse
-from ditbench.harness.sweep import compose
+from ditbench.harness.sweep import compose, objective
 from ditbench.harness.sweep.compose import resolved
 from ditbench.harness.sweep.engine_choice import engine_of, refuse_several_engines
 from ditbench.harness.sweep.engines import local
 from ditbench.harness.sweep.engines.base import LOST, Job, outcomes
-from ditbench.harness.sweep.jobs import JOB, OBJECTIVE, OF, Planned, manifests, planned, without_hydra
+from ditbench.harness.sweep.jobs import JOB, OF, Planned, manifests, planned, without_hydra
 from ditbench.harness.sweep.live import Live
 from ditbench.harness.sweep.multirun import Multirun, multirun
 from ditbench.harness.sweep.one_job import carried_out, shown
@@ -85,7 +84,7 @@ def _launch_sweep(multirun: Multirun, again: Mapping[int, Sequence[str]] | None,
         made = [sweeps.renew(sweeps.read(each.home, stamp), each.jobs) for each in made]
     for sweep in made:
         sweeps.write(sweep)
-    for line in announced(jobs):
+    for line in announced(stamp, jobs):
         say(line)
     to_do = [each for each in jobs if each.to_do]
     broken: dict[int, Exception] = {}
@@ -131,7 +130,7 @@ def _by_engine(engine: ModuleType, settings: Any, to_do: Sequence[Planned]) -> d
 
 def _launch_chosen(multirun: Multirun, stamp: str) -> int:
     """The jobs of a sweeper that chooses each by what the ones before gave: they make themselves known as they start."""
-    check_objective(multirun)
+    objective.check(multirun)
     config = without_hydra(multirun.config)
     home = attempts.experiment_folder(Path(config.results_dir).expanduser(), config.name)
     sweep = Sweep(stamp, home, now(), (), sweeper=multirun.sweeper)
@@ -139,19 +138,20 @@ def _launch_chosen(multirun: Multirun, stamp: str) -> int:
     say(f"sweep {stamp} of {home.name}: {multirun.sweeper} chooses its runs one after the other")
     with _table_on_interrupt([sweep]), Live(None) as live, watching(live):
         multirun.sweep([f"{OF}={stamp}"], job)
+    if line := objective.best(multirun, sweeps.outcomes(sweeps.read(home, stamp))):
+        say(line)
     return _end([sweep], {})
 
 
-def announced(jobs: Sequence[Planned]) -> list[str]:
+def announced(stamp: str, jobs: Sequence[Planned]) -> list[str]:
     """What a sweep is, and a line for each job that is refused, before anything starts."""
     refused = [each for each in jobs if each.error is not None]
-    same = [each for each in jobs if each.job.same_as is not None]
-    runs = len(jobs) - len(refused) - len(same)
-    done = sum(each.done and each.job.same_as is None for each in jobs)
-    parts = [f"{done} recorded already" * (done > 0), f"{runs - done} to do"]
-    parts += [f"{len(same)} jobs are the same as another" * (len(same) > 0), f"{len(refused)} refused" * bool(refused)]
-    head = f"sweep of {len(jobs)} jobs in {', '.join(dict.fromkeys(each.home.name for each in jobs))}: {runs} runs"
-    lines = [": ".join([head, ", ".join(filter(None, parts))])]
+    runs = [each for each in jobs if each.error is None and each.job.same_as is None]
+    done, same = sum(each.done for each in runs), len(jobs) - len(refused) - len(runs)
+    parts = [f"{len(runs) - done} to do", f"{done} recorded already" * bool(done)]
+    parts += [f"{len(refused)} refused" * bool(refused), f"{same} of the jobs the same as another" * bool(same)]
+    head = f"sweep {stamp} of {', '.join(dict.fromkeys(each.home.name for each in jobs))}"
+    lines = [f"{head}: {len(runs) + len(refused)} runs: {', '.join(filter(None, parts))}"]
     return lines + [f"refused: {each.job.title}: {lines_of(each.error)}" for each in refused if each.error]
 
 
@@ -176,7 +176,7 @@ def job(config: DictConfig) -> str | float:
     """
     try:
         raw = compose.resolved(config)
-        objective, number = raw["sweep"]["objective"], raw["sweep"]["job"]
+        sought, number = raw["sweep"]["objective"], raw["sweep"]["job"]
         its_config = parse(raw)
         if its_config.sweep is None:
             record = run(its_config)
@@ -193,23 +193,8 @@ def job(config: DictConfig) -> str | float:
         return "refused"
     if record.folder not in [other.folder for other in _done]:
         _done.append(record)
-    value = record.metrics.get(objective, {}).get("value") if objective else None
-    return record.status if value is None else float(value)
-
-
-def check_objective(multirun: Multirun) -> None:
-    """Raise UserError unless the sweep names one of its metrics as what its sweeper seeks the best of."""
-    config = multirun.config
-    objective, names = config.sweep.objective, list(config.metrics.names)
-    if objective is None:
-        raise UserError(
-            f"{multirun.sweeper} needs a value of each run: name a metric, {OBJECTIVE}=… ({', '.join(names)})"
-        )
-    if objective not in names:
-        raise unknown_name(f"metric of this sweep for {OBJECTIVE}", str(objective), names)
-    better, direction = known_metrics()[objective].better, str(config.hydra.sweeper.get("direction", ""))
-    if (better, direction) in (("higher", "minimize"), ("lower", "maximize")):
-        say(f"hydra.sweeper.direction={direction}, but {objective} is better when {better}: the worst is sought")
+    value = objective.value_of(record, sought)
+    return record.status if value is None else value
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 import threading
 import time
@@ -29,7 +29,7 @@ class Live(Watcher):
 
     def __init__(self, of: int | None = 1, number: int | None = None) -> None:
         self.of, self.number = of, number
-        self.terminal = number is None and sys.stderr.isatty()
+        self.columns = _columns() if number is None else 0
         self.begun, self.took, self._stop = 0, [], threading.Event()
         self._lock = threading.Lock()
         self._title, self._run_started, self._ended = "", time.monotonic(), True
@@ -38,7 +38,7 @@ class Live(Watcher):
         self._ticking: threading.Thread | None = None
 
     def __enter__(self) -> Live:
-        if self.terminal:
+        if self.columns:
             self._bar = tqdm(total=0, bar_format="{desc}", leave=False, file=sys.stderr)
         self._ticking = threading.Thread(target=self._tick, daemon=True)
         self._ticking.start()
@@ -102,7 +102,7 @@ class Live(Watcher):
             with self._lock:
                 line, due = self._line(), self._due()
             if self._bar is not None:
-                self._bar.set_description_str(line[: shutil.get_terminal_size().columns - 1])
+                self._bar.set_description_str(line[: (_columns() or self.columns) - 1])
             elif due:
                 say(line)
 
@@ -124,3 +124,13 @@ class Live(Watcher):
         how = f" {self._pace}" if self._what else f" {duration(now - self._stage_started)}"
         left = self._left(now - self._run_started, self.of and self.of - self.begun + 1)
         return f"{self._head()}{self._title}: {stage}{how}{left}"
+
+
+def _columns() -> int:
+    """Of the terminal that stderr is; 0 where it is none, or one of no size, in which nothing can be drawn."""
+    if not sys.stderr.isatty():
+        return 0
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 80

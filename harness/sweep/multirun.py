@@ -40,9 +40,9 @@ class Multirun:
 
     @property
     def sweeper(self) -> str | None:
-        """Who chooses the jobs one after the other; None: they are all known."""
+        """Who chooses the jobs one after the other (OptunaSweeper, …); None: they are all known."""
         name = _name(self.config.hydra.sweeper)
-        return None if name == _path(BasicSweeper) else name
+        return None if name == _path(BasicSweeper) else name.rpartition(".")[2]
 
     @property
     def here(self) -> bool:
@@ -150,7 +150,7 @@ def _hydra_config(config: DictConfig) -> Iterator[None]:
         HydraConfig.instance().cfg = before
 
 
-def _name(section: Any) -> str | None:
+def _name(section: Any) -> str:
     return _get_cls_name(section, pop=False)
 
 

@@ -112,7 +112,7 @@ def as_text(found: Overview) -> str:
     if found.sweep and found.sweep.sweeper:
         head += f"; {found.sweep.sweeper} chooses them as it goes"
     rows = [(row.title, row.run_id or "–", LOOKS[row.state], _how(row)) for row in found.rows]
-    lines = [head, "", table(("run", "id", "", ""), rows)] if rows else [head]
+    lines = [head, "", table(("run", "id", "state", ""), rows)] if rows else [head]
     if found.others:
         lines.append(f"{found.others} other runs of this experiment belong to no job of this sweep")
     if counts[FAILED] or counts[MISSING] and found.sweep:

@@ -36,7 +36,7 @@ def test_all_jobs_are_known_before_the_first_starts(sweep, quick, home, capsys):
     assert sorted(path.name for path in home.iterdir() if path.name[0] != ".") == sorted(
         job.run_id for job in first.jobs if job.same_as is None
     ), "the ids that were foreseen are those of the records"
-    assert "sweep of 4 jobs in swept: 3 runs: 3 to do" in capsys.readouterr().err
+    assert "of swept: 3 runs: 3 to do, 1 of the jobs the same as another" in capsys.readouterr().err
 
 
 def test_what_is_refused_is_said_first_and_stops_nobody(sweep, quick, home, capsys):
@@ -94,7 +94,7 @@ def test_the_same_command_again_starts_only_what_is_not_recorded(sweep, quick, h
     assert sweep("method=rtn,gptq", "bits=w8a8") == 0
     assert again == ["tiny-dit gptq W8A8"]
     assert set(states(home).values()) == {DONE}
-    assert "1 recorded already, 1 to do" in capsys.readouterr().err
+    assert "of swept: 2 runs: 1 to do, 1 recorded already" in capsys.readouterr().err
 
 
 def test_force_asks_what_came_of_this_command(sweep, quick, home):
