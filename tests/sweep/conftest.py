@@ -37,7 +37,8 @@ def quick(monkeypatch) -> Callable[[Callable[[RunConfig], str]], list[str]]:
                 record = Record(its_id, status, config.raw, config.method, config.model.name, config.name, error=error)
                 return attempt.publish(record, config.force)
 
-        monkeypatch.setattr("ditbench.harness.sweep.launch.run", run)
+        for module in ("launch", "one_job"):
+            monkeypatch.setattr(f"ditbench.harness.sweep.{module}.run", run)
         return started
 
     return install
