@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import traceback
 
+from ditbench.harness.common import watch
 from ditbench.harness.common.errors import reason
 from ditbench.harness.common.files import disk_errors_explained, is_disk_error
 from ditbench.harness.common.memory import peak_memory
 from ditbench.harness.common.precision import compute_float32_in_float32
-from ditbench.harness.common.timer import Timer, say
+from ditbench.harness.common.timer import Timer
+from ditbench.harness.common.watch import say
 from ditbench.harness.fitting import registry
 from ditbench.harness.measurement.layer_errors import layer_table
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.records import attempts, tracking
 from ditbench.harness.records.environment import environment, now
 from ditbench.harness.records.record import Record, failed_metrics
+from ditbench.harness.records.status import reported
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.evaluate import add_noise_floor, evaluate, refuse_skipped_metrics
 from ditbench.harness.stages.generate import drawing_cost, float_samples, generate, save_artifacts
@@ -43,7 +46,8 @@ def run(config: RunConfig) -> Record:
             return done
         say(f"{title(config)}: {', '.join(failed)} failed in {done.folder}; again")
 
-    say(f"{title(config)}: run {its_id}")
+    if not watch.progress_is_shown():
+        say(f"{title(config)}: run {its_id}")
     values = Record(its_id, "failed", config.raw, config.method, config.model.name, config.name)
     values.env = environment(config.device, config.seed) | {
         "weights_sha256": model.fingerprint,
@@ -54,8 +58,10 @@ def run(config: RunConfig) -> Record:
         disk_errors_explained(config.results_dir),
         attempts.attempt(config.results_dir, config.name, its_id) as attempt,
     ):
+        watch.begins(its_id, title(config), attempt.folder)
         try:
-            carry_out(config, model, values, attempt)
+            with reported(attempt.folder, its_id, title(config), values.env["device"]):
+                carry_out(config, model, values, attempt)
             values.status = "ok"
         except attempts.PublishedElsewhere as done:
             say(f"{title(config)}: {done}")
@@ -69,6 +75,7 @@ def run(config: RunConfig) -> Record:
                 traceback.print_exc()
         values.env["finished_at"] = now()
         recorded = attempt.publish(values, config.force)
+    watch.ends(values.status, values.error)
     if attempt.published:
         track(config, recorded)
     else:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.watch import say
 
 T = TypeVar("T")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -74,7 +74,7 @@ def cached(path: Path, read: Callable[[Path], T]) -> T | None:
     try:
         return read(path)
     except UNREADABLE as error:
-        print(f"{path}: damaged ({type(error).__name__}); made again", file=sys.stderr, flush=True)
+        say(f"{path}: damaged ({type(error).__name__}); made again")
         return None
 
 

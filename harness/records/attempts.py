@@ -19,8 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ditbench.harness.common.artifacts import tell
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.watch import say
 from ditbench.harness.records import record as records
 from ditbench.harness.records.record import ATTEMPT, DamagedRecord, Record, failed_metrics, read
 
@@ -54,7 +54,7 @@ class Attempt:
         try:
             self.turn.acquire(timeout=1.0)
         except Timeout:
-            tell(f"run {self.run_id}: another process measures it; waiting")
+            say(f"run {self.run_id}: another process measures it; waiting")
             self.turn.acquire()
         new = [
             each for each in _attempts_in(self.home, self.run_id) if each.folder and each.folder.name not in self.seen
@@ -123,6 +123,14 @@ def is_experiment(results_dir: Path, name: str) -> bool:
     return name == Path(name).name != "" and experiment_folder(results_dir, name).is_dir()
 
 
+def under_way(home: Path) -> list[Path]:
+    """The scratch folders that a process holds. Their locks are tried while nobody makes one."""
+    if not home.is_dir():
+        return []
+    with _claimed(home):
+        return [path for path in sorted(home.glob(".*.part")) if path.stem.count(".") == 2 and _is_held(path)]
+
+
 def attempts(results_dir: Path, experiment: str, run_id: str) -> list[Record]:
     """Every readable attempt of one run, oldest first; what is damaged is said.
 
@@ -187,7 +195,7 @@ def read_all(results_dir: Path, experiment: str | None = None) -> list[Record]:
     """The best attempt of every run, of one experiment or of all; what is damaged is said and left out."""
     found = survey(results_dir, experiment)
     for line in found.damaged:
-        tell(line)
+        say(line)
     return found.records
 
 
@@ -214,7 +222,7 @@ def _attempts_in(home: Path, run_id: str) -> list[Record]:
         try:
             found.append(read(folder / "record.json"))
         except DamagedRecord as damage:
-            tell(f"{damage}; it counts for nothing")
+            say(f"{damage}; it counts for nothing")
     return found
 
 
@@ -241,6 +249,16 @@ def _remove_leftovers(home: Path) -> None:
             continue
         shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
         _let_go(lock)
+
+
+def _is_held(path: Path) -> bool:
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def _let_go(lock: FileLock) -> None:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ditbench.harness.common.artifacts import Damaged, check, entry_of, tell
+from ditbench.harness.common.artifacts import Damaged, check, entry_of
 from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.files import is_disk_error
+from ditbench.harness.common.watch import say
 from ditbench.harness.records import hashed_json, schema
 from ditbench.harness.records.hashed_json import NotWhole
 
@@ -85,7 +86,7 @@ def write(record: Record, folder: Path) -> None:
         if is_disk_error(error):
             raise
         why = f"the record could not be written whole: {reason(error)}"
-        tell(f"{folder}: {why}")
+        say(f"{folder}: {why}")
         values |= {"status": "failed", "error": f"{values['error']}; {why}" if values["error"] else why}
         try:
             text = hashed_json.text_of(_what_can_be_stored(values))

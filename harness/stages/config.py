@@ -63,6 +63,7 @@ class RunConfig:
     strict: bool
     results_dir: Path
     cache_dir: Path
+    sweep: str | None = None  # the stamp of the sweep that it is a job of (`records/sweeps.py`)
 
     def section(self, name: str) -> dict[str, Any]:
         return self.raw[name]
@@ -82,6 +83,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         UserError: a value that no part of ditbench can use; says which and what to do.
     """
     raw = {"memory": AUTO} | raw  # records from before there was a choice have none
+    sweep, _ = raw.pop("sweep", {}), raw.pop("launcher", None)  # no part of what a run is
     check_values(raw)
     if raw["method"]["name"] == registry.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
@@ -126,6 +128,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         strict=raw["strict"],
         results_dir=Path(raw["results_dir"]).expanduser(),
         cache_dir=Path(raw["cache_dir"]).expanduser(),
+        sweep=sweep.get("of"),
     )
 
 
