@@ -37,13 +37,14 @@ def card(record: Record, name: str, home: Path) -> Card:
     """Of a run that begins: its record as far as it is known, the name that its folder will have, and the experiment's folder."""
     protocol = record.config.get("protocol") or {}
     about = {"run_id": record.run_id, "attempt": name, "n": protocol.get("n")} | record.env
+    columns = {"model_name": record.model, "method_name": record.method, "bits_label": label(record)}
     return Card(
         id=name,
         title=" ".join([record.model, record.method, label(record), *what_differs(record)]),
         group=record.experiment,
         job_type="reference" if record.method == registry.FLOAT else "quantize",
         tags=tuple(dict.fromkeys((record.model, record.method, label(record), f"protocol:{protocol.get('name')}"))),
-        config=record.config | {"run": about},
+        config=record.config | columns | {"run": about},
         home=home,
     )
 

@@ -95,15 +95,19 @@ class WandbRun:
 
 def first_seen(card: Card) -> float:
     """When the oldest of W&B's folders of this attempt was made, in seconds since 1970; now, if there is none."""
-    matches = [FOLDER.match(path.name) for path in folders(card.home)]
-    starts = [match["start"] for match in matches if match and match["id"] == card.id]
-    return datetime.strptime(min(starts), "%Y%m%d_%H%M%S").timestamp() if starts else time.time()
+    ours = [path for path in folders(card.home) if id_of(path) == card.id]
+    return datetime.strptime(_parts(ours[0])["start"], "%Y%m%d_%H%M%S").timestamp() if ours else time.time()
 
 
 def folders(home: Path) -> list[Path]:
     """W&B's folders of an experiment, oldest first: those beside its runs, and those that ditbench once kept inside them."""
     found = [path for pattern in ("wandb/*run-*", "*/wandb/*run-*") for path in home.glob(pattern)]
-    return sorted((path for path in found if FOLDER.match(path.name) and not path.is_symlink()), key=_start)
+    return sorted((path for path in found if FOLDER.match(path.name)), key=lambda path: _parts(path)["start"])
+
+
+def id_of(path: Path) -> str:
+    """Of the attempt that one of W&B's folders is about."""
+    return _parts(path)["id"]
 
 
 def mode(wanted: str) -> str:
@@ -138,9 +142,10 @@ def has_key() -> bool:
         return False
 
 
-def _start(path: Path) -> str:
+def _parts(path: Path) -> re.Match[str]:
     match = FOLDER.match(path.name)
-    return match["start"] if match else ""
+    assert match, "only `folders` gives them"
+    return match
 
 
 def _shown(value: Any) -> Any:
