@@ -155,6 +155,8 @@ class Tracked(Watcher):
 
     def _give_up(self, why: str) -> None:
         kind = self.settings["kind"]
+        if kind in _gave_up:
+            return  # it was left behind, and broke later
         _gave_up.add(kind)
         say(
             f"{self.title}: not tracked by {kind}: {why}; the run goes on, and {kind} hears of no other of this process"
