@@ -15,13 +15,14 @@ from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, first_wo
 
 def command(arguments: list[str]) -> int:
     parser = Parser(prog="ditbench wandb", description="What Weights & Biases is told of runs.")
-    parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
-    parser.add_argument("--debug", action="store_true")
+    both = Parser(add_help=False)
+    both.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
+    both.add_argument("--debug", action="store_true")
     actions = parser.add_subparsers(dest="action", required=True)
-    sync = actions.add_parser("sync", help="send what was logged offline, of runs that no longer go on")
+    sync = actions.add_parser("sync", parents=[both], help="send what was logged offline, of runs that no longer go on")
     sync.add_argument("experiment", nargs="*", help="default: all")
     sync.add_argument("--dry-run", action="store_true", help="only say what would be sent")
-    views = actions.add_parser("workspace", help="save a view of an experiment's runs, and a report")
+    views = actions.add_parser("workspace", parents=[both], help="save a view of an experiment's runs, and a report")
     views.add_argument("experiment")
     views.add_argument("--entity", help="default: that of the experiment's runs, else W&B's own")
     views.add_argument("--project", help="default: that of the experiment's runs")

@@ -63,27 +63,27 @@ def sent(monkeypatch):
 def test_what_was_logged_offline_is_sent_oldest_first_but_of_runs_that_go_on(ditbench, results, sent, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     with FileLock(claim_of(results / "runs" / "mine", GOES_ON)):
-        outcome = ditbench("wandb", "--results-dir", str(results), "sync", "mine")
+        outcome = ditbench("wandb", "sync", "mine", "--results-dir", str(results))
     assert outcome.code == 0 and "sent: 3 of 3 folders; 1 of runs that go on are left for later" in outcome.out
     starts = [name.split("-")[2] for name in names(sent.folders)]
     assert starts == ["20251128_090000", "20261128_100000", "20261128_110000"]
     assert "WANDB_MODE" not in sent.environment, "sending is what was asked for"
-    again = ditbench("wandb", "--results-dir", str(results), "sync")
+    again = ditbench("wandb", "sync", "--results-dir", str(results))
     assert names(sent.folders) == [f"offline-run-20261128_130000-{GOES_ON}"] and again.code == 0
 
 
 def test_what_could_not_be_sent_is_counted(ditbench, results, sent):
     sent.refused = (KILLED,)
-    outcome = ditbench("wandb", "--results-dir", str(results), "sync", "mine")
+    outcome = ditbench("wandb", "sync", "mine", "--results-dir", str(results))
     assert outcome.code == FAILED and "sent: 2 of 4 folders" in outcome.out
 
 
 def test_nothing_is_sent_in_a_dry_run_or_without_a_key(ditbench, results, sent, monkeypatch):
-    outcome = ditbench("wandb", "--results-dir", str(results), "sync", "--dry-run")
+    outcome = ditbench("wandb", "sync", "--dry-run", "--results-dir", str(results))
     assert outcome.code == 0 and "4 folders to send, 1 sent before" in outcome.out
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(results / "none"))
-    outcome = ditbench("wandb", "--results-dir", str(results), "sync")
+    outcome = ditbench("wandb", "sync", "--results-dir", str(results))
     assert outcome.code == REFUSED and "wandb login" in outcome.err
     assert sent.folders == []
 
@@ -93,7 +93,7 @@ def specs(ditbench, finished) -> tuple[dict[str, Any], dict[str, Any]]:
     """What W&B would be sent of the view and the report of one finished run's experiment."""
     pytest.importorskip("wandb_workspaces", reason="the extra ditbench[workspaces] is not installed")
     results = finished.parents[3]
-    outcome = ditbench("wandb", "--results-dir", str(results), "workspace", "default", "--out", str(results / "views"))
+    outcome = ditbench("wandb", "workspace", "default", "--out", str(results / "views"), "--results-dir", str(results))
     assert outcome.code == 0, outcome.err
     return tuple(json.loads((results / "views" / f"{name}.json").read_text()) for name in ("workspace", "report"))
 
@@ -156,8 +156,8 @@ def test_dashboards_name_what_trackers_are_told(specs, finished):
 
 
 def test_an_experiment_without_runs_or_the_extra_is_refused(ditbench, results, monkeypatch):
-    outcome = ditbench("wandb", "--results-dir", str(results), "workspace", "mine", "--out", str(results / "views"))
+    outcome = ditbench("wandb", "workspace", "mine", "--out", str(results / "views"), "--results-dir", str(results))
     assert outcome.code == REFUSED
     monkeypatch.setattr("ditbench.harness.cli.wandb.find_spec", lambda name: None)
-    outcome = ditbench("wandb", "--results-dir", str(results), "workspace", "mine")
+    outcome = ditbench("wandb", "workspace", "mine", "--results-dir", str(results))
     assert outcome.code == REFUSED and "pip install 'ditbench[workspaces]'" in outcome.err
