@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ditbench.harness.common.devices import memory_of
-from ditbench.harness.common.errors import reason
+from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.watch import Watcher, say
 from ditbench.harness.records import told
 from ditbench.harness.records.attempts import next_name
@@ -174,6 +174,29 @@ class Rate:
             self.first = (done, now_s)
         done_before, then_s = self.first
         return (done - done_before) / (now_s - then_s) if now_s > then_s and done > done_before else None
+
+
+def keep(record: Record, folder: Path, name: str, kind: str) -> None:
+    """Keep the files of a folder as an artifact of a recorded run, in the tracker that its configuration names.
+
+    Raises:
+        UserError: its tracker is off, not installed, or did not take it.
+    """
+    assert record.folder is not None, "it was read from a folder"
+    settings = record.config.get("tracker") or {"kind": "none"}
+    module = tracker(settings)
+    if module is None:
+        raise UserError(
+            f"{record.folder}: the run was told to no tracker (tracker={settings['kind']}); run it again with one"
+        )
+    try:
+        its_run = module.begin(settings, told.card(record, record.folder.name, record.folder.parent))
+        try:
+            its_run.artifact(name, folder, kind)
+        finally:
+            its_run.finish(record.status, record.error)
+    except Exception as error:
+        raise UserError(f"{folder} is written, but {settings['kind']} did not take it: {reason(error)}") from error
 
 
 def claim_of(home: Path, name: str) -> Path:

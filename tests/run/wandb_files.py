@@ -15,9 +15,9 @@ pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
 def contents(file: Path) -> dict[str, Any]:
     """config, history (the last of each value), rows (of the history, each for itself), summary, group, job type, tags, project,
-    name, id, exit code, and how often the system was looked at, out of a .wandb file.
+    name, id, exit code, artifacts, and how often the system was looked at, out of a .wandb file.
     """
-    found: dict[str, Any] = {"config": {}, "history": {}, "summary": {}, "rows": [], "looks": 0}
+    found: dict[str, Any] = {"config": {}, "history": {}, "summary": {}, "rows": [], "looks": 0, "artifacts": []}
     for data in leveldb_log(file.read_bytes()):
         message = pb.Record()
         message.ParseFromString(data)
@@ -29,6 +29,10 @@ def contents(file: Path) -> dict[str, Any]:
             found["config"] |= {item.key: json.loads(item.value_json) for item in run.config.update}
         elif kind == "exit":
             found["exit_code"] = message.exit.exit_code
+        elif kind == "artifact" or (kind == "request" and message.request.HasField("log_artifact")):
+            artifact = message.artifact if kind == "artifact" else message.request.log_artifact.artifact
+            paths = {entry.path for entry in artifact.manifest.contents}
+            found["artifacts"].append((artifact.type, artifact.name, paths))
         elif kind == "stats":
             found["looks"] += 1
         elif kind in ("history", "summary"):

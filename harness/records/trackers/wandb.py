@@ -79,7 +79,7 @@ class WandbRun:
     def artifact(self, name: str, folder: Path, kind: str) -> None:
         import wandb
 
-        artifact = wandb.Artifact(name, type=kind)
+        artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:128], type=kind)  # all that W&B takes
         artifact.add_dir(str(folder))
         self.run.log_artifact(artifact)
 
