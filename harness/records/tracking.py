@@ -91,6 +91,9 @@ class Tracked(Watcher):
 
     def advance(self, what: str, done: float, total: float | None, unit: str) -> None:
         with self.guard:
+            self.news = {
+                name: value for name, value in self.news.items() if name in ("live/stage", "live/stage_number")
+            }
             self.news |= {"live/done": done} | ({"live/total": total, "live/share": done / total} if total else {})
             rate = self.rate.at(done, monotonic())
             steps = (self.record.config.get("protocol") or {}).get("steps")

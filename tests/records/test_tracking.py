@@ -15,6 +15,8 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.records import told, tracking
 from ditbench.harness.records.record import Record
 from ditbench.harness.records.trackers import known_trackers, tracker
+from ditbench.harness.records.trackers.base import Table
+from ditbench.harness.records.trackers.wandb import _shown
 from ditbench.harness.records.tracking import Rate, Tracked, claim_of, is_told
 
 RUN = "0123456789ab"
@@ -145,6 +147,20 @@ def test_the_next_attempt_is_another_run_and_a_killed_one_is_not(tracked, tmp_pa
     with tracked(noted) as watched:
         watched.begins(RUN, "", tmp_path / "scratch")
     assert [*ids, noted.cards[0].id] == [RUN, RUN, f"{RUN}.2"]
+
+
+def test_a_part_of_which_nobody_knows_how_long_it_is_has_no_share(tracked, tmp_path):
+    watched = tracked(Noted())
+    watched.stage("quantize")
+    watched.advance("blocks", 3, 5, "blocks")
+    watched.advance("rounds", 7, None, "it")
+    assert watched.news == {"live/stage": "quantize", "live/stage_number": 1, "live/done": 7}
+
+
+def test_a_column_with_cells_of_two_kinds_does_not_break_the_tracker():
+    pytest.importorskip("wandb")
+    table = _shown(Table(("layer", "bits"), [["a", 8], ["b", "fp8"], ["c", None]]))
+    assert table.data == [["a", 8], ["b", "fp8"], ["c", None]]
 
 
 def test_nothing_is_sent_while_latency_is_measured(tracked, tmp_path):

@@ -157,5 +157,6 @@ def _shown(value: Any) -> Any:
     if isinstance(value, Movie):
         return wandb.Video(str(value.path), format="gif")
     if isinstance(value, Table):
-        return wandb.Table(columns=list(value.columns), data=[[_shown(cell) for cell in row] for row in value.rows])
+        rows = [[_shown(cell) for cell in row] for row in value.rows]
+        return wandb.Table(columns=list(value.columns), data=rows, allow_mixed_types=True)  # a plugin may say anything
     return [_shown(each) for each in value] if isinstance(value, list) else value
