@@ -14,10 +14,11 @@ from ditbench.harness.common.watch import say
 from ditbench.harness.fitting import registry
 from ditbench.harness.measurement.layer_errors import layer_table
 from ditbench.harness.models.base import LoadedModel
-from ditbench.harness.records import attempts, tracking
+from ditbench.harness.records import attempts
 from ditbench.harness.records.environment import environment, now
 from ditbench.harness.records.record import Record, failed_metrics
 from ditbench.harness.records.status import reported
+from ditbench.harness.records.tracking import Tracked
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.evaluate import add_noise_floor, evaluate, refuse_skipped_metrics
 from ditbench.harness.stages.generate import drawing_cost, float_samples, generate, save_artifacts
@@ -33,7 +34,8 @@ def run(config: RunConfig) -> Record:
     A failure is recorded with its reason and returned, not raised; an interruption leaves no record.
 
     Raises:
-        UserError: the model cannot be loaded, or results cannot be written; with config.strict: a metric would be skipped.
+        UserError: the model cannot be loaded, or results cannot be written; the tracker is not installed; with config.strict: a
+            metric would be skipped.
     """
     compute_float32_in_float32()
     model = model_of(config.model)
@@ -55,6 +57,8 @@ def run(config: RunConfig) -> Record:
     }
     values.env |= {"checkpoint_parts": model.parts} if model.parts else {}
     with (
+        Tracked(config.section("tracker"), values, config.device) as tracked,
+        watch.watching(tracked),
         disk_errors_explained(config.results_dir),
         attempts.attempt(config.results_dir, config.name, its_id) as attempt,
     ):
@@ -65,6 +69,7 @@ def run(config: RunConfig) -> Record:
             values.status = "ok"
         except attempts.PublishedElsewhere as done:
             say(f"{title(config)}: {done}")
+            tracked.recorded = done.record
             return done.record
         except Exception as error:
             if is_disk_error(error):
@@ -74,11 +79,9 @@ def run(config: RunConfig) -> Record:
             if config.raw["debug"]:
                 traceback.print_exc()
         values.env["finished_at"] = now()
-        recorded = attempt.publish(values, config.force)
+        tracked.recorded = recorded = attempt.publish(values, config.force)
     watch.ends(values.status, values.error)
-    if attempt.published:
-        track(config, recorded)
-    else:
+    if not attempt.published:
         say(f"{title(config)}: {recorded.folder} is as good and stays; nothing was added")
     return recorded
 
@@ -115,11 +118,3 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, attempt: at
         values.layers = layer_table(quantized.model, atlas)
     values.cost = fit_cost(values.timings_s, recording, memory) | drawing_cost(quantized, recording, samples)
     values.artifacts = save_artifacts(samples, float_model, per_sample, atlas, quantized.state, attempt.folder)
-
-
-def track(config: RunConfig, recorded: Record) -> None:
-    """Tell the tracker of a published record; its failure is said and changes nothing."""
-    try:
-        tracking.log(config.section("tracker"), recorded)
-    except Exception as error:
-        say(f"{title(config)}: recorded, but not tracked: {reason(error)}; no run of this process is tracked any more")

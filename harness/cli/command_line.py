@@ -36,6 +36,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench evaluate EXPERIMENT --metrics NAME …                  other metrics of finished runs, without drawing again
   ditbench cache ls|size|verify|prune                            what runs keep so that nothing is made twice
   ditbench vbench RUN_FOLDER|EXPERIMENT                          official VBench on recorded videos, beside the record
+  ditbench wandb sync|workspace EXPERIMENT                       send what was logged offline; make dashboards of it
   ditbench doctor                                                what this machine can do, and what is missing
   ditbench zoo train tiny-dit                                    train an embedded model again
 

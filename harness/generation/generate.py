@@ -209,15 +209,20 @@ def load_samples(path: Path) -> Samples:
 
 
 def save_grid(samples: Samples, path: Path, columns: int = 10, rows: int = 4, cell: int = 64) -> None:
-    """A PNG of the first samples, small ones enlarged without smoothing: columns × rows images, or one video per row."""
+    """`grid` as a PNG."""
+    with atomic_path(path) as part:
+        grid(samples, columns, rows, cell).save(part, format="PNG")
+
+
+def grid(samples: Samples, columns: int = 10, rows: int = 4, cell: int = 64) -> Image.Image:
+    """The first samples, small ones enlarged without smoothing: columns × rows images, or one video per row."""
     pixels = samples.pixels
     if samples.is_video:
         frames = torch.linspace(0, pixels.shape[1] - 1, min(columns, pixels.shape[1])).round().long()
         shown, columns = torch.cat([pixels[row][frames] for row in range(min(rows, len(pixels)))]), len(frames)
     else:
         shown = pixels[: columns * rows]
-    with atomic_path(path) as part:
-        Image.fromarray(_tiled(shown.numpy(), columns, cell)).save(part, format="PNG")
+    return Image.fromarray(_tiled(shown.numpy(), columns, cell))
 
 
 def save_animation(samples: Samples, path: Path, columns: int = 6, rows: int = 2, cell: int = 96) -> None:

@@ -74,10 +74,7 @@ class Attempt:
             rival = None if force else self._as_good(ours)
             if rival is not None:
                 return rival
-            names = set(os.listdir(self.home))
-            number = 1
-            while (name := self.run_id if number == 1 else f"{self.run_id}.{number}") in names:
-                number += 1
+            name = next_name(self.home, self.run_id)
             os.rename(self.folder, self.home / name)
             self.published = True
         return read(self.home / name / "record.json")
@@ -112,6 +109,14 @@ def attempt(results_dir: Path, experiment: str, run_id: str) -> Iterator[Attempt
         _let_go(lock)
         if ours.turn is not None:
             _let_go(ours.turn)
+
+
+def next_name(home: Path, run_id: str) -> str:
+    """What the next attempt at a run is called: <run_id>, or with a number behind it."""
+    names, number = set(os.listdir(home)), 1
+    while (name := run_id if number == 1 else f"{run_id}.{number}") in names:
+        number += 1
+    return name
 
 
 def experiment_folder(results_dir: Path, experiment: str) -> Path:

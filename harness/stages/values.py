@@ -16,6 +16,7 @@ from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.paths import no_folder
 from ditbench.harness.models.base import OUTLIERS
 from ditbench.harness.models.loading import family
+from ditbench.harness.records.trackers import known_trackers
 
 # Whole numbers and the least that each may be.
 COUNTS = {
@@ -64,7 +65,7 @@ CHOICES = {
     "generate.dtype": DTYPES,
     "generate.reference_dtype": DTYPES,
     "model.dtype": DTYPES,
-    "tracker.kind": ("wandb", "none"),
+    "tracker.kind": known_trackers(),
     "tracker.mode": ("auto", "online", "offline", "disabled"),
 }
 GUIDANCE, METRICS, SKIP, LABEL, BACKEND, SAMPLER = (

@@ -15,7 +15,7 @@ from ditbench.harness.records import hashed_json
 
 COMMANDS = (
     *("run", "report", "compare", "export", "list", "paper", "reproduce", "parity", "bench", "check-method", "data"),
-    *("vbench", "doctor", "zoo"),
+    *("vbench", "wandb", "doctor", "zoo"),
 )
 
 
