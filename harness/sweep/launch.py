@@ -24,10 +24,10 @@ from ditbench.harness.records.record import Record
 from ditbench.harness.records.sweeps import DONE, FAILED, MISSING, REFUSED, RUNNING, Outcome, Sweep
 from ditbench.harness.report import comparison_table
 from ditbench.harness.run import run
-from ditbench.harness.stages.config import RunConfig, parse
+from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.identity import title
 from ditbench.harness.sweep import compose, objective
-from ditbench.harness.sweep.jobs import JOB, OF, Planned, manifests, planned, without_hydra
+from ditbench.harness.sweep.jobs import JOB, OF, Planned, manifests, parse_job, planned, without_hydra
 from ditbench.harness.sweep.live import Live
 from ditbench.harness.sweep.multirun import Multirun, multirun
 from ditbench.harness.sweep.overrides import check_flags
@@ -185,7 +185,7 @@ def job(config: DictConfig) -> str | float:
     try:
         raw = compose.resolved(config)
         sought, number = raw["sweep"]["objective"], raw["sweep"]["job"]
-        its_config = parse(raw)
+        its_config = parse_job(raw)
         if its_config.sweep is None:
             record = run(its_config)
         else:
