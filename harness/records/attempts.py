@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import not_writable
 from ditbench.harness.common.watch import say
 from ditbench.harness.records import record as records
 from ditbench.harness.records.record import ATTEMPT, DamagedRecord, Record, failed_metrics, read
@@ -130,10 +131,17 @@ def is_experiment(results_dir: Path, name: str) -> bool:
 
 def under_way(home: Path) -> list[Path]:
     """The scratch folders that a process holds. Their locks are tried while nobody makes one."""
-    if not home.is_dir():
+    folders = [path for path in sorted(home.glob(".*.part")) if path.stem.count(".") == 2]
+    if not folders:
         return []
-    with _claimed(home):
-        return [path for path in sorted(home.glob(".*.part")) if path.stem.count(".") == 2 and _is_held(path)]
+    try:
+        with _claimed(home):
+            return [path for path in folders if path.exists() and _is_held(path)]
+    except OSError as error:
+        if not not_writable(error):
+            raise
+        say(f"{home}: may not be written here, and locks are files: whether a run is under way cannot be told")
+        return []
 
 
 def attempts(results_dir: Path, experiment: str, run_id: str) -> list[Record]:

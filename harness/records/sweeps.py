@@ -196,7 +196,7 @@ def _as_said(job: Job, said: dict[str, Any]) -> Job:
     return replace(
         job,
         run_id=said.get("run_id") or job.run_id,
-        title=said.get("title") or job.title,
+        title=job.title or said.get("title") or "",
         refused=said.get("refused") or job.refused,
         before=tuple(said.get("before") or ()) if said.get("run_id") else job.before,
     )

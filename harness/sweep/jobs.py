@@ -67,16 +67,16 @@ def _looked_at(job: Job, config: DictConfig, models: dict[str, LoadedModel | Non
     raw = resolved(without_hydra(config))
     home = attempts.experiment_folder(Path(str(raw["results_dir"])).expanduser(), str(raw["name"]))
     try:
-        run = parsed(raw, here)
+        run, device_is_here = parsed(raw, here)
         if (key := repr(run.model)) not in models:
             models[key] = _bare(run.model)
         model = models[key]
-        if model is not None and run.strict:
+        if model is not None and device_is_here and run.strict:
             refuse_skipped_metrics(run, model)
     except UserError as error:
         return Planned(replace(job, title=_title(raw), refused=str(error)), home, config, error=error)
     job = replace(job, title=title(run))
-    if model is None or (run.raw["device"] == AUTO and not here):
+    if model is None or not device_is_here:
         return Planned(job, home, config, run)
     job = replace(job, run_id=(its_id := run_id(run, model)))
     done = attempts.finished(run.results_dir, run.name, its_id)
@@ -84,22 +84,40 @@ def _looked_at(job: Job, config: DictConfig, models: dict[str, LoadedModel | Non
     return Planned(replace(job, before=sweeps.attempts_before(home, its_id)), home, config, run, done=is_done)
 
 
-def parsed(raw: dict[str, Any], here: bool) -> RunConfig:
-    """here: whether the job runs on this machine; one that does not may ask for a device that only its own machine has.
+def parsed(raw: dict[str, Any], here: bool) -> tuple[RunConfig, bool]:
+    """The job's run, and whether its device is one of this machine. here: whether it runs on this machine; one that does not may
+    ask for a device that only its own machine has.
 
     Raises:
         UserError: a value that cannot be used.
     """
     try:
-        return parse(dict(raw))
+        return parse(raw), here or raw["device"] != AUTO
     except UserError:
         if here:
             raise
         run = parse(raw | {"device": AUTO})  # raises the same if it is not about the device
         try:
-            return replace(run, raw=run.raw | {"device": raw["device"]}, device=torch.device(str(raw["device"])))
+            device = torch.device(str(raw["device"]))
+            return replace(run, raw=run.raw | {"device": raw["device"]}, device=device), False
         except RuntimeError:
             pass
+        raise
+
+
+def parse_job(raw: dict[str, Any]) -> RunConfig:
+    """The run of a job where it is carried out; if it is refused there (its device is not), that is noted beside the sweep.
+
+    Raises:
+        UserError: a value that cannot be used.
+    """
+    try:
+        return parse(raw)
+    except UserError as error:
+        of, number = raw["sweep"]["of"], raw["sweep"]["job"]
+        if of is not None and number is not None:
+            home = attempts.experiment_folder(Path(raw["results_dir"]).expanduser(), raw["name"])
+            sweeps.say_of_job((home, of), Job(number, (), _title(raw), refused=str(error)))
         raise
 
 

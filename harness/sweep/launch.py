@@ -25,13 +25,12 @@ from ditbench.harness.records.record import Record
 from ditbench.harness.records.sweeps import DONE, FAILED, MISSING, REFUSED, RUNNING, Outcome, Sweep
 from ditbench.harness.report import comparison_table
 from ditbench.harness.run import run
-from ditbench.harness.stages.config import parse
 from ditbench.harness.sweep import compose, objective
 from ditbench.harness.sweep.compose import resolved
 from ditbench.harness.sweep.engine_choice import engine_of, refuse_several_engines
 from ditbench.harness.sweep.engines import local
 from ditbench.harness.sweep.engines.base import LOST, Job, outcomes
-from ditbench.harness.sweep.jobs import JOB, OF, Planned, manifests, planned, without_hydra
+from ditbench.harness.sweep.jobs import JOB, OF, Planned, manifests, parse_job, planned, without_hydra
 from ditbench.harness.sweep.live import Live
 from ditbench.harness.sweep.multirun import Multirun, multirun
 from ditbench.harness.sweep.one_job import carried_out, shown
@@ -177,7 +176,7 @@ def job(config: DictConfig) -> str | float:
     try:
         raw = compose.resolved(config)
         sought, number = raw["sweep"]["objective"], raw["sweep"]["job"]
-        its_config = parse(raw)
+        its_config = parse_job(raw)
         if its_config.sweep is None:
             record = run(its_config)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,20 +101,24 @@ def _of_record(record: Record, running: dict[str, Status]) -> Row:
     return Row(title, state, record.run_id, None, record.error or "", sum(record.timings_s.values()))
 
 
-def as_text(found: Overview) -> str:
-    counts = Counter(row.state for row in found.rows)
-    said = ", ".join(f"{counts[state]} {LOOKS[state]}" for state in LOOKS if counts[state]) or "no runs"
+def in_a_line(found: Overview) -> str:
+    said = ", ".join(f"{found.count(state)} {LOOKS[state]}" for state in LOOKS if found.count(state)) or "no runs"
     of_sweep = f", sweep {found.sweep.stamp}" if found.sweep else ""
-    head = f"{found.experiment}{of_sweep}: {len(found.rows)} runs: {said}"
+    line = f"{found.experiment}{of_sweep}: {len(found.rows)} runs: {said}"
     if found.left_s is not None:
-        head += f"; about {duration(found.left_s)} to go"
+        line += f"; about {duration(found.left_s)} to go"
     if found.sweep and found.sweep.sweeper:
-        head += f"; {found.sweep.sweeper} chooses them as it goes"
+        line += f"; {found.sweep.sweeper} chooses them as it goes"
+    return line
+
+
+def as_text(found: Overview) -> str:
+    head = in_a_line(found)
     rows = [(row.title, row.run_id or "–", LOOKS[row.state], _how(row)) for row in found.rows]
     lines = [head, "", table(("run", "id", "state", ""), rows)] if rows else [head]
     if found.others:
         lines.append(f"{found.others} other runs of this experiment belong to no job of this sweep")
-    if counts[FAILED] or counts[MISSING] and found.sweep:
+    if found.sweep and (found.count(FAILED) or found.count(MISSING)):
         lines.append(f"`ditbench retry {found.experiment}` runs again what failed or is not there")
     return "\n".join(lines)
 

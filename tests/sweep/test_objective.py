@@ -9,7 +9,7 @@ import pytest
 from ditbench.harness.cli import main
 from ditbench.harness.records import sweeps
 from ditbench.harness.records.record import Record
-from ditbench.harness.sweep import launch, overrides
+from ditbench.harness.sweep import one_job, overrides
 
 SEEKS = (
     "hydra/sweeper=optuna",
@@ -25,14 +25,14 @@ needs_optuna = pytest.mark.skipif(not overrides.optuna_is_here(), reason="pip in
 def scored(quick, monkeypatch):
     """Runs whose psnr is best at strength 0.5; the first has none."""
     started = quick()
-    usual = launch.run
+    usual = one_job.run
 
     def run(config) -> Record:
         record = usual(config)
         value = None if len(started) == 1 else 40 - abs(config.params.strength - 0.5)
         return replace(record, metrics={"psnr": {"value": value, "status": "ok"}})
 
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(one_job, "run", run)
     return started
 
 

@@ -13,6 +13,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.records import sweeps
 from ditbench.harness.records.sweeps import DONE, FAILED, MISSING, REFUSED, RUNNING
 from ditbench.harness.sweep import launch
+from ditbench.harness.sweep.multirun import Multirun
 
 
 def states(home):
@@ -147,3 +148,48 @@ def test_one_run_keeps_no_list(quick, home, tmp_path):
     quick()
     assert main(["run", "model=tiny-dit", "name=swept", "tracker=none", f"results_dir={tmp_path}"]) == 0
     assert not (home / ".sweeps").exists() and len(os.listdir(home)) == 1
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Jobs go through Hydra's launcher, as if it had processes of its own."""
+    monkeypatch.setattr(Multirun, "here", False)
+
+
+def test_a_launcher_of_others_gets_the_jobs_that_are_to_do(sweep, quick, home, elsewhere, capsys):
+    quick(lambda config: "failed" if config.method == "gptq" else "ok")
+    assert sweep("method=fp,gptq,ptq4dit", "bits=w8a8,fp8", "device=cpu") == 2
+    said = capsys.readouterr()
+    assert states(home) == {
+        "tiny-dit fp W16A16": DONE,
+        "tiny-dit gptq W8A8": FAILED,
+        "tiny-dit gptq FP8": FAILED,
+        "tiny-dit ptq4dit W8A8": DONE,
+        "tiny-dit ptq4dit fp8": REFUSED,
+    }
+    assert "failed: tiny-dit gptq FP8: it was to fail" in said.err and "[job 0] tiny-dit fp W16A16: run" in said.err
+
+
+def test_a_job_that_is_refused_where_it_runs_says_so(sweep, quick, home, elsewhere, capsys):
+    def happens(config):
+        raise UserError("no weights on this machine")
+
+    quick(happens)
+    assert sweep("method=rtn", "bits=w8a8,w4a4") == 2
+    assert set(states(home).values()) == {REFUSED} and "no weights on this machine" in capsys.readouterr().err
+
+
+def test_a_device_that_only_the_jobs_machine_has_is_not_refused_here_but_there(sweep, quick, home, elsewhere, capsys):
+    quick()
+    assert sweep("method=rtn", "bits=w8a8", "device=mps") == 2
+    (job,) = sweeps.newest(home).jobs
+    assert job.title == "tiny-dit rtn W8A8" and "device='mps' cannot be used here" in job.refused
+    assert "1 to do" in capsys.readouterr().err, "it was started"
+
+
+def test_a_lost_job_of_another_launcher_is_missing(sweep, quick, home, elsewhere, monkeypatch, capsys):
+    quick()
+    usual = Multirun.launch
+    monkeypatch.setattr(Multirun, "launch", lambda self, jobs, task: usual(self, jobs[:1], task))
+    assert sweep("method=rtn", "bits=w8a8,w4a4", "device=cpu") == 3
+    assert "missing: tiny-dit rtn W4A4: it left no record" in capsys.readouterr().err

@@ -24,8 +24,8 @@ from ditbench.harness.common.devices import AUTO
 from ditbench.harness.common.errors import UserError, reason, unknown_name
 from ditbench.harness.common.interrupts import terminable
 from ditbench.harness.common.type_checks import check_types
-from ditbench.harness.stages.config import parse
 from ditbench.harness.sweep import engines
+from ditbench.harness.sweep.jobs import parse_job
 from ditbench.harness.sweep.one_job import carried_out, shown
 
 OURS = ("base",)
@@ -63,7 +63,7 @@ def do(job: Job) -> Outcome:
     os.chdir(job.folder)
     try:
         with terminable(), shown(job.number):
-            record = carried_out(parse(job.raw), job.number, job.overrides)
+            record = carried_out(parse_job(job.raw), job.number, job.overrides)
     except UserError as error:
         return Outcome(REFUSED, error=str(error))
     except Exception as error:
