@@ -21,8 +21,8 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench run -m method=rtn,smoothquant,quarot bits=w8a8,w4a4   a sweep (every combination)
   ditbench run … --plan                                          what that would take: operations, time, memory, disk
   ditbench run experiment=demo                                   a sweep from conf/experiment/
-  ditbench status EXPERIMENT                                     what runs, is done, failed or missing, and how long it takes
-  ditbench retry EXPERIMENT [--failed|--missing]                 the runs of a sweep again that failed or never came
+  ditbench status EXPERIMENT                                     what runs, is done, failed or never came
+  ditbench retry EXPERIMENT [--failed|--missing]                 again what failed or never came
   ditbench report --format html                                  tables and plots of what was recorded
   ditbench compare EXPERIMENT --metric psnr                      paired tests between methods, prompt by prompt
   ditbench export RUN|EXPERIMENT --out FOLDER                    a quantized transformer that plain diffusers can load
