@@ -177,6 +177,10 @@ def job(config: DictConfig) -> str | float:
         raw = compose.resolved(config)
         sought, number = raw["sweep"]["objective"], raw["sweep"]["job"]
         its_config = parse_job(raw)
+        if its_config.sweep is None and raw["launcher"]["engine"] != "local":
+            raise UserError(
+                f"launcher={raw['launcher']['engine']} comes from an experiment's file; add -m, a launcher takes sweeps"
+            )
         if its_config.sweep is None:
             record = run(its_config)
         else:

@@ -30,7 +30,12 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.quant.spec import MIXED, parse_label
 from ditbench.harness.stages.values import SETTINGS
 
-FREE = ("model", "method", "bits")  # sections that their dataclasses check: not all that these have is in every file
+FREE = (
+    "model",
+    "method",
+    "bits",
+    "launcher",
+)  # sections that their dataclasses check: not all that these have is in every file
 HYDRA = "hydra"
 SWEEPER, BASIC, OPTUNA = "hydra/sweeper", "basic", "optuna"
 

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ditbench.harness.cli import main
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import CONF
+from ditbench.harness.sweep import overrides
 from ditbench.harness.sweep.engines import base, joblib, ray, slurm
 from ditbench.harness.sweep.engines.base import Job, Outcome
 
@@ -107,7 +109,8 @@ def test_the_best_that_the_workers_of_one_run_say_counts_once_all_have_ended():
 
 
 def test_what_a_site_asks_for_is_passed_on_to_sbatch(monkeypatch):
-    monkeypatch.setattr(slurm, "_asked", lambda *command: "gpu:h100:8\n" if "gpus" in command else "(null)\n")
+    every = {"gpus": "gpus gpu:h100:8\n", None: "cpus* (null)\ngpus gpu:h100:8\n"}
+    monkeypatch.setattr(slurm, "_asked", lambda *command: every["gpus" if "gpus" in command else None])
     settings = slurm.Settings(
         "x",
         partition="gpus",
@@ -121,7 +124,7 @@ def test_what_a_site_asks_for_is_passed_on_to_sbatch(monkeypatch):
     assert (asked["partition"], asked["account"], asked["mem"]) == ("gpus", "lab", "64G")
     assert (asked["gpus_per_node"], asked["array_parallelism"]) == (1, 8)
     assert asked["additional_parameters"] == {"requeue": True, "time": "4:00:00", "mail-type": "END"}
-    assert slurm.options(slurm.Settings("x"))["gpus_per_node"] is None, "a partition without GPUs is asked for none"
+    assert slurm.options(slurm.Settings("x"))["gpus_per_node"] is None, "the usual partition has none"
 
 
 def test_a_task_that_left_the_queue_without_an_outcome_is_lost_with_slurms_word(monkeypatch, tmp_path):
@@ -141,6 +144,22 @@ def test_jobs_that_name_several_engines_are_refused_before_anything_starts(sweep
     assert sweep("method=rtn", "launcher=local,joblib") == 2
     assert "launcher: the jobs of a sweep are carried out by one" in capsys.readouterr().err
     assert not started and not home.exists()
+
+
+def test_an_engine_of_an_experiments_file_wants_a_sweep(quick, tmp_path, capsys):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /launcher: joblib\n"
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(text)
+    started = quick()
+    assert (
+        main(["run", f"--config-dir={tmp_path}/own", "experiment=mine", f"results_dir={tmp_path}", "tracker=none"]) == 2
+    )
+    assert "launcher=joblib comes from an experiment's file; add -m" in capsys.readouterr().err and not started
+
+
+def test_a_setting_that_only_the_site_knows_may_be_added():
+    parsed = overrides.parsed(["+launcher.sbatch.nice=100"])
+    overrides.check_overrides(parsed, {"launcher": ["local", "slurm"]})
 
 
 def test_another_engine_of_a_retry_drops_the_settings_of_the_first(monkeypatch):

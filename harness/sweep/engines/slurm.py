@@ -151,8 +151,11 @@ def options(settings: Settings) -> dict[str, Any]:
 
 
 def has_gpus(partition: str | None) -> bool:
+    """Of the partition, or of the one that SLURM takes where none is named (it has a star)."""
     where = ["--partition", partition] if partition else []
-    return "gpu" in _asked("sinfo", "--noheader", "--format=%G", *where)
+    told = _asked("sinfo", "--noheader", "--format=%P %G", *where)
+    lines = [line.split(maxsplit=1) for line in told.splitlines() if len(line.split()) > 1]
+    return any("gpu" in devices for name, devices in lines if partition or name.endswith("*"))
 
 
 def _ended(tasks: Sequence[Any], array: str) -> Iterator[tuple[int, Outcome]]:
