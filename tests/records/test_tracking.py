@@ -99,12 +99,12 @@ def test_a_run_that_is_interrupted_says_so_and_leaves_no_lock(tracked, tmp_path)
 
 def test_a_tracker_that_hangs_is_left_behind_and_not_tried_again(tracked, record, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "LAST_S", 0.2)
-    hung = SimpleNamespace(begin=lambda settings, card: time.sleep(5))
+    hung = SimpleNamespace(begin=lambda settings, card: time.sleep(120))
     began_s = time.monotonic()
     with tracked(hung) as watched:
         watched.begins(RUN, "tiny-dit rtn W4A8", tmp_path / "scratch")
         watched.recorded = record
-    assert time.monotonic() - began_s < 3
+    assert time.monotonic() - began_s < 60
     assert "not tracked by noted: it took longer than 0.2 s" in capsys.readouterr().err
     assert tracked(Noted()).module is None
 
@@ -118,7 +118,7 @@ def test_a_tracker_that_breaks_half_way_is_closed_and_the_run_goes_on(tracked, t
     broken = Broken()
     with tracked(broken) as watched:
         watched.begins(RUN, "tiny-dit rtn W4A8", tmp_path / "scratch")
-        broken.one_came.wait(5)
+        broken.one_came.wait(120)
         watched.stage("generate")
     assert len(broken.heard) == 1 and len(broken.ended) == 1
     assert capsys.readouterr().err.count("not tracked by noted: ValueError") == 1
@@ -200,7 +200,7 @@ def test_trackers_are_the_files_of_their_folder():
     assert {"wandb", "trackio", "none"} <= set(known_trackers()) and "base" not in known_trackers()
 
 
-def wait_for(what: Any, longest_s: float = 10.0) -> None:
+def wait_for(what: Any, longest_s: float = 120.0) -> None:
     until = time.monotonic() + longest_s
     while not what():
         assert time.monotonic() < until, "it never came"
