@@ -31,6 +31,7 @@ PROTOCOL = (
 )  # fmt: skip
 ROW_FIELDS = ("source", "confidence", "note", "warning")
 ROWS_SAY = ("name", "method", "bits")  # what no override of a whole table may set
+SETTINGS = ("model", "bits", "steps")  # keys that name no method
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 WORDS = {dict: "a mapping", list: "a list", str: "text", int: "a whole number"}
 SHOWN = 100  # characters of a wrong value
@@ -85,7 +86,8 @@ class Row:
     @property
     def name(self) -> str:
         """The method, or what stands in its place."""
-        return str(self.keys.get("method") or self.keys.get("variant") or next(iter(self.keys.values())))
+        named = [value for key, value in self.keys.items() if key not in SETTINGS] or [*self.keys.values()]
+        return str(self.keys.get("method", named[-1]))
 
     @property
     def title(self) -> str:

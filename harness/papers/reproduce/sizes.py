@@ -18,8 +18,7 @@ from ditbench.harness.common.paths import options
 from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.counts import Counts, counted
-from ditbench.harness.models.skeleton import skeleton
-from ditbench.harness.models.transformer_only import TransformerOnly
+from ditbench.harness.models.skeleton import module_parts, skeleton
 from ditbench.harness.papers.reproduce.rows import prompts_here
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.sweep.compose import composed
@@ -110,7 +109,7 @@ def _shapes(name: str, config: Mapping[str, Any]) -> tuple[LoadedModel, dict[str
                 raise error
             chosen = (f"model={name}{RANDOM}",)
     (raw,) = composed([chosen])
-    spec = raw["model"]
+    spec = raw["model"] | {"dtype": config["model"]["dtype"]}
     return skeleton(_parsed(config, spec).model), spec
 
 
@@ -143,9 +142,10 @@ def _add_model(
         found.here, found.measured = device_name(config.device), config.device.type != "cpu"
     name = runs[0]["model"]["name"]
     found.transformer[name] = max((each.weights for each in counts.values()), default=0)
-    found.unknown |= dict.fromkeys(line for each in counts.values() for line in each.unknown)
-    if isinstance(model.pipe, TransformerOnly):
-        found.unknown[f"weights and activations of text encoders and VAE of {name}"] = None
+    if spec is not None and "vae" not in module_parts(model.pipe):
+        found.unknown[f"what of {name} is not its transformer: VAE, text encoders, their weights and time"] = None
+    else:
+        found.unknown |= dict.fromkeys(line for each in counts.values() for line in each.unknown)
 
 
 def _add_run(found: Sizes, estimate: Estimate, made: set[Path]) -> None:
