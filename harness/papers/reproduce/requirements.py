@@ -148,8 +148,8 @@ def _amounts(needed: Sizes) -> list[tuple[str, str]]:
         )
         said.append(("hours here", f"{more}{duration(needed.here_s)} on {needed.here}, by a probe of it"))
     if needed.stand_ins:
-        pairs = ", ".join(f"{name} with the shapes of {other}" for name, other in needed.stand_ins.items())
-        said.append(("planned", f"{pairs}: its weights are not here"))
+        pairs = ", ".join(f"{name} by {other}" for name, other in needed.stand_ins.items())
+        said.append(("planned", f"{pairs}: of the same shapes, since its weights are not here"))
     ways = " or ".join(
         f"device {size(device)}, host {size(host)} (memory={way})" for way, (host, device) in needed.device.items()
     )

@@ -210,7 +210,10 @@ def _written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     text = str(value)
-    return text if PLAIN.fullmatch(text) else f"'{text.replace(chr(92), chr(92) * 2).replace(chr(39), chr(92) + chr(39))}'"
+    if PLAIN.fullmatch(text):
+        return text
+    before_quotes = re.sub(r"(\\+)(?='|$)", r"\1\1", text)  # elsewhere a backslash is one
+    return "'" + before_quotes.replace("'", "\\'") + "'"
 
 
 def _merged(*parts: Iterable[str]) -> tuple[str, ...]:

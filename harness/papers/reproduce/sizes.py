@@ -93,7 +93,7 @@ def sizes(configs: Iterable[Mapping[str, Any]]) -> Sizes:
             found.unplanned[name] = str(error).replace("\n", " ")
             continue
         if spec is not None:
-            found.stand_ins[name] = str(spec["name"])
+            found.stand_ins[name] = "random weights" if spec["name"] == name else str(spec["name"])
         _add_model(found, model, spec, runs, made)
     return found
 
