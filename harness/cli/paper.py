@@ -11,7 +11,9 @@ from ditbench.harness.common.errors import UserError
 def command(arguments: list[str]) -> int:
     parser = Parser(prog="ditbench paper", description="Numbers as papers report them.")
     parser.add_argument("action", choices=["list", "show"])
-    parser.add_argument("name", nargs="?", help="of a table, to show (ptq4dit-table1), or of a paper whose tables are not here (htg)")
+    parser.add_argument(
+        "name", nargs="?", help="of a table, to show (ptq4dit-table1), or of a paper whose tables are not here (htg)"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="a .yaml with tables of your own (docs/papers.md)")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args(arguments)

@@ -252,7 +252,9 @@ def _reproduce(values: Any, keys: list[str], columns: list[str], rows: Collectio
     if ("model" in values) == ("models" in values):
         raise UserError(f"{where}: it needs one of model and models, and has {'both' if 'model' in values else 'none'}")
     if "models" in values and "model" not in keys:
-        raise UserError(f"{where}: models: no row says its model, 'model' is none of the table's keys; say model instead")
+        raise UserError(
+            f"{where}: models: no row says its model, 'model' is none of the table's keys; say model instead"
+        )
     if "model" in values:
         _text(values["model"], where, "model")
     _check_settings(_typed(values["overrides"], dict, where, "overrides"), where)
@@ -283,10 +285,14 @@ def _reproduce(values: Any, keys: list[str], columns: list[str], rows: Collectio
 def _check_settings(overrides: Mapping[Any, Any], where: str) -> None:
     for name, value in overrides.items():
         if not isinstance(name, str) or name in ROWS_SAY or name == "model":
-            raise UserError(f"{where}: overrides: {_shown(name)} is not one: rows say the method and its bits, model the model")
+            raise UserError(
+                f"{where}: overrides: {_shown(name)} is not one: rows say the method and its bits, model the model"
+            )
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, dict | list) for item in items):
-            raise UserError(f"{where}: overrides: {name}: expected one value, got {_shown(value)}; write {name}.part: value")
+            raise UserError(
+                f"{where}: overrides: {name}: expected one value, got {_shown(value)}; write {name}.part: value"
+            )
 
 
 def _check_numbers(values: Mapping[str, Any], columns: list[str], rows: Collection[Row], where: str) -> None:
@@ -322,9 +328,7 @@ def _overrides(values: Any, where: str, first: str) -> None:
 def _check_fields(values: Any, where: str, required: Collection[str], optional: Collection[str] = ()) -> None:
     for name in _typed(values, dict, where, "it"):
         if name not in {*required, *optional}:
-            raise UserError(
-                f"{where}: {unknown_name('field', _shown(name, quoted=False), {*required, *optional})}"
-            )
+            raise UserError(f"{where}: {unknown_name('field', _shown(name, quoted=False), {*required, *optional})}")
     for name in required:
         if name not in values:
             raise UserError(f"{where}: the field {name!r} is missing")

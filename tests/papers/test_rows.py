@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.papers import reported
 from ditbench.harness.papers.reproduce import rows
 
@@ -119,3 +120,30 @@ def test_prompts_that_are_not_here_do_not_hide_what_the_paper_asks_for():
     (config,) = rows.configurations([line.job]).values()
     assert rows.settings_of(config)["protocol"]["prompts"] == "geneval"
     assert rows.prompts_here(config)["protocol"]["prompts"] == "shapes"
+
+
+def test_formats_that_a_paper_writes_its_own_way_are_said_by_the_table():
+    table = reported.table("svdquant-table1")
+    section = replace(table.reproduce, bits={"FP W4A4": "w4a4"})
+    lines = rows.plan_lines(table, section, None, ())
+    assert sum("bits=w4a4" in (line.job or ()) for line in lines) == 4 + 3
+    with pytest.raises(UserError, match="bits: FP W4A4: no format 'w44'; did you mean 'w4a4'"):
+        rows.plan_lines(table, replace(section, bits={"FP W4A4": "w44"}), None, ())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "tinydit"},
+        {"overrides": {"protcol.n": 4}},
+        {"overrides": {"a b": 4}},
+        {"rows": {"PTQ4DiT": ["method=ptq4dit", "method.iterationz=3"]}},
+        {"metrics": {"FID": "torch_fidelity/fit"}},
+    ],
+)
+def test_what_a_table_asks_of_ditbench_and_is_not_there_is_an_error_of_a_line(changes):
+    table = reported.table("ptq4dit-table1")
+    with pytest.raises(UserError) as refusal:
+        section = rows.reproducible(replace(table, reproduce=replace(table.reproduce, **changes)))
+        rows.configurations(line.job for line in rows.plan_lines(table, section, None, ()))
+    assert "\n" not in str(refusal.value)

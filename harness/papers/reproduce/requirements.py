@@ -35,9 +35,7 @@ WIDTH = 118
 NOT_HERE = "not here"
 
 
-def plan(
-    name: str | None, model: str | None = None, overrides: Sequence[str] = (), file: Path | None = None
-) -> str:
+def plan(name: str | None, model: str | None = None, overrides: Sequence[str] = (), file: Path | None = None) -> str:
     """What a reproduction needs; loads no weights of a large model and runs nothing.
 
     Raises:
@@ -77,7 +75,9 @@ def plan(
     return "\n".join(
         part
         for line in text
-        for part in (wrap(line, WIDTH, subsequent_indent=" " * 4, break_on_hyphens=False, break_long_words=False) or [""])
+        for part in (
+            wrap(line, WIDTH, subsequent_indent=" " * 4, break_on_hyphens=False, break_long_words=False) or [""]
+        )
     )
 
 
@@ -97,9 +97,7 @@ def absent_prompts(config: Mapping[str, Any]) -> list[str]:
     return [problem for problem in dict.fromkeys(found) if problem]
 
 
-def notes(
-    table: Table, section: Reproduce, lines: Sequence[Line], configs: Iterable[Mapping[str, Any]]
-) -> list[str]:
+def notes(table: Table, section: Reproduce, lines: Sequence[Line], configs: Iterable[Mapping[str, Any]]) -> list[str]:
     """Warnings of rows, what the section says, what the methods say of themselves, what rows and columns lack, and the rule."""
     said = [f"warning: {row.title}: {row.warning}" for row in table.rows if row.warning]
     said += [f"note: {note}" for note in section.notes]
@@ -109,7 +107,9 @@ def notes(
         if departs:
             said.append(f"note: {name} departs from its paper: {' '.join(departs[1].split())}")
     said += [f"not here: {lack}" for lack, _ in _lacks(section, lines)]
-    columns = [f"{name} ({section.lacks[name]})" if name in section.lacks else name for name in _not_computed(table, section)]
+    columns = [
+        f"{name} ({section.lacks[name]})" if name in section.lacks else name for name in _not_computed(table, section)
+    ]
     said += [f"not computed here: {', '.join(columns)} (ditbench paper show {table.name})"] if columns else []
     tolerances = ", ".join(f"{column} {tolerance:g}" for column, tolerance in section.tolerance.items())
     return [
@@ -175,9 +175,7 @@ def _evaluator(section: Reproduce, config: Mapping[str, Any], another: bool) -> 
     said = ", ".join(f"{column} = {metric}" for column, metric in section.metrics.items())
     if another:
         return f"{said}; in their place, what {config['model']['name']} has: {', '.join(config['metrics']['names'])}"
-    problems = dict.fromkeys(
-        problem for name in section.metrics.values() for problem in lacking(known_metrics()[name])
-    )
+    problems = dict.fromkeys(problem for name in section.metrics.values() for problem in lacking(known_metrics()[name]))
     return f"{said}; {'; '.join(problems) if problems else 'all of it is here'}"
 
 

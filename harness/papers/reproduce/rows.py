@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditbench.eval.base import known_metrics, no_metric
-from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.forms import PUBLISHED
 from ditbench.harness.papers.schema import Reproduce, Row, Table
@@ -83,7 +83,9 @@ def plan_lines(table: Table, section: Reproduce, model: str | None, overrides: S
     lines = [_line(table, section, row, another, overrides) for row in table.rows]
     if not any(line.job for line in lines):
         lacks = sorted({each for line in lines for each in line.lacks})
-        raise UserError(f"{table.name}: none of its rows can be run here: {'; '.join(why(section, each) for each in lacks)}")
+        raise UserError(
+            f"{table.name}: none of its rows can be run here: {'; '.join(why(section, each) for each in lacks)}"
+        )
     return lines
 
 
@@ -133,7 +135,9 @@ def _method(section: Reproduce, row: Row) -> tuple[list[str], list[str]]:
     chosen = list(section.rows.get(row.name, [f"method={OURS[row.name]}"] if row.name in OURS else []))
     if not chosen or (name := chosen[0].removeprefix("method=")) not in registry.known_methods():
         return [], [f"method {row.name}"]
-    return ([chosen[0], f"method.form={PUBLISHED}", *chosen[1:]] if PUBLISHED in registry.forms_of(name) else chosen), []
+    return (
+        [chosen[0], f"method.form={PUBLISHED}", *chosen[1:]] if PUBLISHED in registry.forms_of(name) else chosen
+    ), []
 
 
 def _bits(section: Reproduce, row: Row, chosen: list[str]) -> tuple[list[str], list[str]]:
@@ -141,6 +145,8 @@ def _bits(section: Reproduce, row: Row, chosen: list[str]) -> tuple[list[str], l
     if "bits" not in row.keys or not chosen or chosen[0] == f"method={registry.FLOAT}":
         return [], []
     printed = str(row.keys["bits"])
+    if printed in section.bits and section.bits[printed].lower() not in all_labels():
+        raise UserError(f"reproduce: bits: {printed}: {unknown_name('format', section.bits[printed], all_labels())}")
     label = section.bits.get(printed) or (BITS.fullmatch(printed) or ["", ""])[1]
     return ([f"bits={label.lower()}"], []) if label.lower() in all_labels() else ([], [f"format {printed}"])
 
