@@ -147,3 +147,13 @@ def test_what_a_table_asks_of_ditbench_and_is_not_there_is_an_error_of_a_line(ch
         section = rows.reproducible(replace(table, reproduce=replace(table.reproduce, **changes)))
         rows.configurations(line.job for line in rows.plan_lines(table, section, None, ()))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_setting_of_methods_is_for_the_rows_whose_method_has_it():
+    table = reported.table("ptq4dit-table1")
+    lines = rows.plan_lines(table, table.reproduce, "small-dit", ("method.iterations=3", "method.form=default"))
+    have = {line.row.name for line in lines if "method.iterations=3" in line.job}
+    assert have == {"PTQ4DM", "Q-Diffusion", "PTQD", "PTQ4DiT"}
+    assert all("method.form=default" in line.job for line in lines)
+    with pytest.raises(UserError, match="method.iterationz=3: no method of ptq4dit-table1"):
+        rows.plan_lines(table, table.reproduce, None, ("method.iterationz=3",))

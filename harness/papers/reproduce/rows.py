@@ -81,6 +81,9 @@ def plan_lines(table: Table, section: Reproduce, model: str | None, overrides: S
         raise UserError(f"reproduce: {taken[0]}= cannot be overridden: {instead}")
     another = model if is_another(section, model) else None
     lines = [_line(table, section, row, another, overrides) for row in table.rows]
+    for override in overrides:
+        if override.startswith("method.") and not any(override in (line.job or ()) for line in lines):
+            raise UserError(f"reproduce: {override}: no method of {table.name} that is here has such a setting")
     if not any(line.job for line in lines):
         lacks = sorted({each for line in lines for each in line.lacks})
         raise UserError(
@@ -118,11 +121,23 @@ def _line(table: Table, section: Reproduce, row: Row, another: str | None, overr
         *model[1:],  # stronger than what holds for all models
     ]
     expected = _merged(usual, whole, chosen, bits)
+    overrides = _of_the_method(chosen[0].removeprefix("method="), overrides)
     if another is None:
         return Line(row, _merged(expected, overrides), None if no_model else expected)
     kept = [each for each in whole if not _of_the_papers_model(each)]
     scaled = [f"model={another}", "protocol.n=${model.usual.n}", "protocol.steps=${model.usual.steps}"]
     return Line(row, _merged(usual, kept, chosen, bits, scaled, overrides), None if no_model else expected)
+
+
+def _of_the_method(name: str, overrides: Sequence[str]) -> list[str]:
+    """A setting of methods is for the rows whose method has it."""
+    known = set(registry.defaults(name))
+
+    def has(override: str) -> bool:
+        section, _, setting = override.split("=")[0].lstrip("+").partition(".")
+        return section != "method" or setting.split(".")[0] in known
+
+    return [override for override in overrides if has(override)]
 
 
 def _of_the_papers_model(override: str) -> bool:
