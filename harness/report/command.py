@@ -65,7 +65,7 @@ def command_of(record: Record) -> str:
             words.append(
                 f"{'' if name in usual or not name.startswith(('model.', 'method.')) else '++'}{name}={_written(setting)}"
             )
-    if (tracker := config.get("tracker") or {}).get("kind") == "none":
+    if (config.get("tracker") or {}).get("kind") == "none":
         words.append("tracker=none")
     if record.experiment != "default":
         words.append(f"name={_written(record.experiment)}")

@@ -24,6 +24,7 @@ from ditbench.harness.records.record import Record
 from ditbench.harness.records.sample_values import Values
 from ditbench.harness.report import compare
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names
+from ditbench.harness.report.contests import label_bits
 from ditbench.harness.report.page_files import PageFiles
 from ditbench.harness.report.whole import values_with
 from ditbench.harness.samples.store import SampleStore, found_store
@@ -37,7 +38,7 @@ GONE = "the samples are not in the cache any more; the run's own command draws t
 def gallery(group: Group, files: PageFiles) -> dict[str, Any] | None:
     """What the page shows of a group's samples; None where no quantized run kept any.
 
-    {"by": metric that says who suffered, "of": N, "samples": [{"row", "about", "seed"}], "video": how frames lie or null,
+    {"by": metric that says who suffered, "of": N, "first": bits shown first, "samples": [{"row", "about", "seed"}], "video": how frames lie or null,
     "runs": {place: {"pictures", "float": [name of a picture or null], "values": {title: [text]}, "sort": {title: [number]}, "fails": [[…]]}
     or {"overview", "float_overview", "why"}}, "better": {title: higher | lower}}
     """
@@ -53,8 +54,12 @@ def gallery(group: Group, files: PageFiles) -> dict[str, Any] | None:
     overviews = {place: found for place, found in overviews.items() if found}
     if not stores and not overviews:
         return None
+    labels = [
+        compare.bits_label(group.records[p]) for p in [*stores, *overviews] if label_bits(group.records[p]) is not None
+    ]
     closeness = _closeness(group, list(stores))
     found: dict[str, Any] = {"by": short_names(group.metrics).get(closeness or ""), "runs": {}, "samples": [], "of": 0}
+    found["first"] = labels[-1] if labels else None  # the fewest bits: where most is to be seen
     found["better"] = {title: compare.better(group, name) for name, title in short_names(group.metrics).items()}
     if stores:
         one = next(iter(stores.values()))[0]
