@@ -57,7 +57,7 @@ def command_of(record: Record) -> str:
             continue
         if (
             name.startswith("bits.")
-            and bits.get("label", "").lower() != MIXED
+            and str(bits.get("label")).lower() != MIXED
             and name.rpartition(".")[2] in ("bits", "number")
         ):
             continue

@@ -68,6 +68,11 @@ def front_figure(group: Group, metric: str, front: Front) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
+def short(x: float | None) -> float | None:
+    """With the digits that a plot can show."""
+    return None if x is None else float(f"{x:.6g}")
+
+
 def plain(text: str) -> str:
     """Text that plotly takes as it stands: it would read < as the beginning of a tag."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -150,13 +155,13 @@ def _trace(
         "type": "scatter",
         "mode": "markers+text",
         "name": plain(f"{name} (bf16)" if is_float else name),
-        "x": [x_of(record) for record in records],
-        "y": ys,
+        "x": [short(x_of(record)) for record in records],
+        "y": [short(y) for y in ys],
         "error_y": {
             "type": "data",
             "symmetric": False,
-            "array": [high - y for (_, high), y in zip(bands, ys, strict=True)],
-            "arrayminus": [y - low for (low, _), y in zip(bands, ys, strict=True)],
+            "array": [short(high - y) for (_, high), y in zip(bands, ys, strict=True)],
+            "arrayminus": [short(y - low) for (low, _), y in zip(bands, ys, strict=True)],
             "thickness": 1,
             "width": 3,
         },

@@ -46,7 +46,8 @@ def page_data(groups: Sequence[Group], files: PageFiles, at: str, damaged: Seque
         "columns": columns,
         "rows": rows,
         "groups": [
-            _group(group, built, start, files) for group, built, start in zip(groups, tables, starts, strict=True)
+            _group(group, built, index, start, files)
+            for index, (group, built, start) in enumerate(zip(groups, tables, starts, strict=True))
         ],
         "provenance": trust.provenance(records),
         "damaged": list(damaged),
@@ -126,28 +127,32 @@ def _cell(cell: Cell, at_bytes: Cell) -> dict[str, Any]:
     return {key: said for key, said in found.items() if said} | ({} if sort is None else {"s": sort})
 
 
-def _group(group: Group, built: dict[str, Table], start: int, files: PageFiles) -> dict[str, Any]:
+def _group(group: Group, built: dict[str, Table], index: int, start: int, files: PageFiles) -> dict[str, Any]:
+    """What every view knows of a group, and the name of what is loaded when it is looked at."""
     names = short_names(group.metrics)
     plotted = figures.plotted(group)
     first = built[BITS]
-    return {
-        "label": group.label,
+    metrics = [
+        {"name": name, "title": names[name] + " (closeness to float)" * compare.is_closeness(group, name)}
+        for name in plotted
+    ]
+    looked_at = {
         "caption": first.caption,
-        "devices": first.devices,
-        "start": start,
         "notes": {way: built[way].notes for way in WAYS},
         "not_ranked": first.not_ranked,
-        "metrics": [
-            {"name": name, "title": names[name] + " (closeness to float)" * compare.is_closeness(group, name)}
-            for name in plotted
-        ],
+        "metrics": metrics,
         "metric": most_telling(group, plotted),
         "answers": {metric: _answers(group, metric, start) for metric in plotted},
         "tests": {way: [_tests(each) for each in paired_text.tests(group, at=way)] for way in WAYS},
         "gallery": _moved(gallery(group, files), start),
         "layers": layers(group, start, files),
+        "computed": trust.computed(group),
         "passports": trust.passports(group),
+    }
+    return {
+        "label": group.label,
         "problems": trust.problems(group),
+        "file": files.data(f"groups/{index}", looked_at),
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ditbench.harness.common.errors import UserError
 
-INLINE_MAX_BYTES = 3_000_000  # with plotly.js and the table a page then stays below 10 MB
+INLINE_MAX_BYTES = 4_000_000  # with plotly.js and the table a page then stays below 10 MB
 MARK = ".ditbench-page"  # in a folder that may be replaced, since a page made it
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ditbench.harness.records.record import Record
@@ -32,8 +32,8 @@ def provenance(records: Sequence[Record]) -> list[list[str]]:
 
 
 def of_run(group: Group, place: int) -> dict[str, Any]:
-    """Everything that the page shows of one run when it is asked for: JSON."""
-    record, titles = group.records[place], short_names(group.metrics)
+    """Everything that the page shows of one run when it is asked for: JSON. A metric's passport is a place in `passports`."""
+    record, titles, known = group.records[place], short_names(group.metrics), passports(group)
     metrics = [
         {
             "name": name,
@@ -42,7 +42,7 @@ def of_run(group: Group, place: int) -> dict[str, Any]:
             "n": entry.get("n"),
             "status": entry.get("status"),
             "why": entry.get("reason"),
-            "passport": {key: _plain(setting) for key, setting in (entry.get("passport") or {}).items()},
+            "passport": known.index(_passport(entry)),
         }
         for name, entry in record.metrics.items()
     ]
@@ -64,7 +64,7 @@ def of_run(group: Group, place: int) -> dict[str, Any]:
     }
 
 
-def passports(group: Group) -> list[dict[str, Any]]:
+def computed(group: Group) -> list[dict[str, Any]]:
     """A line per metric: what computed it, on how many samples, against what, how its interval is made; and what was not computed."""
     titles, found = short_names(group.metrics), []
     for name in group.metrics:
@@ -90,6 +90,24 @@ def passports(group: Group) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def passports(group: Group) -> list[dict[str, str]]:
+    """Each that a metric of the group has, once: they are long, and most runs share theirs."""
+
+    def found() -> list[dict[str, str]]:
+        distinct: list[dict[str, str]] = []
+        for record in group.records:
+            for entry in record.metrics.values():
+                if (own := _passport(entry)) not in distinct:
+                    distinct.append(own)
+        return distinct
+
+    return group.once("passports", found)
+
+
+def _passport(entry: Mapping[str, Any]) -> dict[str, str]:
+    return {key: _plain(setting) for key, setting in (entry.get("passport") or {}).items()}
 
 
 def problems(group: Group) -> list[dict[str, str]]:

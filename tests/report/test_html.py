@@ -267,7 +267,7 @@ def test_what_is_much_lies_in_a_folder_beside_and_is_loaded_when_shown(sweep, op
     page, complaints, outside = open_page(path, "view=layers")
     page.wait_for_selector("#plot-steps .heatmaplayer image")
     page.click("#tab-samples")
-    page.wait_for_function("document.querySelector('img.overview')?.naturalWidth > 0")
+    page.locator("img.overview").first.evaluate("image => image.decode()")
     page.click("#tab-trust")
     page.locator("#trust button.run").first.click()
     page.wait_for_selector("#dialog .metrics")

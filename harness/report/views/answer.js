@@ -1,6 +1,7 @@
 // Answer first: what to ship. Fronts of quality over bytes and over measured speed-up, the knee in a sentence, flags.
 views.answer = {
   title: "What to ship",
+  needsGroup: true,
   update(section) {
     const its = group(), metric = its.metrics.some(each => each.name === state.metric) ? state.metric : its.metric;
     section.replaceChildren(el("div", {class: "controls"}, pickGroup(),

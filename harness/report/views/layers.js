@@ -1,6 +1,7 @@
 // Layers: error by layer and run, by layer and step, the worst ones, and plans of mixed precision.
 views.layers = {
   title: "Layers",
+  needsGroup: true,
   async update(section) {
     const layers = group().layers;
     section.replaceChildren(el("div", {class: "controls"}, pickGroup()));

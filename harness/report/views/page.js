@@ -66,6 +66,8 @@ function remember(changes, asStep = false) {
 }
 
 const group = () => data.groups[state.group || 0];
+// A group with what is loaded when it is looked at.
+const whole = async index => (data.groups[index].answers ? data.groups[index] : Object.assign(data.groups[index], await load(data.groups[index].file)));
 const ranks = () => state.ranks || data.at;
 const listed = key => (state[key] ? state[key].split("|") : []);
 

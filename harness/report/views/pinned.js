@@ -15,6 +15,7 @@ async function showPinned() {
   if (!chosen.length) { place.replaceChildren(); return; }
   const [one, other] = chosen.map(id => data.rows[id]);
   if (!other) { place.replaceChildren(el("p", {class: "empty"}, `${one.called} is pinned; pin another to compare them.`)); return; }
+  if (one.group === other.group) await whole(one.group);
   const keys = data.columns.slice(1).filter(({key}) => one.cells[key]?.t || other.cells[key]?.t);
   const rows = keys.map(column => [head(column), cellText(one, column.key), cellText(other, column.key), tested(one, other, column.key)]);
   const details = el("div", {}, "…");

@@ -8,7 +8,7 @@ views.runs = {
     const facets = el("div", {class: "controls", id: "filters"});
     section.append(facets, el("p", {class: "legend"},
       el("span", {}, "where paired tests tell runs apart: ", el("b", {}, "bold"), " best (several: tied), ", el("u", {}, "underlined"), " second"),
-      el("span", {}, el("span", {class: "inside"}, "grey ~"), " not told apart from the float model"),
+      el("span", {}, el("i", {class: "inside"}, "grey ~"), " not told apart from the float model"),
       el("span", {}, "▲ stores over 10 % more than its label says"),
       el("span", {}, "keys: ↑ ↓ move, Enter details, p pin")),
       el("div", {id: "grid"}), el("p", {class: "hint", id: "count"}), el("div", {id: "pinned"}), el("div", {id: "notes"}));
@@ -148,8 +148,16 @@ function moveTo(id) {
 
 function groupNotes() {
   const shown = data.groups.length > 12 ? data.groups.slice(0, 12) : data.groups, way = ranks();
-  document.getElementById("notes").replaceChildren(el("h3", {}, "How to read these numbers"), ...shown.map(each => el("details", {open: data.groups.length === 1},
-    el("summary", {}, each.label), el("p", {class: "caption"}, each.caption), list([...each.notes[way], ...each.not_ranked]), ...each.tests[way].map(testsOf))),
+  document.getElementById("notes").replaceChildren(el("h3", {}, "How to read these numbers"), ...shown.map((each, index) => {
+    const made = el("details", {}, el("summary", {}, each.label));
+    made.addEventListener("toggle", async () => {
+      if (made.childElementCount > 1) return;
+      const its = await whole(index);
+      if (made.childElementCount === 1) made.append(el("p", {class: "caption"}, its.caption), list([...its.notes[way], ...its.not_ranked]), ...its.tests[way].map(testsOf));
+    });
+    made.open = data.groups.length === 1;
+    return made;
+  }),
     shown.length < data.groups.length ? el("p", {class: "hint"}, `and ${data.groups.length - shown.length} more groups; their notes are beside "What to ship", one group at a time`) : "");
 }
 

@@ -3,6 +3,7 @@ const MOST_CHOSEN = 4;
 
 views.samples = {
   title: "Samples",
+  needsGroup: true,
   update(section) {
     const gallery = group().gallery;
     section.replaceChildren(el("div", {class: "controls"}, pickGroup()));

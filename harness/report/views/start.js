@@ -14,7 +14,9 @@ tabs.addEventListener("keydown", event => {
   next.click();
 });
 
-function show() {
+let shows = 0;
+
+async function show() {
   for (const [name, view] of Object.entries(views)) {
     const section = document.getElementById(name), isShown = name === state.view;
     section.hidden = !isShown;
@@ -23,7 +25,13 @@ function show() {
     tab.tabIndex = isShown ? 0 : -1;
     if (!isShown) continue;
     if (!view.built) { view.built = true; view.build?.(section); }
+    const asked = ++shows;
+    if (view.needsGroup) {
+      try { await whole(state.group || 0); } catch (error) { section.replaceChildren(el("p", {class: "empty"}, error.message)); return; }
+    }
+    if (asked !== shows) return;  // something else was asked for meanwhile
     view.update(section);
+    document.documentElement.dataset.shown ??= Math.round(performance.now());
   }
 }
 
@@ -44,4 +52,3 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawPlot
 addEventListener("hashchange", () => { readState(); show(); });
 readState();
 show();
-document.documentElement.dataset.ready = Math.round(performance.now());
