@@ -43,7 +43,7 @@ def command_of(record: Record) -> str:
     that is written out. A setting whose default cannot be told without composing is written out as well.
     """
     config = record.config
-    model, method, bits = (config.get(name) or {} for name in ("model", "method", "bits"))
+    model, bits = _section(config, "model"), _section(config, "bits")
     words = [f"model={record.model}", f"method={record.method}", f"bits={_bits_choice(bits)}"]
     if metrics := _metrics_choice(config):
         words.append(f"metrics={metrics}")
@@ -65,11 +65,17 @@ def command_of(record: Record) -> str:
             words.append(
                 f"{'' if name in usual or not name.startswith(('model.', 'method.')) else '++'}{name}={_written(setting)}"
             )
-    if (config.get("tracker") or {}).get("kind") == "none":
+    if _section(config, "tracker").get("kind") == "none":
         words.append("tracker=none")
     if record.experiment != "default":
         words.append(f"name={_written(record.experiment)}")
     return shlex.join(["ditbench", "run", *words])
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A record may come from anywhere."""
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _bits_choice(bits: Mapping[str, Any]) -> str:
@@ -79,7 +85,7 @@ def _bits_choice(bits: Mapping[str, Any]) -> str:
 
 def _metrics_choice(config: Mapping[str, Any]) -> str | None:
     """The set of metrics that is just what the record says."""
-    usual = (config.get("model") or {}).get("usual") or {}
+    usual = _section(_section(config, "model"), "usual")
     for path in sorted((CONF / "metrics").glob("[!_]*.yaml")):
         said = _leaves({"metrics": _of_file("metrics", path.stem)})
         if {name: _resolved(setting, usual, config) for name, setting in said.items()} == _leaves(
@@ -90,7 +96,7 @@ def _metrics_choice(config: Mapping[str, Any]) -> str | None:
 
 
 def _defaults(config: Mapping[str, Any], model: Mapping[str, Any], method: str) -> dict[str, Any]:
-    usual = model.get("usual") or {}
+    usual = _section(model, "usual")
     found = _leaves({key: value for key, value in _yaml("config.yaml").items() if key not in ("defaults", "hydra")})
     for section in (*_SECTIONS, "bits"):
         found |= _leaves(
@@ -100,14 +106,14 @@ def _defaults(config: Mapping[str, Any], model: Mapping[str, Any], method: str) 
     if method in registry.known_methods():
         found |= _leaves({"method": registry.defaults(method)})
     defaults = {name: _resolved(setting, usual, config) for name, setting in found.items()}
-    if (config.get("method") or {}).get("form", DEFAULT) != DEFAULT:  # which says some of it in its own way
+    if _section(config, "method").get("form", DEFAULT) != DEFAULT:  # which says some of it in its own way
         by_form = [name for name, setting in found.items() if name.startswith("method.") or "${form:" in str(setting)]
         defaults |= dict.fromkeys([name for name in by_form if name != "method.form"], _UNKNOWN)
     return defaults
 
 
 def _is_mixed(config: Mapping[str, Any]) -> bool:
-    return str((config.get("bits") or {}).get("label")).lower() == MIXED
+    return str(_section(config, "bits").get("label")).lower() == MIXED
 
 
 def _of_file(group: str, name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ditbench.harness.report.fronts import called, fronts
 from ditbench.harness.report.gallery import gallery
 from ditbench.harness.report.layers import layers
 from ditbench.harness.report.page_files import PageFiles
-from ditbench.harness.report.table import Cell, Table, table
+from ditbench.harness.report.table import Cell, Column, Table, table
 
 WAYS = (BITS, BYTES)
 MOST_TESTS = 400  # rows of paired tests of one metric on the page; `ditbench compare` has them all
@@ -26,6 +26,9 @@ HEADS = {  # what newcomers read, for the short heads of a terminal
     "fit": "time to quantize",
     "fit peak": "memory to quantize",
 }
+# And of metrics whose names say little by themselves; the whole name stands in the head's tooltip.
+METRIC_HEADS = {"overall": "follows the prompt", "direction": "moves as asked", "accuracy": "right class"}
+METRIC_HEADS |= {"object": "right object", "speed": "right speed", "collapse": "collapsed samples"}
 
 
 def page_data(groups: Sequence[Group], files: PageFiles, at: str, damaged: Sequence[str]) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def _columns(groups: Sequence[Group], tables: Sequence[Table]) -> list[dict[str,
                 key,
                 {
                     "key": key,
-                    "title": HEADS.get(column.title, column.title),
+                    "title": _head(column),
                     "unit": unit,
                     "tip": column.tip,
                     "kind": column.kind,
@@ -77,6 +80,13 @@ def _columns(groups: Sequence[Group], tables: Sequence[Table]) -> list[dict[str,
             )
     status = found.pop("status", None)  # after what only some groups have
     return [*found.values(), *([status] if status else [])]
+
+
+def _head(column: Column) -> str:
+    if not column.metric:
+        return HEADS.get(column.title, column.title)
+    name, blank, arrow = column.title.partition(" ")
+    return METRIC_HEADS.get(name, name) + blank + arrow
 
 
 def _rows(

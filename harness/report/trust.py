@@ -47,7 +47,11 @@ def of_run(group: Group, place: int) -> dict[str, Any]:
         for name, entry in record.metrics.items()
     ]
     hashes = {name: str(text) for name, text in record.env.items() if name.endswith("sha256") and text}
-    hashes |= {f"part {name}": str(text) for name, text in (record.env.get("checkpoint_parts") or {}).items()}
+    parts_of_model = record.env.get("checkpoint_parts")
+    hashes |= {
+        f"part {name}": str(text)
+        for name, text in (parts_of_model if isinstance(parts_of_model, Mapping) else {}).items()
+    }
     hashes |= {f"made from {name}": _plain(key) for name, key in record.made_from.items() if key}
     hashes |= {f"file {name}": str(entry.get("sha256")) for name, entry in record.files.items()}
     parts = {"bits": record.bits, "speed and size": record.efficiency, "seconds": record.timings_s, "cost": record.cost}
@@ -138,7 +142,10 @@ def value_text(group: Group, record: Record, metric: str) -> str:
 def _facts(record: Record) -> dict[str, str]:
     env = record.env
     when = next((env[key] for key in _WHEN if env.get(key)), None)
-    versions = {name: env.get(name) for name in ("ditbench", "python")} | dict(env.get("packages") or {})
+    packages = env.get("packages")
+    versions = {name: env.get(name) for name in ("ditbench", "python")} | dict(
+        packages if isinstance(packages, Mapping) else {}
+    )
     return {
         "date": str(when)[:19].replace("T", " ") if when else "",
         "git": _git(env.get("git")),

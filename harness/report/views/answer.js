@@ -45,7 +45,7 @@ function frontTable(answers) {
 }
 
 const head = column => el("span", {title: column.tip}, column.title, column.unit ? el("small", {}, column.unit) : null);
-const runButton = row => el("button", {type: "button", class: "run", title: row.name, onclick: () => showRun(row.id)}, row.name);
+const runButton = row => el("button", {type: "button", class: "run", title: row.name, onclick: () => showRun(row.id)}, row.float ? `${row.name} (float model)` : row.name);
 
 function cellText(row, key) {
   const cell = row.cells[key];
