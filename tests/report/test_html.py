@@ -201,17 +201,15 @@ def test_two_runs_are_pinned_and_compared_with_keys_alone(page_of, open_page):
     page.wait_for_selector("#pinned .pair")
     line = page.locator("#pinned .pair tr", has_text="psnr").inner_text()
     assert "balance − hadamard: −1.7" in line and "p (Holm) < 0.001" in line
-    assert page.locator("#pinned table").nth(1).inner_text().split() == [
-        "setting",
-        "balance",
-        "hadamard",
-        "method.name",
-        '"balance"',
-        '"hadamard"',
+    differing = page.locator("#pinned table").nth(1).locator("tr").all_inner_texts()
+    assert [line.split("\t") for line in differing] == [
+        ["setting", "balance W4A8", "hadamard W4A8"],
+        ["method.name", '"balance"', '"hadamard"'],
     ]
     page.keyboard.press("Enter")
     page.wait_for_selector("#dialog .command")
     assert "ditbench run model=tiny-dit method=hadamard bits=w4a8" in page.locator("#dialog .command").inner_text()
+    assert "null" not in page.locator("#dialog > *:not(details)").all_inner_texts()
     page.keyboard.press("Escape")
     assert not page.locator("#dialog").is_visible() and complaints == []
 

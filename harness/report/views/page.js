@@ -13,9 +13,11 @@ function el(tag, props = {}, ...children) {
     else if (name in made && typeof value !== "string") made[name] = value;
     else made.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.flat(Infinity).filter(child => child !== null && child !== undefined && child !== false));
+  made.append(...shownOnly(children));
   return made;
 }
+
+const shownOnly = children => children.flat(Infinity).filter(child => child !== null && child !== undefined && child !== false);
 
 const list = (lines, className = "notes") => el("ul", {class: className}, lines.map(line => el("li", {}, line)));
 

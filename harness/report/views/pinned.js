@@ -20,10 +20,10 @@ async function showPinned() {
   const rows = keys.map(column => [head(column), cellText(one, column.key), cellText(other, column.key), tested(one, other, column.key)]);
   const details = el("div", {}, "…");
   place.replaceChildren(el("h3", {}, "Side by side"), one.group === other.group ? "" : el("p", {class: "empty"}, "These are of different models, protocols or seeds: their numbers do not compare."),
-    plainTable(["", runButton(one), runButton(other), "difference (paired test)"], rows, "pair"), el("h4", {}, "Settings that differ"), details);
+    plainTable(["", one.called, other.called, one.contest[ranks()] === other.contest[ranks()] ? "difference (paired test)" : "difference (paired tests are of runs that are ranked together)"], rows, "pair"), el("h4", {}, "Settings that differ"), details);
   const [first, second] = (await Promise.all([one, other].map(row => load(row.details)))).map(each => flat(each.parts.configuration || {}));
   const differing = [...new Set([...Object.keys(first), ...Object.keys(second)])].filter(key => first[key] !== second[key]);
-  details.replaceChildren(differing.length ? plainTable(["setting", one.name, other.name], differing.map(key => [key, first[key] ?? "–", second[key] ?? "–"])) : el("p", {class: "hint"}, "none"));
+  details.replaceChildren(differing.length ? plainTable(["setting", one.called, other.called], differing.map(key => [key, first[key] ?? "–", second[key] ?? "–"])) : el("p", {class: "hint"}, "none"));
 }
 
 // What the tests of the page's contests say of these two; those of other pairs are not made.

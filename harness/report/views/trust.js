@@ -18,7 +18,7 @@ views.trust = {
 
 function openDialog(title, ...content) {
   const dialog = document.getElementById("dialog");
-  dialog.replaceChildren(el("div", {class: "bar"}, el("h2", {}, title), el("button", {type: "button", onclick: () => dialog.close(), "aria-label": "close"}, "✕")), ...content);
+  dialog.replaceChildren(el("div", {class: "bar"}, el("h2", {}, title), el("button", {type: "button", onclick: () => dialog.close(), "aria-label": "close"}, "✕")), ...shownOnly(content));
   if (!dialog.open) dialog.showModal();
 }
 
