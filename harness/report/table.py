@@ -49,6 +49,7 @@ class Column:
     numeric: bool = True
     descending_first: bool = False
     kind: str = ""  # of a metric: QUALITY | CLOSENESS
+    metric: str = ""  # its whole name
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def _metric_column(group: Group, metric: str) -> Column:
         f"{metric} ({kind}): {'describes, and ranks nobody' if better == 'none' else f'{better} is better'}",
         descending_first=better == "higher",
         kind=kind,
+        metric=metric,
     )
 
 

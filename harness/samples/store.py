@@ -188,6 +188,20 @@ class SampleStore:
             note["fps"],
         )
 
+    def content_of(self, row: int) -> bytes:
+        """The file of one sample, as it was written: a lossless WebP, or a video.
+
+        Raises:
+            FileNotFoundError: its piece is not drawn, or the file is gone. Damaged: it is not what was written.
+        """
+        piece = self.piece(row // self.index["piece"])
+        name = next(name for name in self.note(piece)["files"] if name.startswith(f"{row:06d}."))
+        return check_bytes(self.folder / name, self.note(piece)["files"][name])
+
+    def about(self) -> list[dict[str, Any]]:
+        """Of every sample its label or prompt, and its seed. Raises Damaged."""
+        return self._lines()
+
     def _lines(self) -> list[dict[str, Any]]:
         content = check_bytes(self.folder / LINES, self.index["lines"])
         return [json.loads(line) for line in content.decode().splitlines()]

@@ -113,7 +113,7 @@ def test_text_markdown_and_html_show_the_same_comparisons(add, results_dir):
     markdown = report(results_dir).text
     assert f"| W4A8 | a − bb | {delta} | \\< 0.001 | \\< 0.001 |" in markdown and "best a; second bb" in markdown
     made = report(results_dir, format="html")
-    assert f'<td class="text">{delta}</td>' in made.path.read_text()
+    assert f'"a − bb","{delta}"' in made.path.read_text()
     assert "paired tests on psnr (closeness to float)" in made.text and "W4A8: best a; second bb" in made.text
     assert "→ W4A8: best a; second bb" in shown
 
