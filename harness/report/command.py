@@ -51,7 +51,7 @@ def command_of(record: Record) -> str:
     for name, setting in _leaves(config).items():
         if (
             name in _LEFT_OUT
-            or name.startswith(("model.usual.", "tracker."))
+            or name.startswith(("model.usual.", "tracker.", "launcher.", "sweep."))
             or (metrics and name.startswith("metrics."))
         ):
             continue

@@ -82,10 +82,10 @@ def beside(record: Record, artifact: str) -> Any:
 def values_with(record: Record, metric: str) -> sample_values.Values | None:
     """The values per sample of a metric: beside the metric if it was computed later, else beside the record."""
     later = None if record.folder is None else record.folder / "metrics" / f"{metric}.json"
-    if later is None or not later.is_file():
-        return beside(record, "per_sample")
-    path = later.with_suffix(".npz")
     try:
+        if later is None or not later.is_file():
+            return beside(record, "per_sample")
+        path = later.with_suffix(".npz")
         return _read("per_sample", path, path.stat().st_mtime_ns)
     except Exception:  # there is none, or none that can be read
         return None

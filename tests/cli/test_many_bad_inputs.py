@@ -10,13 +10,21 @@ from pathlib import Path
 
 import pytest
 from bad_files import make_files
-from bad_inputs import CASES
+from bad_inputs import CASES as OF_MOST_COMMANDS
 from outcomes import REFUSED, TINY
 
 from ditbench.harness.cli.command_line import COMMANDS
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.stages.config import parse
 from ditbench.harness.sweep.compose import composed
+
+CASES = [
+    *OF_MOST_COMMANDS,
+    ("status nope", "nope"),
+    ("status", "experiment"),
+    ("retry nope", "nope"),
+    ("retry nope --failed --missing", "--missing"),
+]
 
 
 class WentOn(BaseException):
@@ -77,7 +85,8 @@ def names(node, name=""):
     return [each for key, value in node.items() for each in names(value, f"{name}.{key}".lstrip("."))]
 
 
-SETTINGS = [name for name in names(RAW) if not name.startswith("model.usual.")]
+OF_NO_RUN = ("model.usual.", "sweep.", "launcher.")  # those of sweeps are asked before there is a run: tests/sweep
+SETTINGS = [name for name in names(RAW) if not name.startswith(OF_NO_RUN)]
 TAKEN = {  # what one setting may be, though no other may
     "model.random": ({"a": 1},),  # the transformer's class knows better, once it is made
     "model.note": ("\x07", "\ud800", "x" * 5000),
