@@ -11,6 +11,7 @@ process or machine the job ran in. Files carry a hash of themselves; a damaged o
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from ditbench.harness.records.record import ATTEMPT, Record
 
 FOLDER, FILE = ".sweeps", "sweep.json"
 FORMAT = 1
+STAMP = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")  # the name of a folder: nothing else may be one
 DONE, FAILED, REFUSED, RUNNING, MISSING = "done", "failed", "refused", "running", "missing"
 
 
@@ -104,6 +106,8 @@ def read(home: Path, stamp: str) -> Sweep:
         UserError: there is none, or it is not what was written.
     """
     path = home / FOLDER / stamp / FILE
+    if not STAMP.fullmatch(stamp):
+        raise UserError(f"{home}: no sweep {stamp}; known: {', '.join(stamps(home)) or 'none'}")
     try:
         values = hashed_json.read(path)
         if values.pop("format") != FORMAT:
@@ -134,7 +138,8 @@ def newest(home: Path) -> Sweep | None:
 
 def stamps(home: Path) -> list[str]:
     """Of all sweeps of an experiment, oldest first."""
-    return sorted(path.parent.name for path in (home / FOLDER).glob(f"*/{FILE}"))
+    names = (path.parent.name for path in (home / FOLDER).glob(f"*/{FILE}"))
+    return sorted(name for name in names if STAMP.fullmatch(name))
 
 
 def say_of_job(sweep: tuple[Path, str], job: Job) -> None:

@@ -27,6 +27,7 @@ from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names
 from ditbench.harness.report.contests import label_bits
 from ditbench.harness.report.page_files import PageFiles
 from ditbench.harness.report.whole import values_with
+from ditbench.harness.samples.pixels import LOSSLESS_IMAGE
 from ditbench.harness.samples.store import SampleStore, found_store
 
 SHOWN, SHOWN_VIDEOS = 16, 6
@@ -190,7 +191,7 @@ def _all_frames(video_FHWC: Tensor) -> bytes:
 
 def _webp(image: Image.Image, **how: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", **(how or {"lossless": True, "quality": 0, "method": 2, "exact": True}))
+    image.save(buffer, format="WEBP", **(how or LOSSLESS_IMAGE))
     return buffer.getvalue()
 
 

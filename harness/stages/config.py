@@ -23,7 +23,7 @@ from ditbench.harness.records.record import PLACES
 from ditbench.harness.samples.conditions import PROMPTS
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.stages.prompt_sets import load_prompts
-from ditbench.harness.stages.values import check_values
+from ditbench.harness.stages.values import check_sweep, check_values
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
@@ -84,6 +84,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     """
     raw = {"memory": AUTO} | raw  # records from before there was a choice have none
     sweep, _ = raw.pop("sweep", {}), raw.pop("launcher", None)  # no part of what a run is
+    check_sweep(sweep)
     check_values(raw)
     if raw["method"]["name"] == registry.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}

@@ -181,8 +181,7 @@ class Estimate:
             return []  # what is simulated is not timed
         rows, calls = 2 * section["samples"], section["repeats"] + section["warmup"] + 2
         macs = rows * calls * self.counts.call_macs
-        floats = self.rates.float_macs_s
-        each = (1 / self.rates.quantized_macs_s, 1 / floats.get("bfloat16", max(floats.values())))
+        each = (1 / self.rates.quantized_macs_s, 1 / self.rates.float_macs_s["bfloat16"])
         stage = Stage("measure", "", 2 * macs, macs * sum(each))
         known = self.earlier.get("measure", *self._what)
         stage.seconds = stage.seconds if known is None else known * section["repeats"] * section["samples"]

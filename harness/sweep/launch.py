@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,21 +14,21 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of, of_the_system, reason
+from ditbench.harness.common.errors import UserError, lines_of, of_the_system, reason
 from ditbench.harness.common.interrupts import terminable
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.common.watch import say, watching
 from ditbench.harness.records import attempts, sweeps
 from ditbench.harness.records.environment import now
 from ditbench.harness.records.record import Record
-from ditbench.harness.records.sweeps import DONE, FAILED, MISSING, REFUSED, RUNNING, Outcome, Sweep
-from ditbench.harness.report import comparison_table
+from ditbench.harness.records.sweeps import FAILED, MISSING, REFUSED, Outcome, Sweep
 from ditbench.harness.run import run
 from ditbench.harness.sweep import compose, objective
 from ditbench.harness.sweep.compose import resolved
+from ditbench.harness.sweep.ending import ended, table_on_interrupt, told
 from ditbench.harness.sweep.engine_choice import engine_of, refuse_several_engines
 from ditbench.harness.sweep.engines import local
-from ditbench.harness.sweep.engines.base import LOST, Job, outcomes
+from ditbench.harness.sweep.engines.base import LOST, Job, chosen, outcomes
 from ditbench.harness.sweep.jobs import JOB, OF, Planned, manifests, parse_job, planned, without_hydra
 from ditbench.harness.sweep.live import Live
 from ditbench.harness.sweep.multirun import Multirun, multirun
@@ -53,6 +52,8 @@ def launch(arguments: list[str], again: Mapping[int, Sequence[str]] | None = Non
     if any(each.startswith("launcher=") and each != "launcher=local" for each in arguments):
         arguments = [*arguments, "--multirun"]  # a sweep of one: it is not this process that does it
     with _arguments(arguments), multirun(arguments) as sweep:
+        if sweep is not None and sweep.sweeper is not None:
+            return _launch_chosen(sweep, sweeps.new_stamp())
         if sweep is not None:
             return _launch_sweep(sweep, again, stamp or sweeps.new_stamp())
     _done.clear()
@@ -62,7 +63,7 @@ def launch(arguments: list[str], again: Mapping[int, Sequence[str]] | None = Non
     failed = [
         Outcome(sweeps.Job(0, (), named(each)), FAILED, each.error or "") for each in _done if each.status == "failed"
     ]
-    return _told(_done, failed, _refused)
+    return told(_done, failed, _refused)
 
 
 def named(record: Record) -> str:
@@ -70,14 +71,13 @@ def named(record: Record) -> str:
 
 
 def _launch_sweep(multirun: Multirun, again: Mapping[int, Sequence[str]] | None, stamp: str) -> int:
-    listed = again or dict(enumerate(multirun.jobs())) if multirun.sweeper is None else {0: ()}
+    """Look at all jobs, write down and say which there are, carry out those that are to be done, and tell what came of it."""
+    listed = again or dict(enumerate(multirun.jobs()))
     engine, settings = engine_of(multirun, next(iter(listed.items())))
-    if multirun.sweeper is not None:
-        return _launch_chosen(multirun, stamp)
     jobs = planned(multirun, stamp, listed, multirun.here and not engine.ELSEWHERE)
     refuse_several_engines([each.config for each in jobs])
     if all(each.error is not None for each in jobs):
-        return _told([], [], [each.error for each in jobs if each.error is not None])
+        return told([], [], [each.error for each in jobs if each.error is not None])
     made = manifests(multirun, stamp, now(), jobs)
     if again is not None:
         made = [sweeps.renew(sweeps.read(each.home, stamp), each.jobs) for each in made]
@@ -85,61 +85,77 @@ def _launch_sweep(multirun: Multirun, again: Mapping[int, Sequence[str]] | None,
         sweeps.write(sweep)
     for line in announced(stamp, jobs):
         say(line)
-    to_do = [each for each in jobs if each.to_do]
-    broken: dict[int, Exception] = {}
-    lost: dict[int, str] = {}
-    with _table_on_interrupt(made):
-        if not to_do:
-            pass
-        elif engine is not local:
-            lost = _by_engine(engine, settings, to_do)
-        elif multirun.here:
-            with Live(len(to_do)) as live, watching(live):
-                for number, each in enumerate(to_do, start=1):
-                    broken |= _carried_out(multirun, each)
-                    live.begun = (
-                        number  # also of one that did not begin: another process did it meanwhile, or it was refused
-                    )
-        else:
-            given = [(*each.job.overrides, f"{OF}={stamp}", f"{JOB}={each.job.number}") for each in to_do]
-            returned = multirun.launch(given, job)
-            broken = {
-                each.job.number: error
-                for each, error in zip(to_do, returned, strict=False)
-                if isinstance(error, Exception)
-            }
-    return _end(made, broken, lost)
+    with table_on_interrupt(made):
+        heard = _all_carried_out(multirun, engine, settings, [each for each in jobs if each.to_do], stamp)
+    return ended(made, heard)
 
 
-def _by_engine(engine: ModuleType, settings: Any, to_do: Sequence[Planned]) -> dict[int, str]:
-    """{number of a job that did not come back: why}."""
+def _all_carried_out(
+    multirun: Multirun, engine: ModuleType, settings: Any, to_do: Sequence[Planned], stamp: str
+) -> dict[int, tuple[str, str]]:
+    """What is heard of jobs that may have left nothing: {number: (REFUSED or MISSING, why)}."""
+    if not to_do:
+        return {}
+    if engine is not local:
+        return _by_engine(engine, settings, to_do)
+    if multirun.here:
+        return _here(multirun, to_do)
+    given = [(*each.job.overrides, f"{OF}={stamp}", f"{JOB}={each.job.number}") for each in to_do]
+    returned = multirun.launch(given, job)
+    pairs = zip(to_do, returned, strict=False)  # a launcher may give back fewer
+    return {each.job.number: (REFUSED, str(error)) for each, error in pairs if isinstance(error, Exception)}
+
+
+def _here(multirun: Multirun, to_do: Sequence[Planned]) -> dict[int, tuple[str, str]]:
+    """One after the other, in this process."""
+    heard = {}
+    with Live(len(to_do)) as live, watching(live):
+        for count, each in enumerate(to_do, start=1):
+            try:
+                _carried_out(multirun, each)
+            except Exception as error:
+                if not isinstance(error, UserError):
+                    say(f"{each.job.title}: {reason(error)}")
+                heard[each.job.number] = (REFUSED, str(error))
+            live.begun = count  # also of one that did not begin: another process did it meanwhile, or it was refused
+    return heard
+
+
+def _carried_out(multirun: Multirun, each: Planned) -> None:
+    config = each.run
+    assert config is not None, "it is to be done"
+    multirun.carry_out(each.config, lambda _: carried_out(config, each.job.number, each.job.overrides))
+
+
+def _by_engine(engine: ModuleType, settings: Any, to_do: Sequence[Planned]) -> dict[int, tuple[str, str]]:
     jobs = [
         Job(resolved(without_hydra(each.config)), each.job.title, each.job.number, each.job.overrides, os.getcwd())
         for each in to_do
     ]
-    lost = {}
+    heard = {}
     with terminable():
         for count, (place, outcome) in enumerate(outcomes(engine, settings, jobs), start=1):
             why = f": {outcome.error}" if outcome.error else ""
             say(f"[{count}/{len(jobs)}] job {jobs[place].number}, {jobs[place].title}: {outcome.status}{why}")
             if outcome.status == LOST:
-                lost[jobs[place].number] = outcome.error or ""
-    return lost
+                heard[jobs[place].number] = (MISSING, outcome.error or "")
+    return heard
 
 
 def _launch_chosen(multirun: Multirun, stamp: str) -> int:
     """The jobs of a sweeper that chooses each by what the ones before gave: they make themselves known as they start."""
+    engine_of(multirun, (0, ()))
     objective.check(multirun)
     config = without_hydra(multirun.config)
     home = attempts.experiment_folder(Path(config.results_dir).expanduser(), config.name)
     sweep = Sweep(stamp, home, now(), (), sweeper=multirun.sweeper)
     sweeps.write(sweep)
     say(f"sweep {stamp} of {home.name}: {multirun.sweeper} chooses its runs one after the other")
-    with _table_on_interrupt([sweep]), Live(None) as live, watching(live):
+    with table_on_interrupt([sweep]), Live(None) as live, watching(live):
         multirun.sweep([f"{OF}={stamp}"], job)
     if line := objective.best(multirun, sweeps.outcomes(sweeps.read(home, stamp))):
         say(line)
-    return _end([sweep], {})
+    return ended([sweep], {})
 
 
 def announced(stamp: str, jobs: Sequence[Planned]) -> list[str]:
@@ -154,19 +170,6 @@ def announced(stamp: str, jobs: Sequence[Planned]) -> list[str]:
     return lines + [f"refused: {each.job.title}: {lines_of(each.error)}" for each in refused if each.error]
 
 
-def _carried_out(multirun: Multirun, each: Planned) -> dict[int, Exception]:
-    """{its number: why it left no record}, of a job in this process."""
-    config = each.run
-    assert config is not None, "it is to be done"
-    try:
-        multirun.carry_out(each.config, lambda _: carried_out(config, each.job.number, each.job.overrides))
-    except Exception as error:
-        if not isinstance(error, UserError):
-            say(f"{each.job.title}: {reason(error)}")
-        return {each.job.number: error}
-    return {}
-
-
 def job(config: DictConfig) -> str | float:
     """One Hydra job: the configuration becomes a run, the run a record. A job that is refused does not stop a sweep.
 
@@ -175,6 +178,7 @@ def job(config: DictConfig) -> str | float:
     """
     try:
         raw = compose.resolved(config)
+        chosen(raw["launcher"])
         sought, number = raw["sweep"]["objective"], raw["sweep"]["job"]
         its_config = parse_job(raw)
         if its_config.sweep is None and raw["launcher"]["engine"] != "local":
@@ -198,68 +202,6 @@ def job(config: DictConfig) -> str | float:
         _done.append(record)
     value = objective.value_of(record, sought)
     return record.status if value is None else value
-
-
-@contextmanager
-def _table_on_interrupt(made: Sequence[Sweep]) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        _end(made, {}, interrupted=True)
-        raise
-
-
-def _end(
-    made: Sequence[Sweep],
-    broken: Mapping[int, Exception],
-    lost: Mapping[int, str] | None = None,
-    interrupted: bool = False,
-) -> int:
-    """The table of what came, and what did not → exit code. lost: {job: why it did not come back}, where that is known."""
-    found: list[Outcome] = []
-    for sweep in made:
-        found += sweeps.outcomes(sweeps.read(sweep.home, sweep.stamp))
-    found = [
-        replace(each, state=REFUSED, why=str(broken[each.job.number]))
-        if each.state == MISSING and each.job.number in broken
-        else each
-        for each in found
-    ]
-    found = [
-        replace(each, why=(lost or {}).get(each.job.number, each.why)) if each.state == MISSING else each
-        for each in found
-    ]
-    records = {each.record.folder: each.record for each in found if each.record is not None}
-    not_done = [each for each in found if each.state not in (DONE, REFUSED)]
-    if interrupted:
-        if records:
-            print(comparison_table(list(records.values())))
-        names = " or ".join(f"`ditbench retry {sweep.experiment}`" for sweep in made)
-        done = sum(each.state == DONE for each in found)
-        say(f"{done} of {len(found)} runs are done; {names} does the others, and so does the same command")
-        return EXIT_FAILED_RUNS
-    return _told(list(records.values()), not_done, [UserError(each.why) for each in found if each.state == REFUSED])
-
-
-def _told(records: list[Record], not_done: Sequence[Outcome], refused: Sequence[UserError]) -> int:
-    """Print the table, then a line for each run that is none of it → exit code.
-
-    Raises:
-        UserError: the last of those that were refused.
-    """
-    if records:
-        print(comparison_table(records))
-    for each in not_done:
-        why = {FAILED: each.why, RUNNING: "another process does it", MISSING: each.why or "it left no record"}[
-            each.state
-        ]
-        say(f"{each.state}: {each.job.title}: {why}")
-    if refused:
-        *others, last = {str(error): error for error in refused}.values()
-        for error in others:
-            say(f"ditbench: {lines_of(error)}")
-        raise last
-    return EXIT_FAILED_RUNS if not_done else 0
 
 
 def through_hydra(arguments: list[str], job: Callable[[DictConfig], Any]) -> None:

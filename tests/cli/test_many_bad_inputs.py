@@ -17,6 +17,7 @@ from ditbench.harness.cli.command_line import COMMANDS
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.stages.config import parse
 from ditbench.harness.sweep.compose import composed
+from ditbench.harness.sweep.engines.base import chosen
 
 CASES = [
     *OF_MOST_COMMANDS,
@@ -24,6 +25,8 @@ CASES = [
     ("status", "experiment"),
     ("retry nope", "nope"),
     ("retry nope --failed --missing", "--missing"),
+    ("RUN launcher.per_run=2", "launcher=local is one process"),
+    ("RUN sweep.of=../../x", "sweep.of"),
 ]
 
 
@@ -85,14 +88,13 @@ def names(node, name=""):
     return [each for key, value in node.items() for each in names(value, f"{name}.{key}".lstrip("."))]
 
 
-OF_NO_RUN = ("model.usual.", "sweep.", "launcher.")  # those of sweeps are asked before there is a run: tests/sweep
-SETTINGS = [name for name in names(RAW) if not name.startswith(OF_NO_RUN)]
+SETTINGS = [name for name in names(RAW) if not name.startswith("model.usual.")]
 TAKEN = {  # what one setting may be, though no other may
     "model.random": ({"a": 1},),  # the transformer's class knows better, once it is made
     "model.note": ("\x07", "\ud800", "x" * 5000),
     "protocol.guidance": (10**30, 1.5e300),
 }
-SAID_AS = {"metrics.names": "metric", "method.name": "method", "model.family": "family"}
+SAID_AS = {"launcher.engine": "launcher", "metrics.names": "metric", "method.name": "method", "model.family": "family"}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -105,6 +107,7 @@ def test_no_setting_takes_what_none_can_be(name):
         reduce(lambda node, section: node[section], sections, raw)[key] = value
         with pytest.raises(UserError) as refused:
             parse(raw)
+            chosen(raw["launcher"])  # as every command does, whatever carries the run out
         said = str(refused.value)
         assert SAID_AS.get(name, key) in said and said.count("\n") == 0, (name, value, said)
 

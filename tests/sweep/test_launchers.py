@@ -30,11 +30,11 @@ def told(engine: str, **values: object) -> dict[str, object]:
         (told("slrm"), "no launcher 'slrm'; did you mean 'slurm'?"),
         (told("joblib", partition="gpu"), "no setting of launcher 'partition'"),
         (told("joblib", workers="two"), "launcher.workers must be a whole number or auto, got 'two'"),
-        (told("joblib", devices=0), "launcher.devices must be at least 1, got 0"),
-        (told("joblib", per_run=0), "launcher.per_run must be at least 1, got 0"),
+        (told("joblib", devices=0), "launcher.devices must be from 1 to 100,000, got 0"),
+        (told("joblib", per_run=0), "launcher.per_run must be from 1 to 100,000, got 0"),
         (told("local", per_run=2), "launcher=local is one process"),
-        (told("slurm", folder="x", array_parallelism=0), "launcher.array_parallelism must be at least 1, got 0"),
-        (told("ray", restarts=-1), "launcher.restarts must be at least 0, got -1"),
+        (told("slurm", folder="x", array_parallelism=0), "launcher.array_parallelism must be from 1 to 100,000, got 0"),
+        (told("ray", restarts=-1), "launcher.restarts must be from 0 to 100,000, got -1"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_in_a_line(section, words):

@@ -31,6 +31,7 @@ from ditbench.harness.sweep.one_job import carried_out, shown
 OURS = ("base",)
 OK, FAILED, REFUSED, LOST = "ok", "failed", "refused", "lost"
 RANK = (OK, FAILED, REFUSED, LOST)  # of what several workers say of one run, the first counts
+MOST = 100_000  # of anything that a launcher counts
 ON_CPU = 2  # workers, where there is no other device and nobody said how many
 
 
@@ -87,8 +88,7 @@ def chosen(section: Mapping[str, Any]) -> tuple[ModuleType, Any]:
     engine = importlib.import_module(f"{engines.__name__}.{name}")
     check_types(engine.Settings, values, "launcher")
     settings = engine.Settings(**values)
-    if settings.per_run < 1:
-        raise UserError(f"launcher.per_run must be at least 1, got {settings.per_run}")
+    least(settings, per_run=1)
     return engine, settings
 
 
@@ -128,11 +128,11 @@ def refuse_own_devices(jobs: Sequence[Job]) -> None:
 
 
 def least(settings: Any, **names: int) -> None:
-    """Raise UserError for a setting that is a number below what it may be."""
+    """Raise UserError for a setting that is a number below what it may be, or above what anybody has."""
     for name, least_of_it in names.items():
         value = getattr(settings, name)
-        if isinstance(value, int) and value < least_of_it:
-            raise UserError(f"launcher.{name} must be at least {least_of_it}, got {value}")
+        if isinstance(value, int) and not least_of_it <= value <= MOST:
+            raise UserError(f"launcher.{name} must be from {least_of_it} to {MOST:,}, got {value}")
 
 
 def number_or_auto(settings: Any, *names: str) -> None:
