@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def table(name: str) -> str:
         cells += [with_interval(run, metric, decimals, tested) for metric, (_, decimals) in columns.items()]
         lines.append([*cells, f"{run.fit_s:.0f}", f"{run.fit_peak_memory_mib:.0f}"])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{text}\n\n{caption(runs, tested)}"
+    return f"{text}\n\n{caption(runs, comparisons(name, columns) if tested else None)}"
 
 
 def forms(*names: str) -> str:
@@ -111,7 +112,7 @@ def forms(*names: str) -> str:
     measured = {method for (_, method), values in found.items() if any(form == PUBLISHED for _, form in values)}
     left = sorted(differing - measured)
     said = f"\n\nNot measured in their published form: {', '.join(left)}." if left else ""
-    return f"{text}\n\nPSNR to the float model, dB. {' '.join(caption(runs, tested=False) for runs in tables)}{said}"
+    return f"{text}\n\nPSNR to the float model, dB. {' '.join(caption(runs, None) for runs in tables)}{said}"
 
 
 def difference(name: str, metric: str, one: str, other: str) -> str:
@@ -122,7 +123,7 @@ def difference(name: str, metric: str, one: str, other: str) -> str:
     title, decimals = COLUMNS[metric]
     return (
         f"{one} − {other}, {title.split()[0]}: {steps.mean():+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}] "
-        f"over {len(steps)} seeds, paired."
+        f"over {len(steps)} seeds, paired{holm_of(name, metric, {one, other})}."
     )
 
 
@@ -190,6 +191,23 @@ def noise_floor() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def holm_of(name: str, metric: str, runs: set[str]) -> str:
+    """p of two runs' test, if it was kept."""
+    path = RESULTS / f"{name}.tests.csv"
+    if not path.is_file():
+        return ""
+    tests = pd.read_csv(path)
+    (p,) = (row.p_holm for row in tests[tests.metric == metric].itertuples() if {row.first, row.second} == runs)
+    return "; p (Holm) < 0.001" if p < 0.001 else f"; p (Holm) = {p:.3f}"
+
+
+def comparisons(name: str, metrics: Iterable[str]) -> str:
+    """How many tests Holm's correction is over, of one metric in one contest."""
+    tests = pd.read_csv(RESULTS / f"{name}.tests.csv")
+    sizes = sorted(set(tests[tests.metric.isin(list(metrics))].groupby(["metric", "ranked_in"]).size()))
+    return "–".join(str(size) for size in sizes[:: max(len(sizes) - 1, 1)])
+
+
 def with_interval(run: pd.Series, metric: str, decimals: int, tested: bool) -> str:
     half = (run[f"{metric}.ci95_high"] - run[f"{metric}.ci95_low"]) / 2
     inside = " ~" if run.get(f"{metric}.inside_noise_floor") is True else ""
@@ -198,14 +216,16 @@ def with_interval(run: pd.Series, metric: str, decimals: int, tested: bool) -> s
     return {"best": f"**{text}**", "second": f"<ins>{text}</ins>"}.get(str(mark), text)
 
 
-def caption(runs: pd.DataFrame, tested: bool) -> str:
+def caption(runs: pd.DataFrame, compared: str | None) -> str:
+    """compared: the number of comparisons behind the marks; None: their tests were not kept."""
     first = runs.iloc[0]
     seeds = len(str(first.seed).split(","))
-    one_seed = "over the samples" if tested else "over bootstrap resamples"
+    one_seed = "over the samples" if compared else "over bootstrap resamples"
     over = f"over {seeds} seeds" if seeds > 1 else one_seed
     marks = (
-        "~: paired tests do not tell it apart from the float model; **best** and <ins>second</ins> of their bits where they tell them apart"
-        if tested
+        "~: paired tests do not tell it apart from the float model; **best** and <ins>second</ins> of their bits where they tell them apart "
+        f"(Holm over {compared} comparisons)"
+        if compared
         else "~: inside the noise floor; no marks: the paired tests behind them were not kept"
     )
     return (

@@ -76,12 +76,11 @@ def called(group: Group, place: int) -> str:
 
 
 def on_front(cost_N: Sequence[float], quality_N: Sequence[float]) -> list[int]:
-    """Who is on the front, from the least cost to the most; of equals all."""
+    """Who is on the front, from the least cost to the most; of runs that are equal in both the first."""
     order = sorted(range(len(cost_N)), key=lambda i: (cost_N[i], -quality_N[i]))
     found: list[int] = []
     for i in order:
-        best = quality_N[found[-1]] if found else float("-inf")
-        if quality_N[i] > best or (found and quality_N[i] == best and cost_N[i] == cost_N[found[-1]]):
+        if not found or quality_N[i] > quality_N[found[-1]]:
             found.append(i)
     return found
 
@@ -168,7 +167,7 @@ def _step(group: Group, metric: str, against: str, other: int, place: int, word:
     if found is None:
         certain = "no interval: their samples do not pair"
     else:
-        certain = "95 % interval [{}, {}]".format(*(_signed(end, decimals) for end in found.ci95))
+        certain = "95 % interval of this pair alone [{}, {}]".format(*(_signed(end, decimals) for end in found.ci95))
         certain += "" if found.ci95[0] > 0 or found.ci95[1] < 0 else ", so it may be no difference"
     name = compare.short_names(group.metrics)[metric]
     return (
