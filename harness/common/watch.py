@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,10 @@ def ends(status: str, error: str | None) -> None:
 
 
 def say(line: str) -> None:
-    """One line to standard error, above a bar that is there."""
-    tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
+    """One line to standard error, above a bar that is there; a standard error that cannot be written costs nothing but the line."""
+    with suppress(OSError, ValueError):
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
 
 
 def _tell(event: Callable[[Watcher], None]) -> None:

@@ -121,12 +121,21 @@ def next_name(home: Path, run_id: str) -> str:
 
 
 def experiment_folder(results_dir: Path, experiment: str) -> Path:
+    """Raises UserError: the name would be another folder than one beside the other experiments."""
+    if not may_be_experiment(experiment):
+        raise UserError(
+            f"name={experiment!r} is used as a folder: it must not be empty, start with a dot or hold a slash"
+        )
     return Path(results_dir) / "runs" / experiment
+
+
+def may_be_experiment(name: str) -> bool:
+    return bool(name) and "/" not in name and not name.startswith(".")
 
 
 def is_experiment(results_dir: Path, name: str) -> bool:
     """Whether there is one of that name; a path is none."""
-    return name == Path(name).name != "" and experiment_folder(results_dir, name).is_dir()
+    return may_be_experiment(name) and experiment_folder(results_dir, name).is_dir()
 
 
 def under_way(home: Path) -> list[Path]:

@@ -52,6 +52,7 @@ RECORD = {
         "protocol": ({"n": (int, NOTHING)}, NOTHING),
         "generate": ({"reference_dtype": TEXT_OR_NULL}, NOTHING),
         "metrics": OBJECT_OR_NULL,
+        "method": ({"name": TEXT, "form": TEXT_OR_NULL}, NOTHING),
         "seed": (int, str, NOTHING),  # several seeds in one row are text
     },
     "bits": {
@@ -62,6 +63,7 @@ RECORD = {
         "float_layers": (ListOf(TEXT), NOTHING),
         "unreached_layers": (ListOf(TEXT), NOTHING),
         "mixed": OBJECT_OR_NULL,
+        "weight_bits_quantized_layers": NUMBER_OR_NULL,
     },
     "metrics": Each(METRIC),
     "efficiency": {
@@ -72,6 +74,7 @@ RECORD = {
         "baseline_latency_ms": (LATENCY, int, float, NOTHING),
         "speedup": NUMBER_OR_NULL,
         "compression": NUMBER_OR_NULL,
+        "compression_quantized_layers": NUMBER_OR_NULL,
         "model_bytes": NUMBER_OR_NULL,
         "baseline_model_bytes": NUMBER_OR_NULL,
         "peak_memory_bytes": NUMBER_OR_NULL,
@@ -79,7 +82,8 @@ RECORD = {
     "layers": Each({"sqnr_db": NUMBER_OR_NULL}),
     "timings_s": Each(NUMBER_OR_NULL),
     "cost": {"fit_s": NUMBER_OR_NULL, "peak_memory_bytes": NUMBER_OR_NULL},
-    "env": {"packages": OBJECT_OR_NULL},
+    "env": {"packages": OBJECT_OR_NULL, "weights_sha256": TEXT_OR_NULL},
+    "made_from": {"recording": TEXT_OR_NULL, "samples": TEXT, "float_samples": TEXT, "noise_samples": ListOf(TEXT)},
     "artifacts": Each(TEXT),
     "files": Each({"bytes": COUNT, "sha256": TEXT}),
     "non_finite": ListOf(TEXT),

@@ -20,6 +20,7 @@ from typing import Any
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import disk_errors_explained
+from ditbench.harness.common.type_checks import check_types
 from ditbench.harness.common.watch import say
 from ditbench.harness.records import attempts, hashed_json
 from ditbench.harness.records.hashed_json import NotWhole
@@ -110,19 +111,18 @@ def read(home: Path, stamp: str) -> Sweep:
         raise UserError(f"{home}: no sweep {stamp}; known: {', '.join(stamps(home)) or 'none'}")
     try:
         values = hashed_json.read(path)
-        if values.pop("format") != FORMAT:
-            raise NotWhole("another format than this ditbench reads")
-        jobs = tuple(Job(**{name: _tuple(value) for name, value in each.items()}) for each in values.pop("jobs"))
+        if values.pop("format") != FORMAT or values["stamp"] != stamp:
+            raise NotWhole("another format than this ditbench reads, or not of this folder")
+        jobs = tuple(_job(each) for each in values.pop("jobs"))
+        check_types(Sweep, values, "sweep")
         sweep = Sweep(**{name: _tuple(value) for name, value in values.items()}, home=home, jobs=jobs)
     except FileNotFoundError:
         raise UserError(f"{home}: no sweep {stamp}; known: {', '.join(stamps(home)) or 'none'}") from None
-    except (NotWhole, OSError, TypeError, KeyError, AttributeError) as error:
+    except (NotWhole, UserError, OSError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); move that folder away to go on") from error
     said, known = _said(sweep), {job.number for job in jobs}
-    more = [
-        Job(number, tuple(each["overrides"]), each["title"]) for number, each in said.items() if number not in known
-    ]
-    every = (_as_said(job, said.get(job.number, {})) for job in (*jobs, *more))
+    more = [Job(number, each.overrides, each.title) for number, each in said.items() if number not in known]
+    every = (_as_said(job, said[job.number]) if job.number in said else job for job in (*jobs, *more))
     return replace(sweep, jobs=tuple(every))
 
 
@@ -165,18 +165,16 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
 
 
 def _outcome(sweep: Sweep, job: Job, running: set[str]) -> Outcome:
-    if job.refused is not None:
-        return Outcome(job, REFUSED, job.refused)
     if job.run_id is None:
-        return Outcome(job, MISSING)
+        return Outcome(job, MISSING) if job.refused is None else Outcome(job, REFUSED, job.refused)
     if job.run_id in running:
         return Outcome(job, RUNNING)
     found = attempts.attempts(sweep.home.parents[1], sweep.experiment, job.run_id)
     new = [each for each in found if each.folder is not None and each.folder.name not in job.before]
     of_before = [] if sweep.force else [each for each in found if each.status == "ok"]
     best = new[-1] if sweep.force and new else attempts.best_of([*of_before, *new])
-    if best is None:
-        return Outcome(job, MISSING)
+    if best is None:  # of several workers of one run one may have been refused; a record says more
+        return Outcome(job, MISSING) if job.refused is None else Outcome(job, REFUSED, job.refused)
     return Outcome(job, DONE if best.status == "ok" else FAILED, best.error or "", best)
 
 
@@ -185,25 +183,31 @@ def attempts_before(home: Path, run_id: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if (match := ATTEMPT.match(name)) and match["run_id"] == run_id))
 
 
-def _said(sweep: Sweep) -> dict[int, dict[str, Any]]:
+def _job(values: dict[str, Any]) -> Job:
+    """Raises UserError, TypeError, AttributeError: it is none."""
+    check_types(Job, values, "job")
+    return Job(**{name: _tuple(value) for name, value in values.items()})
+
+
+def _said(sweep: Sweep) -> dict[int, Job]:
     found = {}
     for path in sweep.folder.glob("*.json"):
         if path.stem.isdecimal():
             try:
-                found[int(path.stem)] = hashed_json.read(path)
-            except (NotWhole, OSError) as error:
+                found[int(path.stem)] = _job(hashed_json.read(path) | {"number": int(path.stem)})
+            except (NotWhole, UserError, OSError, TypeError) as error:
                 say(f"{path}: cannot be read ({error}); it counts for nothing")
     return dict(sorted(found.items()))
 
 
-def _as_said(job: Job, said: dict[str, Any]) -> Job:
+def _as_said(job: Job, said: Job) -> Job:
     """The job knows better: it was there."""
     return replace(
         job,
-        run_id=said.get("run_id") or job.run_id,
-        title=job.title or said.get("title") or "",
-        refused=said.get("refused") or job.refused,
-        before=tuple(said.get("before") or ()) if said.get("run_id") else job.before,
+        run_id=said.run_id or job.run_id,
+        title=job.title or said.title,
+        refused=said.refused or job.refused,
+        before=said.before if said.run_id else job.before,
     )
 
 

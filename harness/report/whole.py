@@ -80,7 +80,11 @@ def beside(record: Record, artifact: str) -> Any:
 
 
 def values_with(record: Record, metric: str) -> sample_values.Values | None:
-    """The values per sample of a metric: beside the metric if it was computed later, else beside the record."""
+    """The values per sample of a metric: beside the metric if it was computed later, else beside the record. None of a metric that the
+    record has not (any more: its file is damaged).
+    """
+    if metric not in record.metrics:
+        return None
     later = None if record.folder is None else record.folder / "metrics" / f"{metric}.json"
     try:
         if later is None or not later.is_file():

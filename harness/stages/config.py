@@ -19,6 +19,7 @@ from ditbench.harness.models.base import ModelSpec, Sampler
 from ditbench.harness.models.loading import family
 from ditbench.harness.models.lora import loras
 from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, WIDTHS, Bits, MixedBits, QuantSpec, parse_label
+from ditbench.harness.records.attempts import experiment_folder
 from ditbench.harness.records.record import PLACES
 from ditbench.harness.samples.conditions import PROMPTS
 from ditbench.harness.samples.samples import Prompt
@@ -105,7 +106,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     protocol_prompts, calibration_prompts = _prompts(raw)
     return RunConfig(
         raw=raw,
-        name=_folder_name(raw["name"]),
+        name=experiment_folder(Path(raw["results_dir"]), raw["name"]).name,
         model=ModelSpec(**model),
         method=raw["method"]["name"],
         params=params,
@@ -220,9 +221,3 @@ def _mixed(node: dict[str, Any], steps: int) -> MixedBits:
     if not isinstance(ranges, int) or isinstance(ranges, bool) or not 1 <= ranges <= steps:
         raise UserError(f"bits.ranges must be a whole number from 1 to protocol.steps={steps}, got {ranges!r}")
     return MixedBits(tuple(candidates), name, limit, ranges)
-
-
-def _folder_name(name: str) -> str:
-    if not name or "/" in name or name.startswith("."):
-        raise UserError(f"name={name!r} is used as a folder: it must not be empty, start with a dot or hold a slash")
-    return name

@@ -6,7 +6,7 @@ All of it is read from records and from what the sweep's jobs noted, so it is th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of
@@ -19,15 +19,17 @@ from ditbench.harness.report import comparison_table
 Heard = Mapping[int, tuple[str, str]]  # {number of a job: REFUSED or MISSING, and why}, from who carried it out
 
 
-def ended(made: Sequence[Sweep], heard: Heard) -> int:
-    """Of sweeps that went to their end → exit code. heard: counts only for jobs that left nothing.
+def ended(made: Sequence[Sweep], heard: Heard, nowhere: Sequence[UserError] = ()) -> int:
+    """Of sweeps that went to their end → exit code. heard: counts only for jobs that left nothing. nowhere: why jobs were refused that
+    belong to no experiment.
 
     Raises:
         UserError: the last of the jobs that were refused.
     """
     found = [_with_reason(each, heard) for each in _outcomes(made)]
     not_done = [each for each in found if each.state not in (DONE, REFUSED)]
-    return told(_records(found), not_done, [UserError(each.why) for each in found if each.state == REFUSED])
+    refused = [*nowhere, *(UserError(each.why) for each in found if each.state == REFUSED)]
+    return told(_records(found), not_done, refused)
 
 
 @contextmanager
@@ -52,7 +54,8 @@ def told(records: Sequence[Record], not_done: Sequence[Outcome], refused: Sequen
         UserError: the last of those that were refused.
     """
     if records:
-        print(comparison_table(list(records)))
+        with suppress(BrokenPipeError):  # who reads no further gets the exit code all the same
+            print(comparison_table(list(records)), flush=True)
     otherwise = {RUNNING: "another process does it", MISSING: "it left no record", FAILED: ""}
     for each in not_done:
         say(f"{each.state}: {each.job.title}: {each.why or otherwise[each.state]}")

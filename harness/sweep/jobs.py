@@ -29,10 +29,12 @@ OF, JOB = "sweep.of", "sweep.job"
 
 @dataclass
 class Planned:
-    """A job, and what is known of it here. config: as composed. run: None of a refused one. done: it is recorded already."""
+    """A job, and what is known of it here. home: None where its name cannot be an experiment's. config: as composed. run: None of a
+    refused one. done: it is recorded already.
+    """
 
     job: Job
-    home: Path
+    home: Path | None
     config: DictConfig
     run: RunConfig | None = None
     error: UserError | None = None
@@ -51,7 +53,7 @@ def planned(multirun: Multirun, stamp: str, jobs: Mapping[int, Iterable[str]], h
     """
     found: list[Planned] = []
     models: dict[str, LoadedModel | None] = {}
-    first: dict[tuple[Path, str], int] = {}
+    first: dict[tuple[Path | None, str], int] = {}
     for number, overrides in jobs.items():
         given = (*overrides, f"{OF}={stamp}", f"{JOB}={number}")
         config = multirun.composed(number, given)
@@ -65,8 +67,9 @@ def planned(multirun: Multirun, stamp: str, jobs: Mapping[int, Iterable[str]], h
 
 def _looked_at(job: Job, config: DictConfig, models: dict[str, LoadedModel | None], here: bool) -> Planned:
     raw = resolved(without_hydra(config))
-    home = attempts.experiment_folder(Path(str(raw["results_dir"])).expanduser(), str(raw["name"]))
+    home = None
     try:
+        home = attempts.experiment_folder(Path(str(raw["results_dir"])).expanduser(), str(raw["name"]))
         run, device_is_here = parsed(raw, here)
         if (key := repr(run.model)) not in models:
             models[key] = _bare(run.model)
@@ -126,7 +129,7 @@ def manifests(multirun: Multirun, stamp: str, started: str, jobs: list[Planned])
     folders = tuple(map(str, own_configurations()))
     of_sweep = {"hydra": tuple(multirun.hydra_overrides), "config_dirs": folders, "sweeper": multirun.sweeper}
     made = []
-    for home in dict.fromkeys(each.home for each in jobs):
+    for home in dict.fromkeys(each.home for each in jobs if each.home is not None):
         its = [each for each in jobs if each.home == home]
         force = any(each.run is not None and each.run.force for each in its)
         made.append(Sweep(stamp, home, started, tuple(each.job for each in its), force, **of_sweep))

@@ -87,7 +87,7 @@ def _launch_sweep(multirun: Multirun, again: Mapping[int, Sequence[str]] | None,
         say(line)
     with table_on_interrupt(made):
         heard = _all_carried_out(multirun, engine, settings, [each for each in jobs if each.to_do], stamp)
-    return ended(made, heard)
+    return ended(made, heard, [each.error for each in jobs if each.error is not None and each.home is None])
 
 
 def _all_carried_out(
@@ -103,7 +103,7 @@ def _all_carried_out(
     given = [(*each.job.overrides, f"{OF}={stamp}", f"{JOB}={each.job.number}") for each in to_do]
     returned = multirun.launch(given, job)
     pairs = zip(to_do, returned, strict=False)  # a launcher may give back fewer
-    return {each.job.number: (REFUSED, str(error)) for each, error in pairs if isinstance(error, Exception)}
+    return {each.job.number: (MISSING, str(error)) for each, error in pairs if isinstance(error, Exception)}
 
 
 def _here(multirun: Multirun, to_do: Sequence[Planned]) -> dict[int, tuple[str, str]]:
@@ -113,10 +113,12 @@ def _here(multirun: Multirun, to_do: Sequence[Planned]) -> dict[int, tuple[str, 
         for count, each in enumerate(to_do, start=1):
             try:
                 _carried_out(multirun, each)
-            except Exception as error:
-                if not isinstance(error, UserError):
-                    say(f"{each.job.title}: {reason(error)}")
+            except UserError as error:
                 heard[each.job.number] = (REFUSED, str(error))
+            except Exception as error:
+                why = str(error) if isinstance(error, OSError) else reason(error)
+                say(f"{each.job.title}: {why}")
+                heard[each.job.number] = (MISSING, why)
             live.begun = count  # also of one that did not begin: another process did it meanwhile, or it was refused
     return heard
 
@@ -165,7 +167,7 @@ def announced(stamp: str, jobs: Sequence[Planned]) -> list[str]:
     done, same = sum(each.done for each in runs), len(jobs) - len(refused) - len(runs)
     parts = [f"{len(runs) - done} to do", f"{done} recorded already" * bool(done)]
     parts += [f"{len(refused)} refused" * bool(refused), f"{same} of the jobs the same as another" * bool(same)]
-    head = f"sweep {stamp} of {', '.join(dict.fromkeys(each.home.name for each in jobs))}"
+    head = f"sweep {stamp} of {', '.join(dict.fromkeys(each.home.name for each in jobs if each.home is not None))}"
     lines = [f"{head}: {len(runs) + len(refused)} runs: {', '.join(filter(None, parts))}"]
     return lines + [f"refused: {each.job.title}: {lines_of(each.error)}" for each in refused if each.error]
 

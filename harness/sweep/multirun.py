@@ -130,7 +130,8 @@ def multirun(arguments: Sequence[str]) -> Iterator[Multirun | None]:
         if config.hydra.mode != RunMode.MULTIRUN:
             yield None
             return
-        callbacks = Callbacks(config)
+        with hydra_errors_explained():
+            callbacks = Callbacks(config)
         with _hydra_config(config):
             callbacks.on_multirun_start(config=config, config_name=CONFIG)
             yield Multirun(HydraContext(hydra.config_loader, callbacks), config)

@@ -22,17 +22,21 @@ def carried_out(config: RunConfig, number: int, overrides: Sequence[str] = ()) -
     """A job of a sweep, wherever it runs: the run, and a note beside the sweep which run it is, or why it was refused.
 
     Raises:
-        UserError: it leaves no record.
+        UserError: it is refused: it cannot be.
+        OSError: this machine cannot do it now (no room, a folder that may not be written): it stays missing.
     """
     assert config.sweep is not None, "it is of a sweep"
     note = JobNote(config, number, tuple(overrides))
     try:
         with watching(note):
             record = run(config)
-    except (UserError, OSError) as error:
-        said = error if isinstance(error, UserError) else of_the_system(error)
-        note.refuse(str(said))
-        raise said from error
+    except OSError as error:
+        raise OSError(str(of_the_system(error))) from error
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise OSError(str(error)) from error
+        note.refuse(str(error))
+        raise
     if not note.written:  # it was recorded already
         note.write(record.run_id)
     return record

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ditbench.harness.common.errors import UserError, shortened
+from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, shortened
 from ditbench.harness.common.paths import configurations_in
 from ditbench.harness.common.watch import say
 from ditbench.harness.records import attempts, sweeps
-from ditbench.harness.records.sweeps import FAILED, MISSING
+from ditbench.harness.records.sweeps import DONE, FAILED, MISSING
 from ditbench.harness.sweep.launch import launch
 from ditbench.harness.sweep.overview import no_experiment
 
@@ -42,7 +42,7 @@ def retry(
     chosen = [each for each in sweeps.outcomes(sweep) if each.state in states]
     if not chosen:
         say(f"sweep {sweep.stamp} of {experiment}: nothing {' or '.join(states)}")
-        return 0
+        return 0 if all(each.state == DONE for each in sweeps.outcomes(sweep)) else EXIT_FAILED_RUNS
     say(f"sweep {sweep.stamp} of {experiment}: {len(chosen)} of {len(sweep.jobs)} jobs again")
     for each in chosen:
         say(f"  {each.state}: {each.job.title}{f': {shortened(each.why, 160)}' if each.why else ''}")

@@ -63,7 +63,9 @@ def test_by_size_the_knee_is_named_with_its_interval_and_what_the_next_ones_give
     assert named == ["rtn", "quarot", "six", "eight"] and group.run_names[by_size.knee] == "quarot"
     first, larger, smaller = by_size.sentences
     assert "the knee is quarot W4A4 (0.25 MiB, 3.8 × smaller than bf16; psnr 27.00 [26.50, 27.50] dB" in first
-    assert larger.startswith("The next larger, six W6A6, has 1.46 × the bytes and psnr +1.00 dB (95 % interval of this pair alone [+")
+    assert larger.startswith(
+        "The next larger, six W6A6, has 1.46 × the bytes and psnr +1.00 dB (95 % interval of this pair alone [+"
+    )
     assert smaller.startswith("The next smaller, rtn W4A4, has 0.96 × the bytes and psnr −7.00 dB (95 % interval [−")
     assert by_speed.device == "cpu (2 cores)"
 

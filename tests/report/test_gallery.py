@@ -179,3 +179,14 @@ def test_what_a_page_holds_is_json_whatever_the_prompt_says(drawn):
     assert "<b>" not in data and json.loads(data)["files"]["inline"]["groups/0"]["gallery"]["samples"][0][
         "about"
     ].startswith("0 <b>")
+
+
+def test_values_of_a_metric_whose_file_is_damaged_are_not_shown(add_run, results_dir, metric):
+    from ditbench.harness.records.attempts import read_all
+    from ditbench.harness.report.whole import values_with
+
+    add_run("a", metrics={"psnr": metric(20.0), "ssim": metric(0.5)})
+    (record,) = read_all(results_dir)
+    assert values_with(record, "ssim") is not None
+    del record.metrics["ssim"]
+    assert values_with(record, "ssim") is None

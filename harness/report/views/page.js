@@ -49,13 +49,13 @@ const beside = name => `${encodeURIComponent(data.files.beside)}/${name}`;
 const picture = name => data.files.inline[name] || beside(name);
 
 // State: what is shown can be sent to somebody as an address.
-const state = {};
+const state = Object.create(null);
 
 function readState() {
   for (const key of Object.keys(state)) delete state[key];
   for (const [key, value] of new URLSearchParams(location.hash.slice(1))) state[key] = value;
-  if (!(state.view in views)) state.view = Object.keys(views)[0];
-  if (!(data.groups[state.group])) delete state.group;
+  if (!Object.hasOwn(views, state.view ?? "")) state.view = Object.keys(views)[0];
+  if (!Object.hasOwn(data.groups, state.group ?? "") || state.group === "length") delete state.group;
   if (!["bits", "bytes"].includes(state.ranks)) delete state.ranks;
 }
 

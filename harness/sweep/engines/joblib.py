@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ditbench.harness.common.devices import AUTO, visible_devices
+from ditbench.harness.common.errors import reason
 from ditbench.harness.common.interrupts import Terminated
 from ditbench.harness.common.watch import say
 from ditbench.harness.sweep.engines.base import (
@@ -114,11 +115,13 @@ def shared(settings: Settings, jobs: int, folder: str, on_cpu: bool = False) -> 
 
 
 def _in_worker(place: int, job: Job, share: Share) -> tuple[int, Outcome]:
-    settle(share)
     try:
+        settle(share)
         return place, do(job)
     except Terminated:
         return place, Outcome(LOST, "its worker was asked to end (SIGTERM)")
+    except Exception as error:  # of settle; `do` has an outcome for its own
+        return place, Outcome(LOST, reason(error))
 
 
 def settle(share: Share) -> None:
