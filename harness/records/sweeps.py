@@ -28,7 +28,7 @@ from ditbench.harness.records.record import ATTEMPT, Record
 
 FOLDER, FILE = ".sweeps", "sweep.json"
 FORMAT = 1
-STAMP = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")  # the name of a folder: nothing else may be one
+STAMP = re.compile(r"\d{8}-\d{6}-\d{6}-[0-9a-f]{4}")  # the name of a folder: nothing else may be one
 DONE, FAILED, REFUSED, RUNNING, MISSING = "done", "failed", "refused", "running", "missing"
 
 
@@ -88,7 +88,7 @@ class Outcome:
 
 def new_stamp() -> str:
     """Sorts by time; no two are the same."""
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{os.urandom(2).hex()}"
 
 
 def write(sweep: Sweep) -> None:

@@ -127,7 +127,7 @@ def test_a_damaged_list_is_named_and_one_before_is_taken(sweep, quick, home, cap
     quick()
     assert sweep("method=rtn", "bits=w8a8") == 0
     first = sweeps.newest(home)
-    later = home / ".sweeps" / "99990101-000000-0000"
+    later = home / ".sweeps" / "99990101-000000-000000-0000"
     shutil.copytree(first.folder, later)
     text = (later / "sweep.json").read_text()
     (later / "sweep.json").write_text(text.replace("tiny-dit rtn", "tiny-dit gptq"))
