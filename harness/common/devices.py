@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ditbench.harness.common.errors import UserError
 
+BESIDE = (
+    "DITBENCH_BESIDE"  # in the environment of a launcher's worker: how many others it started on the same processor
+)
 AUTO = "auto"
 CPU = torch.device("cpu")
 LONGEST = 120  # characters of torch's words

@@ -68,6 +68,7 @@ RECORD = {
     "metrics": Each(METRIC),
     "efficiency": {
         "kind": TEXT_OR_NULL,
+        "timed_beside": (int, NOTHING),
         "backend": TEXT_OR_NULL,
         "device": TEXT_OR_NULL,
         "latency_ms": (LATENCY, NOTHING),

@@ -15,7 +15,7 @@ from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare, contests
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
 from ditbench.harness.report.frame import measured, mib
-from ditbench.harness.report.paired import between
+from ditbench.harness.report.paired import between, comparisons
 from ditbench.harness.report.table import decimals_for, number
 
 SIZE, SPEED = "size", "speed"
@@ -104,15 +104,30 @@ def _front(group: Group, metric: str, against: str, device: str, places: list[in
     front = on_front(cost, quality)
     bend = knee_of([cost[i] for i in front], [quality[i] for i in front])
     its = [places[i] for i in front]
+    alike = _not_told_apart(group, metric, its[-1 if bend is None else bend], places)
     return Front(
         against,
         device,
         places,
         its,
         None if bend is None else its[bend],
-        _sentences(group, metric, against, device, its, bend),
+        [*_sentences(group, metric, against, device, its, bend), *alike],
         left_out,
     )
+
+
+def _not_told_apart(group: Group, metric: str, place: int, places: Sequence[int]) -> list[str]:
+    """By the paired tests of its contest (Holm), the same that marks come from."""
+    name = group.run_names[place]
+    label = compare.bits_label(group.records[place])
+    pairs = [each for each in comparisons(group, metric) if each.contest == label and not each.told_apart]
+    rivals = {each.first if each.second == name else each.second for each in pairs if name in (each.first, each.second)}
+    known = {group.run_names[other] for other in places if compare.bits_label(group.records[other]) == label}
+    alike = sorted(rivals & known)
+    if not alike:
+        return []
+    title = compare.short_names(group.metrics)[metric]
+    return [f"In {title} {called(group, place)} is not told apart from {', '.join(alike)} at these bits."]
 
 
 def _slowness(record: Record) -> float:

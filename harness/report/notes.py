@@ -8,6 +8,8 @@ from ditbench.eval.seed_differences import FEWEST_SEEDS
 from ditbench.harness.report import compare, contests, marks, paired
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names
 
+CHECKED_FROM = 64  # samples: the least that bench/intervals.py draws
+
 
 def notes(group: Group, metrics: Sequence[str], at: str = contests.BITS) -> list[str]:
     found = [
@@ -15,6 +17,8 @@ def notes(group: Group, metrics: Sequence[str], at: str = contests.BITS) -> list
         *_untested(group, metrics, at),
         *_above_label(group, at),
         *_seeds(group),
+        *_timed_beside(group),
+        *_few_samples(group),
         *_without_alarms(group),
     ]
     if any(r.method != FLOAT_METHOD and r.metrics for r in group.records) and not any(
@@ -41,6 +45,28 @@ def _like_float(group: Group, metrics: Sequence[str], at: str) -> list[str]:
     found = ["the paired tests (Holm) do not tell it apart from the float model"] if tested else []
     found += [f"inside the noise floor around the float row, which is {', '.join(floors)} at most"] if floors else []
     return [f"~: {'; or '.join(found)}."] if found else []
+
+
+def _timed_beside(group: Group) -> list[str]:
+    """Of whose speed it cannot be said what it would be on a machine of its own."""
+    beside = [
+        f"{name} {compare.bits_label(record)}"
+        for name, record in zip(group.run_names, group.records, strict=True)
+        if record.efficiency.get("timed_beside") and record.efficiency.get("latency_ms")
+    ]
+    if not beside:
+        return []
+    return [
+        f"Speed-up and latency of {', '.join(beside)} were timed while other workers of the sweep used the same processor: "
+        "they say little. launcher=local times one run alone."
+    ]
+
+
+def _few_samples(group: Group) -> list[str]:
+    n = min((r.config.get("protocol", {}).get("n") or CHECKED_FROM for r in group.records), default=CHECKED_FROM)
+    if n >= CHECKED_FROM:
+        return []
+    return [f"n = {n}: intervals and tests of set metrics were checked from n = {CHECKED_FROM} on (docs/protocols.md)."]
 
 
 def _untested(group: Group, metrics: Sequence[str], at: str) -> list[str]:

@@ -66,7 +66,9 @@ def test_by_size_the_knee_is_named_with_its_interval_and_what_the_next_ones_give
     assert larger.startswith(
         "The next larger, six W6A6, has 1.46 × the bytes and psnr +1.00 dB (95 % interval of this pair alone [+"
     )
-    assert smaller.startswith("The next smaller, rtn W4A4, has 0.96 × the bytes and psnr −7.00 dB (95 % interval [−")
+    assert smaller.startswith(
+        "The next smaller, rtn W4A4, has 0.96 × the bytes and psnr −7.00 dB (95 % interval of this pair alone [−"
+    )
     assert by_speed.device == "cpu (2 cores)"
 
 
@@ -115,3 +117,14 @@ def test_one_run_alone_is_both_and_a_metric_that_ranks_nobody_has_no_front(add_r
     (by_size,) = fronts.fronts(group, "psnr")
     assert by_size.knee is None and "both smallest and best: a W4A8" in by_size.sentences[0]
     assert fronts.fronts(group, "brightness") == []
+
+
+def test_who_is_not_told_apart_from_the_best_is_named(add_run, results_dir, metric):
+    for name, score, size in (("a", 30.0, 300), ("twin", 30.0, 310), ("far", 20.0, 320)):
+        add_run(
+            name, "W4A4", metrics={"psnr": metric(score)}, efficiency={"model_bytes": size * 2**10, "compression": 3.0}
+        )
+    (group,) = compare.groups(read_all(results_dir))
+    (by_size,) = fronts.fronts(group, "psnr")
+    assert by_size.sentences[0].startswith("By size, one run is both smallest and best: a W4A4")
+    assert by_size.sentences[1] == "In psnr a W4A4 is not told apart from twin at these bits."

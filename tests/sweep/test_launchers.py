@@ -97,8 +97,8 @@ def test_without_devices_two_workers_share_out_the_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert joblib.shared(joblib.Settings(), 12, "x") == (2, joblib.Share("x", (), 4))
-    assert joblib.shared(joblib.Settings(workers=4, threads=3), 12, "x") == (4, joblib.Share("x", (), 3))
+    assert joblib.shared(joblib.Settings(), 12, "x") == (2, joblib.Share("x", (), 4, 2))
+    assert joblib.shared(joblib.Settings(workers=4, threads=3), 12, "x") == (4, joblib.Share("x", (), 3, 4))
 
 
 def test_the_best_that_the_workers_of_one_run_say_counts_once_all_have_ended():

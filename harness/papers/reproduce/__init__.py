@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.watch import watching
 from ditbench.harness.papers import reported
 from ditbench.harness.papers.reported import EMPTY
 from ditbench.harness.papers.reproduce.printed import FORMATS, HEADER, Result
@@ -36,6 +37,7 @@ from ditbench.harness.report.table import interval
 from ditbench.harness.run import run
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.sweep.live import Live
 
 __all__ = ["FORMATS", "Outcome", "plan", "reproduce"]
 
@@ -66,7 +68,8 @@ def reproduce(
         _check_inputs(table, section, list(composed.values()))
     configs, refused = parsed(composed)
     expected = {job: settings_of(raw) for job, raw in configurations(line.expected for line in lines).items()}
-    records = {job: run(config) for job, config in configs.items()}
+    with Live(len(configs)) as live, watching(live):
+        records = {job: run(config) for job, config in configs.items()}
     judged = [
         judged_row(line, section, records.get(line.job), refused.get(line.job), expected.get(line.expected))
         for line in lines

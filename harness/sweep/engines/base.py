@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ditbench.harness.common.devices import AUTO
+from ditbench.harness.common.devices import AUTO, BESIDE
 from ditbench.harness.common.errors import UserError, reason, unknown_name
 from ditbench.harness.common.interrupts import terminable
 from ditbench.harness.common.type_checks import check_types
@@ -142,6 +142,7 @@ def number_or_auto(settings: Any, *names: str) -> None:
             raise UserError(f"launcher.{name} must be a whole number or auto, got {value!r}")
 
 
-def set_threads(number: int) -> None:
-    """Of torch, in this worker."""
-    torch.set_num_threads(number)
+def settle(threads: int, workers: int) -> None:
+    """Once in a worker's life: torch's threads, and how many workers the sweep has on this processor."""
+    torch.set_num_threads(threads)
+    os.environ[BESIDE] = str(workers - 1)

@@ -27,7 +27,7 @@ from ditbench.harness.sweep.engines.base import (
     library,
     number_or_auto,
     refuse_own_devices,
-    set_threads,
+    settle,
 )
 
 ELSEWHERE = False
@@ -60,6 +60,7 @@ class Share:
     folder: str
     devices: tuple[str, ...]
     threads: int
+    workers: int
 
 
 def run(jobs: Sequence[Job], settings: Settings) -> Iterator[tuple[int, Outcome]]:
@@ -111,20 +112,20 @@ def shared(settings: Settings, jobs: int, folder: str, on_cpu: bool = False) -> 
         devices = [devices[place % len(devices)] for place in range(workers)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, min(cores // workers, torch.get_num_threads())) if settings.threads == AUTO else settings.threads
-    return workers, Share(folder, tuple(devices), int(threads))
+    return workers, Share(folder, tuple(devices), int(threads), workers)
 
 
 def _in_worker(place: int, job: Job, share: Share) -> tuple[int, Outcome]:
     try:
-        settle(share)
+        take_place(share)
         return place, do(job)
     except Terminated:
         return place, Outcome(LOST, "its worker was asked to end (SIGTERM)")
-    except Exception as error:  # of settle; `do` has an outcome for its own
+    except Exception as error:  # of taking a place; `do` has an outcome for its own
         return place, Outcome(LOST, reason(error))
 
 
-def settle(share: Share) -> None:
+def take_place(share: Share) -> None:
     """Once in a worker's life, before anything asks for a device."""
     global _place
     if _place is not None:
@@ -139,7 +140,7 @@ def settle(share: Share) -> None:
             number += 1
     if share.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = share.devices[number % len(share.devices)]
-    set_threads(share.threads)
+    settle(share.threads, share.workers)
 
 
 def _devices_of(share: Share) -> str:

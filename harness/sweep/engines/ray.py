@@ -26,7 +26,7 @@ from ditbench.harness.sweep.engines.base import (
     library,
     number_or_auto,
     refuse_own_devices,
-    set_threads,
+    settle,
 )
 
 ELSEWHERE = True
@@ -105,8 +105,8 @@ def shared(ray: Any, settings: Settings, jobs: int) -> tuple[int, int]:
 class Worker:
     """An actor: one process, which keeps what it has loaded."""
 
-    def __init__(self, threads: int) -> None:
-        set_threads(threads)
+    def __init__(self, threads: int, workers: int) -> None:
+        settle(threads, workers)
 
     def do(self, job: Job) -> Outcome:
         return do(job)
@@ -118,7 +118,7 @@ def _ended(
     """Each worker has one job at a time; whose worker died goes back to the end of the line."""
     kind = ray.remote(num_cpus=settings.cpus, num_gpus=devices)(Worker)
     waiting, begun = list(range(len(jobs))), dict.fromkeys(range(len(jobs)), 0)
-    free = [kind.remote(settings.cpus) for _ in range(workers)]
+    free = [kind.remote(settings.cpus, workers) for _ in range(workers)]
     busy: dict[Any, tuple[int, Any]] = {}
     while waiting or busy:
         while waiting and free:
@@ -130,7 +130,7 @@ def _ended(
         try:
             outcome = ray.get(ready)
         except ray.exceptions.RayError as error:
-            free.append(kind.remote(settings.cpus))
+            free.append(kind.remote(settings.cpus, workers))
             if begun[place] <= settings.restarts:
                 say(f"{jobs[place].title}: its worker died; it begins again from what is kept")
                 waiting.append(place)

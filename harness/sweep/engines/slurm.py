@@ -17,6 +17,8 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
+import torch
+
 from ditbench.harness.common.devices import AUTO
 from ditbench.harness.common.errors import UserError, first_words
 from ditbench.harness.common.watch import say
@@ -29,7 +31,6 @@ from ditbench.harness.sweep.engines.base import (
     library,
     number_or_auto,
     refuse_own_devices,
-    set_threads,
 )
 
 ELSEWHERE = True
@@ -77,7 +78,7 @@ class Task:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would ignore it; so `do` hears it, and ends
         signal.signal(signal.SIGUSR2, self.out_of_time)
         if self.threads is not None:
-            set_threads(self.threads)
+            torch.set_num_threads(self.threads)
         return do(self.job)
 
     def out_of_time(self, number: int, frame: object) -> None:
