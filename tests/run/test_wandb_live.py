@@ -64,13 +64,13 @@ def killed_and_started_again(tmp_path_factory, tiny) -> tuple[Path, dict[str, An
 
 
 def test_stage_progress_and_first_pictures_are_there_while_a_run_goes_on(killed_and_started_again):
-    _, seen, _ = killed_and_started_again
+    _, seen, parts = killed_and_started_again
     now = seen["history"]
     assert now["live/stage"] == "generate" and now["live/total"] == 4 * 2, "samples × steps"
     assert 0 < now["live/done"] < 8 and now["live/share"] == now["live/done"] / 8
     assert 0 < now["live/samples_per_s"] < 1, "a piece of one sample rests for two seconds"
-    stages = {row.get("live/stage") for row in seen["rows"]} - {None}
-    assert len(stages) >= 2, "on a busy machine the first is over before W&B has begun"
+    stages = {row.get("live/stage") for part in parts for row in part["rows"]} - {None}
+    assert len(stages) >= 2, stages  # of both parts: on a busy machine the first stage is over before W&B has begun
     for name in ("samples/first_float", "samples/first"):
         assert now[name]["_type"] == "image-file"
     assert seen["looks"] >= 1, "W&B's own system metrics"

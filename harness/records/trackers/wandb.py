@@ -37,6 +37,7 @@ SETTINGS = {
     "x_file_stream_retry_max": 3,
     "x_file_transfer_retry_max": 3,
 }
+STEPS_PER_S = 10
 FOLDER = re.compile(r"^(?:offline-)?run-(?P<start>\d{8}_\d{6})-(?P<id>.+)$")
 
 
@@ -67,13 +68,15 @@ def begin(settings: Mapping[str, Any], card: Card) -> WandbRun:
 
 
 class WandbRun:
-    """W&B's step is the number of seconds since the run was first seen: it grows, also over a restart that knows of no other."""
+    """W&B's step is the time since the run was first seen, in tenths of a second: it grows, also over a restart that knows of no
+    other. (In whole seconds, what is logged more often than that runs ahead of the clock, and a restart would fall behind it.)
+    """
 
     def __init__(self, run: Any, first_seen_s: float) -> None:
         self.run, self.first_seen_s, self.last = run, first_seen_s, int(run.step) - 1
 
     def log(self, values: Mapping[str, Value]) -> None:
-        self.last = max(self.last + 1, int(time.time() - self.first_seen_s))
+        self.last = max(self.last + 1, int((time.time() - self.first_seen_s) * STEPS_PER_S))
         self.run.log({name: _shown(value) for name, value in values.items()}, step=self.last, commit=True)
 
     def artifact(self, name: str, folder: Path, kind: str) -> None:
