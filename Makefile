@@ -1,5 +1,5 @@
 # make demo   install, run the default sweep on tiny-dit, write the report
-# make test   install, run the tests
+# make test   install, run the tests (all but tests/cluster: whole sweeps by joblib, SLURM and Ray, see .ci/run)
 # make check  lint, format, types
 # make mutants  small mistakes in what decides a number: do the tests see them? (an hour and more)
 PYTHON ?= python3
@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/ditbench report --experiment demo --format html
 
 test: install-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore tests/cluster
 
 check: install-test
 	$(BIN)/ruff check .
