@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -198,6 +198,20 @@ def publish(address: Address, write: Callable[[Path], None], seconds: float | No
 def entry_of(path: Path) -> dict[str, Any]:
     """What a manifest says of a file."""
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a file that does not count before a manifest names it → what the manifest says of it.
+
+    It is written in place: what a kill leaves of it is written over by whoever makes it again.
+    """
+    try:
+        path.write_bytes(content)
+    except OSError:
+        with suppress(OSError):  # the disk is full, and half a file takes room
+            path.unlink()
+        raise
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def write_manifest(path: Path, values: dict[str, Any]) -> None:

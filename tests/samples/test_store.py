@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import time
 from collections import Counter
+from pathlib import Path
 
 import drawing
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 from drawing import draw_all, painted, process_that_draws, store_in
 from PIL import Image
 
-from ditbench.harness.common.artifacts import Address, Damaged
+from ditbench.harness.common.artifacts import Address, Damaged, write_bytes
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.samples.store import found_store, open_store
@@ -64,6 +67,27 @@ def test_images_and_videos_are_kept_without_loss(tmp_path, shape):
     samples = store.samples()
     assert torch.equal(samples.pixels[:], pixels)
     assert samples.prompts == prompts and samples.latents is None and samples.fps == 12.5
+
+
+def test_writing_a_piece_does_not_look_through_the_samples_that_are_there(tmp_path, monkeypatch):
+    """It would take longer for each sample, the more there are."""
+    store = store_in(tmp_path, N)
+    looked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path=".": looked.append(str(path)) or scandir(path))
+    store.publish(store.pieces[1], torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, 2, 2, 2), 8.0)
+    assert store.has(store.pieces[1]) and str(store.folder) not in looked
+
+
+def test_a_disk_that_fills_up_leaves_no_half_of_a_file(tmp_path, monkeypatch):
+    def half(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(tmp_path / "000000.webp", b"a picture")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_tools_read_it_without_us(whole):
