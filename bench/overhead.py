@@ -1,10 +1,14 @@
-"""Where the wall time of runs goes: drawing, fitting, metrics, measuring, and the harness, which is all the rest.
+"""Where the time of runs goes: drawing, fitting, metrics, measuring, and the harness, which is all the rest.
 
-    pip install py-spy
-    python bench/overhead.py -m method=rtn,quarot bits=w8a8,w4a4 --out results/bench/overhead.json
+    python bench/overhead.py -m method=rtn,quarot bits=w8a8,w4a4 results_dir=FOLDER --out results/bench/overhead-NAME.json
 
-What is not an option of this script is handed to `ditbench run`. py-spy looks at the main thread a hundred times a second
-from outside; each look counts for the innermost frame that PARTS knows. A thread that waits counts too, as wall time does.
+What is not an option of this script is handed to `ditbench run`, in this process, from its first import on. A thread looks
+a hundred times a second at what the main thread does, and adds what passed since its last look, as wall and as CPU time of
+all threads, to the part that is at work: that of the innermost function which PARTS knows, or the start of the process if
+something is being imported. Wall time counts what waits, for a disk or a busy core, too; shares of CPU time do not. (py-spy
+looks from outside, but cannot weigh its looks by CPU time.)
+
+Set OMP_NUM_THREADS=1 for numbers that a second machine can be held against: torch's threads spin while they wait.
 """
 
 from __future__ import annotations
@@ -12,49 +16,95 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
+import threading
+from collections import defaultdict
+from functools import cache
 from pathlib import Path
+from time import perf_counter, process_time, thread_time
+from types import CodeType, FrameType
 
-# The innermost frame of a look that matches says what was being done: (part, pattern of "function (file").
+START = "start: imports"
+CONFIGURATION = "start: configuration"
+REST = "harness: the rest"
+DRAWING, FITTING, METRICS, MEASURING = "drawing", "fitting", "metrics", "measuring: latency, parity, layer errors"
+# (part, pattern of "file:function"), the first that matches.
 PARTS = (
-    ("harness: store of samples", r"\(.*harness/samples/"),
+    ("harness: store of samples", r"harness/samples/(store|pixels|rows_on_disk)\.py|site-packages/PIL/"),
+    (DRAWING, r"encoded_prompts\.py:_Asked\.made$"),
+    ("harness: encoded prompts on disk", r"harness/models/encoded_prompts\.py"),
     (
-        "harness: hashes and locks",
-        r"\(.*harness/common/(artifacts|file_hashes|files|scratch|code_identity|tensor_files)",
+        "harness: hashes, locks, artifacts",
+        r"harness/common/(artifacts|file_hashes|files|scratch|code_identity|tensor_files)\.py",
     ),
-    ("harness: recordings on disk", r"\(.*harness/calibration/(on_disk|recorder)"),
-    ("harness: records and trackers", r"\(.*harness/(records|report)/"),
-    ("harness: saving samples, report", r"^save_artifacts \("),
-    ("harness: configuration", r"\(.*(site-packages/(hydra|omegaconf)/|harness/sweep/(compose|overrides))"),
-    ("drawing", r"\(.*harness/(generation/|models/families/|models/prompted)"),
-    ("metrics", r"\(.*/eval/|\(.*harness/scoring/"),
-    ("measuring: latency, parity, layer errors", r"\(.*harness/measurement/"),
-    ("fitting", r"\(.*(ditbench|src)/.*/?(methods|fitting|calibration)/|\(.*harness/(build|quant)/"),
-    ("loading the model", r"^model_of \(|\(.*harness/models/(loading|checkpoint|identity)"),
-    ("harness: imports", r"^<module> \(|^_find_and_load "),
+    ("harness: recordings on disk", r"harness/calibration/(on_disk|recorder)\.py"),
+    ("harness: records, trackers, report", r"harness/(records|report)/|:save_artifacts$"),
+    (CONFIGURATION, r"site-packages/(hydra|omegaconf)/|harness/sweep/|harness/stages/(config|values)\.py"),
+    ("harness: loading the model", r":model_of$|harness/models/(loading|checkpoint|identity)"),
+    (DRAWING, r"harness/(generation/|models/(families/|prompted|decoding))"),
+    (METRICS, r"/eval/|harness/scoring/"),
+    (MEASURING, r"harness/(measurement/|models/macs\.py)"),
+    (FITTING, r"/methods/|harness/(fitting|calibration)/|harness/build/build\.py|stages/states\.py"),
 )
-DONE_FOR_THE_USER = ("drawing", "fitting", "metrics", "measuring: latency, parity, layer errors")
+DONE_FOR_THE_USER = (DRAWING, FITTING, METRICS, MEASURING)
+IMPORTING = "_find_and_load"
+BAR = 0.05
 
 
-def part_of(stack: list[str]) -> str:
-    """stack: frames, outermost first → the part that the innermost known frame belongs to."""
-    for frame in reversed(stack):
-        for part, pattern in PARTS:
-            if re.search(pattern, frame):
-                return part
-    return "harness: the rest"
+@cache
+def part_of_function(code: CodeType) -> str | None:
+    place = f"{code.co_filename}:{code.co_qualname}"
+    return next((part for part, pattern in PARTS if re.search(pattern, place)), None)
 
 
-def breakdown(collapsed: str, rate: int) -> dict[str, float]:
-    """collapsed: py-spy's raw format, "frame;frame;frame count" a line → seconds of each part in the main thread."""
-    looks: Counter[str] = Counter()
-    for line in collapsed.splitlines():
-        stack, count = line.rsplit(" ", 1)
-        looks[part_of(stack.split(";"))] += int(count)
-    return {part: looks[part] / rate for part, _ in looks.most_common()}
+def part_at_work(codes: list[CodeType]) -> str:
+    """codes: of the functions on a stack, innermost first → the part that the innermost known one belongs to."""
+    if any(code.co_name == IMPORTING for code in codes):
+        return START
+    return next(filter(None, map(part_of_function, codes)), REST)
+
+
+def codes_of(frame: FrameType | None) -> list[CodeType]:
+    codes = []
+    while frame is not None:
+        codes.append(frame.f_code)
+        frame = frame.f_back
+    return codes
+
+
+class Watch(threading.Thread):
+    """Adds up {part: seconds} of the thread that makes it, until `end`."""
+
+    def __init__(self, rate: int) -> None:
+        super().__init__(daemon=True)
+        self.wall_s: dict[str, float] = defaultdict(float)
+        self.cpu_s: dict[str, float] = defaultdict(float)
+        self._watched, self._pause, self._over = threading.get_ident(), 1 / rate, threading.Event()
+
+    def run(self) -> None:
+        wall, cpu = perf_counter(), process_time() - thread_time()
+        while not self._over.wait(self._pause):
+            part = part_at_work(codes_of(sys._current_frames()[self._watched]))
+            now, used = perf_counter(), process_time() - thread_time()
+            self.wall_s[part] += now - wall
+            self.cpu_s[part] += used - cpu
+            wall, cpu = now, used
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+
+
+def summary(seconds: dict[str, float]) -> dict[str, float]:
+    """{part: seconds} → the harness's share of all, its share without the start of the process, and the length of run from
+    which on the share is below the bar if the start stays what it is and the rest grows in proportion (none: never).
+    """
+    total = sum(seconds.values())
+    start = sum(seconds.get(part, 0.0) for part in (START, CONFIGURATION))
+    ours = sum(taken for part, taken in seconds.items() if part not in DONE_FOR_THE_USER)
+    steady = (ours - start) / (total - start)
+    found = {"total_s": total, "start_s": start, "harness": ours / total, "harness_without_start": steady}
+    return found | ({"below_bar_from_s": start * (1 - steady) / (BAR - steady)} if steady < BAR else {})
 
 
 def main() -> None:
@@ -62,25 +112,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the breakdown is written, as JSON")
     parser.add_argument("--rate", type=int, default=100, help="looks a second")
     options, run = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        looks = Path(scratch) / "looks"
-        spy = ["py-spy", "record", "--idle", "--full-filenames", "-r", str(options.rate), "-f", "raw", "-o", str(looks)]
-        subprocess.run([*spy, "--", sys.executable, "-m", "ditbench", "run", *run], check=True)
-        found = breakdown("\n".join(main_thread(looks.read_text())), options.rate)
-    total = sum(found.values())
-    for part, seconds in found.items():
-        print(f"{part:45} {seconds:8.1f} s {seconds / total:7.1%}")
-    harness = sum(seconds for part, seconds in found.items() if part not in DONE_FOR_THE_USER)
-    print(f"{'harness in all':45} {harness:8.1f} s {harness / total:7.1%} of {total:.1f} s")
+    watch = Watch(options.rate)
+    watch.start()
+    code = ditbench_run(run)
+    watch.end()
+    found = {"command": run, "exit": code}
+    for clock, seconds in (("wall", watch.wall_s), ("cpu", watch.cpu_s)):
+        found[clock] = {"seconds": dict(seconds), **summary(seconds)}
+    shares = {part: [found[c]["seconds"][part] / found[c]["total_s"] for c in ("wall", "cpu")] for part in watch.wall_s}
+    for part, (of_wall, of_cpu) in sorted(shares.items(), key=lambda item: -item[1][0]):
+        print(f"{part:45} {watch.wall_s[part]:8.1f} s {of_wall:7.1%} of wall {of_cpu:7.1%} of CPU")
+    for clock in ("wall", "cpu"):
+        print(clock, {name: round(value, 3) for name, value in found[clock].items() if name != "seconds"})
     if options.out:
-        options.out.write_text(
-            json.dumps({"command": run, "seconds": found, "harness": harness / total}, indent=1) + "\n"
-        )
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def main_thread(collapsed: str) -> list[str]:
-    """Of py-spy's lines those of the thread that runs the command."""
-    return [line for line in collapsed.splitlines() if "harness/cli" in line or "<module>" in line.split(";")[0]]
+def ditbench_run(arguments: list[str]) -> int:
+    from ditbench.harness.cli.command_line import main as ditbench
+
+    return ditbench(["run", *arguments])
 
 
 if __name__ == "__main__":
