@@ -116,7 +116,8 @@ def main() -> None:
     watch.start()
     code = ditbench_run(run)
     watch.end()
-    found = {"command": run, "exit": code}
+    kept = [argument for argument in run if not argument.startswith("results_dir=")]  # not where somebody's results lie
+    found = {"command": kept, "exit": code, "device": device_name()}
     for clock, seconds in (("wall", watch.wall_s), ("cpu", watch.cpu_s)):
         found[clock] = {"seconds": dict(seconds), **summary(seconds)}
     shares = {part: [found[c]["seconds"][part] / found[c]["total_s"] for c in ("wall", "cpu")] for part in watch.wall_s}
@@ -126,6 +127,14 @@ def main() -> None:
         print(clock, {name: round(value, 3) for name, value in found[clock].items() if name != "seconds"})
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def device_name() -> str:
+    import torch
+
+    from ditbench.harness.common.devices import device_name
+
+    return device_name(torch.device("cpu"))
 
 
 def ditbench_run(arguments: list[str]) -> int:
