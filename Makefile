@@ -1,6 +1,7 @@
 # make demo   install, run the default sweep on tiny-dit, write the report
 # make test   install, run the tests
 # make check  lint, format, types
+# make mutants  small mistakes in what decides a number: do the tests see them? (an hour and more)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ TORCH ?= auto
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 newest_cpu_build = $(PIP) index versions torch $(1) 2>/dev/null | tr -s ' ,' '\n' | sed -n '/+cpu$$/{s/^/torch==/p;q}'
 
-.PHONY: demo test check install install-test format clean
+.PHONY: demo test check mutants install install-test format clean
 
 demo: install
 	$(BIN)/ditbench run experiment=demo
@@ -25,6 +26,9 @@ check: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutants: install-test
+	OMP_NUM_THREADS=1 $(BIN)/python bench/mutants.py
 
 format: install-test
 	$(BIN)/ruff check --fix .

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def fill(place: re.Match[str]) -> str:
 
 def table(name: str) -> str:
     runs = pd.read_csv(RESULTS / f"{name}.csv")
-    runs = runs[runs.status == "ok"].sort_values(["bits", "psnr"], ascending=[True, False])
+    runs = runs[runs.status == "ok"].sort_values(["bits", "psnr"], ascending=[True, False], kind="stable")
     tested = (RESULTS / f"{name}.tests.csv").is_file()
     columns = {name: column for name, column in COLUMNS.items() if name in runs and runs[name].notna().any()}
     heads = [
@@ -86,7 +86,7 @@ def table(name: str) -> str:
         cells += [with_interval(run, metric, decimals, tested) for metric, (_, decimals) in columns.items()]
         lines.append([*cells, f"{run.fit_s:.0f}", f"{run.fit_peak_memory_mib:.0f}"])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{text}\n\n{caption(runs, tested)}"
+    return f"{text}\n\n{caption(runs, comparisons(name, columns) if tested else None)}"
 
 
 def forms(*names: str) -> str:
@@ -114,7 +114,7 @@ def forms(*names: str) -> str:
     measured = {method for (_, method), values in found.items() if any(form == PUBLISHED for _, form in values)}
     left = sorted(differing - measured)
     said = f"\n\nNot measured in their published form: {', '.join(left)}." if left else ""
-    return f"{text}\n\nPSNR to the float model, dB. {' '.join(caption(runs, tested=False) for runs in tables)}{said}"
+    return f"{text}\n\nPSNR to the float model, dB. {' '.join(caption(runs, None) for runs in tables)}{said}"
 
 
 def difference(name: str, metric: str, one: str, other: str) -> str:
@@ -125,7 +125,7 @@ def difference(name: str, metric: str, one: str, other: str) -> str:
     title, decimals = COLUMNS[metric]
     return (
         f"{one} − {other}, {title.split()[0]}: {steps.mean():+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}] "
-        f"over {len(steps)} seeds, paired."
+        f"over {len(steps)} seeds, paired{holm_of(name, metric, {one, other})}."
     )
 
 
@@ -195,7 +195,7 @@ def work_of(command: list[str]) -> str:
 
 def coverage(model: str) -> str:
     rows = pd.concat([pd.read_csv(path) for path in sorted(INTERVALS.glob("coverage-*.csv"))])
-    rows = rows[rows.model == model].sort_values("n")
+    rows = rows[rows.model == model].sort_values("n", kind="stable")
     places = [(design, n) for design in ("balanced", "independent") for n in rows.n.unique()]
     lines = [["interval of", *(f"{design}, n = {n:,}" for design, n in places)], ["---", *["---:"] * len(places)]]
     for metric, of_metric in rows.groupby("metric", sort=False):
@@ -213,7 +213,7 @@ def covered(row: Any) -> str:
 
 
 def noise_floor() -> str:
-    rows = pd.read_csv(INTERVALS / "noise_floor.csv").sort_values(["metric", "n", "worse share"])
+    rows = pd.read_csv(INTERVALS / "noise_floor.csv").sort_values(["metric", "n", "worse share"], kind="stable")
     rules = list(rows.columns[4:-1])
     lines = [["metric", "n", "noisy digits", "worse by, sd", *rules], ["---", *["---:"] * (3 + len(rules))]]
     for _, row in rows.iterrows():
@@ -221,6 +221,23 @@ def noise_floor() -> str:
         rates = [f"{100 * row[rule]:.1f}" for rule in rules]
         lines.append([row.metric, f"{row.n:,}", f"{row['worse share']:.0%}", effect, *rates])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def holm_of(name: str, metric: str, runs: set[str]) -> str:
+    """p of two runs' test, if it was kept."""
+    path = RESULTS / f"{name}.tests.csv"
+    if not path.is_file():
+        return ""
+    tests = pd.read_csv(path)
+    (p,) = (row.p_holm for row in tests[tests.metric == metric].itertuples() if {row.first, row.second} == runs)
+    return "; p (Holm) < 0.001" if p < 0.001 else f"; p (Holm) = {p:.3f}"
+
+
+def comparisons(name: str, metrics: Iterable[str]) -> str:
+    """How many tests Holm's correction is over, of one metric in one contest."""
+    tests = pd.read_csv(RESULTS / f"{name}.tests.csv")
+    sizes = sorted(set(tests[tests.metric.isin(list(metrics))].groupby(["metric", "ranked_in"]).size()))
+    return "–".join(str(size) for size in sizes[:: max(len(sizes) - 1, 1)])
 
 
 def with_interval(run: pd.Series, metric: str, decimals: int, tested: bool) -> str:
@@ -231,18 +248,21 @@ def with_interval(run: pd.Series, metric: str, decimals: int, tested: bool) -> s
     return {"best": f"**{text}**", "second": f"<ins>{text}</ins>"}.get(str(mark), text)
 
 
-def caption(runs: pd.DataFrame, tested: bool) -> str:
+def caption(runs: pd.DataFrame, compared: str | None) -> str:
+    """compared: the number of comparisons behind the marks; None: their tests were not kept."""
     first = runs.iloc[0]
     seeds = len(str(first.seed).split(","))
-    over = f"over {seeds} seeds" if seeds > 1 else "over bootstrap resamples"
+    one_seed = "over the samples" if compared else "over bootstrap resamples"
+    over = f"over {seeds} seeds" if seeds > 1 else one_seed
     marks = (
-        "**best** and <ins>second</ins> of their bits where paired tests tell them apart"
-        if tested
-        else "no marks: the paired tests behind them were not kept"
+        "~: paired tests do not tell it apart from the float model; **best** and <ins>second</ins> of their bits where they tell them apart "
+        f"(Holm over {compared} comparisons)"
+        if compared
+        else "~: inside the noise floor; no marks: the paired tests behind them were not kept"
     )
     return (
         f"{first.model}, n = {first.n:,} samples × {seeds} seed{'s' * (seeds > 1)}, {first.steps} steps, guidance {first.guidance}; "
-        f"95 % intervals {over}; ~: inside the noise floor; {marks}; {first.device}, commit {first.commit[:7]}."
+        f"95 % intervals {over}; {marks}; {first.device}, commit {first.commit[:7]}."
     )
 
 

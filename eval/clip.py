@@ -112,11 +112,6 @@ def embed_texts(clip: Clip, texts: tuple[str, ...]) -> Tensor:
     return torch.cat(rows)
 
 
-def count_too_long(clip: Clip, texts: tuple[str, ...]) -> int:
-    """How many texts lose words to CLIP's context length."""
-    return sum(len(ids) > clip.max_tokens for ids in clip.tokenizer(list(texts), verbose=False)["input_ids"])
-
-
 def prepare(images_BCHW: Tensor, side: int, *, crop_first: bool = False, device: torch.device = CPU) -> Tensor:
     """uint8 (B, 3, H, W) on the CPU → what CLIP takes, float32 (B, 3, side, side), on the device.
 

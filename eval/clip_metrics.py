@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ditbench.eval import kernel_distance
 from ditbench.eval.base import Evidence, Measurement, metric
-from ditbench.eval.clip import HUB, clip_here, count_too_long, embed_images, embed_texts, load_clip, need_prompts
+from ditbench.eval.clip import HUB, clip_here, embed_images, embed_texts, load_clip, need_prompts
 from ditbench.eval.features import against_float, need_reference
 from ditbench.eval.influence import counted_once, spread
 from ditbench.eval.passport import need_samples, passport
 from ditbench.eval.per_sample import mean_or_share, pseudo_values
+from ditbench.eval.prompt_lengths import cut_off
 from ditbench.eval.statistics import INFLUENCE, INFLUENCE_OF_PAIRS, student
 
 GOOD, BAD = "Good photo.", "Bad photo."
@@ -82,8 +83,7 @@ def clipscore(evidence: Evidence, name: str) -> Measurement:
     images_NHWC, texts = evidence.generated.images_NHWC, need_prompts(evidence.generated)
     clip = load_clip(name, evidence.device)
     cosine_N = (embed_images(clip, images_NHWC) * embed_texts(clip, texts)).sum(dim=1)
-    settings = {"scale": SCALE, "template": "{prompt}", "max_tokens": clip.max_tokens}
-    settings |= {"prompts_cut_off": count_too_long(clip, texts)}
+    settings = {"scale": SCALE, "template": "{prompt}"} | cut_off(clip.tokenizer, clip.max_tokens, texts)
     return _mean(evidence, "clipscore", (SCALE * cosine_N).clamp(min=0), clip.passport | _CROPPED | settings)
 
 

@@ -1,7 +1,8 @@
 """ImageReward: what people would prefer, given the prompt (Xu et al. 2023, arXiv:2304.05977).
 
 The score is the package image-reward's own (ImageReward-v1.0), the mean over the images. The package and its weights
-must be here already; nothing is downloaded.
+must be here already; nothing is downloaded. The package reads the first 35 tokens of a prompt (about 25 words), without a word about the
+rest: the passport counts the prompts that lost some.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,6 +23,7 @@ from ditbench.eval.features import full_precision
 from ditbench.eval.needs import package
 from ditbench.eval.passport import need_samples
 from ditbench.eval.per_sample import mean_or_share
+from ditbench.eval.prompt_lengths import cut_off
 from ditbench.eval.weights import stored_sha256
 from ditbench.harness.samples.samples import Rows
 
@@ -28,6 +31,8 @@ PACKAGE = "ImageReward"
 HUB = "THUDM/ImageReward"
 TOKENIZER = "google-bert/bert-base-uncased"
 FILES = ("ImageReward.pt", "med_config.json")
+
+MAX_TOKENS = 35  # image-reward 1.5, ImageReward.py, score: truncation=True, max_length=35
 
 Scorer = Callable[[str, Image.Image], float]
 
@@ -54,10 +59,12 @@ def image_reward(evidence: Evidence) -> Measurement:
     if problem := _package() or _weights():
         raise MetricSkipped(problem)
     weights, config = _local_files()
-    values_N = rewards(load_scorer(weights, config, evidence.device), images_NHWC, texts)
+    model = load_model(weights, config, evidence.device)
+    values_N = rewards(model.score, images_NHWC, texts)
     return mean_or_share(
         evidence, values_N, "image-reward ImageReward-v1.0", "image-reward", weights_sha256=stored_sha256(weights),
         dtype="float32", resize="the package's own: bicubic, short side to 224, centre crop", antialias=True,
+        **cut_off(model.blip.tokenizer, MAX_TOKENS, texts),
     )  # fmt: skip
 
 
@@ -70,12 +77,12 @@ def rewards(scorer: Scorer, images_NHWC: Rows, texts: tuple[str, ...]) -> Tensor
 
 
 @cache
-def load_scorer(weights: Path, config: Path, device: torch.device) -> Scorer:
-    """The package's model.score."""
+def load_model(weights: Path, config: Path, device: torch.device) -> Any:
+    """The package's model: `score` is its Scorer, `blip.tokenizer` BERT's tokenizer."""
     import ImageReward
 
     try:
-        return ImageReward.load(str(weights), device=str(device), med_config=str(config)).score
+        return ImageReward.load(str(weights), device=str(device), med_config=str(config))
     except (OSError, RuntimeError, KeyError) as error:  # its tokenizer is BERT's, from the hub
         raise MetricSkipped(
             f"ImageReward could not be loaded ({str(error).splitlines()[0][:200]}); "

@@ -106,10 +106,12 @@ def _variance_of_pairs(second_RR: np.ndarray, strata_R: np.ndarray, n: int) -> f
     member_RK = np.eye(strata_R.max() + 1)[strata_R]
     size_K = member_RK.sum(axis=0)
     g_RR = second_RR - np.diag(np.diag(second_RR))
-    others_RK = size_K - member_RK  # a sample makes no pair with itself
-    mean_RK = g_RR @ member_RK / np.maximum(others_RK, 1)
-    pairs_KK = np.maximum(member_RK.T @ others_RK, 1)
-    mean_KK = member_RK.T @ g_RR @ member_RK / pairs_KK
+    # A sample makes no pair with itself: in its own stratum of m, sums are over m − 2 and (m − 1) (m − 2), which takes away exactly what
+    # is a_i + a_j ("U-centring", Székely & Rizzo 2014, Annals of Statistics 42, 2382–2412).
+    mean_RK = g_RR @ member_RK / np.maximum(size_K - 2 * member_RK, 1)
+    pairs_KK = np.outer(size_K, size_K)
+    np.fill_diagonal(pairs_KK, (size_K - 1) * (size_K - 2))
+    mean_KK = member_RK.T @ g_RR @ member_RK / np.maximum(pairs_KK, 1)
     mean_RR = mean_RK[:, strata_R]
     centred_RR = g_RR - mean_RR - mean_RR.T + mean_KK[strata_R][:, strata_R]
     np.fill_diagonal(centred_RR, 0.0)

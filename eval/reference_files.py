@@ -14,13 +14,12 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ditbench.eval.image_files import IMAGE_ENDINGS, OTHER_ENDINGS, read_rgb
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.samples.rows_on_disk import RowsOnDisk
 
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MEMBER = "arr_0.npy"
 THREADS = 4  # that decode at once
 EXPECTED = "expected an ADM-style .npz with arr_0 of uint8 (N, H, W, 3)"
@@ -30,15 +29,21 @@ def folder_rows(path: Path) -> RowsOnDisk:
     """All images below path in the order of their relative names, as RGB; they must be of one size.
 
     Raises:
-        UserError: there are none. On reading: one is no image, or of another size than the first.
+        UserError: there are none, or images of other kinds among them. On reading: one is no image that `read_rgb` takes, or of another size than the first.
     """
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
+    everything = sorted(path.rglob("*"))
+    if other := next((file for file in everything if file.suffix.lower() in OTHER_ENDINGS), None):
+        raise UserError(
+            f"{other}: expected images of {', '.join(sorted(IMAGE_ENDINGS))} only, came another kind; "
+            "convert it to 8-bit RGB or take it away: leaving it out would be another reference set"
+        )
+    files = [file for file in everything if file.suffix.lower() in IMAGE_ENDINGS]
     if not files:
         raise UserError(f"{path}: expected images ({', '.join(sorted(IMAGE_ENDINGS))}), came none; give another folder")
-    shape = _read_image(files[0]).shape
+    shape = read_rgb(files[0]).shape
 
     def read_one(row: int) -> Tensor:
-        image = _read_image(files[row])
+        image = read_rgb(files[row])
         if image.shape != shape:
             raise UserError(
                 f"{files[row]}: expected {shape[:2]} like {files[0].name}, came {image.shape[:2]}; "
@@ -103,11 +108,3 @@ def _data_offset(path: Path, member: zipfile.ZipInfo) -> int:
 def _mapped(file: Path | IO[bytes], offset: int, shape: tuple[int, ...]) -> RowsOnDisk:
     images_NHWC = np.memmap(file, np.uint8, "r", offset, shape)
     return RowsOnDisk(shape, torch.uint8, lambda rows: torch.from_numpy(images_NHWC[rows]))
-
-
-def _read_image(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            return np.array(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file}: expected an image, came {type(error).__name__}: {error}; replace it") from error

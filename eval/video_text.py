@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
 from ditbench.eval.per_sample import mean_or_share
+from ditbench.eval.prompt_lengths import cut_off
 from ditbench.eval.vbench_style import of_dimension
 from ditbench.eval.video_judges import CLIP, frame_features, judge_here, load_judge
 
@@ -73,6 +74,8 @@ def _frame_text_similarity(evidence: Evidence, antialias: bool) -> tuple[Tensor,
     if not evidence.generated.prompts:
         raise MetricSkipped("needs the prompts; these videos were made without")
     judge, origin = load_judge(CLIP, evidence.device)
-    texts_NW = judge.texts([prompt.text for prompt in evidence.generated.prompts])
+    texts = [prompt.text for prompt in evidence.generated.prompts]
+    texts_NW = judge.texts(texts)
     features_NFW = frame_features(videos_NFHWC, judge, antialias)
-    return (features_NFW * texts_NW[:, None]).sum(dim=-1), origin | {"antialias": antialias}
+    origin |= {"antialias": antialias} | cut_off(judge.tokenizer, judge.max_tokens, texts)
+    return (features_NFW * texts_NW[:, None]).sum(dim=-1), origin

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import traceback
 
+from ditbench.harness.common import watch
 from ditbench.harness.common.errors import reason
 from ditbench.harness.common.files import disk_errors_explained, is_disk_error
 from ditbench.harness.common.memory import peak_memory
 from ditbench.harness.common.precision import compute_float32_in_float32
-from ditbench.harness.common.timer import Timer, say
+from ditbench.harness.common.timer import Timer
+from ditbench.harness.common.watch import say
 from ditbench.harness.fitting import registry
 from ditbench.harness.measurement.layer_errors import layer_table
 from ditbench.harness.models.base import LoadedModel
-from ditbench.harness.records import attempts, tracking
+from ditbench.harness.records import attempts
 from ditbench.harness.records.environment import environment, now
 from ditbench.harness.records.record import Record, failed_metrics
+from ditbench.harness.records.status import reported
+from ditbench.harness.records.tracking import Tracked
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.evaluate import add_noise_floor, evaluate, refuse_skipped_metrics
 from ditbench.harness.stages.generate import drawing_cost, float_samples, generate, save_artifacts
@@ -30,7 +34,8 @@ def run(config: RunConfig) -> Record:
     A failure is recorded with its reason and returned, not raised; an interruption leaves no record.
 
     Raises:
-        UserError: the model cannot be loaded, or results cannot be written; with config.strict: a metric would be skipped.
+        UserError: the model cannot be loaded, or results cannot be written; the tracker is not installed; with config.strict: a
+            metric would be skipped.
     """
     compute_float32_in_float32()
     model = model_of(config.model)
@@ -43,7 +48,8 @@ def run(config: RunConfig) -> Record:
             return done
         say(f"{title(config)}: {', '.join(failed)} failed in {done.folder}; again")
 
-    say(f"{title(config)}: run {its_id}")
+    if not watch.progress_is_shown():
+        say(f"{title(config)}: run {its_id}")
     values = Record(its_id, "failed", config.raw, config.method, config.model.name, config.name)
     values.env = environment(config.device, config.seed) | {
         "weights_sha256": model.fingerprint,
@@ -51,14 +57,19 @@ def run(config: RunConfig) -> Record:
     }
     values.env |= {"checkpoint_parts": model.parts} if model.parts else {}
     with (
+        Tracked(config.section("tracker"), values, config.device) as tracked,
+        watch.watching(tracked),
         disk_errors_explained(config.results_dir),
         attempts.attempt(config.results_dir, config.name, its_id) as attempt,
     ):
+        watch.begins(its_id, title(config), attempt.folder)
         try:
-            carry_out(config, model, values, attempt)
+            with reported(attempt.folder, its_id, title(config), values.env["device"]):
+                carry_out(config, model, values, attempt)
             values.status = "ok"
         except attempts.PublishedElsewhere as done:
             say(f"{title(config)}: {done}")
+            tracked.recorded = done.record
             return done.record
         except Exception as error:
             if is_disk_error(error):
@@ -68,10 +79,9 @@ def run(config: RunConfig) -> Record:
             if config.raw["debug"]:
                 traceback.print_exc()
         values.env["finished_at"] = now()
-        recorded = attempt.publish(values, config.force)
-    if attempt.published:
-        track(config, recorded)
-    else:
+        tracked.recorded = recorded = attempt.publish(values, config.force)
+    watch.ends(values.status, values.error)
+    if not attempt.published:
         say(f"{title(config)}: {recorded.folder} is as good and stays; nothing was added")
     return recorded
 
@@ -108,11 +118,3 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, attempt: at
         values.layers = layer_table(quantized.model, atlas)
     values.cost = fit_cost(values.timings_s, recording, memory) | drawing_cost(quantized, recording, samples)
     values.artifacts = save_artifacts(samples, float_model, per_sample, atlas, quantized.state, attempt.folder)
-
-
-def track(config: RunConfig, recorded: Record) -> None:
-    """Tell the tracker of a published record; its failure is said and changes nothing."""
-    try:
-        tracking.log(config.section("tracker"), recorded)
-    except Exception as error:
-        say(f"{title(config)}: recorded, but not tracked: {reason(error)}; no run of this process is tracked any more")

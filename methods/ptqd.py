@@ -35,11 +35,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.progress import progress
 from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, STATIC_ACTIVATIONS, Form
 from ditbench.harness.fitting.reconstruct import ALL_TOKENS, Reconstruction, learned_weights, reconstruct
 from ditbench.harness.fitting.rounding import nearest, static_ranges
@@ -100,7 +100,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
     quantized = build(target, apply(target, state, bits, params), dtype=torch.float32, device=target.device)
     channels = target.transformer.config.in_channels
     slopes, biases, residuals = [], [], []
-    for step in tqdm(range(calibration.num_steps), desc="noise errors", leave=False):
+    for step in progress(range(calibration.num_steps), desc="noise errors"):
         expected_Bchw, noise_Bchw = (
             noise_estimates(model, calibration, step, channels) for model in (exact, quantized)
         )

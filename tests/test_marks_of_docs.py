@@ -32,6 +32,19 @@ def shown(rows: str) -> dict[tuple[str, str, str], str]:
     }
 
 
+def like_float(rows: str) -> set[tuple[str, str, str]]:
+    """The (column, bits, run) whose cells have a ~."""
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in rows.strip().splitlines()]
+    return {
+        (head, line[1], line[0]) for line in lines[2:] for head, cell in zip(lines[0], line, strict=True) if "~" in cell
+    }
+
+
+def not_told_from_float(tests: pd.DataFrame, contest: str, run: str) -> bool:
+    own = tests[(tests.ranked_in == contest) & (tests["first"] == run) & (tests.second == "float model")]
+    return bool((own.p_holm >= 0.05).any())
+
+
 def expected(tests: pd.DataFrame, contest: str, run: str) -> str:
     """By the tests of one metric: best is nobody's loser; second loses to the one best only."""
     own = tests[(tests.ranked_in == contest) & (tests.second != "float model")]
@@ -64,6 +77,8 @@ def problems(name: str, rows: str, tests: pd.DataFrame | None) -> list[str]:
             found.append(
                 f"{name}: {run} {bits}, {head}: shown as {mark or 'nothing'}, the tests say {wanted or 'nothing'}"
             )
+        if its is not None and ((head, bits, run) in like_float(rows)) != not_told_from_float(its, bits, run):
+            found.append(f"{name}: {run} {bits}, {head}: the sign ~ and the test against the float model disagree")
     return found
 
 
@@ -97,5 +112,9 @@ def test_a_mark_that_no_test_gives_is_noticed():
     ):
         assert problems("x", ROWS.format(**wrong), TESTS) != []
     assert len(problems("x", tied, None)) == 2, "without tests nobody is marked"
+    beside_float = pd.DataFrame([("a", "float model", -0.1, 0.4)], columns=TESTS.columns[:4])
+    beside_float = pd.concat([TESTS, beside_float.assign(metric="psnr", better="higher", ranked_in="W4A8")])
+    assert problems("x", tied, beside_float) != [], "a cell like the float model's has its sign"
+    assert problems("x", ROWS.format(a="**31.00 ± 0.10 ~**", b="**30.00 ± 0.10**"), beside_float) == []
     apart = TESTS.assign(p_holm=0.01)
     assert problems("x", ROWS.format(a="**31.00 ± 0.10**", b="<ins>30.00 ± 0.10</ins>"), apart) == []

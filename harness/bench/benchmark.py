@@ -18,7 +18,7 @@ from ditbench.harness.bench.roofline import roofline
 from ditbench.harness.build.build import quant_layers
 from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.files import write_json
-from ditbench.harness.common.timer import say
+from ditbench.harness.common.watch import say
 from ditbench.harness.generation.generate import conditions
 from ditbench.harness.measurement.latency import peak_memory_bytes, quantiles
 from ditbench.harness.measurement.timing import interleaved

@@ -227,7 +227,7 @@ def _record(
     transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device, memory=memory)
     batch = batch_of(batch_size, model, transformer, most=MOST)
     rows_at_once = rows_by_tokens(tokens_of_row(model, transformer), MOST_ROWS)
-    bar = progress_bar(total=sampler.steps * len(wanted), desc="calibrate")
+    bar = progress_bar(total=sampler.steps * len(wanted), desc="calibrate", unit="img·step")
     texts = [prompt.text for prompt in wanted.prompts]
     with torch.no_grad(), unreached(transformer) as left, bar as progress, keeping(model.pipe, texts, cache):
 
@@ -236,7 +236,7 @@ def _record(
 
             def record(step: int, arguments: Mapping[str, Any]) -> None:
                 recorder(step, arguments)
-                progress.update(rows.start * sampler.steps + (step + 1) * len(rows) - progress.n)
+                progress.at(rows.start * sampler.steps + (step + 1) * len(rows))
 
             try:
                 part = wanted.rows(rows.start, rows.stop)

@@ -11,6 +11,7 @@ import traceback
 from ditbench.harness import cli
 from ditbench.harness.cli.flags import own_folders
 from ditbench.harness.common.errors import EXIT_USER, UserError, lines_of, of_the_system, unknown_name
+from ditbench.harness.common.interrupts import Terminated, exit_code, terminable
 from ditbench.harness.common.paths import configurations_in
 
 HELP = """\
@@ -20,6 +21,8 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench run -m method=rtn,smoothquant,quarot bits=w8a8,w4a4   a sweep (every combination)
   ditbench run … --plan                                          what that would take: operations, time, memory, disk
   ditbench run experiment=demo                                   a sweep from conf/experiment/
+  ditbench status EXPERIMENT                                     what runs, is done, failed or never came
+  ditbench retry EXPERIMENT [--failed|--missing]                 again what failed or never came
   ditbench report --format html                                  tables and plots of what was recorded
   ditbench compare EXPERIMENT --metric psnr                      paired tests between methods, prompt by prompt
   ditbench export RUN|EXPERIMENT --out FOLDER                    a quantized transformer that plain diffusers can load
@@ -33,6 +36,7 @@ ditbench: one protocol for post-training quantization of diffusion transformers.
   ditbench evaluate EXPERIMENT --metrics NAME …                  other metrics of finished runs, without drawing again
   ditbench cache ls|size|verify|prune                            what runs keep so that nothing is made twice
   ditbench vbench RUN_FOLDER|EXPERIMENT                          official VBench on recorded videos, beside the record
+  ditbench wandb sync|workspace EXPERIMENT                       send what was logged offline; make dashboards of it
   ditbench doctor                                                what this machine can do, and what is missing
   ditbench zoo train tiny-dit                                    train an embedded model again
 
@@ -61,18 +65,17 @@ def main(argv: list[str] | None = None) -> int:
         if command not in COMMANDS:
             raise unknown_name("command", command, COMMANDS)
         rest, folders = own_folders(rest)
-        with configurations_in(folders):
+        with terminable(), configurations_in(folders):
             return importlib.import_module(f"{cli.__name__}.{command.replace('-', '_')}").command(rest)
     except UserError as error:
         if debug:
             raise
         print(f"ditbench: {lines_of(error)}", file=sys.stderr)
         return EXIT_USER
-    except KeyboardInterrupt:
-        print(
-            "ditbench: interrupted; finished runs are recorded, start the same command again to go on", file=sys.stderr
-        )
-        return 130
+    except KeyboardInterrupt as interrupt:
+        what = "asked to end" if isinstance(interrupt, Terminated) else "interrupted"
+        print(f"ditbench: {what}; finished runs are recorded, start the same command again to go on", file=sys.stderr)
+        return exit_code(interrupt)
     except BrokenPipeError:
         return 0
     except OSError as error:

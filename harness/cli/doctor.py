@@ -19,7 +19,7 @@ from ditbench.harness.common.paths import options
 from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting import registry
 from ditbench.harness.models.zoo import WEIGHTS
-from ditbench.harness.records import tracking
+from ditbench.harness.records.trackers import wandb
 
 
 def examine(results_dir: Path) -> str:
@@ -119,12 +119,12 @@ def _folded(names: Iterable[str]) -> str:
 
 def _wandb() -> str:
     try:
-        mode = tracking.mode("auto")
+        mode = wandb.mode("auto")
     except UserError as error:
         return str(error)
     if mode == "disabled":
         return "WANDB_MODE or WANDB_DISABLED says disabled: W&B hears of no run"
-    if mode == "offline" and not tracking.has_key():
+    if mode == "offline" and not wandb.has_key():
         return "no key: runs are logged offline beside their records; `wandb login` sets one"
     if mode == "offline":
         return "WANDB_MODE says offline: runs are logged beside their records"

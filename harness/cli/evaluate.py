@@ -20,6 +20,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument(
         "--metrics", nargs="+", required=True, metavar="NAME", help="as `ditbench list metrics` names them"
     )
+    parser.add_argument("--again", action="store_true", help="also what is recorded already, after a metric was mended")
     parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_intermixed_args(arguments)
@@ -27,6 +28,6 @@ def command(arguments: list[str]) -> int:
 
     named = without_overrides(options.metrics, options.overrides)
     metrics = [name for each in named for name in each.split(",")]
-    outcome = later_metrics.evaluate(options.target, metrics, options.results_dir, options.overrides)
+    outcome = later_metrics.evaluate(options.target, metrics, options.results_dir, options.overrides, options.again)
     print(outcome.text)
     return EXIT_FAILED_RUNS if outcome.failed else 0

@@ -6,7 +6,7 @@ import glob
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ditbench.harness.quant.target import Target
 from ditbench.harness.records import record
 from ditbench.harness.records.attempts import is_experiment, read_all
 from ditbench.harness.records.record import Record
+from ditbench.harness.records.tracking import keep
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.quantize import account, calibrate, planned, target_of, unreached_layers
@@ -35,13 +36,14 @@ from ditbench.harness.sweep.compose import composed
 
 @dataclass(frozen=True)
 class Exported:
-    """One folder that was written. bytes: of its tensors; notes: what it does not hold."""
+    """One folder that was written. bytes: of its tensors; notes: what it does not hold; run: the record that it was made of."""
 
     folder: Path
     title: str
     bytes: int
     compression: float
     notes: tuple[str, ...]
+    run: Record | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.title}, {self.bytes:,} bytes, {self.compression:.2f}× smaller than in 16 bits"]
@@ -94,7 +96,7 @@ def export_run(run: Record, out: Path) -> Exported:
         recipe = recipe_of(config, target, state_of(run), run.bits.get("mixed"))
     plan = {key: run.bits[key] for key in ("label", "mixed") if "mixed" in run.bits}
     plan |= {key: run.bits[key] for key in ("unreached_layers",) if key in run.bits}
-    return _written(config, model, target, recipe, out, run_id=run.run_id, plan=plan)
+    return replace(_written(config, model, target, recipe, out, run_id=run.run_id, plan=plan), run=run)
 
 
 def state_of(run: Record) -> dict[str, Tensor]:
@@ -240,8 +242,15 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("--out", type=folder, required=True, help="folder to make; several runs become its subfolders")
     parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of short errors")
+    parser.add_argument(
+        "--track", action="store_true", help="also keep it as an artifact of the run in the run's tracker"
+    )
     options = parser.parse_intermixed_args(arguments)
+    if options.track and any("=" in each for each in options.wanted):
+        raise UserError("export --track: a configuration has no run in a tracker; name a run or an experiment")
 
     for exported in export(options.wanted, options.out, options.results_dir):
         print(exported)
+        if options.track and exported.run is not None:
+            keep(exported.run, exported.folder, folder_name(exported.run), "quantized-model")
     return 0

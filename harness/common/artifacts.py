@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from ditbench.harness.common.files import (
     read_json,
     why,
 )
+from ditbench.harness.common.watch import say
 
 T = TypeVar("T")
 FORMAT = 1
@@ -103,7 +103,7 @@ def obtain(
         except Exception as error:
             if not is_disk_error(error):
                 raise
-            tell(f"{address.folder}: {address.title} is not kept ({why(error)})")
+            say(f"{address.folder}: {address.title} is not kept ({why(error)})")
         return Kept(value)
 
 
@@ -133,7 +133,7 @@ def claimed(address: Address) -> Iterator[None]:
         try:
             lock.acquire(timeout=1.0)
         except Timeout:
-            tell(f"{address.title}: another process makes it; waiting")
+            say(f"{address.title}: another process makes it; waiting")
             lock.acquire()
     except OSError as error:
         if not_writable(error):
@@ -276,10 +276,6 @@ def checked_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _clear_leftovers(address: Address) -> None:
     """Of who was killed while it made this artifact; only who holds the claim writes."""
     for stale in address.folder.parent.glob(f".{address.key}.*.part"):
@@ -294,9 +290,9 @@ def _found(address: Address, read: Callable[[Path], T]) -> Kept[T] | None:
         manifest = checked_manifest(address.folder)
         return Kept(read(address.folder), manifest["seconds"])
     except FileNotFoundError:
-        tell(f"{address.folder}: without its manifest; {address.title} is made again")
+        say(f"{address.folder}: without its manifest; {address.title} is made again")
     except Damaged as damage:
-        tell(f"{damage}; {address.title} is made again")
+        say(f"{damage}; {address.title} is made again")
     except UNREADABLE as error:
-        tell(f"{address.folder}: cannot be read ({type(error).__name__}); {address.title} is made again")
+        say(f"{address.folder}: cannot be read ({type(error).__name__}); {address.title} is made again")
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from functools import cache
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from ditbench.harness.common.errors import UserError
 
+BESIDE = (
+    "DITBENCH_BESIDE"  # in the environment of a launcher's worker: how many others it started on the same processor
+)
 AUTO = "auto"
 CPU = torch.device("cpu")
 LONGEST = 120  # characters of torch's words
@@ -136,3 +140,10 @@ def device_name(device: torch.device) -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name} ({torch.get_num_threads()} threads)"
+
+
+def visible_devices() -> list[str]:
+    """The CUDA devices of this process, each as CUDA_VISIBLE_DEVICES has to name it for a process of ours to see it alone."""
+    here = [str(index) for index in range(torch.cuda.device_count())]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return here if named is None else named.split(",")[: len(here)]

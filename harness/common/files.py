@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.watch import say
 
 T = TypeVar("T")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,8 +37,15 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary neighbour of path that takes its name only when the block ends without an error.
 
-    What a kill left of an earlier one goes when the same file is written again, once nobody has touched it for a day.
+    What a kill left of an earlier one goes when the same file is written again, once nobody has touched it for a day. A link stays one:
+    what it leads to is written.
+
+    Raises:
+        UserError: what has the name is neither a file nor a folder (a device, a pipe), which taking the name would destroy.
     """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: expected a file or a name that is free, came a device or a pipe; give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError):
@@ -74,7 +81,7 @@ def cached(path: Path, read: Callable[[Path], T]) -> T | None:
     try:
         return read(path)
     except UNREADABLE as error:
-        print(f"{path}: damaged ({type(error).__name__}); made again", file=sys.stderr, flush=True)
+        say(f"{path}: damaged ({type(error).__name__}); made again")
         return None
 
 

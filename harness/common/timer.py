@@ -1,12 +1,13 @@
-"""Wall time of each stage of a run, and one line to standard error."""
+"""Wall time of each stage of a run."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+
+from ditbench.harness.common import watch
 
 
 @dataclass
@@ -17,12 +18,9 @@ class Timer:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        watch.stage(stage)
         start = perf_counter()
         try:
             yield
         finally:
             self.seconds[stage] = perf_counter() - start
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

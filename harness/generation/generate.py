@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ditbench.harness.build.build import clock_of
+from ditbench.harness.common import watch
 from ditbench.harness.common.batches import Batch, in_batches
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path
@@ -104,17 +104,26 @@ def draw(
     """
     store.drop_damaged()
     batch = _batch_of(store)
-    total = len(wanted) * sampler.steps
+    total, shown = len(wanted) * sampler.steps, False
     with progress_bar(total=total, desc=title, unit="img·step") as progress:
         while missing := store.missing():
-            progress.n = total - sum(len(piece.rows) for piece in missing) * sampler.steps
-            ours = sum(
-                _draw_piece(model, transformer, wanted, sampler, store, piece, batch, correct, title, progress)
-                for piece in missing
-            )
+            progress.at(total - sum(len(piece.rows) for piece in missing) * sampler.steps)
+            ours = 0
+            for piece in missing:
+                ours += _draw_piece(model, transformer, wanted, sampler, store, piece, batch, correct, title, progress)
+                shown = shown or _shown(store)
             if not ours:
-                progress.refresh()
                 sleep(WAIT_S)  # others draw what is left
+        if not shown:
+            _shown(store)
+
+
+def _shown(store: SampleStore) -> bool:
+    """Whether there is a piece by now, which whoever watches is then shown."""
+    first = next((piece for piece in store.pieces if store.has(piece)), None)
+    if first is not None:
+        watch.pictures(lambda: store.of(first))
+    return first is not None
 
 
 def _draw_piece(
@@ -127,7 +136,7 @@ def _draw_piece(
     batch: Batch,
     correct: Correction | None,
     title: str,
-    progress: tqdm,
+    progress: progress_bar,
 ) -> bool:
     """Whether it was ours to draw."""
     with store.claim(piece) as ours:
@@ -200,15 +209,20 @@ def load_samples(path: Path) -> Samples:
 
 
 def save_grid(samples: Samples, path: Path, columns: int = 10, rows: int = 4, cell: int = 64) -> None:
-    """A PNG of the first samples, small ones enlarged without smoothing: columns × rows images, or one video per row."""
+    """`grid` as a PNG."""
+    with atomic_path(path) as part:
+        grid(samples, columns, rows, cell).save(part, format="PNG")
+
+
+def grid(samples: Samples, columns: int = 10, rows: int = 4, cell: int = 64) -> Image.Image:
+    """The first samples, small ones enlarged without smoothing: columns × rows images, or one video per row."""
     pixels = samples.pixels
     if samples.is_video:
         frames = torch.linspace(0, pixels.shape[1] - 1, min(columns, pixels.shape[1])).round().long()
         shown, columns = torch.cat([pixels[row][frames] for row in range(min(rows, len(pixels)))]), len(frames)
     else:
         shown = pixels[: columns * rows]
-    with atomic_path(path) as part:
-        Image.fromarray(_tiled(shown.numpy(), columns, cell)).save(part, format="PNG")
+    return Image.fromarray(_tiled(shown.numpy(), columns, cell))
 
 
 def save_animation(samples: Samples, path: Path, columns: int = 6, rows: int = 2, cell: int = 96) -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ditbench.harness.common.artifacts import tell
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import not_writable
+from ditbench.harness.common.watch import say
 from ditbench.harness.records import record as records
 from ditbench.harness.records.record import ATTEMPT, DamagedRecord, Record, failed_metrics, read
 
@@ -54,7 +55,7 @@ class Attempt:
         try:
             self.turn.acquire(timeout=1.0)
         except Timeout:
-            tell(f"run {self.run_id}: another process measures it; waiting")
+            say(f"run {self.run_id}: another process measures it; waiting")
             self.turn.acquire()
         new = [
             each for each in _attempts_in(self.home, self.run_id) if each.folder and each.folder.name not in self.seen
@@ -74,10 +75,7 @@ class Attempt:
             rival = None if force else self._as_good(ours)
             if rival is not None:
                 return rival
-            names = set(os.listdir(self.home))
-            number = 1
-            while (name := self.run_id if number == 1 else f"{self.run_id}.{number}") in names:
-                number += 1
+            name = next_name(self.home, self.run_id)
             os.rename(self.folder, self.home / name)
             self.published = True
         return read(self.home / name / "record.json")
@@ -114,13 +112,45 @@ def attempt(results_dir: Path, experiment: str, run_id: str) -> Iterator[Attempt
             _let_go(ours.turn)
 
 
+def next_name(home: Path, run_id: str) -> str:
+    """What the next attempt at a run is called: <run_id>, or with a number behind it."""
+    names, number = set(os.listdir(home)), 1
+    while (name := run_id if number == 1 else f"{run_id}.{number}") in names:
+        number += 1
+    return name
+
+
 def experiment_folder(results_dir: Path, experiment: str) -> Path:
+    """Raises UserError: the name would be another folder than one beside the other experiments."""
+    if not may_be_experiment(experiment):
+        raise UserError(
+            f"name={experiment!r} is used as a folder: it must not be empty, start with a dot or hold a slash"
+        )
     return Path(results_dir) / "runs" / experiment
+
+
+def may_be_experiment(name: str) -> bool:
+    return bool(name) and "/" not in name and not name.startswith(".")
 
 
 def is_experiment(results_dir: Path, name: str) -> bool:
     """Whether there is one of that name; a path is none."""
-    return name == Path(name).name != "" and experiment_folder(results_dir, name).is_dir()
+    return may_be_experiment(name) and experiment_folder(results_dir, name).is_dir()
+
+
+def under_way(home: Path) -> list[Path]:
+    """The scratch folders that a process holds. Their locks are tried while nobody makes one."""
+    folders = [path for path in sorted(home.glob(".*.part")) if path.stem.count(".") == 2]
+    if not folders:
+        return []
+    try:
+        with _claimed(home):
+            return [path for path in folders if path.exists() and _is_held(path)]
+    except OSError as error:
+        if not not_writable(error):
+            raise
+        say(f"{home}: may not be written here, and locks are files: whether a run is under way cannot be told")
+        return []
 
 
 def attempts(results_dir: Path, experiment: str, run_id: str) -> list[Record]:
@@ -187,7 +217,7 @@ def read_all(results_dir: Path, experiment: str | None = None) -> list[Record]:
     """The best attempt of every run, of one experiment or of all; what is damaged is said and left out."""
     found = survey(results_dir, experiment)
     for line in found.damaged:
-        tell(line)
+        say(line)
     return found.records
 
 
@@ -214,7 +244,7 @@ def _attempts_in(home: Path, run_id: str) -> list[Record]:
         try:
             found.append(read(folder / "record.json"))
         except DamagedRecord as damage:
-            tell(f"{damage}; it counts for nothing")
+            say(f"{damage}; it counts for nothing")
     return found
 
 
@@ -241,6 +271,16 @@ def _remove_leftovers(home: Path) -> None:
             continue
         shutil.rmtree(path.with_suffix(".part"), ignore_errors=True)
         _let_go(lock)
+
+
+def _is_held(path: Path) -> bool:
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def _let_go(lock: FileLock) -> None:

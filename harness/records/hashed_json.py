@@ -19,6 +19,7 @@ from ditbench.harness.common.files import atomic_path
 FIELD = "sha256"
 DEEPEST = 40  # what we write is at most 8 deep; whoever walks through it must not run out of stack
 _BLANK = "0" * 64
+SURROGATE = re.compile("[\ud800-\udfff]")
 _LAST_FIELD = re.compile(rb'"([0-9a-f]{64})"\s*\}\s*\Z')
 
 
@@ -97,6 +98,8 @@ def _refuse_odd(values: Any) -> None:
                 elif isinstance(each, float):
                     if not math.isfinite(each):
                         raise NotWhole(f"holds a number that is not finite ({each})")
+                elif isinstance(each, str) and not each.isascii() and SURROGATE.search(each):
+                    raise NotWhole("holds half a character, which no file can be written with")
                 elif isinstance(each, int) and abs(each) > 1e300:
                     raise NotWhole("holds a number of more than 300 digits")
         level = below

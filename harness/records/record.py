@@ -2,7 +2,7 @@
 
     <results_dir>/runs/<experiment>/<run_id>/record.json      the first attempt
     <results_dir>/runs/<experiment>/<run_id>.2/record.json    again (after a failure, or with --force)
-    …/<run_id>/metrics/<metric>.json                          a metric that was computed later (ditbench vbench)
+    …/<run_id>/metrics/<metric>.json                          a metric that was computed later; it counts before the record's
 
 `run_id` is the hash of everything that can change a number (`harness.stages.identity`). Fields get added, never renamed;
 old records stay readable. A record carries the SHA-256 of itself and of the files beside it.
@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ditbench.harness.common.artifacts import Damaged, check, entry_of, tell
+from ditbench.harness.common.artifacts import Damaged, check, entry_of
 from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.files import is_disk_error
+from ditbench.harness.common.watch import say
 from ditbench.harness.records import hashed_json, schema
 from ditbench.harness.records.hashed_json import NotWhole
 
@@ -85,7 +86,7 @@ def write(record: Record, folder: Path) -> None:
         if is_disk_error(error):
             raise
         why = f"the record could not be written whole: {reason(error)}"
-        tell(f"{folder}: {why}")
+        say(f"{folder}: {why}")
         values |= {"status": "failed", "error": f"{values['error']}; {why}" if values["error"] else why}
         try:
             text = hashed_json.text_of(_what_can_be_stored(values))
@@ -95,17 +96,21 @@ def write(record: Record, folder: Path) -> None:
     hashed_json.write(folder / "record.json", text)
 
 
-def add_metric(folder: Path, name: str, entry: dict[str, Any]) -> Path:
+def add_metric(folder: Path, name: str, entry: dict[str, Any], again: bool = False) -> Path:
     """File a metric of a recorded run, as `Record.metrics` holds one, in a file of its own that `read` finds.
 
+    again: it counts instead of what the run has of that metric; record.json itself is never edited.
+
     Raises:
-        UserError: the run has that metric already, or its name cannot be a file's.
+        UserError: the run has a value of that metric already (unless again), or its name cannot be a file's.
     """
     if not schema.inside(name):
         raise UserError(f"{folder}: metric {name!r} cannot be the name of a file; rename it")
-    if name in read(folder / "record.json").metrics:
+    known = read(folder / "record.json").metrics.get(name)
+    if known is not None and known.get("status") not in ("failed", "skipped") and not again:
         raise UserError(f"{folder}: {name} is recorded already; nothing is overwritten, run again with --force instead")
     path = folder / "metrics" / f"{name}.json"
+    path.with_suffix(".npz").unlink(missing_ok=True)  # values per sample of the entry that this one replaces
     hashed_json.write(path, hashed_json.text_of(entry))
     return path
 
@@ -138,7 +143,7 @@ def read(path: Path) -> Record:
     known = set(Record.__dataclass_fields__) - set(NOT_STORED)
     record = Record(**{name: value for name, value in values.items() if name in known}, folder=path.parent)
     later, record.damaged = _later_metrics(path.parent / "metrics")
-    record.metrics = later | record.metrics
+    record.metrics |= later
     return record
 
 

@@ -42,7 +42,8 @@ def report(
 ) -> Report:
     """The newest attempt of every run of one experiment (or of all) as a table or a page.
 
-    html goes to `out` or to `<results_dir>/report[-<experiment>].html`; the others go to `out` only if it is given.
+    html goes to `out` or to `<results_dir>/report[-<experiment>].html`, with a folder of that stem and `_files` beside it where there is
+    much to show; the others go to `out` only if it is given.
     `metrics` chooses the columns of md and latex; csv and html always hold every metric. merge_seeds: runs that differ in
     their seed only become one row. equal_bytes: runs of nearly equal bytes are ranked together, not those of one label.
 
@@ -58,12 +59,12 @@ def report(
     groups = compare.groups(records, merge_seeds)
     headline = compare.headline(groups, metrics)
     if format == "html":
-        from ditbench.harness.report.html import page  # here, since only a page needs plotly and jinja2
+        from ditbench.harness.report.html import write_page  # here, since only a page needs plotly and jinja2
 
         out = out or Path(results_dir) / (
             f"report-{experiment.replace('/', '-')}.html" if experiment else "report.html"
         )
-        _write(out, page(groups, experiment, damaged, at))
+        write_page(out, groups, experiment, damaged, at)
         return Report(text.terminal(groups, headline, at=at), out, damaged)
     rendered = {
         "md": lambda: text.markdown(groups, headline, damaged, at),

@@ -2,13 +2,15 @@
 
 Best is who no other run of the contest is told apart from as better; there may be several, tied. Where one run alone is best,
 second are those that it alone is better than. Where nobody is told apart from anybody nobody is marked, and neither is anyone in a
-contest whose runs cannot all be tested against each other. The float row is the reference and has no rank.
+contest whose runs cannot all be tested against each other. The float row is the reference and has no rank: beside the marks it is only
+said which values the same tests do not tell apart from its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare, contests, paired
 from ditbench.harness.report.compare import FLOAT_METHOD, Group
 
@@ -17,7 +19,7 @@ BEST, SECOND = "best", "second"
 
 @dataclass(frozen=True)
 class Verdict:
-    """mark: "best" | "second" | "". inside: of the metric's noise floor around the float row; None: cannot be asked."""
+    """mark: "best" | "second" | "". inside: of the metric's noise around the float row's value; None: cannot be asked."""
 
     mark: str = ""
     inside: bool | None = None
@@ -27,7 +29,11 @@ def verdicts(group: Group, metric: str, at: str = contests.BITS) -> list[Verdict
     """One per record of the group."""
     marks = _marks(group, metric, at)
     center = compare.float_value(group.records, metric)
-    return [Verdict(marks.get(place, ""), _inside(group, place, metric, center)) for place in range(len(group.records))]
+    apart = _apart_from_float(group, metric, at)
+    return [
+        Verdict(marks.get(place, ""), not apart[place] if place in apart else _within_floor(record, metric, center))
+        for place, record in enumerate(group.records)
+    ]
 
 
 def untested(group: Group, metric: str, at: str = contests.BITS) -> list[str]:
@@ -61,8 +67,24 @@ def _marks(group: Group, metric: str, at: str) -> dict[int, str]:
     return found
 
 
-def _inside(group: Group, place: int, metric: str, center: float | None) -> bool | None:
-    record = group.records[place]
+def _apart_from_float(group: Group, metric: str, at: str) -> dict[int, bool]:
+    """{place: whether the contest's tests tell it apart from the float model}, of the runs that were tested so."""
+    told = {
+        (each.contest, each.first): each.told_apart
+        for each in paired.comparisons(group, metric, at)
+        if each.second == paired.FLOAT
+    }
+    called, out = contests.names(group, at), contests.unranked(group)
+    return {
+        place: told[contest.label, called[place]]
+        for contest in contests.contests(group, at)
+        for place in contest.places
+        if place not in out and (contest.label, called[place]) in told
+    }
+
+
+def _within_floor(record: Record, metric: str, center: float | None) -> bool | None:
+    """By the noise floor that the run's record has, where nothing was kept that could be tested."""
     entry, own = record.metrics.get(metric, {}), compare.value(record, metric)
     floor = entry.get("noise_floor")
     if record.method == FLOAT_METHOD or entry.get("paired") or floor is None or own is None or center is None:

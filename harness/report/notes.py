@@ -5,41 +5,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ditbench.eval.seed_differences import FEWEST_SEEDS
-from ditbench.harness.report import compare, contests, marks
+from ditbench.harness.report import compare, contests, marks, paired
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names
+
+CHECKED_FROM = 64  # samples: the least that bench/intervals.py draws
 
 
 def notes(group: Group, metrics: Sequence[str], at: str = contests.BITS) -> list[str]:
     found = [
-        *_noise_floor(group, metrics),
+        *_like_float(group, metrics, at),
         *_untested(group, metrics, at),
         *_above_label(group, at),
         *_seeds(group),
+        *_timed_beside(group),
+        *_few_samples(group),
         *_without_alarms(group),
     ]
     if any(r.method != FLOAT_METHOD and r.metrics for r in group.records) and not any(
         r.method == FLOAT_METHOD and r.status == "ok" for r in group.records
     ):
         found.append(
-            "No run of method=fp here: differences of the set metrics could not be held against their noise floor. Paired tests "
+            "No run of method=fp here: numbers without values per sample have nothing to be held against. Paired tests "
             "do not need one, they compare with the float model's own samples."
         )
     return found + _missing(group)
 
 
-def _noise_floor(group: Group, metrics: Sequence[str]) -> list[str]:
-    names, floors = short_names(group.metrics), []
+def _like_float(group: Group, metrics: Sequence[str], at: str) -> list[str]:
+    """What ~ means at the numbers where it stands: a test's answer, or a noise floor where nothing was kept to test."""
+    names, floors, tested = short_names(group.metrics), [], False
     for name in metrics:
-        pairs = zip(group.records, marks.verdicts(group, name), strict=True)
-        if inside := [record.metrics[name]["noise_floor"] for record, verdict in pairs if verdict.inside]:
-            floors.append(f"{names[name]} ±{max(inside):.4g}")
-    return (
-        [
-            f"~: inside the noise floor, no further from the float row than a test of that run alone can tell, which is {', '.join(floors)} at most."
-        ]
-        if floors
-        else []
-    )
+        pairs = zip(group.records, marks.verdicts(group, name, at), strict=True)
+        if not (inside := [record.metrics[name] for record, verdict in pairs if verdict.inside]):
+            continue
+        if any(each.second == paired.FLOAT for each in paired.comparisons(group, name, at)):
+            tested = True
+        else:
+            floors.append(f"{names[name]} ±{max(entry['noise_floor'] for entry in inside):.4g}")
+    found = ["the paired tests (Holm) do not tell it apart from the float model"] if tested else []
+    found += [f"inside the noise floor around the float row, which is {', '.join(floors)} at most"] if floors else []
+    return [f"~: {'; or '.join(found)}."] if found else []
+
+
+def _timed_beside(group: Group) -> list[str]:
+    """Of whose speed it cannot be said what it would be on a machine of its own."""
+    beside = [
+        f"{name} {compare.bits_label(record)}"
+        for name, record in zip(group.run_names, group.records, strict=True)
+        if record.efficiency.get("timed_beside") and record.efficiency.get("latency_ms")
+    ]
+    if not beside:
+        return []
+    return [
+        f"Speed-up and latency of {', '.join(beside)} were timed while other workers of the sweep used the same processor: "
+        "they say little. launcher=local times one run alone."
+    ]
+
+
+def _few_samples(group: Group) -> list[str]:
+    n = min((r.config.get("protocol", {}).get("n") or CHECKED_FROM for r in group.records), default=CHECKED_FROM)
+    if n >= CHECKED_FROM:
+        return []
+    return [f"n = {n}: intervals and tests of set metrics were checked from n = {CHECKED_FROM} on (docs/protocols.md)."]
 
 
 def _untested(group: Group, metrics: Sequence[str], at: str) -> list[str]:

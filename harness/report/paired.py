@@ -77,6 +77,20 @@ def comparisons(group: Group, metric: str, at: str = BITS) -> list[Comparison]:
     return group.once(("comparisons", metric, at), all_contests)
 
 
+def between(group: Group, metric: str, first: int, second: int) -> Difference | None:
+    """first − second, two places of the group whatever their contests; None where their samples do not pair.
+
+    Its p is of this one comparison: who looks at several adjusts it (`holm`).
+    """
+
+    def found() -> Difference | None:
+        runs = [Run(group.run_names[place], _by_seed(group.records[place], metric)) for place in (first, second)]
+        pairs = _pairs(*runs, metric) if all(run.by_seed for run in runs) else []
+        return _differences([pairs])[0] if pairs else None
+
+    return group.once(("between", metric, first, second), found)
+
+
 def ranks(group: Group, metric: str, contest: Contest, at: str = BITS) -> Ranks | None:
     """None where fewer than two runs of the contest were tested, or not all of them against each other."""
     found = [each for each in comparisons(group, metric, at) if each.contest == contest.label and each.second != FLOAT]

@@ -49,6 +49,7 @@ class Column:
     numeric: bool = True
     descending_first: bool = False
     kind: str = ""  # of a metric: QUALITY | CLOSENESS
+    metric: str = ""  # its whole name
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def _metric_column(group: Group, metric: str) -> Column:
         f"{metric} ({kind}): {'describes, and ranks nobody' if better == 'none' else f'{better} is better'}",
         descending_first=better == "higher",
         kind=kind,
+        metric=metric,
     )
 
 
@@ -180,7 +182,7 @@ def _metric_cells(group: Group, metric: str, at: str) -> list[Cell]:
         if x is None:
             cells.append(Cell(MISSING, tip=entry.get("reason") or reason(record) or "not asked for in this run"))
             continue
-        tip = f"n = {entry['n']}" + (f"; noise floor ±{entry['noise_floor']:.{decimals}f}" if verdict.inside else "")
+        tip = f"n = {entry['n']}" + ("; not told apart from the float model" if verdict.inside else "")
         band = interval(x, entry.get("ci95"), decimals)
         cells.append(Cell(number(x, decimals), band, verdict.mark, bool(verdict.inside), x, tip))
     return cells

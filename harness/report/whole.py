@@ -80,15 +80,19 @@ def beside(record: Record, artifact: str) -> Any:
 
 
 def values_with(record: Record, metric: str) -> sample_values.Values | None:
-    """The values per sample of a metric: beside the record, or beside the metric if it was computed later."""
-    found = beside(record, "per_sample")
-    if record.folder is None or (found is not None and metric in found.run):
-        return found
-    path = record.folder / "metrics" / f"{metric}.npz"
+    """The values per sample of a metric: beside the metric if it was computed later, else beside the record. None of a metric that the
+    record has not (any more: its file is damaged).
+    """
+    if metric not in record.metrics:
+        return None
+    later = None if record.folder is None else record.folder / "metrics" / f"{metric}.json"
     try:
+        if later is None or not later.is_file():
+            return beside(record, "per_sample")
+        path = later.with_suffix(".npz")
         return _read("per_sample", path, path.stat().st_mtime_ns)
     except Exception:  # there is none, or none that can be read
-        return found
+        return None
 
 
 @lru_cache(maxsize=256)

@@ -38,11 +38,11 @@ from ditbench.harness.common.artifacts import (
     entry_of,
     lock_of,
     read_manifest,
-    tell,
     write_bytes,
     write_manifest,
 )
 from ditbench.harness.common.files import atomic_path
+from ditbench.harness.common.watch import say
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.pixels import ENDINGS, decoded, encoded
 from ditbench.harness.samples.rows_on_disk import RowsOnDisk
@@ -163,7 +163,7 @@ class SampleStore:
             except FileNotFoundError:
                 continue
             except Damaged as damage:
-                tell(f"{damage}; samples {piece.rows.start}–{piece.rows.stop - 1} are drawn again")
+                say(f"{damage}; samples {piece.rows.start}–{piece.rows.stop - 1} are drawn again")
                 self._note(piece).unlink(missing_ok=True)
                 dropped += 1
         return dropped
@@ -186,6 +186,31 @@ class SampleStore:
             tuple(Prompt(**line["prompt"]) for line in lines) if lines[0]["prompt"] is not None else (),
             first["fps"],
         )
+
+    def of(self, piece: Piece) -> Samples:
+        """Those of one drawn piece, in memory."""
+        note, lines = self.note(piece), self._lines()[piece.rows.start : piece.rows.stop]
+        return Samples(
+            self._pixels_of(piece, piece.rows),
+            None if lines[0]["label"] is None else torch.tensor([line["label"] for line in lines]),
+            self._latents_of(piece, piece.rows) if self.index["latents"] else None,
+            tuple(Prompt(**line["prompt"]) for line in lines) if lines[0]["prompt"] is not None else (),
+            note["fps"],
+        )
+
+    def content_of(self, row: int) -> bytes:
+        """The file of one sample, as it was written: a lossless WebP, or a video.
+
+        Raises:
+            FileNotFoundError: its piece is not drawn, or the file is gone. Damaged: it is not what was written.
+        """
+        piece = self.piece(row // self.index["piece"])
+        name = next(name for name in self.note(piece)["files"] if name.startswith(f"{row:06d}."))
+        return check_bytes(self.folder / name, self.note(piece)["files"][name])
+
+    def about(self) -> list[dict[str, Any]]:
+        """Of every sample its label or prompt, and its seed. Raises Damaged."""
+        return self._lines()
 
     def _lines(self) -> list[dict[str, Any]]:
         content = check_bytes(self.folder / LINES, self.index["lines"])
@@ -261,7 +286,7 @@ def _whole(index: Path) -> bool:
     except FileNotFoundError:
         return False
     except Damaged as damage:
-        tell(f"{damage}; written again")
+        say(f"{damage}; written again")
         return False
 
 

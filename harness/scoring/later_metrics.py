@@ -28,10 +28,13 @@ class Outcome:
     failed: bool
 
 
-def evaluate(target: str, metrics: Sequence[str], results_dir: Path, overrides: Sequence[str] = ()) -> Outcome:
+def evaluate(
+    target: str, metrics: Sequence[str], results_dir: Path, overrides: Sequence[str] = (), again: bool = False
+) -> Outcome:
     """Score a run (its folder) or an experiment's finished runs with metrics that they lack.
 
-    overrides: of the configuration, such as metrics.reference=… or device=….
+    overrides: of the configuration, such as metrics.reference=… or device=…. again: with those that they have as well, since a
+    metric was mended; what is computed now counts from now on.
 
     Raises:
         UserError: no such run, an unknown metric, an override that would change the samples.
@@ -41,7 +44,7 @@ def evaluate(target: str, metrics: Sequence[str], results_dir: Path, overrides: 
             raise no_metric(name)
     lines, failed = [], False
     for record in runs_of(target, results_dir):
-        lacking = [name for name in metrics if record.metrics.get(name, {}).get("status") != "ok"]
+        lacking = [name for name in metrics if again or record.metrics.get(name, {}).get("status") != "ok"]
         title = f"{record.folder.name if record.folder else record.run_id} {record.method} {record.bits['label']}"
         lines += [f"{title} {name}: recorded already" for name in metrics if name not in lacking]
         for name, entry in (add(record, lacking, overrides) if lacking else {}).items():
@@ -74,7 +77,7 @@ def add(record: Record, metrics: Sequence[str], overrides: Sequence[str]) -> dic
     drawn = sample_values.drawn(samples.samples, config.seed)
     for name, entry in entries.items():
         if entry["status"] == "ok":
-            path = add_metric(record.folder, name, entry)
+            path = add_metric(record.folder, name, entry, again=True)
             of_this = [{name: values[name]} if name in values else {} for values in (found, of_float)]
             if of_this[0]:
                 sample_values.save(sample_values.Values(*of_this, drawn), path.with_suffix(".npz"))

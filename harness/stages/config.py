@@ -19,11 +19,12 @@ from ditbench.harness.models.base import ModelSpec, Sampler
 from ditbench.harness.models.loading import family
 from ditbench.harness.models.lora import loras
 from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, WIDTHS, Bits, MixedBits, QuantSpec, parse_label
+from ditbench.harness.records.attempts import experiment_folder
 from ditbench.harness.records.record import PLACES
 from ditbench.harness.samples.conditions import PROMPTS
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.stages.prompt_sets import load_prompts
-from ditbench.harness.stages.values import check_values
+from ditbench.harness.stages.values import check_sweep, check_values
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
@@ -63,6 +64,7 @@ class RunConfig:
     strict: bool
     results_dir: Path
     cache_dir: Path
+    sweep: str | None = None  # the stamp of the sweep that it is a job of (`records/sweeps.py`)
 
     def section(self, name: str) -> dict[str, Any]:
         return self.raw[name]
@@ -82,6 +84,8 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         UserError: a value that no part of ditbench can use; says which and what to do.
     """
     raw = {"memory": AUTO} | raw  # records from before there was a choice have none
+    sweep, _ = raw.pop("sweep", {}), raw.pop("launcher", None)  # no part of what a run is
+    check_sweep(sweep)
     check_values(raw)
     if raw["method"]["name"] == registry.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
@@ -102,7 +106,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     protocol_prompts, calibration_prompts = _prompts(raw)
     return RunConfig(
         raw=raw,
-        name=_folder_name(raw["name"]),
+        name=experiment_folder(Path(raw["results_dir"]), raw["name"]).name,
         model=ModelSpec(**model),
         method=raw["method"]["name"],
         params=params,
@@ -126,6 +130,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         strict=raw["strict"],
         results_dir=Path(raw["results_dir"]).expanduser(),
         cache_dir=Path(raw["cache_dir"]).expanduser(),
+        sweep=sweep.get("of"),
     )
 
 
@@ -216,9 +221,3 @@ def _mixed(node: dict[str, Any], steps: int) -> MixedBits:
     if not isinstance(ranges, int) or isinstance(ranges, bool) or not 1 <= ranges <= steps:
         raise UserError(f"bits.ranges must be a whole number from 1 to protocol.steps={steps}, got {ranges!r}")
     return MixedBits(tuple(candidates), name, limit, ranges)
-
-
-def _folder_name(name: str) -> str:
-    if not name or "/" in name or name.startswith("."):
-        raise UserError(f"name={name!r} is used as a folder: it must not be empty, start with a dot or hold a slash")
-    return name

@@ -16,7 +16,7 @@ from ditbench.eval.paired_differences import differences
 from ditbench.harness.common.artifacts import obtain
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import read_json, write_json
-from ditbench.harness.common.timer import say
+from ditbench.harness.common.watch import say
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.records import sample_values
 from ditbench.harness.samples.samples import Samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from ditbench.harness.build.build import clock_of
 from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.devices import BESIDE
 from ditbench.harness.measurement import latency
 from ditbench.harness.measurement.layer_errors import ErrorAtlas, error_atlas
 from ditbench.harness.measurement.parity import layer_parity
@@ -23,9 +25,10 @@ PARITY_ROWS = 2
 
 
 def measure(config: RunConfig, model: LoadedModel, target: Target, quantized: Quantized) -> dict[str, Any]:
-    """The record's `efficiency` without bytes and parity."""
+    """The record's `efficiency` without bytes and parity. timed_beside: how many other workers of the sweep used this processor."""
     section = config.section("measure")
-    return latency.measure(
+    beside = int(os.environ.get(BESIDE, "0")) if config.device.type == "cpu" else 0
+    return {"timed_beside": beside} | latency.measure(
         model,
         target,
         quantized.model,

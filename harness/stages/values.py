@@ -12,10 +12,12 @@ from typing import Any
 from ditbench.eval.base import known_metrics, no_metric
 from ditbench.harness.backends.base import AUTO, known_backends
 from ditbench.harness.build.offload import MEMORY
-from ditbench.harness.common.errors import UserError, unknown_name
+from ditbench.harness.common.errors import UserError, shortened, unknown_name
 from ditbench.harness.common.paths import no_folder
 from ditbench.harness.models.base import OUTLIERS
 from ditbench.harness.models.loading import family
+from ditbench.harness.records.sweeps import STAMP
+from ditbench.harness.records.trackers import known_trackers
 
 # Whole numbers and the least that each may be.
 COUNTS = {
@@ -64,7 +66,7 @@ CHOICES = {
     "generate.dtype": DTYPES,
     "generate.reference_dtype": DTYPES,
     "model.dtype": DTYPES,
-    "tracker.kind": ("wandb", "none"),
+    "tracker.kind": known_trackers(),
     "tracker.mode": ("auto", "online", "offline", "disabled"),
 }
 GUIDANCE, METRICS, SKIP, LABEL, BACKEND, SAMPLER = (
@@ -125,6 +127,21 @@ def check_values(raw: dict[str, Any]) -> None:
     runs = Path(raw["results_dir"]).expanduser().absolute() / "runs"
     if Path(raw["cache_dir"]).expanduser().absolute().is_relative_to(runs):
         raise UserError(f"cache_dir={raw['cache_dir']} lies where runs are recorded ({runs}); set it to another folder")
+
+
+def check_sweep(section: Any) -> None:
+    """Raise UserError for a value of the section `sweep` that cannot be: which sweep a run is a job of, and what that seeks."""
+    if not isinstance(section, dict):
+        raise UserError(f"sweep must be a section such as sweep.objective=psnr, got {section!r}")
+    of, job, objective = (section.get(name) for name in ("of", "job", "objective"))
+    if of is not None and not (isinstance(of, str) and STAMP.fullmatch(of)):
+        raise UserError(f"sweep.of is set by a sweep itself, got {of!r}; leave it out")
+    if job is not None and not (isinstance(job, int) and not isinstance(job, bool) and 0 <= job <= MOST):
+        raise UserError(f"sweep.job is set by a sweep itself, got {job!r}; leave it out")
+    if objective is not None and not (isinstance(objective, str) and objective in known_metrics()):
+        raise UserError(
+            f"sweep.objective must be a metric (`ditbench list metrics`) or null, got {shortened(repr(objective), 80)}"
+        )
 
 
 def value_of(raw: dict[str, Any], name: str) -> Any:

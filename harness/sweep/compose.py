@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.paths import CONF, checked, options, own_configurations
-from ditbench.harness.common.timer import say
+from ditbench.harness.common.watch import say
 from ditbench.harness.fitting import registry
 from ditbench.harness.quant.spec import MIXED, all_labels, parse_label
 from ditbench.harness.sweep import overrides as checks

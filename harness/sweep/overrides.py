@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -29,8 +30,14 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.quant.spec import MIXED, parse_label
 from ditbench.harness.stages.values import SETTINGS
 
-FREE = ("model", "method", "bits")  # sections that their dataclasses check: not all that these have is in every file
+FREE = (
+    "model",
+    "method",
+    "bits",
+    "launcher",
+)  # sections that their dataclasses check: not all that these have is in every file
 HYDRA = "hydra"
+SWEEPER, BASIC, OPTUNA = "hydra/sweeper", "basic", "optuna"
 
 
 def parsed(overrides: Sequence[str]) -> list[Override]:
@@ -45,8 +52,19 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
 
 def check_overrides(overrides: Iterable[Override], known: Mapping[str, Iterable[str]]) -> None:
     """Raise UserError for a choice that no group has. known: {configuration group: its options}."""
+    overrides = list(overrides)
+    sweepers = [str(each.value()) for each in overrides if each.key_or_group == SWEEPER]
+    if OPTUNA in sweepers and not optuna_is_here():
+        raise UserError(f"{SWEEPER}={OPTUNA}: hydra-optuna-sweeper is not installed; pip install 'ditbench[optuna]'")
     for override in overrides:
-        _check(override, known)
+        _check(override, known, intervals=bool({*sweepers} - {BASIC}))
+
+
+def optuna_is_here() -> bool:
+    try:
+        return find_spec("hydra_plugins.hydra_optuna_sweeper") is not None and find_spec("optuna") is not None
+    except ModuleNotFoundError:  # no plugin of Hydra's at all
+        return False
 
 
 def check_flags(arguments: Sequence[str]) -> None:
@@ -100,7 +118,7 @@ def unknown_setting(name: str, beside: Iterable[str], section: str, everywhere: 
     return UserError(f"no {kind} {name!r}; did you mean {' or '.join(same)}?")
 
 
-def _check(override: Override, known: Mapping[str, Iterable[str]]) -> None:
+def _check(override: Override, known: Mapping[str, Iterable[str]], intervals: bool) -> None:
     key, text = override.key_or_group, str(override.input_line)
     if override.is_delete():
         raise UserError(f"{text}: nothing can be left out; give it another value instead")
@@ -110,7 +128,7 @@ def _check(override: Override, known: Mapping[str, Iterable[str]]) -> None:
         raise UserError(
             f"{text}: hydra is a section of Hydra's own; name one of its settings, such as hydra.verbose=true"
         )
-    _check_sweep(override, known.get(key))
+    _check_sweep(override, known.get(key), intervals)
     if key not in known:
         added = override.type in (OverrideType.ADD, OverrideType.FORCE_ADD)
         if added and key not in SETTINGS and key.split(".")[0].split("/")[0] not in (*FREE, HYDRA):
@@ -139,9 +157,9 @@ def _choices(override: Override) -> list[str]:
     return [str(value)] if isinstance(value, (str, int)) else []
 
 
-def _check_sweep(override: Override, options: Iterable[str] | None) -> None:
+def _check_sweep(override: Override, options: Iterable[str] | None, intervals: bool) -> None:
     value, text = override.value(), str(override.input_line)
-    if isinstance(value, IntervalSweep):
+    if isinstance(value, IntervalSweep) and not intervals:
         raise UserError(f"{text}: an interval has no first value; name some, such as {override.key_or_group}=1,2")
     if isinstance(value, RangeSweep) and next(iter(value.range()), None) is None:
         raise UserError(f"{text}: this range is empty; write it as range(start,stop,step)")

@@ -189,7 +189,10 @@ def _dynamic(bits: Bits | MixedBits) -> Bits:
 
 def _dtypes(config: RunConfig) -> list[str]:
     section = config.section("generate")
-    return list(dict.fromkeys(["float32", section["reference_dtype"], section["dtype"], config.model.dtype]))
+    of_run = [section["reference_dtype"], section["dtype"], config.model.dtype]
+    return list(
+        dict.fromkeys(["float32", "bfloat16", *of_run])
+    )  # layers are observed in the first, latency is against the second
 
 
 def _noise(rows: int, columns: int, dtype: str, device: torch.device) -> Tensor:

@@ -385,6 +385,8 @@ OTHERS = [
     ("cache --cache-dir loop verify", "--cache-dir", "loop"),
     ("cache --results-dir file prune", "--results-dir", "file is no folder"),
     ("cache --cache-dir", "--cache-dir"),
+    ("wandb", "action"),
+    ("wandb sync nope --results-dir good", "no experiment", "nope"),
     ("vbench", "target"),
     ("vbench nope", "nope"),
     ("vbench '' --results-dir good", "expected a run's folder"),

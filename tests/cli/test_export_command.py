@@ -120,3 +120,10 @@ def test_a_failed_run_is_refused_with_its_reason(ditbench, finished, tmp_path):
     finished.write_text(hashed_json.text_of(record))
     done = ditbench("export", str(finished.parent), "--out", str(tmp_path / "out"))
     assert done.code == 2 and "is failed: NaN in the samples" in done.err
+
+
+def test_an_export_without_a_tracker_has_nowhere_to_be_kept(ditbench, finished, tmp_path):
+    done = ditbench("export", str(finished.parent), "--track", "--out", str(tmp_path / "out"))
+    assert done.code == 2 and "was told to no tracker (tracker=none)" in done.err
+    done = ditbench("export", "method=rtn", "--track", "--out", str(tmp_path / "more"))
+    assert done.code == 2 and "a configuration has no run" in done.err

@@ -163,7 +163,9 @@ def every_network(judges, network_files, tmp_path, monkeypatch):
     reward = tmp_path / "ImageReward.pt"
     reward.write_bytes(b"weights")
     monkeypatch.setattr(image_reward, "_local_files", lambda: [reward, reward])
-    monkeypatch.setattr(image_reward, "load_scorer", lambda *_: lambda text, image: np.asarray(image).std() + len(text))
+    letters = types.SimpleNamespace(tokenizer=lambda texts, verbose: {"input_ids": [list(text) for text in texts]})
+    model = types.SimpleNamespace(score=lambda text, image: np.asarray(image).std() + len(text), blip=letters)
+    monkeypatch.setattr(image_reward, "load_model", lambda *_: model)
     brightness = types.SimpleNamespace(create_metric=lambda *_, **__: lambda frames: 100 * frames.mean(dim=(1, 2, 3)))
     monkeypatch.setitem(sys.modules, "pyiqa", brightness)
     monkeypatch.setattr(vbench_style, "_pyiqa", lambda: None)

@@ -11,6 +11,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 
 from ditbench.eval import clip, clip_metrics, kernel_distance
 from ditbench.eval.base import Evidence, Reference, evaluate, known_metrics
+from ditbench.eval.prompt_lengths import cut_off
 from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Prompt, Samples
 
@@ -158,7 +159,7 @@ def test_embeddings_are_the_models_own_scaled_to_unit_length(installed, painted)
 
 def test_texts_longer_than_the_context_are_cut_off_and_counted(installed):
     short, long = "a red cat", "a red cat on the blue roof " * 3
-    assert clip.count_too_long(installed, (short, long)) == 1
+    assert cut_off(installed.tokenizer, installed.max_tokens, (short, long)) == {"max_tokens": 12, "prompts_cut_off": 1}
     vectors = clip.embed_texts(installed, (long, "a red cat on the blue roof a red cat on the dog"))
     torch.testing.assert_close(vectors[0], vectors[1])  # their first ten words are the same
 
@@ -261,6 +262,10 @@ def test_cmmd_without_bias_leaves_out_an_image_as_its_own_neighbour(installed, p
     entry = scored("cmmd_unbiased", plain)
     assert entry["value"] == pytest.approx(1000 * (sum(inside) - 2 * rbf_kernel(x, y, gamma).mean()), rel=1e-6)
     assert entry["value"] < scored("cmmd", plain)["value"] and "U-statistic" in entry["passport"]["estimator"]
+    against_itself = replace(plain, reference=Reference("itself", plain.generated.images_NHWC, "0" * 64))
+    entry = scored("cmmd_unbiased", against_itself)
+    assert entry["ci95"][0] < entry["value"] < 0, "it can come out below 0, and so can where its interval begins"
+    assert scored("cmmd", against_itself)["ci95"][0] == 0
 
 
 def test_images_cropped_before_and_after_resizing_are_not_taken_for_each_other(installed):

@@ -148,6 +148,30 @@ def test_the_numbers_that_are_compared_are_those_one_counts_by_hand():
     assert collapse.change(steps).item() == 15.0
 
 
+def test_one_frame_that_is_unlike_the_others_makes_no_alarm_and_hides_none():
+    video = torch.full((5, 4, 4, 3), 90, dtype=torch.uint8)
+    video[2, :2] = 255  # half of one frame in five
+    assert collapse.spread(video).item() == 0.0, "the median frame is blank"
+    assert collapse.saturation(video).item() == pytest.approx(0.1), "over all frames"
+
+
+def test_channels_that_differ_are_no_variance_and_noise_in_a_coloured_picture_is_noise():
+    """Red 60 brighter than green and blue everywhere: 30 % of all variance would be that of the colours."""
+    noise_F3HW = 20 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    coloured_F3HW = noise_F3HW + torch.tensor([60.0, 0.0, 0.0]).view(3, 1, 1)
+    steps = sum(noise_F3HW.diff(dim=dim).square().mean() for dim in (2, 3)) / 2
+    expected = float(steps / 2 / noise_F3HW.flatten(2).var(dim=2, correction=0).mean())
+    assert collapse._neighbour_ratio(coloured_F3HW).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_pictures_are_averaged_as_long_as_sixteen_pixels_are_left():
+    """Noise of 2×2 pixels: of 32 pixels a side the mean over 2 is looked at, of 30 it is not."""
+    blocks = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(6)) * 200 + 25
+    whole = blocks.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).permute(0, 2, 3, 1).to(torch.uint8)
+    assert collapse.noisiness(whole).item() == pytest.approx(1.0, abs=0.15)
+    assert collapse.noisiness(whole[:, :30, :30]).item() < 0.65
+
+
 def test_latents_that_are_not_finite_alarm_and_latents_that_were_not_kept_do_not():
     latents = torch.zeros(N, 4, 2, 2)
     latents[:3, 0, 0, 0] = float("inf")
@@ -173,6 +197,7 @@ def test_a_few_pictures_that_come_again_and_again_are_mode_collapse(count):
     found = alarms(Samples(of_few(count)), Samples(scenes()))
     assert found["repeated"]["share"] == 1.0 and "repeated" in alarmed(found)
     assert found["noise"]["share"] == found["blank"]["share"] == 0.0, "no single picture is bad"
+    assert alarms(Samples(broken("blank")), Samples(scenes()))["repeated"]["share"] == 0.0, "blank has its own alarm"
     images = alarms(Samples(of_few(count)[:, 0]), Samples(scenes()[:, 0]))
     assert images["repeated"]["share"] == 1.0
 
@@ -188,6 +213,15 @@ def test_pictures_that_drift_towards_one_are_alike_before_they_are_repeated():
 def test_what_the_float_model_repeats_is_its_own():
     assert alarmed(alarms(Samples(of_few(2)), Samples(of_few(2)))) == []
     assert alarmed(alarms(Samples(scenes()), Samples(of_few(2)))) == []
+
+
+def test_each_sample_is_held_against_its_own_counterpart_and_not_against_the_usual_one():
+    twins = scenes()
+    twins[1] = (twins[0].int() + 3).to(torch.uint8)  # two that the float model draws nearly alike as well
+    distance_N = collapse.numbers(Samples(twins))["repeated"]
+    assert (distance_N[:2] < 0.25 * distance_N.mean()).all()
+    found = alarms(Samples(twins), Samples(twins))
+    assert found["repeated"]["share"] == found["alike"]["share"] == 0.0
 
 
 def test_without_the_float_model_only_the_same_picture_is_a_repetition():

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg
+from scipy.stats import t
 
-from ditbench.eval import batches, features, libraries
+from ditbench.eval import batches, features, frechet, libraries
 from ditbench.eval.base import Reference, evaluate, known_metrics
 from ditbench.eval.features import judge_pair, outputs
+from ditbench.eval.influence import spread
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.samples.samples import Samples
 
@@ -129,6 +131,18 @@ def test_every_judge_metric_has_a_finite_value_an_interval_around_it_and_a_full_
 TO_FLOAT = [f"{library}/fid_judge_to_float" for library in libraries.FID]
 
 
+def test_fd_infinity_has_an_interval_of_its_samples_and_of_its_choice_of_halves(evidence):
+    pair, strata_N = judge_pair(evidence), np.arange(96) % 10
+    features = pair.generated_NF.numpy(), pair.reference_MF.numpy()
+    found = frechet.infinity(*features, frechet.influence(*features), strata_N, evidence.seed)
+    of_samples = spread(found.influence, strata_N)
+    half = t.ppf(0.975, of_samples.freedom) * np.sqrt(of_samples.sd**2 + found.split_sd**2)
+    entry = evaluate(["fd_infinity_judge"], evidence)["fd_infinity_judge"]
+    assert entry["value"] == pytest.approx(found.value) and found.split_sd > 0.01 * of_samples.sd
+    assert entry["ci95"] == pytest.approx([found.value - half, found.value + half], rel=1e-6)
+    assert "n = 96 is below four times the feature width 64" in entry["passport"]["note"]
+
+
 @pytest.mark.parametrize("name", TO_FLOAT)
 def test_fid_to_float_is_fid_with_the_float_models_images_for_the_reference(name, evidence):
     float_images = Reference("float", evidence.float_model.images_NHWC, "f" * 64)
@@ -142,6 +156,15 @@ def test_fid_to_float_is_fid_with_the_float_models_images_for_the_reference(name
     assert entry["paired"] and entry["passport"]["reference"] == "float model, same noise and labels"
     pixels = evidence.float_model.pixels.numpy().tobytes()
     assert entry["passport"]["reference_sha256"] == hashlib.sha256(pixels).hexdigest()
+
+
+@pytest.mark.parametrize("name", TO_FLOAT)
+def test_no_distance_to_the_float_model_lies_below_zero(name, evidence):
+    """One image of 96 has changed: what it contributes is known with one degree of freedom, and Student's t of that is 12.7."""
+    pixels = evidence.float_model.pixels.clone()
+    pixels[5] = 255 - pixels[5]
+    entry = evaluate([name], replace(evidence, generated=replace(evidence.generated, pixels=pixels)))[name]
+    assert entry["ci95"][0] == 0.0 < entry["value"] < entry["ci95"][1]
 
 
 @pytest.mark.parametrize("name", TO_FLOAT)

@@ -3,7 +3,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import correlate1d
 
 from ditbench.eval.base import Evidence, evaluate, known_metrics
 from ditbench.harness.samples.samples import Samples
@@ -39,23 +38,65 @@ def test_identical_samples_count_as_the_cap_that_the_passport_states(name, evide
     assert entry["value"] == entry["passport"]["cap_db"] == 100.0
 
 
-@pytest.mark.parametrize(("side", "sigma", "radius"), [(16, 1.5, 5), (8, 3 / 3.5, 3)])
-def test_ssim_is_wangs_formula_written_with_scipy(evidence, side, sigma, radius):
-    a, b = (x.images_NHWC[:20, :side, :side] for x in (evidence.generated, evidence.float_model))
+def wangs_ssim(x_HWC: np.ndarray, y_HWC: np.ndarray, sigma: float, radius: int) -> float:
+    """Wang et al. 2004, eq. 13 to 17, place by place in float64: every window that lies inside the image, each channel alone."""
     offsets = np.arange(-radius, radius + 1)
-    window = np.exp(-(offsets**2) / (2 * sigma**2))
-    window /= window.sum()
+    weights = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * sigma**2))
+    weights = (weights / weights.sum())[..., None]
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    places, size = [], 2 * radius + 1
+    for top in range(x_HWC.shape[0] - size + 1):
+        for left in range(x_HWC.shape[1] - size + 1):
+            x, y = (image[top : top + size, left : left + size].astype(float) for image in (x_HWC, y_HWC))
+            mx, my = ((weights * part).sum(axis=(0, 1)) for part in (x, y))
+            vx, vy = (weights * (x - mx) ** 2).sum(axis=(0, 1)), (weights * (y - my) ** 2).sum(axis=(0, 1))
+            covariance = (weights * (x - mx) * (y - my)).sum(axis=(0, 1))
+            places.append((2 * mx * my + c1) * (2 * covariance + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return float(np.mean(places))
 
-    def blur(image):
-        return correlate1d(correlate1d(image, window, axis=1, mode="mirror"), window, axis=2, mode="mirror")
 
-    x, y = a.numpy() / 255.0, b.numpy() / 255.0
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
-    c1, c2 = 0.01**2, 0.03**2
-    expected = ((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
-    assert expected < 0.99
-    assert value("ssim", Evidence(Samples(a), Samples(b))) == pytest.approx(expected, abs=2e-5)
+@pytest.mark.parametrize(
+    ("height", "width", "sigma", "radius"),
+    [(16, 16, 1.5, 5), (16, 13, 1.5, 5), (8, 12, 3 / 3.5, 3), (3, 9, 1 / 3.5, 1)],
+)
+def test_ssim_is_wangs_formula_over_the_windows_that_lie_inside(evidence, height, width, sigma, radius):
+    ours, theirs = (x.images_NHWC[:6, :height, :width] for x in (evidence.generated, evidence.float_model))
+    expected = [wangs_ssim(x, y, sigma, radius) for x, y in zip(ours.numpy(), theirs.numpy(), strict=True)]
+    assert np.mean(expected) < 0.99
+    entry = evaluate(["ssim"], Evidence(Samples(ours), Samples(theirs)))["ssim"]
+    assert entry["value"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert entry["passport"]["kernel_size"] == 2 * radius + 1 and "inside" in entry["passport"]["borders"]
+
+
+def test_ssim_of_bright_flat_places_keeps_its_decimals():
+    """In float32 E[x²] − E[x]² is lost there: 4e-4 of SSIM."""
+    noise = np.random.default_rng(0).integers(-1, 2, (2, 32, 32, 3))
+    ours, theirs = (torch.from_numpy((254 + each)[None].astype(np.uint8)).repeat(2, 1, 1, 1) for each in noise)
+    expected = wangs_ssim(ours[0].numpy().astype(float), theirs[0].numpy().astype(float), 1.5, 5)
+    assert value("ssim", Evidence(Samples(ours), Samples(theirs))) == pytest.approx(expected, abs=1e-6)
+
+
+def test_ssim_is_scikit_images_number():
+    """scikit-image 0.26.0: structural_similarity(one, other, data_range=255, channel_axis=2, gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False). With reflected borders, as torchmetrics averages them, it would be 0.8308."""
+    y, x, channel = np.mgrid[0:40, 0:48, 0:3]
+    one = (x * 5 + y * 3 + 40 * channel) % 256
+    other = np.clip(one + (x * 7 + y * 11) % 25 - 12 + 4 * channel, 0, 255)
+    images = [Samples(torch.from_numpy(image.astype(np.uint8))[None].repeat(2, 1, 1, 1)) for image in (one, other)]
+    assert value("ssim", Evidence(*images)) == pytest.approx(0.8445864594, abs=2e-6)
+
+
+def test_a_videos_psnr_is_of_the_error_of_all_its_frames_and_its_ssim_the_mean_of_theirs():
+    random = torch.Generator().manual_seed(0)
+    theirs = torch.randint(40, 200, (2, 3, 12, 14, 3), generator=random)
+    off = torch.tensor([1, 4, 20]).view(1, 3, 1, 1, 1) * torch.randint(-1, 2, theirs.shape, generator=random)
+    ours, theirs = (theirs + off).to(torch.uint8), theirs.to(torch.uint8)
+    evidence = Evidence(Samples(ours), Samples(theirs))
+    x, y = ours.numpy().astype(float), theirs.numpy().astype(float)
+    psnr = np.mean([10 * np.log10(255**2 / np.mean((a - b) ** 2)) for a, b in zip(x, y, strict=True)])
+    assert value("psnr", evidence) == pytest.approx(psnr, abs=1e-9)
+    ssim = np.mean([wangs_ssim(a, b, 1.5, 5) for v, w in zip(x, y, strict=True) for a, b in zip(v, w, strict=True)])
+    assert value("ssim", evidence) == pytest.approx(ssim, abs=2e-5)
 
 
 def test_sqnr_divides_by_the_difference_and_takes_the_float_model_as_signal():

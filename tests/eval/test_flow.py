@@ -36,6 +36,26 @@ def test_a_square_that_moves_k_pixels_has_a_flow_of_k_and_the_far_background_non
     assert (flow_P2HW[:, :, 24:, 24:] == 0).all()
 
 
+@pytest.mark.parametrize("place", [(0, 0), (63, 63), (0, 40), (62, 1), (20, 33)])
+def test_the_match_is_the_least_mean_difference_over_a_window_whose_frame_goes_on_beyond_its_border(place):
+    """Searched by hand for one pixel of frames that are 64 pixels a side, and so are not resized."""
+    random = torch.Generator().manual_seed(2)
+    before = torch.randint(150, 256, (1, 64, 64, 3), generator=random, dtype=torch.uint8)
+    after = before.roll((-3, 2), dims=(1, 2))
+    after[:, :, :2], after[:, -3:] = 255, 255
+    y, x = place
+    window = [(a, b) for a in range(y - 4, y + 5) for b in range(x - 4, x + 5) if 0 <= a < 64 and 0 <= b < 64]
+    costs = {}
+    for dy in range(-8, 9):
+        for dx in range(-8, 9):
+            seen = [(min(max(a + dy, 0), 63), min(max(b + dx, 0), 63)) for a, b in window]
+            ours = torch.stack([before[0, a, b].float() for a, b in window])
+            theirs = torch.stack([after[0, a, b].float() for a, b in seen])
+            costs[dx, dy] = float((ours - theirs).abs().mean()) + 0.25 * (dx**2 + dy**2) ** 0.5
+    found = match_blocks(before, after)[0, :, y, x]
+    assert tuple(found.int().tolist()) == min(costs, key=costs.__getitem__)
+
+
 def test_the_flow_of_a_large_or_oblong_video_is_in_its_own_pixels():
     video = moving_square(6, 6, side=128)[:, :, :96]
     video = torch.cat([video, video.flip(2)], dim=2)  # 128 × 192; the right half moves to the left
@@ -93,6 +113,7 @@ def test_raft_sees_larger_padded_frames_and_its_flow_is_scaled_and_cropped_back(
 
     class Columns(torch.nn.Module):
         def forward(self, before, after, num_flow_updates):
+            assert num_flow_updates == 20, "as VBench asks for"
             assert before.shape == after.shape == (2, 3, *seen) and before.min() == -1.0 and before.max() == 1.0
             flow_P2HW = torch.zeros(2, 2, *seen)
             flow_P2HW[:, 0] = torch.arange(seen[1])

@@ -178,6 +178,12 @@ def test_a_long_picture_is_held_to_the_long_side():
     assert size == (333, 1333) and pixels.shape == (1, 3, 352, 1344)
 
 
+def test_a_side_between_two_pixels_goes_to_the_nearest_as_in_mmcvs_rescale():
+    """int(side · scale + 0.5): 340 · 800 / 301 = 903.7."""
+    pixels, size = geneval_detector.prepare(np.zeros((301, 340, 3), np.uint8))
+    assert size == (800, 904) and pixels.shape == (1, 3, 800, 928)
+
+
 def test_pictures_are_prepared_as_transformers_own_processor_does(monkeypatch):
     from transformers import Mask2FormerImageProcessor
 

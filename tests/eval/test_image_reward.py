@@ -10,6 +10,7 @@ import torch
 
 from ditbench.eval import image_reward
 from ditbench.eval.base import Evidence, MetricSkipped, evaluate
+from ditbench.eval.prompt_lengths import cut_off
 from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Prompt, Samples
 
@@ -26,8 +27,17 @@ def package(monkeypatch):
     module = types.ModuleType("ImageReward")
     module.__spec__ = ModuleSpec("ImageReward", None)
     monkeypatch.setitem(sys.modules, "ImageReward", module)
-    image_reward.load_scorer.cache_clear()
+    image_reward.load_model.cache_clear()
     return module
+
+
+def bert(folder):
+    """BERT's tokenizer over a few words."""
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "very", "long", "roof"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return BertTokenizer(str(folder / "vocab.txt"))
 
 
 def test_without_the_package_it_is_skipped_with_the_command_that_installs_it(samples, monkeypatch):
@@ -64,11 +74,34 @@ def test_the_value_is_the_mean_with_an_interval_and_the_hash_of_the_weights(samp
     monkeypatch.setattr(
         "ditbench.eval.per_sample.passport", lambda *_, **settings: settings
     )  # the package has no version here
-    package.load = lambda weights, device, med_config: types.SimpleNamespace(score=lambda text, image: len(text) / 4)
+    package.load = lambda weights, device, med_config: types.SimpleNamespace(
+        score=lambda text, image: len(text) / 4, blip=types.SimpleNamespace(tokenizer=bert(tmp_path))
+    )
     entry = evaluate(["image_reward"], Evidence(samples, resamples=50))["image_reward"]
     assert entry["value"] == pytest.approx((5 + 5 + 16) / 12) and entry["n"] == 3 and entry["better"] == "higher"
     assert entry["ci95"][0] < entry["value"] < entry["ci95"][1]
     assert len(entry["passport"]["weights_sha256"]) == 64
+
+
+@pytest.mark.parametrize(("words", "cut"), [(33, 0), (34, 1)])
+def test_prompts_of_more_than_35_tokens_are_counted_with_the_two_that_begin_and_end_them(words, cut, tmp_path):
+    """The package tokenizes with truncation=True, max_length=35: of 33 words nothing is lost, of 34 one."""
+    tokenizer, texts = bert(tmp_path), ["a " * words, "a cat"]
+    kept = tokenizer(texts, padding="max_length", truncation=True, max_length=image_reward.MAX_TOKENS)["input_ids"][0]
+    assert kept.count(tokenizer.convert_tokens_to_ids("a")) == 33
+    assert cut_off(tokenizer, image_reward.MAX_TOKENS, texts) == {"max_tokens": 35, "prompts_cut_off": cut}
+
+
+def test_the_entry_says_how_many_of_its_prompts_were_cut(samples, package, monkeypatch, tmp_path):
+    monkeypatch.setattr(image_reward, "_local_files", lambda: [tmp_path / "ImageReward.pt"] * 2)
+    (tmp_path / "ImageReward.pt").write_bytes(b"weights")
+    monkeypatch.setattr("ditbench.eval.per_sample.passport", lambda *_, **settings: settings)
+    package.load = lambda *_, **__: types.SimpleNamespace(
+        score=lambda text, image: len(text) / 4, blip=types.SimpleNamespace(tokenizer=bert(tmp_path))
+    )
+    long = Samples(samples.pixels, prompts=(Prompt("a cat " * 17), Prompt("a dog"), Prompt("roof " * 60)))
+    card = evaluate(["image_reward"], Evidence(long))["image_reward"]["passport"]
+    assert (card["max_tokens"], card["prompts_cut_off"]) == (35, 2)
 
 
 def test_a_model_that_does_not_load_is_skipped_with_the_reason(package, tmp_path):
@@ -77,4 +110,4 @@ def test_a_model_that_does_not_load_is_skipped_with_the_reason(package, tmp_path
 
     package.load = load
     with pytest.raises(MetricSkipped, match="bert-base-uncased is not a local folder"):
-        image_reward.load_scorer(tmp_path / "a", tmp_path / "b", CPU)
+        image_reward.load_model(tmp_path / "a", tmp_path / "b", CPU)

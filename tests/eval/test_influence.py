@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ditbench.eval import frechet, kernel_distance, libraries, set_scores
-from ditbench.eval.influence import Influence, rows_of_pairs, spread, spread_within
+from ditbench.eval.influence import Influence, _variance_of_pairs, rows_of_pairs, spread, spread_within
 
 WIDTH = 6
 
@@ -112,6 +112,39 @@ def test_the_distance_of_some_rows_is_the_libraries_also_with_fewer_images_than_
     assert frechet.distance(generated, reference)(rows) == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_reference_of_fewer_rows_than_features_has_its_covariance_over_one_less_too():
+    generated, reference = gaussian(60, 0, 0.3, 30), gaussian(12, 1, 0.0, 30)
+    cov, cov_ref = np.cov(generated, rowvar=False), np.cov(reference, rowvar=False)
+    size, vectors = np.linalg.eigh(cov_ref)
+    root = vectors * np.sqrt(size.clip(min=0)) @ vectors.T
+    trace_root = np.sqrt(np.linalg.eigvalsh(root @ cov @ root).clip(min=0)).sum()
+    gap = generated.mean(axis=0) - reference.mean(axis=0)
+    expected = gap @ gap + np.trace(cov) + np.trace(cov_ref) - 2 * trace_root
+    assert frechet.distance(generated, reference)(np.arange(60)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_samples_contribute_to_fid_is_drawn_together_only_where_there_are_more_of_them_than_features():
+    for n, width, together in ((80, 6, True), (20, 20, False), (20, 40, False)):
+        strata_N = np.zeros(n, int)
+        whole = frechet.influence(gaussian(n, 0, 0.1, width), gaussian(200, 1, 0.0, width))
+        kept = frechet.contributed(whole, width, strata_N)
+        expected = spread(whole, strata_N).sd if together else spread_within(whole.first_N, strata_N).sd
+        assert spread_within(kept.first_N, strata_N).sd == pytest.approx(expected)
+        assert expected < 0.99 * spread_within(whole.first_N, strata_N).sd or not together
+
+
+def test_the_spread_of_recall_is_that_of_torch_fidelitys_recall_without_a_quarter_times_root_three():
+    """Shao & Wu's delete-d jackknife: the variance over the draws, times what is kept over what is left out."""
+    x, y, strata_N = gaussian(32, 0, 0.5), gaussian(40, 1), np.arange(32) % 4
+    found = set_scores.recall_spread(torch.from_numpy(x), torch.from_numpy(y), 3, strata_N, seed=5)
+    random, recalls = np.random.default_rng(5), []
+    for _ in range(set_scores.DRAWS):
+        rows = set_scores._without_some(strata_N, random)
+        assert len(rows) == 24
+        recalls.append(libraries.torch_fidelity_prc(torch.from_numpy(x[rows]).float(), torch.from_numpy(y).float())[1])
+    assert found.sd == pytest.approx(np.std(recalls, ddof=1) * np.sqrt(3), rel=1e-6) and found.sd > 0
+
+
 def test_precision_and_recall_of_samples_are_torch_fidelitys():
     x, y = torch.from_numpy(gaussian(60, 0, 0.5)).float(), torch.from_numpy(gaussian(90, 1)).float()
     precision, recall, settings = libraries.torch_fidelity_prc(x, y)
@@ -148,6 +181,26 @@ def test_what_pairs_do_together_is_counted_once():
     assert np.mean(without) > 1.6 * 40 * 39 / 40**3
 
 
+def test_half_of_the_variance_is_left_however_much_pairs_seem_to_do():
+    random = np.random.default_rng(3)
+    first, g = random.normal(size=30), 1e3 * random.normal(size=(30, 30))
+    alone = spread(Influence(first), np.zeros(30, int)).sd
+    together = spread(Influence(first, g + g.T, np.arange(30)), np.zeros(30, int)).sd
+    assert together == pytest.approx(alone / np.sqrt(2))
+
+
+@pytest.mark.parametrize("strata_N", [np.zeros(6, int), np.arange(12) % 3], ids=["one of six", "three of four"])
+def test_what_pairs_do_is_estimated_without_bias_in_small_strata(strata_N):
+    """g_ij = x_i·x_j with E g² = 8: Σ_{i<j} E g² / n⁴, although centring within strata takes some of it away."""
+    random, n = np.random.default_rng(4), len(strata_N)
+    found = []
+    for _ in range(3000):
+        x = random.normal(size=(n, 8)) + 5.0 * strata_N[:, None]  # neither what strata differ by is a matter of pairs
+        alone = 10.0 * random.normal(size=n)  # nor what a sample does in all of its pairs
+        found.append(_variance_of_pairs(x @ x.T + alone[:, None] + alone, strata_N, n))
+    assert np.mean(found) == pytest.approx(n * (n - 1) / 2 * 8 / n**4, rel=0.05)
+
+
 def test_the_rows_whose_pairs_are_looked_at_are_spread_over_the_labels_and_always_the_same():
     rows = rows_of_pairs(2000)
     assert len(rows) == 512 and (rows == rows_of_pairs(2000)).all() and len(set(rows.tolist())) == 512
@@ -166,6 +219,22 @@ def test_fd_infinity_takes_off_the_bias_of_few_samples():
     assert abs(np.mean(values)) < 0.25 * np.mean(distances)
     with pytest.raises(ValueError, match="4 or more"):
         frechet.infinity(reference[:3], reference, whole, np.zeros(3, int), 0)
+
+
+def test_the_choice_of_halves_adds_the_error_of_its_mean_over_splits():
+    generated, reference, strata_N = gaussian(40, 0, 0.3), gaussian(200, 1), np.arange(40) % 4
+    whole = frechet.influence(generated, reference)
+    found = frechet.infinity(generated, reference, whole, strata_N, seed=7, splits=5)
+    random, means, contributed_N = np.random.default_rng(7), [], np.zeros(40)
+    for _ in range(5):
+        halves = frechet.split(strata_N, random)
+        means.append(np.mean([frechet.distance(generated[rows], reference)(np.arange(20)) for rows in halves]))
+        for rows in halves:
+            contributed_N[rows] += frechet.influence_of_rows(generated[rows], reference) / 5
+    assert found.split_sd == pytest.approx(np.std(means, ddof=1) / np.sqrt(5))
+    assert found.value == pytest.approx(2 * frechet.distance(generated, reference)(np.arange(40)) - np.mean(means))
+    by_hand = 2 * whole.first_N - contributed_N
+    np.testing.assert_allclose(found.influence.first_N, by_hand - by_hand.mean(), atol=1e-9)
 
 
 def test_halves_have_half_of_each_stratum_and_share_no_row():

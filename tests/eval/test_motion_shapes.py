@@ -76,6 +76,12 @@ def test_a_fast_object_that_is_seen_in_part_of_the_frames_is_no_slow_one(unseen)
     assert is_as_fast_as_asked(found, fast) and not is_as_fast_as_asked(found, ASKED)
 
 
+def test_a_slow_object_that_is_hidden_on_its_way_is_no_fast_one():
+    found = video()
+    found[2:5] = render(Scene(()), SIDE)  # seven pixels in seven frames, five of them with the object
+    assert is_as_fast_as_asked(found, ASKED)
+
+
 def test_an_empty_video_shows_moves_and_hurries_nothing():
     assert judged(np.stack([render(Scene(()), SIDE)] * FRAMES)) == [False, False, False, True]
 

@@ -1,5 +1,7 @@
 """Paired tests against hand counts, scipy and simulation."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -193,6 +195,14 @@ def test_p_is_uniform_when_nothing_differs_but_the_labels():
     ]
     p_P = np.array([each.p for each in paired_differences.differences(pairs)])
     assert 0.02 <= (p_P < 0.05).mean() <= 0.08
+
+
+def test_differences_are_centred_within_labels_and_widened_by_what_centring_takes_before_signs_are_flipped():
+    delta_N, label_N = np.array([-2.0, 1.4, -1.7, 2.4, -1.1, 2.2, -0.1, 3.0]), np.arange(8) % 2
+    moved_N = [(delta_N[i] - delta_N[label_N == label_N[i]].mean()) * np.sqrt(4 / 3) + delta_N.mean() for i in range(8)]
+    sums = [abs(np.dot(signs, moved_N)) for signs in itertools.product((1, -1), repeat=8)]
+    ours, theirs = (PerSample(values_N, design_N=label_N) for values_N in (delta_N, np.zeros(8)))
+    assert one(ours, theirs).p == np.mean([each >= abs(sum(moved_N)) - 1e-9 for each in sums]) == 0.125
 
 
 def test_numbers_of_the_whole_set_are_compared_by_students_t_of_what_each_sample_contributes():

@@ -5,8 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 
 from ditbench.eval.base import Evidence, evaluate_samples
+from ditbench.eval.per_sample import mean_or_share
 from ditbench.eval.statistics import WILSON, WILSON_OF_GROUPS
 from ditbench.harness.models.zoo import shapes
 from ditbench.harness.samples.samples import Prompt, Samples
@@ -104,3 +106,17 @@ def test_every_alarm_of_collapse_has_wilsons_interval():
     assert entry["value"] == 1.0
     for alarm in entry["passport"]["alarms"].values():
         assert alarm["ci95"][0] <= alarm["share"] <= alarm["ci95"][1] and alarm["ci95"][1] - alarm["ci95"][0] > 0.3
+
+
+def test_a_mean_over_balanced_labels_has_the_interval_of_its_spread_within_labels():
+    labels_N = torch.arange(12) % 3
+    pixels = torch.zeros(12, 4, 4, 3, dtype=torch.uint8)
+    values_N = np.array([0.0, 10.0, 20.0] * 4) + np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
+    found = mean_or_share(Evidence(Samples(pixels, labels_N)), values_N, "test", "ditbench", dtype="float64")
+    variance = (
+        3 * 4 * np.var([0, 1, 2, 3], ddof=1) / 12**2
+    )  # Σ m s² / n²: each label's four values are 0, 1, 2, 3 above its own
+    assert found.value == pytest.approx(11.5)
+    assert found.ci95 == pytest.approx([11.5 - t.ppf(0.975, 9) * variance**0.5, 11.5 + t.ppf(0.975, 9) * variance**0.5])
+    plain = mean_or_share(Evidence(Samples(pixels)), values_N, "test", "ditbench", dtype="float64")
+    assert plain.ci95[1] - plain.ci95[0] > 5 * (found.ci95[1] - found.ci95[0])

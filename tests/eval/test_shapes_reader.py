@@ -36,6 +36,15 @@ def test_a_lone_object_is_read_in_every_colour_and_place(shape, size):
         assert abs(seen.centre[0] - x) <= 1 and abs(seen.centre[1] - y) <= 1.2
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_area_and_centre_of_mass_are_those_of_the_shape_as_it_is_drawn(shape):
+    radius, side = 100.0, 300
+    drawn_HW = shapes.coverage(Object(shape, "", radius, 150.0, 150.0), side)
+    y = (drawn_HW.sum(axis=1) @ (np.arange(side) + 0.5)) / drawn_HW.sum()
+    assert drawn_HW.sum() / radius**2 == pytest.approx(reader.AREA[shape], rel=0.01)
+    assert (y - 150.0) / radius == pytest.approx(reader.SINKS[shape], abs=0.005)
+
+
 @pytest.mark.parametrize("sigma", [0, 12])
 def test_a_scene_is_read_back_object_by_object(sigma):
     """sigma: of noise, in grey levels."""
@@ -71,3 +80,10 @@ def test_a_colour_between_those_of_the_palette_is_none():
     image = render(Scene((Object("square", "red", 3.0, 12, 12),)))
     image[image[..., 0] > 100] = (255, 0, 255)
     assert read(image) == []
+
+
+def test_a_background_is_what_more_than_half_of_the_edge_shows():
+    for rows, seen in ((13, None), (19, "dark")):  # 58 and 70 of the edge's 128 pixels, corners twice
+        image = np.full((32, 32, 3), COLOURS["red"], np.uint8)
+        image[:rows] = shapes.BACKGROUNDS["dark"]
+        assert reader.background(image) == seen

@@ -43,6 +43,18 @@ def test_a_share_that_labels_explain_has_a_narrower_interval_when_labels_are_bal
     assert statistics.share_by_design(found_N, np.zeros(400, int))[1] == (plain_low, plain_high)
 
 
+def test_a_share_of_balanced_labels_has_wilsons_interval_of_as_many_samples_as_it_is_worth():
+    strata_N = np.arange(60) % 3
+    found_N = np.isin(np.arange(60), [*range(0, 60, 3), *range(1, 31, 3), 5, 8])  # 20, 10 and 2 of 20 each
+    share, found = statistics.share_by_design(found_N, strata_N)
+    within = sum(20 * np.var(found_N[strata_N == k], ddof=1) for k in range(3)) / 60**2
+    effect = within / (share * (1 - share) / 60) + np.sqrt(2 / 57) / 2
+    n, z = 60 / effect, 1.959963984540054
+    assert n > 80 and n != round(n)
+    middle, half = share + z**2 / (2 * n), z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    assert found == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)))
+
+
 def test_a_share_of_few_samples_that_agree_within_strata_by_chance_keeps_a_width():
     found_N, strata_N = np.array([1, 1, 0, 0, 1, 1, 0, 0], bool), np.repeat(np.arange(4), 2)
     _, (low, high) = statistics.share_by_design(found_N, strata_N)

@@ -29,7 +29,7 @@ def test_consistency_counts_an_opposite_frame_as_zero_and_not_as_minus_one():
 
 def test_a_video_is_dynamic_when_enough_pairs_are_faster_than_the_threshold():
     assert video_motion.dynamic_threshold(256) == 6.0 and video_motion.dynamic_threshold(32) == 0.75
-    assert [video_motion.dynamic_pairs(frames) for frames in (2, 4, 16, 49)] == [1, 1, 4, 12]
+    assert [video_motion.dynamic_pairs(frames) for frames in (2, 4, 6, 14, 16, 49)] == [1, 1, 2, 4, 4, 12]
     fastest = torch.tensor([0.76, 0.76, 0.75, 0.0, 0.9, 0.8])
     assert video_motion.is_dynamic(fastest, side=32, frames=16)
     assert not video_motion.is_dynamic(fastest[:5], side=32, frames=16)
@@ -107,6 +107,20 @@ def test_resizing_keeps_the_aspect_and_only_the_antialiased_one_is_in_whole_leve
     assert not torch.equal(as_vbench, as_vbench.round()) and as_vbench.std() > 1.2 * as_pil.std()
     cropped = video_judges.center_crop(as_pil, 24)
     assert torch.equal(cropped, as_pil[..., 6:30])
+
+
+def test_a_long_side_that_comes_out_between_two_pixels_is_cut_as_torchvisions_resize_does():
+    """int(side · long / short): 24 · 61 / 40 = 36.6."""
+    for antialias in (True, False):
+        resized = video_judges.resize_short_side(torch.zeros(1, 3, 40, 61), 24, "bilinear", antialias)
+        assert resized.shape == (1, 3, 24, 36)
+
+
+@pytest.mark.parametrize(("width", "left"), [(25, 0), (27, 2), (29, 2), (31, 4)])
+def test_an_odd_rest_is_cropped_as_torchvisions_center_crop_does(width, left):
+    """int(round((width − side) / 2)), in Python's rounding: 0.5 → 0, 1.5 → 2, 2.5 → 2, 3.5 → 4."""
+    frames = torch.arange(width).float().expand(1, 3, 24, width)
+    assert video_judges.center_crop(frames, 24)[0, 0, 0].tolist() == list(range(left, left + 24))
 
 
 def test_musiq_sees_large_frames_smaller_and_small_ones_as_they_are():

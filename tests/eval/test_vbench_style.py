@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from video_cases import PROMPTS, SIDE, N, entry_of, evidence, value, videos
+from video_cases import FRAMES, PROMPTS, SIDE, N, entry_of, evidence, value, videos
 
-from ditbench.eval import vbench_style, video_judges
+from ditbench.eval import vbench_style, video_judges, video_motion
 from ditbench.eval.base import Evidence, evaluate, known_metrics
+from ditbench.eval.flow import Flow
 from ditbench.eval.video_judges import CLIP_LARGE, DINO
 from ditbench.harness.common.devices import CPU
 from ditbench.harness.samples.samples import Samples
@@ -47,10 +48,30 @@ def test_motion_is_judged_at_eight_frames_a_second():
     """At 16 frames per second every other frame is taken: half a pixel a frame becomes a whole one."""
     entry = entry_of("vbench_style/dynamic_degree", evidence(speed=1, fps=16.0))
     assert entry["passport"]["every_frame"] == 2 and entry["passport"]["pairs_needed"] == 1
+    for fps, step in ((8.0, 1), (11.0, 1), (15.0, 2), (30.0, 4)):  # to the nearest, as VBench's round(fps / 8)
+        card = entry_of("vbench_style/dynamic_degree", evidence(speed=1, fps=fps))["passport"]
+        assert card["every_frame"] == step
     one_left = Evidence(Samples(videos()[:, :2], fps=24.0))
     assert (
         "longer videos" in evaluate(["vbench_style/dynamic_degree"], one_left)["vbench_style/dynamic_degree"]["reason"]
     )
+
+
+def test_speeds_of_every_frame_are_not_taken_for_those_of_every_second_one():
+    pixels, flow = videos(), Flow("test", lambda before, after: after.float().permute(0, 3, 1, 2)[:, :2], {})
+    every_second = video_motion._speeds(pixels, flow, step=2)
+    assert every_second.shape == (N, FRAMES // 2 - 1, 2)
+    every_one = video_motion._speeds(pixels, flow, step=1)
+    assert every_one.shape == (N, FRAMES - 1, 2)
+    torch.testing.assert_close(every_one[:, 1::2][:, :3], every_second)  # this flow looks at the later frame only
+
+
+def test_smoothness_is_of_the_odd_frames_against_the_middle_of_their_neighbours(monkeypatch):
+    """Without motion the middle is the mean: |100 − (10 + 30) / 2| = 80 and |40 − (30 + 50) / 2| = 0."""
+    still = Flow("ditbench", lambda before, after: torch.zeros(len(before), 2, *before.shape[1:3]), {})
+    monkeypatch.setattr(video_motion, "find_flow", lambda device: still)
+    levels = torch.tensor([10, 100, 30, 40, 50], dtype=torch.uint8).view(1, 5, 1, 1, 1).expand(2, 5, 8, 8, 3)
+    assert value("vbench_style/motion_smoothness", Evidence(Samples(levels))) == pytest.approx(1 - 40 / 255)
 
 
 def test_steady_motion_is_smoother_than_the_same_frames_shuffled():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from video_cases import FRAMES, PROMPTS, N, evidence, value
+from video_cases import FRAMES, PROMPTS, N, entry_of, evidence, value
 
 from ditbench.eval import video_judges
 from ditbench.eval.base import evaluate
@@ -60,6 +60,13 @@ def test_a_prompt_longer_than_the_network_takes_is_cut_and_not_an_error(judges):
     assert judge.texts(["a very long prompt " * 20]).shape == (1, 16)
 
 
+@pytest.mark.parametrize("name", ["clipsim", "vbench_style/overall_consistency", "vbench_style/scene_consistency"])
+def test_the_entry_says_how_many_prompts_were_cut(name, judges):
+    """Every letter is a token here, and of twelve two begin and end the text."""
+    card = entry_of(name, evidence())["passport"]
+    assert (card["max_tokens"], card["prompts_cut_off"]) == (12, 1), "a cat, the sea, a red ball; an old town at night"
+
+
 @pytest.mark.parametrize("name", BY_FEATURES)
 def test_a_judge_that_is_not_here_is_skipped_with_the_command_that_fetches_it(name):
     reason = evaluate([name], evidence())[name]["reason"]
@@ -95,6 +102,14 @@ def test_frames_are_looked_at_once_for_all_metrics_that_share_them(judges, monke
     monkeypatch.setattr(judge, "forward", forward)
     evaluate(["clip_temp", "clipsim"], evidence())
     assert sum(seen) == N * FRAMES
+
+
+def test_frames_that_were_resized_one_way_are_not_taken_for_those_resized_the_other(judges):
+    judge, _ = video_judges.load_judge(CLIP, CPU)
+    pixels = evidence().generated.pixels
+    smooth, sharp = (video_judges.frame_features(pixels, judge, antialias) for antialias in (True, False))
+    torch.testing.assert_close(sharp, video_judges.frame_features(pixels.clone(), judge, antialias=False))
+    assert (smooth - sharp).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", [DINO, CLIP])

@@ -121,3 +121,25 @@ def test_an_option_away_from_its_default_changes_the_codes(small_target, small_c
         assert any(not torch.equal(plain[name], other[name]) for name in plain)
     blocked = gptq.fit(small_target, small_calibration, W3A16, gptq.Params(block=7))
     assert all(torch.equal(plain[name], blocked[name]) for name in plain)
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "mse", "shrink"])
+def test_scales_are_searched_as_asked(ranges, small_target, small_calibration):
+    state = gptq.fit(small_target, small_calibration, W3A16, gptq.Params(ranges=ranges))
+    for name in small_target.layers:
+        expected = quantize_weight(small_target.weight(name), W3A16.weight, ranges=ranges).scale_OG
+        torch.testing.assert_close(state[f"{name}/weight_scale"], expected, rtol=1e-6, atol=0)
+
+
+def test_groups_take_their_scales_from_weights_with_or_without_their_blocks_errors(small_target, small_calibration):
+    """Groups of 12 in blocks of 48: the first group's scales are the same, those behind it are of weights that have moved or not."""
+    grouped = Bits(QuantSpec(3, "per_group", group_size=12), None)
+    ahead, before = (
+        gptq.fit(small_target, small_calibration, grouped, gptq.Params(block=48, ahead=ahead))
+        for ahead in (True, False)
+    )
+    name = next(name for name in small_target.layers if name.endswith("attn1.to_q"))
+    still = quantize_weight(small_target.weight(name), grouped.weight).scale_OG
+    torch.testing.assert_close(before[f"{name}/weight_scale"], still, rtol=1e-6, atol=0)
+    assert torch.equal(ahead[f"{name}/weight_scale"][:, 0], before[f"{name}/weight_scale"][:, 0])
+    assert not torch.equal(ahead[f"{name}/weight_scale"][:, 1:], before[f"{name}/weight_scale"][:, 1:])

@@ -253,6 +253,14 @@ def test_children_come_from_the_best(monkeypatch):
         assert all(size in {parent[gene] for parent in first} for gene, size in enumerate(candidate))
 
 
+def test_a_candidate_that_just_keeps_the_budget_is_legal():
+    """Of the four candidates one has the preset's mean group size, one more, one less."""
+    seen = []
+    params = replace(Params(), population=4, epochs=2, top=2, mutations=1, crossovers=1)
+    winner, _ = evolve([(32, 64)] * 2, (64, 32), lambda c: seen.append(c) or float(c != (32, 64)), params)
+    assert winner == (32, 64) and set(seen) == {(64, 32), (32, 64), (64, 64)}
+
+
 def test_a_space_that_is_used_up_ends_the_search():
     seen = []
     winner, best = evolve([(16, 48)], (48,), lambda c: seen.append(c) or 1.0, Params(epochs=3))

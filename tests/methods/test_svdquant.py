@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.calibration.channel_statistics import channel_stats
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
 from ditbench.harness.quant.accounting import account
@@ -105,6 +106,15 @@ def test_the_candidates_of_the_paper_are_thirty_nine():
     assert found[1:20] == [(pytest.approx(i / 20), 0) for i in range(1, 20)]
     assert found[20:] == [(pytest.approx(i / 20), pytest.approx(1 - i / 20)) for i in range(1, 20)]
     assert candidates(1) == [(0, 0)]
+
+
+def test_half_takes_the_square_root_of_both_ranges(small_target, small_calibration):
+    bits = Bits(QuantSpec(8, "per_channel"), None)
+    state = svdquant.fit(small_target, small_calibration, bits, Params(smooth="half", rank=0))
+    site, stats = small_target.sites[0], channel_stats(small_target, small_calibration)
+    act_C = stats[site.consumers[0]].absmax_C
+    weight_C = torch.cat([small_target.weight(name) for name in site.consumers]).abs().amax(0)
+    torch.testing.assert_close(state[f"{site.name}/scale"], act_C.sqrt() / weight_C.sqrt())
 
 
 def test_lambda_is_activation_range_over_weight_range():

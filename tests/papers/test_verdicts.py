@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ditbench.harness.papers import reported
 from ditbench.harness.papers.reproduce import rows, verdicts
+from ditbench.harness.papers.schema import Reproduce, Row
 from ditbench.harness.records.record import Record
 
 
@@ -81,14 +84,13 @@ def a_record(value: float | None, status: str = "ok") -> Record:
     return Record("0" * 12, status, config(), "ptq4dit", "dit-xl-2-256", "x", error="broke", metrics=metrics)
 
 
-def judged(row: reported.Row, record: Record | None, refusal: str | None = None) -> verdicts.Judged:
-    section = reported.table("ptq4dit-table1").reproduce
-    expected = type("Expected", (), {"raw": config()})()
-    return verdicts.judged_row(rows.Line(row, ("a",), ("a",)), section, record, refusal, expected)["FID"]
+def judged(row: Row, record: Record | None, refusal: str | None = None, **section) -> verdicts.Judged:
+    asked = replace(reported.table("ptq4dit-table1").reproduce, **section)
+    return verdicts.judged_row(rows.Line(row, ("a",), ("a",)), asked, record, refusal, config())["FID"]
 
 
-def row(fid: float | None = 7.09, confidence: str = "primary") -> reported.Row:
-    return reported.Row({"method": "PTQ4DiT"}, {"FID": fid, "IS": 1.0, "Precision": 1.0}, confidence, "s")
+def row(fid: float | None = 7.09, confidence: str = "primary") -> Row:
+    return Row({"method": "PTQ4DiT"}, {"FID": fid, "sFID": 1.0, "IS": 1.0, "Precision": 1.0}, confidence, "s")
 
 
 def test_a_run_like_the_papers_is_judged_by_its_numbers():
@@ -100,9 +102,42 @@ def test_what_was_not_computed_says_why():
     assert judged(row(), a_record(None)).verdict == "not computed: no weights"
     assert judged(row(), a_record(7.0, status="failed")).verdict == "failed: broke"
     assert judged(row(), None, "no w4a8").verdict == "refused: no w4a8"
-    assert judged(row(), None).verdict == "not in ditbench yet"
     assert judged(row(None), a_record(7.0)).verdict == "the paper prints no value"
+
+
+def test_what_a_row_lacks_is_its_verdict():
+    line = rows.Line(row(), None, None, ("method TFMQ-DM", "format NVFP4"))
+    cells = verdicts.judged_row(line, reported.table("ptq4dit-table1").reproduce, None)
+    assert {cell.verdict for cell in cells.values()} == {"not here: method TFMQ-DM, format NVFP4"}
 
 
 def test_a_value_from_memory_is_never_confirmed():
     assert judged(row(confidence="recall"), a_record(7.09)).verdict == "not comparable: confidence"
+
+
+def test_ours_is_brought_to_the_papers_scale_with_its_interval():
+    cell = judged(row(709.0), a_record(7.09), scale={"FID": 100})
+    assert cell.ours == pytest.approx(709.0) and cell.ci95 == pytest.approx([699.0, 719.0])
+    assert cell.verdict == "within"
+
+
+def test_what_the_section_says_cannot_be_as_in_the_paper_makes_a_number_not_comparable():
+    assert judged(row(), a_record(7.09), departs={"prompts": "others"}).verdict == "not comparable: prompts"
+    of_column = judged(row(), a_record(7.09), departs={"FID": "another Inception"})
+    assert of_column.reasons == {"evaluator": "FID: another Inception"}
+    assert judged(row(), a_record(7.09), departs={"IS": "another Inception"}).verdict == "within"
+
+
+def test_a_model_that_is_not_here_is_a_reason():
+    section = reported.table("svdquant-table1").reproduce
+    line = rows.Line(Row({"model": "SDXL"}, {"MJHQ_PSNR": 20.0}, "primary", "s"), ("a",), None)
+    record = replace(a_record(None), metrics={"psnr": {"value": 20.0, "ci95": [19.0, 21.0]}})
+    assert verdicts.judged_row(line, section, record)["MJHQ_PSNR"].reasons["model"] == "dit-xl-2-256, not SDXL"
+
+
+def test_an_exact_reader_stands_in_for_the_detector_and_says_so():
+    section = Reproduce({}, {"Total": "geneval/overall"}, {"Total": 0.02}, model="pixart-alpha-xl-2-512")
+    record = replace(a_record(None), metrics={"geneval_shapes/overall": {"value": 0.5, "ci95": [0.4, 0.6]}})
+    line = rows.Line(Row({"method": "FP"}, {"Total": 0.55}, "secondary", "s"), ("a",), ("a",))
+    cell = verdicts.judged_row(line, section, record, None, config())["Total"]
+    assert (cell.ours, cell.verdict) == (0.5, "not comparable: evaluator")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,12 +9,13 @@ from torch import nn
 from ditbench.harness.backends import simulate
 from ditbench.harness.build.build import build
 from ditbench.harness.fitting.rounding import nearest
-from ditbench.harness.quant.accounting import account, stored_bytes
+from ditbench.harness.quant.accounting import _act_bits, _fold_bytes, account, stored_bytes
+from ditbench.harness.quant.folds import _row_fold
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight, static_quant
-from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe
+from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank, ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
-from ditbench.harness.quant.target import Site, Target
+from ditbench.harness.quant.target import Site, TableRows, Target
 from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform, random_signs
 
 DYNAMIC = QuantSpec(8, "per_token", dynamic=True)
@@ -116,6 +119,13 @@ def test_effective_bits_are_those_of_a_sum_by_hand(toy, normal):
     assert size["compression_quantized_layers"] == pytest.approx(2 * 36 / (32 + 2 * 4))
 
 
+def test_bits_that_change_with_the_step_count_by_the_steps_they_hold_for(toy):
+    """Activations of 4 bits at one step of four, then of 8, then in float."""
+    four, eight = (LayerRecipe(act=ActQuant(QuantSpec(bits, "per_token", dynamic=True))) for bits in (4, 8))
+    shares = [(four, 0.25), (eight, 0.5), (LayerRecipe(), 0.25)]
+    assert _act_bits(shares) == pytest.approx(0.25 * 4 + 0.5 * 8 + 0.25 * 16)
+
+
 def test_weight_only_counts_no_mac_as_quantized_on_both_sides(toy, normal):
     first = LayerRecipe(weight=quantize_weight(normal(4, 8), QuantSpec(4, "per_channel")))
     bits, _ = account(toy, ModelRecipe({"first": first}), MACS, "W4A16")
@@ -183,3 +193,27 @@ def test_the_share_of_quantized_macs_leaves_attention_and_adaln_out(small_target
     assert bits["mac_share_quantized"] == pytest.approx(quantized / macs[""])
     assert 0.8 < bits["mac_share_quantized"] < 1
     assert set(bits["float_layers"]) == set(macs) - {""} - set(small_target.layers)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_products_of_attention_count_for_the_blocks_whose_operands_are_quantized(blocks, small_model):
+    """A protocol may quantize the operands of some blocks only: theirs are an equal share of what is no linear layer."""
+    target, macs = small_model.target(attention=True), small_model.macs
+    target = replace(target, attention=target.attention[:blocks])
+    recipe = ModelRecipe({}, attention=dict.fromkeys(target.attention, AttentionRecipe()))
+    bits, _ = account(target, recipe, macs, "")
+    outside_linear = macs[""] - sum(count for name, count in macs.items() if name)
+    assert len(target.blocks) == 2 and outside_linear > 0
+    assert bits["mac_share_quantized"] == pytest.approx(outside_linear * blocks / 2 / macs[""])
+
+
+@pytest.mark.parametrize("groups", [None, [0, 0, 1, 2]], ids=["scale", "scale and shift by step"])
+def test_a_fold_into_adaln_single_costs_what_it_keeps(groups):
+    """Of two producers, 16-bit floats and indices: 1 / s, what γ is given, and what β is given in each group of steps."""
+    shift = None if groups is None else StepTable(torch.ones(3, 8), torch.tensor(groups))
+    transform = Transform(shift, torch.full((8,), 2.0))
+    fold = _row_fold(TableRows("", "table", "temb", 0, 1), torch.zeros(6, 8), transform, torch.bfloat16)
+    kept = [fold.inverse_C, fold.scale_add_C, fold.shift_add.rows]
+    index_bytes = 0 if groups is None else 2 * len(groups)
+    assert _fold_bytes(transform, 2) == 2 * (sum(part.nbytes for part in kept) + index_bytes)
+    assert _fold_bytes(transform, 0) == 0

@@ -9,7 +9,6 @@ import torch
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.rounding import act_quant
 from ditbench.harness.quant.adaround import (
-    SCALE_FLOOR,
     AdaRound,
     LearnedAct,
     alpha_of,
@@ -90,6 +89,18 @@ def test_both_weights_and_the_regulariser_are_those_of_plain_loops(spec, normal)
     torch.testing.assert_close(rounding.soft_OC().flatten().tolist(), soft, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(rounding.hard().dequantize().double().flatten().tolist(), hard, rtol=1e-6, atol=1e-6)
     assert float(rounding.regulariser(3.7).detach()) == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=describe)
+def test_a_weight_that_is_still_half_way_is_rounded_up(spec, normal):
+    weight, start = normal(5, 48), widened(normal(5, 48), spec, 2.0)
+    rounding = AdaRound(weight, start)
+    rounding.alpha_OGg.data.zero_()
+    groups = start.scale_OG.shape[1]
+    up = weight.unflatten(1, (groups, -1)).div(start.scale_OG[..., None]).floor() + 1
+    zero = 0.0 if start.zero_point_OG is None else start.zero_point_OG[..., None]
+    expected = (up + zero).clamp(spec.quant_min, spec.quant_max).flatten(1)
+    assert torch.equal(rounding.hard().codes_OC.double(), expected)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=describe)
@@ -257,4 +268,4 @@ def test_a_learned_scale_stays_positive():
     start = float(act.scale_G)
     act.scale_G.data.fill_(-0.3)
     act.keep_positive()
-    assert float(act.scale_G) == pytest.approx(SCALE_FLOOR * start)
+    assert float(act.scale_G) == pytest.approx(1e-3 * start), "a thousandth of what it began with"

@@ -76,6 +76,9 @@ def test_a_channel_that_is_never_active_gets_weight_zero(problem):
     hessian[7], hessian[:, 7] = 0, 0
     rounded = gptq(weight, hessian, SPECS["asymmetric"]).dequantize()
     assert not rounded[:, 7].any() and rounded.isfinite().all()
+    large = weight.clone()
+    large[:, 7] = 1e3  # no level is spent on a weight that is 0 afterwards
+    assert torch.equal(gptq(large, hessian, SPECS["asymmetric"]).dequantize(), rounded)
 
 
 def test_the_arguments_are_left_alone(problem):

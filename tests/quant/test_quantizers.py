@@ -126,6 +126,15 @@ def test_ranges_give_scale_and_zero_point_by_the_definition():
     assert zero_point is None
 
 
+@pytest.mark.parametrize("spec", WEIGHTS + ACTS, ids=describe)
+@pytest.mark.parametrize("power", [-20, 20, 60])
+def test_codes_do_not_depend_on_the_unit(spec, power, normal):
+    """Times a power of two nothing is rounded: massive activations and tiny weights have the codes that others have."""
+    x = normal(6, 48).float()
+    expected = fake_quantize(x, spec) * 2.0**power
+    assert torch.equal(fake_quantize(x * 2.0**power, spec), expected)
+
+
 @pytest.mark.parametrize("spec", WEIGHTS, ids=describe)
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_weight_codes_fill_their_range_and_fit_one_byte(spec, bits, normal):
@@ -306,6 +315,15 @@ def test_quantizing_leaves_its_input_alone(normal):
     for spec in ACTS:
         fake_quantize_activation(x, ActQuant(spec))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.21])
+def test_shrunken_ranges_go_down_to_a_fifth(share):
+    """Two bits know −s, 0 and s: a row of ±1 and one 1 / share does best at s = 1, that share of its range; 0.21 is the last of 80."""
+    weight = torch.ones(1, 40_000)
+    weight[:, ::2], weight[0, 0] = -1.0, 1 / share
+    found = quantize_weight(weight, QuantSpec(2, "per_channel"), ranges="shrink")
+    assert found.scale_OG.item() == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("rows", [128, 1152])

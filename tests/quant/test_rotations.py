@@ -118,6 +118,11 @@ def test_a_value_that_is_already_level_is_left_alone():
     assert torch.equal(greedy_rotation(x, 8, 30, generator()), torch.eye(8, dtype=torch.float64))
 
 
+def test_tokens_that_no_rotation_makes_smaller_are_left_alone():
+    """The shortest of equally good prefixes: a dead layer, or one without a token that is not zero."""
+    assert torch.equal(greedy_rotation(torch.zeros(5, 8), 8, 6, generator()), torch.eye(8, dtype=torch.float64))
+
+
 def test_no_steps_leave_only_the_permutation(normal):
     dual = dual_rotation(with_outliers(normal), 12, 0, generator())
     assert torch.equal(dual.first_gg, torch.eye(12, dtype=torch.float64))

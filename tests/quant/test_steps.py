@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ditbench.harness.quant.steps import StepClock, StepTable
+from ditbench.harness.quant.steps import StepClock, StepTable, range_starts, step_ranges
 
 STEPS = 6
 PARTITIONS = {
@@ -83,3 +83,22 @@ def test_setting_the_clock_keeps_its_tensor():
     held = clock.step
     clock.set(2, 4)
     assert int(held) == 2
+
+
+def test_the_clock_is_in_the_range_whose_first_step_it_has_reached():
+    clock = StepClock(7, (0, 3, 5))
+    assert clock.ranges == [range(3), range(3, 5), range(5, 7)]
+    seen = []
+    for step in range(7):
+        clock.set(step, 7)
+        seen.append(clock.range)
+    assert seen == [0, 0, 0, 1, 1, 2, 2]
+    clock.enter(1)
+    assert (int(clock.step), clock.range) == (3, 1)
+
+
+@pytest.mark.parametrize(("steps", "ranges"), [(8, 3), (7, 3), (20, 6), (5, 5), (9, 1)])
+def test_ranges_of_steps_are_of_nearly_one_length_and_hold_every_step(steps, ranges):
+    found = step_ranges(range_starts(steps, ranges), steps)
+    assert [step for each in found for step in each] == list(range(steps)) and len(found) == ranges
+    assert max(map(len, found)) - min(map(len, found)) <= 1

@@ -101,6 +101,16 @@ def test_rotations_are_applied_in_the_order_given(normal):
     assert not torch.allclose(forwards(x), backwards(x), rtol=1e-3)
 
 
+@pytest.mark.parametrize(("width", "block"), [(8, None), (48, None), (48, 12)])
+def test_a_randomised_rotation_turns_signs_first_and_then_as_the_plain_one(width, block):
+    signs = random_signs(width, torch.Generator().manual_seed(3))
+    assert 0 < int((signs == -1).sum()) < width
+    plain = Hadamard(width, block_size=block).matrix()
+    torch.testing.assert_close(Hadamard(width, signs, block).matrix(), signs.double().diag() @ plain)
+    entries = plain[plain != 0].abs() * (block or width) ** 0.5
+    torch.testing.assert_close(entries, torch.ones(width * (block or width), dtype=torch.float64))
+
+
 def test_a_permutation_takes_each_channel_from_its_order(normal):
     x = normal(5, 4)
     assert torch.equal(Permutation(torch.tensor([2, 0, 3, 1]))(x), x[:, [2, 0, 3, 1]])

@@ -113,7 +113,7 @@ def test_text_markdown_and_html_show_the_same_comparisons(add, results_dir):
     markdown = report(results_dir).text
     assert f"| W4A8 | a − bb | {delta} | \\< 0.001 | \\< 0.001 |" in markdown and "best a; second bb" in markdown
     made = report(results_dir, format="html")
-    assert f'<td class="text">{delta}</td>' in made.path.read_text()
+    assert f'"a − bb","{delta}"' in made.path.read_text()
     assert "paired tests on psnr (closeness to float)" in made.text and "W4A8: best a; second bb" in made.text
     assert "→ W4A8: best a; second bb" in shown
 
@@ -133,3 +133,15 @@ def test_compare_says_what_it_takes_where_there_is_nothing(add, results_dir):
         comparisons(results_dir, metrics=["psnr"])
     with pytest.raises(UserError, match="no recorded bits 'W4A9'; did you mean 'W4A8'"):
         comparisons(results_dir, bits=["w4a9"])
+
+
+def test_the_sign_of_a_cell_says_what_the_sentence_below_says(add, results_dir):
+    """Six right answers lost have p = 0.03 alone, and over 0.05 among the comparisons of the contest (Holm)."""
+    for method, lost in (("fp", 0), ("a", 6), ("bb", 40), ("ccc", 0)):
+        add(method, bits="W16A16" if method == "fp" else "W4A8", lost=lost)
+    (group,) = compare.groups(read_all(results_dir))
+    inside = {r.method: v.inside for r, v in zip(group.records, marks.verdicts(group, "accuracy"), strict=True)}
+    assert inside == {"fp": None, "a": True, "bb": False, "ccc": True}
+    assert pairs(results_dir, "accuracy")["W4A8", "a", paired.FLOAT].difference.p < paired.ALPHA
+    (tests,) = paired_text.tests(group, ["accuracy"])
+    assert any("not told apart from the float model: a, ccc" in line for line in tests.verdicts)

@@ -12,6 +12,7 @@ import pytest
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.base import OUTLIERS, RESCALED, TRAINED
 from ditbench.harness.records.attempts import read_all
+from ditbench.harness.records.record import write
 from ditbench.harness.report import compare, comparison_table, report
 from ditbench.harness.report.frame import frame
 from ditbench.harness.report.marks import verdicts
@@ -367,3 +368,20 @@ def test_what_would_help_a_skipped_metric_is_wrapped_and_never_cut(add_run, resu
     text = comparison_table(read_all(results_dir), width=120)
     assert "`ditbench data fetch inception-fid`" in " ".join(text.split()) and "…" not in text
     assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_what_was_timed_beside_other_workers_is_said(add_run, results_dir):
+    add_run("alone", measured=True)
+    assert not any("timed while" in note for note in table(only_group(results_dir), ["psnr"]).notes)
+    add_run("beside", measured=True, efficiency={"timed_beside": 1})
+    (said,) = [note for note in table(only_group(results_dir), ["psnr"]).notes if "timed while" in note]
+    assert "beside W4A8" in said and "alone" not in said.replace("run alone", "")
+
+
+def test_few_samples_are_said(add_run, results_dir):
+    add_run("a")
+    (record,) = read_all(results_dir)
+    assert not any("were checked from" in note for note in table(only_group(results_dir), ["psnr"]).notes)
+    few = record.config | {"protocol": record.config["protocol"] | {"n": 32}}
+    write(replace(record, config=few), record.folder)
+    assert any("n = 32: " in note and "n = 64" in note for note in table(only_group(results_dir), ["psnr"]).notes)

@@ -124,6 +124,22 @@ def test_a_finished_run_is_scored_with_another_metric(run, tmp_path, drawn, comp
     assert "ssim: recorded already" in capsys.readouterr().out
 
 
+def test_what_is_scored_again_after_a_mend_counts_from_then_on(run, tmp_path, drawn, no_second_draw, monkeypatch):
+    before = the_record(tmp_path).metrics["psnr"]["value"]
+    real = evaluating._of_one
+
+    def mended(name, evidence):
+        entry, values = real(name, evidence)
+        return entry | {"value": entry["value"] + 1}, values
+
+    monkeypatch.setattr(evaluating, "_of_one", mended)
+    shutil.rmtree(tmp_path / "cache" / "values")  # as a change of the metric's source makes them those of another key
+    assert main(["evaluate", "kept", "--again", "--metrics", "psnr", "--results-dir", str(tmp_path)]) == 0
+    record = the_record(tmp_path)
+    assert drawn == [] and record.metrics["psnr"]["value"] == before + 1
+    assert values_with(record, "psnr").run["psnr"].values_N.shape == (4,), "those that were computed now"
+
+
 def test_a_metric_computed_later_is_the_one_that_the_run_would_have_recorded(run, tmp_path, no_second_draw):
     assert main(["evaluate", "kept", "--metrics", "ssim", "accuracy", "--results-dir", str(tmp_path)]) == 0
     later = the_record(tmp_path).metrics

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
-import struct
-from collections.abc import Iterator
+import signal
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from wandb_files import contents
 
 from ditbench.harness import run as running
 from ditbench.harness.cli import main
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.records import tracking
 from ditbench.harness.records.record import Record
-from ditbench.harness.records.tracking import log, mode, values
-
-pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+from ditbench.harness.records.told import numbers
+from ditbench.harness.records.trackers.wandb import INIT_S, mode
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def pairs(logged, read_records) -> list[tuple[dict[str, Any], dict[str, Any], Pa
     """[(record, what W&B holds, folder of the W&B files)] of both runs."""
     found = []
     for name, record in read_records(logged).items():
-        (file,) = (logged / "runs" / "widths" / name).glob("wandb/offline-run-*/run-*.wandb")
+        (file,) = (logged / "runs" / "widths").glob(f"wandb/offline-run-*-{name}/run-{name}.wandb")
         found.append((record, contents(file), file.parent))
     assert len(found) == 2
     return found
@@ -52,6 +55,7 @@ def test_history_and_summary_hold_the_records_numbers(pairs):
         for place in ("history", "summary"):
             for name, entry in record["metrics"].items():
                 assert logged[place][f"metrics/{name}"] == entry["value"]
+                assert logged[place][f"metrics/{name}/n"] == entry["n"] == 4
                 assert logged[place][f"metrics/{name}/ci95_low"] == entry["ci95"][0]
                 assert logged[place][f"metrics/{name}/ci95_high"] == entry["ci95"][1]
             assert logged[place]["efficiency/kind"] == record["efficiency"]["kind"]
@@ -76,7 +80,7 @@ def test_both_sample_grids_are_logged_as_images(pairs):
         for name in ("grid", "float_grid"):
             entry = logged["summary"][f"samples/{name}"]
             assert entry["_type"] == "image-file"
-            ours = folder.parents[1] / record["artifacts"][name]
+            ours = folder.parents[1] / record["run_id"] / record["artifacts"][name]
             assert (folder / "files" / entry["path"]).read_bytes() == ours.read_bytes()
 
 
@@ -100,10 +104,53 @@ def test_the_error_atlas_is_logged_layer_by_step(pairs):
 def test_the_runs_of_a_sweep_share_the_experiments_group_and_have_names_of_their_own(pairs):
     assert {logged["group"] for _, logged, _ in pairs} == {"widths"}
     assert {logged["project"] for _, logged, _ in pairs} == {"ditbench"}
-    assert sorted(logged["name"] for _, logged, _ in pairs) == ["tiny-dit rtn W3A4", "tiny-dit rtn W8A8"]
-    assert len({logged["run_id"] for _, logged, _ in pairs}) == 2
+    assert sorted(logged["name"] for _, logged, _ in pairs) == ["tiny-dit rtn W3A4 seed 0", "tiny-dit rtn W8A8 seed 0"]
     for record, logged, _ in pairs:
-        assert logged["run_id"].startswith(record["run_id"])
+        assert logged["run_id"] == record["run_id"]
+        assert logged["job_type"] == "quantize"
+        assert set(logged["tags"]) == {"tiny-dit", "rtn", record["bits"]["label"], "protocol:default"}
+
+
+def test_the_configuration_says_what_it_was_run_with(pairs):
+    for record, logged, _ in pairs:
+        run = logged["config"]["run"]
+        assert run["n"] == 4 and run["run_id"] == record["run_id"]
+        for name in ("git", "weights_sha256", "method_sha256", "packages", "seeds"):
+            assert run[name] == record["env"][name]
+
+
+def test_every_metric_has_its_interval_n_and_passport_in_a_table(pairs):
+    for record, logged, folder in pairs:
+        rows = table(logged, folder, "metrics_table")
+        assert [row["metric"] for row in rows] == list(record["metrics"])
+        for row in rows:
+            entry = record["metrics"][row["metric"]]
+            assert [row["ci95_low"], row["ci95_high"]] == entry["ci95"] and row["n"] == entry["n"]
+            assert json.loads(row["passport"]) == entry["passport"]
+
+
+def test_every_sample_has_its_values_in_a_table(pairs):
+    for record, logged, folder in pairs:
+        rows = table(logged, folder, "per_sample")
+        assert [row["prompt"] for row in rows] == [f"label {label}" for label in range(4)]
+        psnr = sum(row["psnr"] for row in rows) / len(rows)
+        assert psnr == pytest.approx(record["metrics"]["psnr"]["value"])
+
+
+def test_samples_are_shown_beside_the_float_models_with_what_they_should_be(pairs):
+    for _, logged, _ in pairs:
+        entry = logged["summary"]["samples/beside_float"]
+        assert entry["count"] == 4 and entry["width"] > 2 * 128 > entry["height"]
+        assert all(caption.startswith("label ") for caption in entry["captions"])
+        assert logged["summary"]["samples/table"]["nrows"] == 4
+        assert logged["summary"]["layer_errors"]["_type"] == "image-file"
+
+
+def test_the_files_of_wandb_lie_where_no_run_is_renamed_or_removed(logged, pairs):
+    for record, _, folder in pairs:
+        assert folder.parent == logged / "runs" / "widths" / "wandb"
+        assert not list((logged / "runs" / "widths" / record["run_id"]).glob("wandb*"))
+    assert not list((logged / "runs" / "widths").glob(".*.lock")), "nobody tells of anything any more"
 
 
 def test_without_a_tracker_there_are_no_wandb_files(swept):
@@ -119,14 +166,13 @@ def test_without_a_tracker_there_are_no_wandb_files(swept):
         ({"kind": "wandb", "mode": "auto"}, {"WANDB_DISABLED": "true", "WANDB_MODE": "online"}),
     ],
 )
-def test_a_tracker_that_is_off_does_not_even_start_wandb(
-    swept, read_records, tmp_path, monkeypatch, tracker, environment
-):
-    monkeypatch.setattr("wandb.init", lambda **_: pytest.fail("wandb.init was called"))
+def test_a_tracker_that_is_off_hears_nothing(tmp_path, monkeypatch, tracker, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    record = Record(**without_hash(next(iter(read_records(swept).values()))), folder=tmp_path)
-    log(tracker | {"project": None, "entity": None}, record)
+    record = Record("0" * 12, "failed", {}, "rtn", "tiny-dit", "default")
+    with tracking.Tracked(tracker, record, torch.device("cpu")) as tracked:
+        tracked.begins("0" * 12, "tiny-dit rtn", tmp_path / "scratch")
+        assert tracked.thread is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,32 +190,60 @@ def test_the_environment_says_the_mode_only_where_the_configuration_leaves_it_op
 @pytest.fixture
 def tracked(run, monkeypatch):
     """tracked("bits=w8a8", …): a run with the W&B tracker on; what earlier tests gave up is forgotten."""
-    monkeypatch.setattr(tracking, "_gave_up", False)
+    monkeypatch.setattr(tracking, "_gave_up", set())
     return lambda *arguments: run("tracker=wandb", "tracker.mode=offline", *arguments)
 
 
-def test_a_record_is_published_before_the_tracker_hears_of_it_and_nothing_that_it_does_undoes_that(
+def test_a_tracker_that_breaks_costs_no_run_and_is_not_tried_again(
     tracked, tmp_path, read_records, monkeypatch, capsys
 ):
-    seen = []
+    tried = []
 
     def unreachable(**settings):
-        seen.append((set(read_records(tmp_path)), Path(settings["dir"]).name))
+        tried.append(settings["id"])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("wandb.init", unreachable)
     assert tracked("-m", "bits=w8a8,w4a4") == 0
     first, _ = read_records(tmp_path)
-    assert seen == [({first}, first)], "published before, and not tried again for the second run"
-    assert capsys.readouterr().err.count("not tracked") == 1
+    assert tried == [first]
+    assert capsys.readouterr().err.count("not tracked by wandb: OSError in test_wandb.py") == 1
+
+
+def test_a_record_is_published_before_the_tracker_hears_its_numbers(tracked, tmp_path, read_records, monkeypatch):
+    seen = []
+
+    class Broken:
+        def log(self, values):
+            if "metrics/psnr" in values:
+                seen.append(list(read_records(tmp_path)))
+                raise ValueError("no such number")
+
+        def finish(self, status, error):
+            seen.append(status)
+
+    monkeypatch.setattr(tracking, "tracker", lambda settings: SimpleNamespace(begin=lambda settings, card: Broken()))
+    assert tracked() == 0
+    assert seen == [list(read_records(tmp_path)), "ok"] and len(seen[0]) == 1
 
 
 def test_an_interruption_while_tracking_costs_no_record(tracked, tmp_path, read_records, monkeypatch):
-    def interrupt(**settings):
-        raise KeyboardInterrupt
+    class Slow:
+        def log(self, values): ...
 
-    monkeypatch.setattr("wandb.init", interrupt)
-    assert tracked() == 130
+        def finish(self, status, error):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(1)
+
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's job in the background ignores it from the start
+
+    monkeypatch.setattr(tracking, "tracker", lambda settings: SimpleNamespace(begin=lambda settings, card: Slow()))
+    try:
+        assert tracked() == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [each["status"] for each in read_records(tmp_path).values()] == ["ok"]
 
 
@@ -182,9 +256,9 @@ def test_a_failed_run_is_a_failed_wandb_run_with_its_reason(tracked, tmp_path, r
     assert "not tracked" not in capsys.readouterr().err
     ((name, record),) = read_records(tmp_path).items()
     assert record["status"] == "failed" and record["error"].startswith("out of memory: MemoryError in test_wandb.py")
-    (file,) = (tmp_path / "runs" / "default" / name).glob("wandb/offline-run-*/run-*.wandb")
+    (file,) = (tmp_path / "runs" / "default").glob(f"wandb/offline-run-*-{name}/run-*.wandb")
     logged = contents(file)
-    assert logged["exit_code"] == 1 and logged["name"] == "tiny-dit rtn W4A8"
+    assert logged["exit_code"] == 1 and logged["name"] == "tiny-dit rtn W4A8 seed 0"
     assert logged["summary"]["status"] == "failed" and logged["summary"]["error"] == record["error"]
 
 
@@ -193,7 +267,7 @@ def test_a_finished_run_ends_well_in_wandb_too(pairs):
         assert logged["exit_code"] == 0 and logged["summary"]["status"] == "ok"
 
 
-def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_said(swept, read_records, monkeypatch):
+def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_said(tracked, monkeypatch, capsys):
     import wandb
 
     asked = {}
@@ -202,79 +276,40 @@ def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_said(swept, 
         asked.update(settings)
         raise wandb.errors.CommError("no answer")
 
-    monkeypatch.setattr(tracking, "_gave_up", False)
     monkeypatch.setattr("wandb.init", init)
-    record = Record(**without_hash(next(iter(read_records(swept).values()))), folder=swept)
-    tracker = {"kind": "wandb", "mode": "online", "project": "p", "entity": None}
-    with pytest.raises(wandb.errors.CommError):
-        log(tracker, record)
-    assert asked["settings"].init_timeout == tracking.INIT_S <= 30
-    log(tracker, record)  # given up: init is not called again, and nothing is raised
+    assert tracked("tracker.mode=online") == 0
+    assert asked["mode"] == "online" and asked["resume"] == "allow"
+    assert asked["settings"].init_timeout == INIT_S <= 30
+    assert "no answer" in capsys.readouterr().err
 
 
 def test_auto_goes_online_only_with_a_key(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert mode("auto") == "offline" and mode("online") == "online"
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert mode("auto") == "online" and mode("offline") == "offline"
     monkeypatch.delenv("WANDB_API_KEY")
-    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
-    (tmp_path / "netrc").chmod(0o600)
-    assert mode("auto") == "online"
+    for host in ("api.wandb.ai", "api.forge.coreweave.com"):
+        (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password secret\n")
+        (tmp_path / "netrc").chmod(0o600)
+        assert mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    assert mode("auto") == "offline", "that key is another server's"
 
 
 def test_a_skipped_metric_is_left_out_and_not_logged_as_zero(swept, read_records):
     stored = next(iter(read_records(swept).values()))
     record = Record(**without_hash(stored))
     record.metrics = {"psnr": stored["metrics"]["psnr"] | {"value": None, "ci95": None, "status": "skipped"}}
-    assert not [name for name in values(record) if name.startswith("metrics/")]
-
-
-def contents(file: Path) -> dict[str, Any]:
-    """config, history, summary, group, project, name, id and exit code out of a .wandb file."""
-    found: dict[str, Any] = {"config": {}, "history": {}, "summary": {}}
-    for data in leveldb_log(file.read_bytes()):
-        message = pb.Record()
-        message.ParseFromString(data)
-        kind = message.WhichOneof("record_type")
-        if kind == "run":
-            run = message.run
-            found |= {"group": run.run_group, "project": run.project, "name": run.display_name, "run_id": run.run_id}
-            found["config"] |= {item.key: json.loads(item.value_json) for item in run.config.update}
-        elif kind == "exit":
-            found["exit_code"] = message.exit.exit_code
-        elif kind in ("history", "summary"):
-            items = message.history.item if kind == "history" else message.summary.update
-            for item in items:
-                insert(found[kind], [item.key] if item.key else list(item.nested_key), json.loads(item.value_json))
-    return found
+    assert not [name for name in numbers(record) if name.startswith("metrics/")]
 
 
 def without_hash(stored: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in stored.items() if name != "sha256"}
 
 
-def insert(into: dict[str, Any], path: list[str], value: Any) -> None:
-    for key in path[:-1]:
-        into = into.setdefault(key, {})
-    into[path[-1]] = value
-
-
-def leveldb_log(data: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB; pieces of a record
-    are full 1, first 2, middle 3, last 4). wandb 0.31 has no Python reader of its own any more.
-    """
-    assert data[:4] == b":W&B"
-    place, parts = 7, b""
-    while place + 7 <= len(data):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            yield parts
-            parts = b""
+def table(logged: dict[str, Any], folder: Path, name: str) -> list[dict[str, Any]]:
+    held = json.loads((folder / "files" / logged["summary"][name]["path"]).read_text())
+    return [dict(zip(held["columns"], row, strict=True)) for row in held["data"]]

@@ -63,7 +63,7 @@ def run_folder(tmp_path, name="a" * 12, given=None, **fields):
     save_samples(given or samples(), folder / "images.npz")
     artifacts = {"images": "images.npz", "animation": "animation.gif"}
     record = Record(name, "ok", {"seed": 3, "metrics": {"resamples": 20}}, "rtn", "tiny-video", "videos")
-    record.artifacts, record.metrics = artifacts, {"psnr": {"value": 1.0, "better": "higher"}}
+    record.artifacts, record.metrics = artifacts, {"psnr": {"value": 1.0, "better": "higher", "n": 3, "passport": {}}}
     for field, value in fields.items():
         setattr(record, field, value)
     write(record, folder)

@@ -1,29 +1,45 @@
 """`ditbench reproduce`: run what a paper's table asks for, and hold the paper's numbers against ours.
 
 A verdict is "within" (the paper's value lies in our 95 % interval, or no further from ours than the table's tolerance),
-"outside", or "not comparable" with the reasons. Reasons are found, not written down: the configuration in each record is
-compared with the one that the table's section `reproduce` composes to, and each metric's passport with what it asks for.
+"outside", or "not comparable" with the reasons. Reasons are found where they can be: the configuration in each record is
+compared with the one that the table's section `reproduce` composes to, and each metric's passport with what it asks for. What
+no configuration shows (a paper's prompts that nobody has) the section says in `departs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.text_table import table as text_table
-from ditbench.harness.papers.reported import EMPTY, Reproduce, Table
-from ditbench.harness.papers.reproduce.requirements import notes, plan, reference
-from ditbench.harness.papers.reproduce.rows import Line, configurations, parsed, plan_lines, reproducible
+from ditbench.harness.common.watch import watching
+from ditbench.harness.papers import reported
+from ditbench.harness.papers.reported import EMPTY
+from ditbench.harness.papers.reproduce.printed import FORMATS, HEADER, Result
+from ditbench.harness.papers.reproduce.requirements import absent_prompts, notes, plan, reference
+from ditbench.harness.papers.reproduce.rows import (
+    Line,
+    configurations,
+    is_another,
+    parsed,
+    plan_lines,
+    prompts_here,
+    reproducible,
+    settings_of,
+)
 from ditbench.harness.papers.reproduce.verdicts import Judged, judged_row
+from ditbench.harness.papers.schema import Reproduce, Table
 from ditbench.harness.records.record import Record
 from ditbench.harness.report.frame import SIMULATED
 from ditbench.harness.report.table import interval
 from ditbench.harness.run import run
-from ditbench.harness.stages.config import RunConfig
+from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.loaded import model_of
+from ditbench.harness.sweep.live import Live
 
-__all__ = ["Outcome", "plan", "reproduce"]
+__all__ = ["FORMATS", "Outcome", "plan", "reproduce"]
 
 
 @dataclass(frozen=True)
@@ -32,48 +48,59 @@ class Outcome:
     failed: bool
 
 
-def reproduce(name: str, model: str | None = None, overrides: Sequence[str] = ()) -> Outcome:
-    """Run what is missing, print the comparison.
+def reproduce(
+    name: str | None,
+    model: str | None = None,
+    overrides: Sequence[str] = (),
+    file: Path | None = None,
+    form: str = "text",
+) -> Outcome:
+    """Run what is missing, print the comparison. file: of a user's table. form: one of FORMATS.
 
     Raises:
-        UserError: no such table, one that cannot be run here, or weights or a reference batch that are not here.
+        UserError: no such table, one that cannot be run here, or weights, prompts or reference images that are not here.
     """
-    table, section = reproducible(name)
+    table = reported.table(name, file)
+    section = reproducible(table)
     lines = plan_lines(table, section, model, overrides)
-    configs, refused = parsed(configurations(line.job for line in lines))
-    if model in (None, section.model):
-        _check_inputs(name, section, next(iter(configs.values())))
-    wanted, _ = parsed(configurations(line.expected for line in lines))
-    records = {job: run(config) for job, config in configs.items()}
+    composed = configurations(line.job for line in lines)
+    if not is_another(section, model):
+        _check_inputs(table, section, list(composed.values()))
+    configs, refused = parsed(composed)
+    expected = {job: settings_of(raw) for job, raw in configurations(line.expected for line in lines).items()}
+    with Live(len(configs)) as live, watching(live):
+        records = {job: run(config) for job, config in configs.items()}
     judged = [
-        judged_row(line, section, records.get(line.job), refused.get(line.job), wanted.get(line.expected))
+        judged_row(line, section, records.get(line.job), refused.get(line.job), expected.get(line.expected))
         for line in lines
     ]
     failed = any(record.status == "failed" for record in records.values())
-    return Outcome(_printed(table, section, lines, judged, list(records.values())), failed)
+    return Outcome(FORMATS[form](_result(table, section, lines, judged, list(records.values()))), failed)
 
 
-def _check_inputs(name: str, section: Reproduce, config: RunConfig) -> None:
+def _check_inputs(table: Table, section: Reproduce, configs: Sequence[Mapping[str, Any]]) -> None:
     """All that is missing in one message, before hours of running."""
-    missing = []
-    try:
-        model_of(config.model)
-    except UserError as error:
-        missing.append(str(error))
-    if not config.section("metrics")["reference"]:
-        missing.append(reference(section, config.raw))
+    missing: list[str] = []
+    for config in {raw["model"]["name"]: raw for raw in configs}.values():
+        try:
+            model_of(parse(dict(config) | prompts_here(config)).model)
+        except UserError as error:
+            missing.append(str(error))
+        missing += absent_prompts(config)
+        if section.reference and not config["metrics"]["reference"]:
+            missing.append(f"reference images: {reference(section, config)}")
     if missing:
-        more = f"`ditbench reproduce {name} --plan` says what it takes; --model tiny-dit tries it on the shipped model"
-        raise UserError("\n".join([*missing, more]))
+        more = f"`ditbench reproduce {table.name} --plan` says what it takes; --model tiny-dit, or another embedded model, tries it here"
+        raise UserError("\n".join([*dict.fromkeys(missing), more]))
 
 
-def _printed(
+def _result(
     table: Table,
     section: Reproduce,
     lines: Sequence[Line],
     judged: Sequence[Mapping[str, Judged]],
     records: Sequence[Record],
-) -> str:
+) -> Result:
     rows = []
     for line, cells in zip(lines, judged, strict=True):
         for column, cell in cells.items():
@@ -84,8 +111,6 @@ def _printed(
             band = EMPTY if cell.ours is None else interval(cell.ours, cell.ci95, decimals) or EMPTY
             named = [str(line.row.keys.get(key, EMPTY)) for key in table.keys]
             rows.append([*named, column, EMPTY if paper is None else str(paper), ours, delta, band, cell.verdict])
-    text = [f"{table.name} · {table.paper} · {records[0].model}"]
-    text.append(text_table([*table.keys, "metric", "paper", "ours", "Δ", "interval", "verdict"], rows))
     found: dict[str, dict[str, None]] = {}
     for cells in judged:
         for cell in cells.values():
@@ -97,4 +122,6 @@ def _printed(
         said.append(
             f"simulated: {simulated} of {len(records)} runs, quantized in floating point; nothing here is a speed"
         )
-    return "\n\n".join([*text, "\n".join([*said, *notes(table, section, (record.config for record in records))])])
+    models = ", ".join(dict.fromkeys(record.model for record in records))
+    said += notes(table, section, lines, (record.config for record in records))
+    return Result(table.name, f"{table.name} · {table.paper} · {models}", [*table.keys, *HEADER], rows, said)
