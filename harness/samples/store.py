@@ -35,13 +35,11 @@ from ditbench.harness.common.artifacts import (
     check,
     check_bytes,
     claimed,
-    entry_of,
     lock_of,
+    manifest_content,
     read_manifest,
     write_bytes,
-    write_manifest,
 )
-from ditbench.harness.common.files import atomic_path
 from ditbench.harness.common.watch import say
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.pixels import ENDINGS, decoded, encoded
@@ -144,10 +142,8 @@ class SampleStore:
         note.parent.mkdir(exist_ok=True)
         shape = list(pixels_N.shape[1:])
         latent_shape = None if latents_N is None else list(latents_N.shape[1:])
-        write_manifest(
-            note,
-            {"format": FORMAT, "shape": shape, "latent_shape": latent_shape, "fps": fps} | how | {"files": files},
-        )
+        values = {"format": FORMAT, "shape": shape, "latent_shape": latent_shape, "fps": fps} | how | {"files": files}
+        write_bytes(note, manifest_content(values))
 
     def note(self, piece: Piece) -> dict[str, Any]:
         """What is written of a drawn piece. Raises Damaged."""
@@ -264,12 +260,11 @@ def open_store(address: Address, wanted: Conditions, piece: Callable[[], int], l
         with claimed(address):
             if not _whole(index):
                 address.folder.mkdir(parents=True, exist_ok=True)
-                lines = address.folder / LINES
-                with atomic_path(lines) as part:
-                    part.write_text("".join(json.dumps(line) + "\n" for line in _described(wanted)))
+                lines = "".join(json.dumps(line) + "\n" for line in _described(wanted))
                 values = {"format": FORMAT, "kind": KIND, "key": address.key, "title": address.title, "n": len(wanted)}
                 values |= {"made_from": dict(address.made_from), "piece": piece(), "latents": latents}
-                write_manifest(index, values | {"lines": entry_of(lines)})
+                values |= {"lines": write_bytes(address.folder / LINES, lines.encode())}
+                write_bytes(index, manifest_content(values))
     return found_store(address.folder, address.cache)
 
 
