@@ -3,10 +3,11 @@
     python bench/overhead.py -m method=rtn,quarot bits=w8a8,w4a4 results_dir=FOLDER --out results/bench/overhead-NAME.json
 
 What is not an option of this script is handed to `ditbench run`, in this process, from its first import on. A thread looks
-a hundred times a second at what the main thread does, and adds what passed since its last look, as wall and as CPU time of
-all threads, to the part that is at work: that of the innermost function which PARTS knows, or the start of the process if
-something is being imported. Wall time counts what waits, for a disk or a busy core, too; shares of CPU time do not. (py-spy
-looks from outside, but cannot weigh its looks by CPU time.)
+a hundred times a second at what every thread does, and adds what passed since its last look to the part that is at work: that of
+the innermost function which PARTS knows, or the start of the process if something is being imported. Of wall time only the main
+thread's counts; of CPU time each thread's own (samples are encoded and trackers told in threads), and what torch's threads
+use goes to the main thread's part. Wall time counts what waits, for a disk or a busy core, too; shares of CPU time do not.
+What Python takes before its first line is in the start; what it takes to leave, and W&B's own process, are not in it.
 
 Set OMP_NUM_THREADS=1 for numbers that a second machine can be held against: torch's threads spin while they wait.
 """
@@ -21,11 +22,12 @@ import threading
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
-from time import perf_counter, process_time, thread_time
+from time import process_time, time
 from types import CodeType, FrameType
 
-START = "start: imports"
-CONFIGURATION = "start: configuration"
+import psutil
+
+START = "start: imports"  # once a process, however many runs follow
 REST = "harness: the rest"
 DRAWING, FITTING, METRICS, MEASURING = "drawing", "fitting", "metrics", "measuring: latency, parity, layer errors"
 # (part, pattern of "file:function"), the first that matches.
@@ -39,7 +41,7 @@ PARTS = (
     ),
     ("harness: recordings on disk", r"harness/calibration/(on_disk|recorder)\.py"),
     ("harness: records, trackers, report", r"harness/(records|report)/|:save_artifacts$"),
-    (CONFIGURATION, r"site-packages/(hydra|omegaconf)/|harness/sweep/|harness/stages/(config|values)\.py"),
+    ("harness: configuration", r"site-packages/(hydra|omegaconf)/|harness/sweep/|harness/stages/(config|values)\.py"),
     ("harness: loading the model", r":model_of$|harness/models/(loading|checkpoint|identity)"),
     (DRAWING, r"harness/(generation/|models/(families/|prompted|decoding))"),
     (METRICS, r"/eval/|harness/scoring/"),
@@ -65,6 +67,14 @@ def part_at_work(codes: list[CodeType]) -> str:
     return next(filter(None, map(part_of_function, codes)), REST)
 
 
+def cpu_of_thread(native_id: int) -> float | None:
+    """Seconds, as Linux counts them; None if the thread is over, or the system does not tell."""
+    try:
+        return int(Path(f"/proc/self/task/{native_id}/schedstat").read_text().split()[0]) / 1e9
+    except (OSError, ValueError):
+        return None
+
+
 def codes_of(frame: FrameType | None) -> list[CodeType]:
     codes = []
     while frame is not None:
@@ -74,22 +84,35 @@ def codes_of(frame: FrameType | None) -> list[CodeType]:
 
 
 class Watch(threading.Thread):
-    """Adds up {part: seconds} of the thread that makes it, until `end`."""
+    """Adds up {part: seconds} from the start of this process until `end`; made by the main thread."""
 
     def __init__(self, rate: int) -> None:
         super().__init__(daemon=True)
         self.wall_s: dict[str, float] = defaultdict(float)
         self.cpu_s: dict[str, float] = defaultdict(float)
-        self._watched, self._pause, self._over = threading.get_ident(), 1 / rate, threading.Event()
+        self._main, self._pause, self._over = threading.main_thread(), 1 / rate, threading.Event()
+        self._last_wall_s, self._last_cpu_s, self._threads_s = psutil.Process().create_time(), 0.0, {}
 
     def run(self) -> None:
-        wall, cpu = perf_counter(), process_time() - thread_time()
         while not self._over.wait(self._pause):
-            part = part_at_work(codes_of(sys._current_frames()[self._watched]))
-            now, used = perf_counter(), process_time() - thread_time()
-            self.wall_s[part] += now - wall
-            self.cpu_s[part] += used - cpu
-            wall, cpu = now, used
+            self.look()
+
+    def look(self) -> None:
+        frames = sys._current_frames()
+        now, used = time(), process_time()
+        work = part_at_work(codes_of(frames[self._main.ident]))
+        self.wall_s[work] += now - self._last_wall_s
+        of_main_s = used - self._last_cpu_s
+        for thread in threading.enumerate():
+            if thread is self._main or (own_s := cpu_of_thread(thread.native_id)) is None:
+                continue
+            passed_s = own_s - self._threads_s.get(thread, 0.0)
+            self._threads_s[thread] = own_s
+            of_main_s -= passed_s
+            if thread is not self and thread.ident in frames:
+                self.cpu_s[part_at_work(codes_of(frames[thread.ident]))] += passed_s
+        self.cpu_s[work] += of_main_s
+        self._last_wall_s, self._last_cpu_s = now, used
 
     def end(self) -> None:
         self._over.set()
@@ -101,7 +124,7 @@ def summary(seconds: dict[str, float]) -> dict[str, float]:
     which on the share is below the bar if the start stays what it is and the rest grows in proportion (none: never).
     """
     total = sum(seconds.values())
-    start = sum(seconds.get(part, 0.0) for part in (START, CONFIGURATION))
+    start = seconds.get(START, 0.0)
     ours = sum(taken for part, taken in seconds.items() if part not in DONE_FOR_THE_USER)
     steady = (ours - start) / (total - start)
     found = {"total_s": total, "start_s": start, "harness": ours / total, "harness_without_start": steady}
