@@ -171,7 +171,7 @@ def overhead(*names: str) -> str:
     def add(title: str, told: Callable[[dict[str, Any], str], str], name: str) -> None:
         lines.append([title, *(" / ".join(told(each[clock], name) for clock in ("wall", "cpu")) for each in found)])
 
-    for part in sorted({part for each in found for part in each["wall"]["seconds"]}):
+    for part in sorted({part for each in found for clock in ("wall", "cpu") for part in each[clock]["seconds"]}):
         add(part, lambda clock, name: f"{clock['seconds'].get(name, 0) / clock['total_s']:.1%}", part)
     for name in ("harness", "harness_without_start"):
         add(f"**{name.replace('_', ' ')}**", lambda clock, name: f"{clock[name]:.1%}", name)

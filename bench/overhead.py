@@ -2,33 +2,35 @@
 
     python bench/overhead.py -m method=rtn,quarot bits=w8a8,w4a4 results_dir=FOLDER --out results/bench/overhead-NAME.json
 
-What is not an option of this script is handed to `ditbench run`, in this process, from its first import on. A thread looks
-a hundred times a second at what every thread does, and adds what passed since its last look to the part that is at work: that of
-the innermost function which PARTS knows, or the start of the process if something is being imported. Of wall time only the main
-thread's counts; of CPU time each thread's own (samples are encoded and trackers told in threads), and what torch's threads
-use goes to the main thread's part. Wall time counts what waits, for a disk or a busy core, too; shares of CPU time do not.
-What Python takes before its first line is in the start; what it takes to leave, and W&B's own process, are not in it.
+What is not an option of this script is handed to `ditbench run`, in this process, from its first import on. A timer interrupts
+the main thread a hundred times a second, and what passed since its last interrupt, as wall and as CPU time, counts for the
+part that is at work: that of the innermost function which PARTS knows, or the start of the process if something is being imported.
+What the CPU did in other threads counts by the thread's name, and what nobody claims is the harness's. Wall time counts what
+waits, for a disk or a busy core, too; shares of CPU time do not. What Python takes before its first line is in the start;
+what it takes to leave, and W&B's own process, are not in it.
 
-Set OMP_NUM_THREADS=1 for numbers that a second machine can be held against: torch's threads spin while they wait.
+torch computes in one thread, whose numbers a second machine can be held against: more of them spin while they wait.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-import sys
+import signal
 import threading
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
-from time import process_time, time
+from time import process_time, thread_time, time
 from types import CodeType, FrameType
 
 import psutil
 
 START = "start: imports"  # once a process, however many runs follow
 REST = "harness: the rest"
+TELLING = "harness: records, trackers, report"
 DRAWING, FITTING, METRICS, MEASURING = "drawing", "fitting", "metrics", "measuring: latency, parity, layer errors"
 # (part, pattern of "file:function"), the first that matches.
 PARTS = (
@@ -40,7 +42,7 @@ PARTS = (
         r"harness/common/(artifacts|file_hashes|files|scratch|code_identity|tensor_files)\.py",
     ),
     ("harness: recordings on disk", r"harness/calibration/(on_disk|recorder)\.py"),
-    ("harness: records, trackers, report", r"harness/(records|report)/|:save_artifacts$"),
+    (TELLING, r"harness/(records|report)/|:save_artifacts$"),
     ("harness: configuration", r"site-packages/(hydra|omegaconf)/|harness/sweep/|harness/stages/(config|values)\.py"),
     ("harness: loading the model", r":model_of$|harness/models/(loading|checkpoint|identity)"),
     (DRAWING, r"harness/(generation/|models/(families/|prompted|decoding))"),
@@ -48,9 +50,9 @@ PARTS = (
     (MEASURING, r"harness/(measurement/|models/macs\.py)"),
     (FITTING, r"/methods/|harness/(fitting|calibration)/|harness/build/build\.py|stages/states\.py"),
 )
+THREADS = {"ThreadPoolExecutor": "harness: threads that encode, read and hash", "tracker": TELLING}
 DONE_FOR_THE_USER = (DRAWING, FITTING, METRICS, MEASURING)
 IMPORTING = "_find_and_load"
-LOOK_WITHIN_S = 2e-4  # Python's own 5 ms would put off looks until the main thread calls torch, which would then count for all before
 BAR = 0.05
 
 
@@ -65,6 +67,10 @@ def part_at_work(codes: list[CodeType]) -> str:
     if any(code.co_name == IMPORTING for code in codes):
         return START
     return next(filter(None, map(part_of_function, codes)), REST)
+
+
+def part_of_thread(name: str) -> str:
+    return next((part for start, part in THREADS.items() if name.startswith(start)), REST)
 
 
 def cpu_of_thread(native_id: int) -> float | None:
@@ -83,40 +89,45 @@ def codes_of(frame: FrameType | None) -> list[CodeType]:
     return codes
 
 
-class Watch(threading.Thread):
-    """Adds up {part: seconds} from the start of this process until `end`; made by the main thread."""
+class Watch:
+    """Adds up {part: seconds} from the start of this process until `end`; for the main thread.
+
+    An interrupt is answered between two steps of Python, so that what a long call into C took counts for who called it. (A thread
+    that looks at the main one is let in when that calls C, and would count what Python did before for it; 3.11 crashes now and then.)
+    """
 
     def __init__(self, rate: int) -> None:
-        super().__init__(daemon=True)
         self.wall_s: dict[str, float] = defaultdict(float)
         self.cpu_s: dict[str, float] = defaultdict(float)
-        self._main, self._pause, self._over = threading.main_thread(), 1 / rate, threading.Event()
-        self._last_wall_s, self._last_cpu_s, self._threads_s = psutil.Process().create_time(), 0.0, {}
+        self._last_wall_s, self._last_cpu_s = psutil.Process().create_time(), 0.0
+        self._threads_s: dict[threading.Thread, float] = {}
+        self._looks, self._pause_s = 0, 1 / rate
 
-    def run(self) -> None:
-        while not self._over.wait(self._pause):
-            self.look()
+    def start(self) -> None:
+        signal.signal(signal.SIGALRM, lambda _, frame: self.look(frame))
+        signal.setitimer(signal.ITIMER_REAL, self._pause_s, self._pause_s)
 
-    def look(self) -> None:
-        frames = sys._current_frames()
-        now, used = time(), process_time()
-        work = part_at_work(codes_of(frames[self._main.ident]))
-        self.wall_s[work] += now - self._last_wall_s
-        of_main_s = used - self._last_cpu_s
-        for thread in threading.enumerate():
-            if thread is self._main or (own_s := cpu_of_thread(thread.native_id)) is None:
-                continue
-            passed_s = own_s - self._threads_s.get(thread, 0.0)
-            self._threads_s[thread] = own_s
-            of_main_s -= passed_s
-            if thread is not self and thread.ident in frames:
-                self.cpu_s[part_at_work(codes_of(frames[thread.ident]))] += passed_s
-        self.cpu_s[work] += of_main_s
+    def look(self, frame: FrameType | None) -> None:
+        part, now, used = part_at_work(codes_of(frame)), time(), thread_time()
+        self.wall_s[part] += now - self._last_wall_s
+        self.cpu_s[part] += used - self._last_cpu_s
         self._last_wall_s, self._last_cpu_s = now, used
+        self._looks += 1
+        if self._looks % 10 == 0:
+            self._look_at_threads()
+
+    def _look_at_threads(self) -> None:
+        for thread in threading.enumerate():
+            if thread is threading.main_thread() or (used := cpu_of_thread(thread.native_id)) is None:
+                continue
+            self.cpu_s[part_of_thread(thread.name)] += used - self._threads_s.get(thread, 0.0)
+            self._threads_s[thread] = used
 
     def end(self) -> None:
-        self._over.set()
-        self.join()
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        self.look(None)
+        self._look_at_threads()
+        self.cpu_s[REST] += max(0.0, process_time() - sum(self.cpu_s.values()))
 
 
 def summary(seconds: dict[str, float]) -> dict[str, float]:
@@ -136,7 +147,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the breakdown is written, as JSON")
     parser.add_argument("--rate", type=int, default=100, help="looks a second")
     options, run = parser.parse_known_args()
-    sys.setswitchinterval(LOOK_WITHIN_S)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     watch = Watch(options.rate)
     watch.start()
     code = ditbench_run(run)
@@ -145,9 +156,12 @@ def main() -> None:
     found = {"command": kept, "exit": code, "device": device_name()}
     for clock, seconds in (("wall", watch.wall_s), ("cpu", watch.cpu_s)):
         found[clock] = {"seconds": dict(seconds), **summary(seconds)}
-    shares = {part: [found[c]["seconds"][part] / found[c]["total_s"] for c in ("wall", "cpu")] for part in watch.wall_s}
+    shares = {
+        part: [found[clock]["seconds"].get(part, 0.0) / found[clock]["total_s"] for clock in ("wall", "cpu")]
+        for part in watch.wall_s | watch.cpu_s
+    }
     for part, (of_wall, of_cpu) in sorted(shares.items(), key=lambda item: -item[1][0]):
-        print(f"{part:45} {watch.wall_s[part]:8.1f} s {of_wall:7.1%} of wall {of_cpu:7.1%} of CPU")
+        print(f"{part:45} {of_wall:7.1%} of wall {of_cpu:7.1%} of CPU")
     for clock in ("wall", "cpu"):
         print(clock, {name: round(value, 3) for name, value in found[clock].items() if name != "seconds"})
     if options.out:
