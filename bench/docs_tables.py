@@ -15,6 +15,7 @@ A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
     bench: FILE                      results/bench/FILE.json, which `ditbench bench` wrote
     coverage: MODEL                  how often intervals cover, of what `bench/intervals.py` drew from MODEL
     noise floor                      what `bench/noise_floor.py` wrote
+    overhead: NAME, NAME             shares of runs' time, of results/bench/overhead-NAME.json, which `bench/overhead.py` wrote
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,36 @@ def step_times(name: str) -> str:
     return "\n".join(lines)
 
 
+def overhead(*names: str) -> str:
+    """A line for each part, and those of the bar; of wall time / of CPU time."""
+    found = [json.loads((BENCH / f"overhead-{name}.json").read_text()) for name in names]
+    lines = [["part", *(work_of(each["command"]) for each in found)], ["---", *["---:"] * len(found)]]
+
+    def add(title: str, told: Callable[[dict[str, Any], str], str], name: str) -> None:
+        lines.append([title, *(" / ".join(told(each[clock], name) for clock in ("wall", "cpu")) for each in found)])
+
+    for part in sorted({part for each in found for clock in ("wall", "cpu") for part in each[clock]["seconds"]}):
+        add(part, lambda clock, name: f"{clock['seconds'].get(name, 0) / clock['total_s']:.1%}", part)
+    for name in ("harness", "harness_without_start"):
+        add(f"**{name.replace('_', ' ')}**", lambda clock, name: f"{clock[name]:.1%}", name)
+    for title, name in (
+        ("whole, s", "total_s"),
+        ("start, s", "start_s"),
+        ("5 % from this length on, s", "below_bar_from_s"),
+    ):
+        add(title, lambda clock, name: f"{clock[name]:.0f}" if name in clock else "never", name)
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    devices = ", ".join(sorted({each["device"] for each in found}))
+    return f"{text}\n\nOf wall time / of CPU time. {devices}; other work ran beside it: what waits for a core is in wall time."
+
+
+def work_of(command: list[str]) -> str:
+    """Such as "tiny-t2i, n = 768, 6 runs"."""
+    values = dict(argument.split("=", 1) for argument in command if "=" in argument)
+    runs = prod(len(value.split(",")) for value in values.values()) if "-m" in command else 1
+    return f"{values['model']}, n = {int(values['protocol.n']):,}, {runs} run{'s' * (runs > 1)}"
+
+
 def coverage(model: str) -> str:
     rows = pd.concat([pd.read_csv(path) for path in sorted(INTERVALS.glob("coverage-*.csv"))])
     rows = rows[rows.model == model].sort_values("n", kind="stable")
@@ -242,6 +274,7 @@ CONTENT = {
     "bench": step_times,
     "coverage": coverage,
     "noise floor": noise_floor,
+    "overhead": overhead,
 }
 
 

@@ -23,6 +23,7 @@ from ditbench.harness.common.batches import in_batches
 from ditbench.harness.common.code_identity import RECORDING, code_identity
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import canonical_sha256, read_json, tensors_sha256, write_json
+from ditbench.harness.common.memory import PeakMemory
 from ditbench.harness.common.progress import progress as progress_bar
 from ditbench.harness.common.scratch import Scratch
 from ditbench.harness.models.base import LoadedModel, Sampler
@@ -65,6 +66,7 @@ class Calibration:
     unreached: tuple[str, ...] = ()
     whole: str | None = None
     batch: dict[str, Any] = field(default_factory=dict, compare=False)  # as drawn; `rows` to read at once
+    fits: dict[str, PeakMemory] = field(default_factory=dict, compare=False)  # of states that the cache held
 
     def derived(self, kind: str, key: str, title: str) -> Address | None:
         """Where what is made from it is kept; None: nowhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ditbench.harness.cli.flags import flags_to_overrides
+from ditbench.harness.common.imports import importing
 
 
 def command(arguments: list[str]) -> int:
@@ -17,6 +18,7 @@ def command(arguments: list[str]) -> int:
 
         print(plan(flags_to_overrides([argument for argument in arguments if argument != "--plan"])))
         return 0
-    from ditbench.harness.sweep.launch import launch
+    with importing():
+        from ditbench.harness.sweep.launch import launch
 
     return launch(flags_to_overrides(arguments))

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -200,11 +200,35 @@ def entry_of(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
+def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a file at once, by whoever holds its claim → what a manifest says of it.
+
+    The file takes its name when it is whole, so that nobody sees half of one, and nothing that another user or a link left under that
+    name is written into. What a kill leaves lies under one name, which goes when the file is written again.
+    """
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the disk is full, and half a file takes room
+            part.unlink(missing_ok=True)
+        raise
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def manifest_content(values: dict[str, Any]) -> bytes:
+    """JSON with a hash of itself."""
+    text = json.dumps(values | {"sha256": canonical_sha256(values)}, indent=1, allow_nan=False) + "\n"
+    return text.encode()
+
+
 def write_manifest(path: Path, values: dict[str, Any]) -> None:
-    """JSON with a hash of itself, at once."""
+    """At once, whoever else writes the same."""
     part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
-        part.write_text(json.dumps(values | {"sha256": canonical_sha256(values)}, indent=1, allow_nan=False) + "\n")
+        part.write_bytes(manifest_content(values))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -26,27 +26,50 @@ class PeakMemory:
     peak_bytes: int | None = None
 
 
+_measured: list[tuple[torch.device, PeakMemory]] = []  # stretches that have not ended, outermost first
+
+
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
-    """Measure the body. The model and all that was there before are counted; `before_bytes` tells how much that was."""
+    """Measure the body. The model and all that was there before are counted; `before_bytes` tells how much that was.
+
+    A stretch within another starts the mark of the most that was held anew; the outer one keeps what was seen before.
+    """
     functions = memory_of(device)
-    if functions is not None:
-        functions.reset_peak_memory_stats(device)
-        found = PeakMemory(functions.memory_allocated(device))
-        yield found
-        found.peak_bytes = functions.max_memory_allocated(device)
-        return
-    if device.type != "cpu":  # what the process holds is not what the device holds
+    if functions is None and device.type != "cpu":  # what the process holds is not what the device holds
         yield PeakMemory()
         return
     try:
-        (PROCESS / "clear_refs").write_text("5")  # the high-water mark falls back to what is held now
-        found = PeakMemory(_status_bytes("VmRSS"))
+        _keep_for_outer(device)
+        if functions is not None:
+            functions.reset_peak_memory_stats(device)
+            found = PeakMemory(functions.memory_allocated(device))
+        else:
+            (PROCESS / "clear_refs").write_text("5")  # the high-water mark falls back to what is held now
+            found = PeakMemory(_status_bytes("VmRSS"))
     except OSError:
         yield PeakMemory()
         return
-    yield found
-    found.peak_bytes = max(found.before_bytes or 0, _status_bytes("VmHWM"))  # the kernel counts in coarse steps
+    _measured.append((device, found))
+    try:
+        yield found
+    finally:
+        _measured.pop()
+    found.peak_bytes = max(found.before_bytes or 0, found.peak_bytes or 0, _most_held(device))
+
+
+def _keep_for_outer(device: torch.device) -> None:
+    for of, outer in _measured:
+        if of == device:
+            outer.peak_bytes = max(outer.peak_bytes or 0, _most_held(device))
+
+
+def _most_held(device: torch.device) -> int:
+    """Since the mark was last set back. Raises OSError where the system does not tell."""
+    functions = memory_of(device)
+    if functions is not None:
+        return int(functions.max_memory_allocated(device))
+    return _status_bytes("VmHWM")  # the kernel counts in coarse steps: it may be below what was held before
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ditbench.harness.common.errors import UserError, first_words, unknown_name
+from ditbench.harness.common.imports import importing
 from ditbench.harness.models.base import Adapter, LoadedModel, ModelSpec, fingerprint_of
 from ditbench.harness.models.bounded import bounded
 from ditbench.harness.models.checkpoint import FILE, FOLDER, LACKS, AnotherFamily, Checkpoint, Place, locate
@@ -38,7 +39,8 @@ def family(name: str) -> Adapter:
     families = {m.name for m in pkgutil.iter_modules(package.__path__)}
     if name not in families:
         raise unknown_name("model family", name, families)
-    module = importlib.import_module(f"ditbench.harness.models.families.{name}")
+    with importing():
+        module = importlib.import_module(f"ditbench.harness.models.families.{name}")
     return getattr(module, "FAMILY", module)  # type: ignore[return-value]
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import Timeout
@@ -35,18 +35,19 @@ from ditbench.harness.common.artifacts import (
     check,
     check_bytes,
     claimed,
-    entry_of,
     lock_of,
+    manifest_content,
     read_manifest,
-    write_manifest,
+    write_bytes,
 )
-from ditbench.harness.common.files import atomic_path
 from ditbench.harness.common.watch import say
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.pixels import ENDINGS, decoded, encoded
 from ditbench.harness.samples.rows_on_disk import RowsOnDisk
 from ditbench.harness.samples.samples import Prompt, Samples
 
+T = TypeVar("T")
+R = TypeVar("R")
 KIND = "samples"
 INDEX, LINES, PIECES, LATENTS = "store.json", "samples.jsonl", "pieces", "latents"
 THREADS = 2  # that encode and decode at once
@@ -56,6 +57,16 @@ THREADS = 2  # that encode and decode at once
 def threads(process: int) -> ThreadPoolExecutor:
     """One pool for all pieces of a process: new threads for each would leave memory of their own behind, piece by piece."""
     return ThreadPoolExecutor(THREADS)
+
+
+def for_each(do: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """What `do` gives of each, in their order. Each thread takes its share at once: to hand over a small image takes longer
+    than to read it.
+    """
+    size = max(1, -(-len(items) // THREADS))
+    shares = [items[start : start + size] for start in range(0, len(items), size)]
+    done = threads(os.getpid()).map(lambda share: [do(item) for item in share], shares)
+    return [given for share in done for given in share]
 
 
 @dataclass(frozen=True)
@@ -116,28 +127,23 @@ class SampleStore:
         how: what else its note says of how it was drawn, such as batch and seconds.
         """
         kind = "video" if pixels_N.ndim == 5 else "image"
-        names = [f"{row:06d}{ENDINGS[kind]}" for row in piece.rows]
 
-        def write(name: str, pixels: Tensor) -> None:
-            with atomic_path(self.folder / name) as part:
-                encoded(pixels, fps, part)
+        def write(place: int) -> tuple[str, dict[str, Any]]:
+            name = f"{piece.rows[place]:06d}{ENDINGS[kind]}"
+            return name, write_bytes(self.folder / name, encoded(pixels_N[place], fps))
 
-        list(threads(os.getpid()).map(write, names, pixels_N))
+        files = dict(for_each(write, range(len(pixels_N))))
         if self.index["latents"]:
             assert latents_N is not None
-            names.append(f"{LATENTS}/{piece.number}.safetensors")
-            with atomic_path(self.folder / names[-1]) as part:
-                part.write_bytes(save({"latents": latents_N.float().contiguous()}))
+            name = f"{LATENTS}/{piece.number}.safetensors"
+            (self.folder / LATENTS).mkdir(exist_ok=True)
+            files[name] = write_bytes(self.folder / name, save({"latents": latents_N.float().contiguous()}))
         note = self._note(piece)
         note.parent.mkdir(exist_ok=True)
         shape = list(pixels_N.shape[1:])
         latent_shape = None if latents_N is None else list(latents_N.shape[1:])
-        write_manifest(
-            note,
-            {"format": FORMAT, "shape": shape, "latent_shape": latent_shape, "fps": fps}
-            | how
-            | {"files": {name: entry_of(self.folder / name) for name in names}},
-        )
+        values = {"format": FORMAT, "shape": shape, "latent_shape": latent_shape, "fps": fps} | how | {"files": files}
+        write_bytes(note, manifest_content(values))
 
     def note(self, piece: Piece) -> dict[str, Any]:
         """What is written of a drawn piece. Raises Damaged."""
@@ -216,7 +222,7 @@ class SampleStore:
             name, entry = files[row - piece.rows.start]
             return decoded(check_bytes(self.folder / name, entry), self.folder / name)
 
-        return torch.stack(list(threads(os.getpid()).map(read, rows)))
+        return torch.stack(for_each(read, rows))
 
     def _latents_of(self, piece: Piece, rows: Sequence[int]) -> Tensor:
         name = f"{LATENTS}/{piece.number}.safetensors"
@@ -254,12 +260,11 @@ def open_store(address: Address, wanted: Conditions, piece: Callable[[], int], l
         with claimed(address):
             if not _whole(index):
                 address.folder.mkdir(parents=True, exist_ok=True)
-                lines = address.folder / LINES
-                with atomic_path(lines) as part:
-                    part.write_text("".join(json.dumps(line) + "\n" for line in _described(wanted)))
+                lines = "".join(json.dumps(line) + "\n" for line in _described(wanted))
                 values = {"format": FORMAT, "kind": KIND, "key": address.key, "title": address.title, "n": len(wanted)}
                 values |= {"made_from": dict(address.made_from), "piece": piece(), "latents": latents}
-                write_manifest(index, values | {"lines": entry_of(lines)})
+                values |= {"lines": write_bytes(address.folder / LINES, lines.encode())}
+                write_bytes(index, manifest_content(values))
     return found_store(address.folder, address.cache)
 
 

@@ -21,7 +21,7 @@ from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.stages.config import RunConfig
-from ditbench.harness.stages.states import FOUND, fitted
+from ditbench.harness.stages.states import fitted
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,14 @@ def unreached_layers(recording: Calibration) -> dict[str, list[str]]:
 
 def fit_cost(timings_s: dict[str, float], recording: Calibration, memory: PeakMemory) -> dict[str, float | None]:
     """Seconds of calibration and quantization as if nothing had been cached (what the cache saved is added), and the
-    most memory that was held meanwhile: None if a state was found, since what fitting it takes was not seen.
+    most memory that was held meanwhile, here or where a state that was found had been fitted; None where one was not told.
     """
     saved = sum(recording.saved_s.values())
     seconds = {"fit_s": timings_s["calibrate"] + timings_s["quantize"] + saved, "of_which_cached_s": saved}
-    found = any(what.startswith(FOUND) and saved_s > 0 for what, saved_s in recording.saved_s.items())
-    peak = None if found else memory.peak_bytes
-    return seconds | {"peak_memory_bytes": peak, "memory_before_bytes": memory.before_bytes}
+    stretches = [memory, *recording.fits.values()]
+    known = all(each.peak_bytes is not None for each in stretches)
+    most = max(stretches, key=lambda each: each.peak_bytes or 0) if known else PeakMemory(memory.before_bytes)
+    return seconds | {"peak_memory_bytes": most.peak_bytes, "memory_before_bytes": most.before_bytes}
 
 
 def _recorded(config: RunConfig) -> dict[str, Any]:

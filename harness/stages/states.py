@@ -14,6 +14,7 @@ from ditbench.harness.calibration.recording import Calibration, without_data
 from ditbench.harness.common.artifacts import obtain
 from ditbench.harness.common.code_identity import STATE, code_identity
 from ditbench.harness.common.files import canonical_sha256, read_json, write_json
+from ditbench.harness.common.memory import PeakMemory, peak_memory
 from ditbench.harness.common.tensor_files import save_tensors
 from ditbench.harness.fitting import registry
 from ditbench.harness.quant.recipe import ModelRecipe
@@ -24,15 +25,17 @@ from ditbench.harness.stages.loaded import left_alone
 
 KIND = "state"  # of artifact
 TENSORS, SAVED = "state.safetensors", "saved.json"
-FOUND = f"{KIND} "  # how what a cached state saved is noted: "state <key>"
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """state: tensors by name, on the CPU. saved_s: the seconds that the cache saved while it was fitted, by what."""
+    """state: tensors by name, on the CPU. saved_s: the seconds that the cache saved while it was fitted, by what. memory: what was held
+    then, in the process that fitted it.
+    """
 
     state: dict[str, Tensor]
     saved_s: dict[str, float]
+    memory: PeakMemory
 
 
 def fitted(
@@ -48,7 +51,9 @@ def fitted(
     address = recording.derived(KIND, key, f"the state of {config.method} {bits.label}")
     with left_alone(target.transformer, config.method):
         kept = obtain(address, lambda: _fit(config, target, recording.with_own_notes(), bits), _write, _read)
-        recording.saved(f"{FOUND}{key}", kept.saved_s)
+        recording.saved(f"{KIND} {key}", kept.saved_s)
+        if recording.saved_s[f"{KIND} {key}"] > 0:
+            recording.fits[key] = kept.value.memory
         for what, seconds in kept.value.saved_s.items():
             recording.saved(what, seconds)
         state = kept.value.state
@@ -84,12 +89,12 @@ def _fit(config: RunConfig, target: Target, recording: Calibration, bits: Bits) 
         recording = without_data(recording, _who(config, bits))
     select = getattr(method, "select_calibration", None)
     calibration = recording if select is None else select(recording, config.params, config.seed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), peak_memory(config.device) as memory:
         torch.manual_seed(config.seed)
         state = method.fit(target, calibration, bits, config.params)
     registry.check_state(config.method, state)
     on_cpu = {name: tensor.cpu() for name, tensor in state.items()}  # where it is kept, wherever a plugin made it
-    return Fitted(on_cpu, recording.saved_s)
+    return Fitted(on_cpu, recording.saved_s, memory)
 
 
 def _who(config: RunConfig, bits: Bits) -> str:
@@ -99,11 +104,12 @@ def _who(config: RunConfig, bits: Bits) -> str:
 
 def _write(fitted: Fitted, folder: Path) -> None:
     save_tensors(_apart(fitted.state), folder / TENSORS)
-    write_json(folder / SAVED, fitted.saved_s)
+    write_json(folder / SAVED, {"saved_s": fitted.saved_s, "memory": asdict(fitted.memory)})
 
 
 def _read(folder: Path) -> Fitted:
-    return Fitted(load_file(folder / TENSORS), read_json(folder / SAVED))
+    saved = read_json(folder / SAVED)
+    return Fitted(load_file(folder / TENSORS), saved["saved_s"], PeakMemory(**saved["memory"]))
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from ditbench.harness.models.transformer_only import TransformerOnly
 from ditbench.harness.records import attempts
 from ditbench.harness.records.record import Record
 from ditbench.harness.stages.config import RunConfig, parse
+from ditbench.harness.stages.evaluate import refuse_skipped_metrics
 from ditbench.harness.stages.identity import run_id, title
 from ditbench.harness.sweep.compose import resolved
 from ditbench.harness.sweep.estimate import Estimate, RunPlan, Stage, batch_size
@@ -96,6 +97,8 @@ class Planner:
 
     def planned(self, config: RunConfig) -> RunPlan:
         model = _once(self._models, repr(config.model), lambda: skeleton(config.model))
+        if config.strict:
+            refuse_skipped_metrics(config, model)
         sampler = config.protocol.sampler
         key = repr((config.model, sampler.kind, sampler.guidance))
         counts = _once(self._counts, key, lambda: counted(model, sampler))

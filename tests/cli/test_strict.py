@@ -45,6 +45,16 @@ def test_a_strict_run_that_lacks_nothing_is_the_same_run(run, finished, tmp_path
     assert json.loads(finished.read_text())["status"] == "ok"
 
 
+def test_a_strict_plan_refuses_what_a_strict_run_refuses(run, tmp_path):
+    refused, ran = run("--strict", "--plan", LACKING), run("--strict", LACKING)
+    assert refused.code == 2 and refused.error_lines == ran.error_lines and not (tmp_path / "cache").exists()
+
+
+def test_a_strict_plan_that_lacks_nothing_is_the_same_plan(run):
+    outcome = run("--plan", "--strict")
+    assert outcome.code == 0 and outcome.out.startswith("plan of 1 run on ")
+
+
 def test_strict_must_be_true_or_false(run):
     assert "strict must be true or false, got 'perhaps'" in run("strict=perhaps").err
 

@@ -20,6 +20,24 @@ def test_the_peak_counts_what_was_freed_again_and_starts_anew():
     assert second.peak_bytes - second.before_bytes < 100 * MIB
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="process memory is read from /proc")
+@pytest.mark.parametrize("where", ["before", "within", "after"])
+def test_a_stretch_within_another_hides_nothing_from_it(where):
+    with peak_memory(torch.device("cpu")) as outer:
+        bytearray(200 * MIB if where == "before" else 1)
+        with peak_memory(torch.device("cpu")) as inner:
+            bytearray(200 * MIB if where == "within" else 1)
+        bytearray(200 * MIB if where == "after" else 1)
+    assert outer.peak_bytes - outer.before_bytes >= 190 * MIB
+    assert (inner.peak_bytes - inner.before_bytes >= 190 * MIB) == (where == "within")
+
+
+def test_a_stretch_that_fails_is_over(monkeypatch):
+    with pytest.raises(ValueError), peak_memory(torch.device("cpu")):
+        raise ValueError
+    assert memory._measured == []
+
+
 def test_where_the_system_does_not_tell_nothing_is_claimed(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "PROCESS", tmp_path / "absent")
     with peak_memory(torch.device("cpu")) as found:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
+import os
 import random
+import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import drawing
 import numpy as np
@@ -14,7 +19,7 @@ import torch
 from drawing import draw_all, painted, process_that_draws, store_in
 from PIL import Image
 
-from ditbench.harness.common.artifacts import Address, Damaged
+from ditbench.harness.common.artifacts import Address, Damaged, write_bytes
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.samples.store import found_store, open_store
@@ -64,6 +69,100 @@ def test_images_and_videos_are_kept_without_loss(tmp_path, shape):
     samples = store.samples()
     assert torch.equal(samples.pixels[:], pixels)
     assert samples.prompts == prompts and samples.latents is None and samples.fps == 12.5
+
+
+def test_writing_a_piece_does_not_look_through_the_samples_that_are_there(tmp_path, monkeypatch):
+    """It would take longer for each sample, the more there are."""
+    store = store_in(tmp_path, N)
+    looked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path=".": looked.append(str(path)) or scandir(path))
+    store.publish(store.pieces[1], torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, 2, 2, 2), 8.0)
+    assert store.has(store.pieces[1]) and str(store.folder) not in looked
+
+
+def test_a_disk_that_fills_up_leaves_no_half_of_a_file(tmp_path, monkeypatch):
+    def half(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(tmp_path / "000000.webp", b"a picture")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_sees_half_of_a_file_while_it_is_written(tmp_path, monkeypatch):
+    """Others read the folder meanwhile: an older file of that name stays whole until the new one is."""
+    path, seen, write = tmp_path / "000000.webp", [], Path.write_bytes
+    path.write_bytes(b"an older picture")
+    monkeypatch.setattr(
+        Path,
+        "write_bytes",
+        lambda part, content: (write(part, content[:4]), seen.append(path.read_bytes()), write(part, content)),
+    )
+    write_bytes(path, b"a newer picture")
+    assert seen == [b"an older picture"] and path.read_bytes() == b"a newer picture"
+
+
+def test_what_is_written_again_leaves_a_link_to_the_old_file_alone(tmp_path):
+    """Folders are copied by links, and a file may be another user's."""
+    path, copy = tmp_path / "000000.webp", tmp_path / "copy.webp"
+    path.write_bytes(b"an older picture")
+    os.link(path, copy)
+    path.chmod(0o444)
+    write_bytes(path, b"a newer picture")
+    assert copy.read_bytes() == b"an older picture" and path.read_bytes() == b"a newer picture"
+
+
+@pytest.mark.parametrize("moment", ["half of a file is written", "a file is whole but has no name", "all but the note"])
+def test_a_kill_while_a_piece_is_written_leaves_nothing_that_counts_and_nothing_behind(tmp_path, moment):
+    def killed_in_the_second_piece() -> None:
+        store, write, take_name = store_in(tmp_path, N), Path.write_bytes, Path.replace
+
+        def written(path: Path, content: bytes) -> None:
+            if moment == "half of a file is written" and "000003" in path.name:
+                write(path, content[: len(content) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, content)
+
+        def named(path: Path, target: Path) -> None:
+            if moment == "a file is whole but has no name" and target.name == "000003.webp":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if moment == "all but the note" and target.name == "1.json":
+                os.kill(os.getpid(), signal.SIGKILL)
+            take_name(path, target)
+
+        Path.write_bytes, Path.replace = written, named
+        draw_all(store, N)
+
+    process = multiprocessing.get_context("fork").Process(target=killed_in_the_second_piece)
+    process.start()
+    process.join(timeout=120)
+    store = store_in(tmp_path, N)
+    assert process.exitcode == -signal.SIGKILL and [piece.number for piece in store.missing()] == [1, 2, 3]
+    assert all(
+        Image.open(path).size == (8, 8) and np.array(Image.open(path)) is not None
+        for path in store.folder.glob("*.webp")
+    )
+    draw_all(store, N)
+    assert [int(image[0, 0, 0]) for image in store.samples().pixels] == list(range(N))
+    assert list(store.folder.rglob("*.part")) == []
+
+
+@pytest.mark.parametrize("name", ["000003.webp", "latents/1.safetensors"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_file_cut_short_is_named_and_only_its_piece_drawn_again(whole, tmp_path, name, kept, capsys):
+    """What a machine that lost its power may leave, though the note was written after it."""
+    path = whole.folder / name
+    os.truncate(path, int(path.stat().st_size * kept))
+    with pytest.raises(Damaged, match=path.name):
+        list(whole.samples().pixels), list(whole.samples().latents)
+    log = tmp_path / "log"
+    draw_all(whole, N, log)
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["1"]
+    assert path.name in capsys.readouterr().err
+    assert [int(image[0, 0, 0]) for image in whole.samples().pixels] == list(range(N))
 
 
 def test_other_tools_read_it_without_us(whole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from ditbench.harness.common.artifacts import read_manifest
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import tensors_sha256
-from ditbench.harness.common.memory import PeakMemory
+from ditbench.harness.common.memory import PeakMemory, peak_memory
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.fitting import registry
 from ditbench.harness.quant.serialize import encode
@@ -159,10 +160,30 @@ def test_cost_is_told_of_a_state_that_was_fitted_beside_another(fitted, tmp_path
     assert sum(value for what, value in alone.saved_s.items() if what.startswith("statistics")) > 0
 
 
-def test_the_memory_of_a_fit_that_was_not_done_is_not_told(fitted):
-    memory, timings = PeakMemory(1, 2), {"calibrate": 1.0, "quantize": 1.0}
-    peaks = [fit_cost(timings, fitted()[2], memory)["peak_memory_bytes"] for _ in range(2)]
-    assert peaks == [2, None]
+@pytest.mark.skipif(sys.platform != "linux", reason="process memory is read from /proc")
+def test_the_memory_of_a_fit_that_was_found_is_that_of_when_it_was_fitted(fitted, monkeypatch):
+    fit, mib = smoothquant.fit, 2**20
+    monkeypatch.setattr(smoothquant, "fit", lambda *arguments: (bytearray(300 * mib), fit(*arguments))[1])
+    costs = []
+    for _ in range(2):
+        with peak_memory(torch.device("cpu")) as memory:
+            _, _, recording = fitted()
+        costs.append(fit_cost({"calibrate": 1.0, "quantize": 1.0}, recording, memory))
+    made, found = costs
+    assert made["peak_memory_bytes"] > made["memory_before_bytes"] + 200 * mib
+    assert memory.peak_bytes < memory.before_bytes + 200 * mib, "the second time nothing is fitted"
+    assert found["peak_memory_bytes"] == pytest.approx(made["peak_memory_bytes"], abs=50 * mib)
+    assert found["peak_memory_bytes"] > found["memory_before_bytes"] + 200 * mib
+
+
+@pytest.mark.parametrize("untold", ["here", "of the state"])
+def test_no_memory_is_told_where_one_stretch_was_not_measured(fitted, untold):
+    fitted()
+    recording = fitted()[2]
+    here, of_state = PeakMemory(1, 2), PeakMemory(3, 4)
+    recording.fits["a state"] = PeakMemory() if untold == "of the state" else of_state
+    cost = fit_cost({"calibrate": 1.0, "quantize": 1.0}, recording, PeakMemory() if untold == "here" else here)
+    assert cost["peak_memory_bytes"] is None
 
 
 def test_what_apply_draws_does_not_depend_on_whether_fit_ran(fitted, monkeypatch):
