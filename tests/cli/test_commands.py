@@ -130,6 +130,17 @@ def test_flags_may_stand_between_the_overrides(run, tmp_path):
     assert yaml.safe_load(run("bits=w4a8", "--cfg", "job", "seed=7").out)["seed"] == 7
 
 
+def test_a_report_is_a_table_for_the_terminal_unless_the_file_it_is_written_to_says_otherwise(
+    ditbench, finished, tmp_path
+):
+    outcome = ditbench("report", "--results-dir", str(tmp_path))
+    assert outcome.code == 0 and "rtn     W8A8" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 120
+    for name, start in (("a.md", "### "), ("a.csv", "group,"), ("a.tex", "% needs"), ("a.txt", "tiny-dit")):
+        assert ditbench("report", "--results-dir", str(tmp_path), "--out", str(tmp_path / name)).code == 0
+        assert (tmp_path / name).read_text().startswith(start)
+
+
 @pytest.mark.parametrize("format", ["md", "csv", "latex"])
 def test_a_report_is_printed_in_every_text_format(ditbench, finished, tmp_path, format):
     outcome = ditbench("report", "--format", format, "--results-dir", str(tmp_path))
