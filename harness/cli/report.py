@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ditbench.harness.cli.flags import Parser, file, folder
 
-
 OF_FILE = {".txt": "text", ".md": "md", ".csv": "csv", ".tex": "latex", ".html": "html"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from ditbench.harness.common.terminal import PIPED, columns
+from ditbench.harness.common.terminal import PIPED, columns, wrapped
 from ditbench.harness.report import compare, paired_text
 from ditbench.harness.report.compare import Group
 from ditbench.harness.report.contests import BITS
@@ -56,8 +56,8 @@ def _block(group: Group, metrics: Sequence[str], width: int, at: str, asked: boo
     )
     notes += _paired_notes(group, metrics, at)
     lines = [f"  {note}" for note in notes] + [f"  ✗ {line}" for line in built.problems]
-    head = _wrapped(f"{built.label} · {built.devices}", width)
-    return "\n".join([head, "\n\n".join(tables), *(_wrapped(line, min(width, PIPED)) for line in lines)])
+    head = wrapped(f"{built.label} · {built.devices}", width)
+    return "\n".join([head, "\n\n".join(tables), *(wrapped(line, min(width, PIPED)) for line in lines)])
 
 
 def _parts(built: Table, width: int, asked: bool) -> list[list[int]]:
@@ -172,9 +172,3 @@ def _paired_notes(group: Group, metrics: Sequence[str], at: str) -> list[str]:
                 found += [f"paired tests on {tests[0].title}:", *(f"  {line}" for line in tests[0].verdicts)]
                 break
     return [*found, "`ditbench compare` shows all paired tests"] if found else []
-
-
-def _wrapped(text: str, width: int) -> str:
-    """On as many lines as it takes: what helps is often said last. Commands and paths stay in one piece where they fit."""
-    indent = " " * (len(text) - len(text.lstrip()) + 2)
-    return textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False, replace_whitespace=False)
