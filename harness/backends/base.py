@@ -1,7 +1,7 @@
 """The contract of a backend, and the choice of one per layer.
 
 A backend module has NAME, KIND ("measured" or "simulated"), PRIORITY (the highest capable one is chosen),
-`unsupported(recipe, device) -> str | None` (the reason why not) and `make_kernel(recipe, weight_OC) -> Kernel`; and if it
+`unsupported(recipe, device) -> str | None` (the reason why not; a `MachineLacks` where the machine could be mended or is too old) and `make_kernel(recipe, weight_OC) -> Kernel`; and if it
 likes, OPERATORS: {name of an operator in a profile: the part of a layer it does}, for `ditbench bench`.
 Backends never know methods; they see a recipe and the device.
 """
@@ -22,6 +22,17 @@ from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.transforms import Transform
 
 AUTO = "auto"
+
+
+class MachineLacks(str):
+    """A reason of `unsupported` that is this machine's and not the recipe's. mend: a command that helps, or nothing does."""
+
+    mend: str
+
+    def __new__(cls, why: str, mend: str = "") -> MachineLacks:
+        made = super().__new__(cls, why)
+        made.mend = mend
+        return made
 
 
 class Kernel(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ditbench.harness.backends.base import known_backends
+from ditbench.harness.backends.base import MachineLacks, known_backends
 from ditbench.harness.common.devices import kinds_here
 from ditbench.harness.common.text_table import table
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
@@ -14,16 +14,32 @@ from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.spec import FORMATS, bits_of
 
 
-def format_matrix() -> str:
+def format_matrix(indent: int = 0) -> str:
     rows: list[Sequence[str]] = []
     for label in FORMATS:
-        recipe = example_recipe(label)
         for device in kinds_here():
-            real = [(b, b.unsupported(recipe, device)) for b in known_backends().values() if b.KIND == "measured"]
-            able = [b.NAME for b, why in real if why is None]
-            why = "; ".join(reason for _, reason in real if reason)  # each begins with the backend's name
+            able, lacks = _on(label, device)
+            why = "; ".join(lacks) or f"no backend runs {label} on {device.type}"
             rows.append((label, device.type, ", ".join(able) or "simulated", "" if able else why))
-    return table(("format", "device", "runs on", "why not"), rows)
+    return table(("format", "device", "runs on", "why not"), rows, indent=indent)
+
+
+def machine_lacks() -> list[tuple[MachineLacks, list[str]]]:
+    """What would make kernels run here that do not: each with its formats. Only what some command mends."""
+    found: dict[MachineLacks, list[str]] = {}
+    for label in FORMATS:
+        for device in kinds_here():
+            for lack in _on(label, device)[1]:
+                if lack.mend:
+                    found.setdefault(lack, []).append(label)
+    return list(found.items())
+
+
+def _on(label: str, device: torch.device) -> tuple[list[str], list[MachineLacks]]:
+    """The real backends that run the format there, and why others do not that would on a machine with more."""
+    real = [b for b in known_backends().values() if b.KIND == "measured"]
+    said = [(b, b.unsupported(example_recipe(label), device)) for b in real]
+    return [b.NAME for b, why in said if why is None], [why for _, why in said if isinstance(why, MachineLacks)]
 
 
 def example_recipe(label: str) -> LayerRecipe:

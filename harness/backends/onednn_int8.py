@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditbench.harness.backends.base import Kernel
+from ditbench.harness.backends.base import Kernel, MachineLacks
 from ditbench.harness.backends.integers import not_integers
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine, to_codes
 from ditbench.harness.quant.recipe import LayerRecipe
@@ -153,12 +153,12 @@ def _pack(codes_OC: Tensor) -> Tensor:
 
 
 @cache
-def _cpu_lacks() -> str | None:
+def _cpu_lacks() -> MachineLacks | None:
     """What this machine has not got. The operator is private and once returned wrong values, so it is tried once."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return f"{NAME} needs a torch built with oneDNN"
+        return MachineLacks(f"{NAME} needs a torch built with oneDNN")
     if not torch.cpu._is_vnni_supported():
-        return f"{NAME} needs a CPU with AVX512-VNNI; without it int8 is no faster than float"
+        return MachineLacks(f"{NAME} needs a CPU with AVX512-VNNI; without it int8 is no faster than float")
     unsigned_MC = torch.arange(0, 255, 3, dtype=torch.uint8).reshape(5, 17)
     codes_OC = torch.arange(-128, 127, 5, dtype=torch.int8).reshape(3, 17)
     expected_MO = (unsigned_MC.long() - MIDDLE) @ codes_OC.long().T
@@ -169,4 +169,4 @@ def _cpu_lacks() -> str | None:
     )
     if torch.equal(product_MO.long(), expected_MO) and torch.equal(packed_CO.to_dense().t(), codes_OC):
         return None
-    return f"{NAME}: qlinear_pointwise of torch {torch.__version__} returns wrong values on this CPU"
+    return MachineLacks(f"{NAME}: qlinear_pointwise of torch {torch.__version__} returns wrong values on this CPU")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditbench.harness.backends.base import FusedKernel, Kernel
+from ditbench.harness.backends.base import FusedKernel, Kernel, MachineLacks
 from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.backends.integers import act_lacks, not_integers, weight_lacks
 from ditbench.harness.common.files import atomic_path, canonical_sha256
@@ -202,15 +202,18 @@ def _find_ninja() -> None:
 
 
 @cache
-def _cpu_lacks() -> str | None:
+def _cpu_lacks() -> MachineLacks | None:
     if not torch.cpu._is_vnni_supported():
-        return f"{NAME} needs a CPU with AVX512-VNNI; without it int8 is no faster than float"
+        return MachineLacks(f"{NAME} needs a CPU with AVX512-VNNI; without it int8 is no faster than float")
     _find_ninja()
-    missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if not shutil.which(tool)]
+    compiler = os.environ.get("CXX", "g++")
+    commands = {compiler: "apt-get install g++", "ninja": "pip install ninja"}
+    missing = [tool for tool in commands if not shutil.which(tool)]
     if missing:
-        return f"{NAME} is compiled on first use and needs {' and '.join(missing)} on the PATH"
+        why = f"{NAME} needs {' and '.join(missing)} on the PATH: it is compiled on first use"
+        return MachineLacks(why, " && ".join(commands[tool] for tool in missing))
     try:
         load_extension()
     except (RuntimeError, OSError) as error:
-        return f"{NAME} could not be compiled or loaded: {str(error).splitlines()[0]}"
+        return MachineLacks(f"{NAME} could not be compiled or loaded: {str(error).splitlines()[0]}")
     return None

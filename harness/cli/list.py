@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -11,6 +12,7 @@ import yaml
 from ditbench.harness.backends.matrix import format_matrix
 from ditbench.harness.cli.flags import Parser
 from ditbench.harness.common.paths import CONF, options
+from ditbench.harness.common.terminal import columns
 from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.forms import DEFAULT, Form
@@ -19,16 +21,22 @@ from ditbench.harness.quant.spec import FORMATS, FP8, all_labels
 
 def list_methods() -> str:
     """Every method with its forms and parameters, and what each form sets."""
-    rows, forms = [], []
+    rows, parameters, forms = [], [], []
     for name in registry.known_methods():
         params = asdict(registry.method(name).Params())
         own = registry.forms_of(name)
-        said = ", ".join(f"{k}={v}" for k, v in params.items()) or "–"
-        rows.append((name, registry.summary(name), _formats(name), ", ".join(own), said))
+        rows.append((name, _formats(name), ", ".join(own), registry.summary(name)))
+        if params:
+            parameters.append((name, ", ".join(f"{k}={v}" for k, v in params.items())))
         forms += [(name, form, _sets(its)) for form, its in own.items() if form != DEFAULT]
-    text = table(("method", "what", "formats", "forms", "parameters"), rows)
-    return f"{text}\n\nforms: method.form=NAME sets these; what is set by hand is stronger\n\n" + table(
-        ("method", "form", "sets"), forms
+    return "\n\n".join(
+        [
+            table(("method", "formats", "forms", "what"), rows),
+            "parameters: method.NAME=VALUE sets one",
+            table(("method", "parameters and their defaults"), parameters),
+            "forms: method.form=NAME sets these; what is set by hand is stronger",
+            table(("method", "form", "sets"), forms),
+        ]
     )
 
 
@@ -49,10 +57,11 @@ def list_metrics() -> str:
     from ditbench.eval.base import known_metrics
 
     rows = [
-        (m.name, m.summary, _direction(m.better), "per sample against the float model" if m.paired else "per set")
+        (m.name, _direction(m.better), "per sample" if m.paired else "per set", m.summary)
         for m in known_metrics().values()
     ]
-    return table(("metric", "what", "direction", "kind"), rows)
+    of = "per sample: against the float model's sample of the same noise; per set: of all samples together"
+    return f"{table(('metric', 'direction', 'of', 'what'), rows)}\n\n{of}"
 
 
 def _direction(better: str) -> str:
@@ -102,7 +111,8 @@ def list_bits() -> str:
         f"{side}: " + ", ".join(f"{k}={plain(v)}" for k, v in defaults[side].items() if k != "bits")
         for side in ("weight", "act")
     ]
-    return f"{' '.join(all_labels())}\ndefaults (conf/bits/default.yaml):\n  " + "\n  ".join(sides)
+    labels = textwrap.fill(" ".join(all_labels()), columns())
+    return f"{labels}\ndefaults (conf/bits/default.yaml):\n  " + "\n  ".join(sides)
 
 
 KINDS: dict[str, Callable[[], str]] = {

@@ -13,9 +13,10 @@ from ditbench.harness.report import compare, paired_text, text
 from ditbench.harness.report.contests import BITS, BYTES
 from ditbench.harness.report.frame import frame, inert, tests_frame
 from ditbench.harness.report.over_seeds import over_seeds
+from ditbench.harness.report.terminal import terminal
 from ditbench.harness.report.whole import OF_A_PAGE, PER_SAMPLE, whole_records
 
-FORMATS = ("md", "csv", "latex", "html")
+FORMATS = ("text", "md", "csv", "latex", "html")
 OF_COMPARE = ("text", "csv")
 
 
@@ -34,7 +35,7 @@ class Report:
 def report(
     results_dir: Path,
     experiment: str | None = None,
-    format: str = "md",
+    format: str = "text",
     out: Path | None = None,
     metrics: Sequence[str] | None = None,
     merge_seeds: bool = False,
@@ -44,7 +45,8 @@ def report(
 
     html goes to `out` or to `<results_dir>/report[-<experiment>].html`, with a folder of that stem and `_files` beside it where there is
     much to show; the others go to `out` only if it is given.
-    `metrics` chooses the columns of md and latex; csv and html always hold every metric. merge_seeds: runs that differ in
+    text is a table as wide as the terminal, or 120 columns where the output is piped.
+    `metrics` chooses the columns of text, md and latex; csv and html always hold every metric. merge_seeds: runs that differ in
     their seed only become one row. equal_bytes: runs of nearly equal bytes are ranked together, not those of one label.
 
     Raises:
@@ -57,7 +59,12 @@ def report(
     records = over_seeds(records) if merge_seeds else records
     at = BYTES if equal_bytes else BITS
     groups = compare.groups(records, merge_seeds)
-    headline = compare.headline(groups, metrics)
+    asked = metrics or compare.asked_for(groups)
+    headline = compare.headline(groups, asked)
+
+    def shown() -> str:
+        return terminal(groups, headline, at=at, asked=bool(asked))
+
     if format == "html":
         from ditbench.harness.report.html import write_page  # here, since only a page needs plotly and jinja2
 
@@ -65,16 +72,17 @@ def report(
             f"report-{experiment.replace('/', '-')}.html" if experiment else "report.html"
         )
         write_page(out, groups, experiment, damaged, at)
-        return Report(text.terminal(groups, headline, at=at), out, damaged)
+        return Report(shown(), out, damaged)
     rendered = {
-        "md": lambda: text.markdown(groups, headline, damaged, at),
+        "text": shown,
+        "md": lambda: text.markdown(groups, headline, damaged, at, bool(asked)),
         "csv": lambda: inert(frame(groups, at)).to_csv(index=False),
-        "latex": lambda: text.latex(groups, headline, damaged, at),
+        "latex": lambda: text.latex(groups, headline, damaged, at, bool(asked)),
     }[format]()
     if out is None:
         return Report(rendered, None, damaged)
     _write(out, rendered)
-    return Report(text.terminal(groups, headline, at=at), out, damaged)
+    return Report(shown(), out, damaged)
 
 
 def comparisons(
@@ -123,10 +131,13 @@ def comparisons(
     return Report(f"{sum(len(tests.rows) for _, each in shown for tests in each)} comparisons", out, damaged)
 
 
-def comparison_table(records: Iterable[Record], metrics: Sequence[str] | None = None, width: int = text.WIDTH) -> str:
-    """The short table for the end of a sweep, one block per group of comparable runs."""
+def comparison_table(records: Iterable[Record], metrics: Sequence[str] | None = None, width: int | None = None) -> str:
+    """The short table for the end of a sweep, one block per group of comparable runs. width: default the terminal's."""
     groups = compare.groups(records)
-    return text.terminal(groups, compare.headline(groups, metrics), width) if groups else "no runs to compare"
+    asked = metrics or compare.asked_for(groups)
+    if not groups:
+        return "no runs to compare"
+    return terminal(groups, compare.headline(groups, asked), width, asked=bool(asked))
 
 
 def _write(path: Path, content: str) -> None:

@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from ditbench.harness.common.errors import unknown_name
+from ditbench.harness.common.paths import CONF
 from ditbench.harness.records.record import PLACES, Record
 from ditbench.harness.report.forms import told_by_form
 
@@ -24,6 +27,7 @@ HEADLINE = ("fid", "psnr", "accuracy", "overall", "direction", "temporal", "ssim
 _TOLD_APART_BY = ("method", "bits", "calibration", "backend")  # parts of a config
 _TELLS_NOTHING = ("model.note", "model.usual", "weights")  # of how a group came to be; weights: the last resort
 _SHORT_HASH = 8
+A_SHORT_LIST = 8  # metrics
 _BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
 
 
@@ -161,6 +165,18 @@ def headline(groups: Sequence[Group], chosen: Sequence[str] | None = None) -> li
         for kind in HEADLINE
     ]
     return [name for name in picked if name] or computed[:4]
+
+
+def asked_for(groups: Sequence[Group]) -> list[str] | None:
+    """The metrics that the runs' own lists name, where these are short and none of the sets in `conf/metrics`: a user wrote them."""
+    lists = [(r.config.get("metrics") or {}).get("names") for group in groups for r in group.records]
+    shipped = [yaml.safe_load(path.read_text()).get("names") for path in sorted((CONF / "metrics").glob("*.yaml"))]
+    own = dict.fromkeys(
+        str(name) for names in lists if isinstance(names, list) and names not in shipped for name in names
+    )
+    known = {metric for group in groups for metric in group.metrics}
+    named = [name for name in own if name in known]
+    return named if 0 < len(named) <= A_SHORT_LIST else None
 
 
 def _known_metric(name: str, known: Sequence[str]) -> str:

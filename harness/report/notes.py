@@ -25,8 +25,9 @@ def notes(group: Group, metrics: Sequence[str], at: str = contests.BITS) -> list
         r.method == FLOAT_METHOD and r.status == "ok" for r in group.records
     ):
         found.append(
-            "No run of method=fp here: numbers without values per sample have nothing to be held against. Paired tests "
-            "do not need one, they compare with the float model's own samples."
+            "The float model is no row here (add method=fp to the sweep), so nothing says what FID and other numbers of a "
+            "whole set would be without quantization. Closeness and paired tests are not affected: each run draws the float "
+            "model's samples itself."
         )
     return found + _missing(group)
 

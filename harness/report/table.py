@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare, contests
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
-from ditbench.harness.report.contests import BITS
+from ditbench.harness.report.contests import BITS, BYTES
 from ditbench.harness.report.frame import SIMULATED, fit_s, measured, median_ms, mib, reason
 from ditbench.harness.report.marks import verdicts
 from ditbench.harness.report.notes import notes
@@ -18,9 +18,16 @@ from ditbench.harness.report.notes import notes
 MISSING = "–"
 ABOVE = "▲"  # stores more than its label says
 QUALITY, CLOSENESS = "quality", "closeness to float"
+RANKED = {BITS: "of the same bits", BYTES: "of nearly equal bytes"}
+BEHIND_MARKS = "what paired tests separate; several bests are tied, no mark: nobody told apart, or not tested"
 CLOSENESS_NOTE = (
     "Quality: how good the samples are, and how the set resembles the reference. Closeness to float: how near a run stays to the float "
     "model's samples of the same noise, which says nothing of how good either is. The float row is the reference and has no rank."
+)
+EFFECTIVE = "eff. W/A"
+EFFECTIVE_NOTE = (
+    f"{EFFECTIVE}: bits per weight of the whole transformer, all that is stored counted (scales, and layers left in float at 16); bits per "
+    "activation, weighted with MACs."
 )
 BASELINE_NOTE = (
     "Baseline of compression, speed-up and latency: the same model in bf16, on the same device, in the same process. "
@@ -79,7 +86,11 @@ def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = (), at: 
     """
     metrics = compare.quality_first(group, [name for name in metrics if name in group.metrics])
     behind = compare.quality_first(group, [name for name in behind if name in group.metrics and name not in metrics])
-    columns = [Column("method", numeric=False), Column("bits", numeric=False), Column("eff. W/A", "bits")]
+    columns = [
+        Column("method", numeric=False),
+        Column("bits", numeric=False),
+        Column(EFFECTIVE, "bits", EFFECTIVE_NOTE),
+    ]
     by_column = [
         [Cell(name, sort=name) for name in group.run_names],
         [Cell(compare.bits_label(record), sort=place) for place, record in enumerate(group.records)],
@@ -119,7 +130,9 @@ def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = (), at: 
     devices = ", ".join(dict.fromkeys(name for name in _devices(group) if name != MISSING)) or "device not recorded"
     note = compare.printable((group.records[0].config.get("model") or {}).get("note") or "", 400)
     setting = " · ".join(filter(None, (group.label, devices, note)))
-    caption = f"{setting}. {BASELINE_NOTE} {CLOSENESS_NOTE} Intervals are 95 %; fit is calibrate + quantize."
+    caption = (
+        f"{setting}. {BASELINE_NOTE} {CLOSENESS_NOTE} {EFFECTIVE_NOTE} Intervals are 95 %; fit is calibrate + quantize."
+    )
     return Table(
         group.label,
         devices,
@@ -130,6 +143,26 @@ def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = (), at: 
         _problems(group),
         _not_ranked(group),
     )
+
+
+def only(built: Table, places: Sequence[int]) -> Table:
+    """The table with these columns of it."""
+    rows = [replace(row, cells=[row.cells[place] for place in places]) for row in built.rows]
+    return replace(built, columns=[built.columns[place] for place in places], rows=rows)
+
+
+def without_empty(built: Table, asked: Sequence[str]) -> Table:
+    """The table without the columns that hold nothing in any row, except those of the metrics asked for."""
+
+    def stays(place: int) -> bool:
+        texts = {row.cells[place].text for row in built.rows}
+        return built.columns[place].metric in asked or bool(texts - {MISSING, ""})
+
+    return only(built, [place for place in range(len(built.columns)) if stays(place)])
+
+
+def plain(cell: Cell) -> str:
+    return ("~" if cell.inside else "") + cell.text + (f" {cell.interval}" if cell.interval else "")
 
 
 def number(x: float | None, decimals: int = 2) -> str:

@@ -1,18 +1,26 @@
-"""Tables as text: for the terminal, as Markdown and as LaTeX."""
+"""Tables as Markdown and as LaTeX; comparisons as text."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
-from ditbench.harness.report import compare, paired_text
+from ditbench.harness.report import paired_text
 from ditbench.harness.report.compare import Group
-from ditbench.harness.report.contests import BITS, BYTES
-from ditbench.harness.report.table import CLOSENESS, QUALITY, Cell, Column, Table, table
+from ditbench.harness.report.contests import BITS
+from ditbench.harness.report.table import (
+    BEHIND_MARKS,
+    CLOSENESS,
+    QUALITY,
+    RANKED,
+    Cell,
+    Column,
+    Table,
+    plain,
+    table,
+    without_empty,
+)
 
-WIDTH = 160
-RANKED = {BITS: "of the same bits", BYTES: "of nearly equal bytes"}
-BEHIND_MARKS = "what paired tests separate; several bests are tied, no mark: nobody told apart, or not tested"
+LATIN_ENDS = 0x180  # what pdflatex sets from UTF-8 by itself, but for a few signs in it
 _LATEX = {
     "\\": r"\textbackslash{}",
     **{char: f"\\{char}" for char in "&%$#_{}"},
@@ -33,112 +41,50 @@ _LATEX = {
     ">": r"$>$",
     "|": r"$|$",
     "▲": r"$\blacktriangle$",
+    "≥": r"$\geq$",
+    "−": r"$-$",
+    "→": r"$\rightarrow$",
+    "∞": r"$\infty$",
+    "Δ": r"$\Delta$",
+    "²": r"$^2$",
+    "³": r"$^3$",
+    "°": r"$^\circ$",
+    "α": r"$\alpha$",
+    "σ": r"$\sigma$",
+    "µ": r"$\mu$",
+    "‘": "`",
+    "’": "'",
 }
 
 
-def terminal(groups: Sequence[Group], metrics: Sequence[str], width: int = WIDTH, at: str = BITS) -> str:
-    """One block per group, no line of the table wider than width: metrics that do not fit are named below instead."""
-    return "\n\n".join(_terminal_block(group, metrics, width, at) for group in groups)
-
-
-def markdown(groups: Sequence[Group], metrics: Sequence[str], damaged: Sequence[str] = (), at: str = BITS) -> str:
-    blocks = [
-        "\n\n".join([_markdown_block(table(group, metrics, at=at), at), *_markdown_paired(group, metrics, at)])
-        for group in groups
-    ]
+def markdown(
+    groups: Sequence[Group], metrics: Sequence[str], damaged: Sequence[str] = (), at: str = BITS, asked: bool = False
+) -> str:
+    """asked: the user named the metrics; their columns stay where they hold nothing, other empty ones go."""
+    blocks = []
+    for group in groups:
+        built = without_empty(table(group, metrics, at=at), metrics if asked else ())
+        blocks.append("\n\n".join([_markdown_block(built, at), *_markdown_paired(group, metrics, at)]))
     if damaged:
         blocks.append("\n".join(["### Damaged", "", *(f"- {_markdown_escape(line)}" for line in damaged)]))
     return "\n\n".join(blocks) + "\n"
 
 
-def latex(groups: Sequence[Group], metrics: Sequence[str], damaged: Sequence[str] = (), at: str = BITS) -> str:
-    blocks = [_latex_block(table(group, metrics, at=at), place, at) for place, group in enumerate(groups, start=1)]
+def latex(
+    groups: Sequence[Group], metrics: Sequence[str], damaged: Sequence[str] = (), at: str = BITS, asked: bool = False
+) -> str:
+    """asked: as of `markdown`."""
+    blocks = []
+    for place, group in enumerate(groups, start=1):
+        built = without_empty(table(group, metrics, at=at), metrics if asked else ())
+        blocks.append(_latex_block(built, place, at))
     blocks += ["\n".join(f"% damaged: {' '.join(line.split())}" for line in damaged)] if damaged else []
     return "\n\n".join(["% needs \\usepackage{amssymb,booktabs,xcolor}", *blocks]) + "\n"
 
 
 def latex_escape(text: str) -> str:
-    return "".join(_LATEX.get(char, char) for char in text)
-
-
-def _terminal_block(group: Group, metrics: Sequence[str], width: int, at: str) -> str:
-    shown = [name for name in metrics if name in group.metrics]
-    while True:
-        built = table(group, shown, at=at)
-        lines = _terminal_rows(built)
-        if len(lines[0]) <= width or not shown:
-            break
-        shown = shown[:-1]
-    left_out = [name for name in metrics if name in group.metrics and name not in shown]
-    notes = [f"● best, ○ second {RANKED[at]}: {BEHIND_MARKS}", *built.notes]
-    notes += ["not shown for lack of room: " + ", ".join(left_out)] if left_out else []
-    notes += _paired_notes(group, metrics, at)
-    footer = [_wrapped(f"  {note}", width) for note in notes] + [
-        _wrapped(f"  ✗ {line}", width) for line in built.problems
-    ]
-    return "\n".join([_cut(f"{built.label} · {built.devices}", width), *lines, *footer])
-
-
-def _terminal_rows(built: Table) -> list[str]:
-    """Header, subtitles and rows, columns aligned on what is in them; a rule where the bits change."""
-    signs = {"best": " ●", "second": " ○", "": "  "}
-    marked = [any(row.cells[place].mark for row in built.rows) for place in range(len(built.columns))]
-    grid = [
-        [
-            plain(cell) + (signs[cell.mark] if has_marks else "")
-            for cell, has_marks in zip(row.cells, marked, strict=True)
-        ]
-        for row in built.rows
-    ]
-    heads = [
-        [head + (signs[""] if has_marks else "") for head, has_marks in zip(line, marked, strict=True)]
-        for line in ([column.title for column in built.columns], [column.subtitle for column in built.columns])
-    ]
-    widths = [max(len(line[place]) for line in heads + grid) for place in range(len(built.columns))]
-    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-
-    def aligned(line: list[str]) -> str:
-        padded = [
-            text.rjust(size) if column.numeric else text.ljust(size)
-            for text, size, column in zip(line, widths, built.columns, strict=True)
-        ]
-        return "  ".join(padded).rstrip()
-
-    kinds = [line for line in [_kinds_line(built, widths)] if line]
-    lines = [rule, *kinds, *(aligned(head) for head in heads), rule]
-    for place, (row, line) in enumerate(zip(built.rows, grid, strict=True)):
-        if place and row.contest != built.rows[place - 1].contest:
-            lines.append("┄" * len(rule))
-        lines.append(aligned(line))
-    return [*lines, rule]
-
-
-def _kinds_line(built: Table, widths: Sequence[int]) -> str:
-    """Above the heads, what kind of metric the columns below are: ╴quality╶ and ╴closeness to float╶."""
-    line, place = "", 0
-    while place < len(widths):
-        kind = built.columns[place].kind
-        same = [place]
-        while kind and same[-1] + 1 < len(widths) and built.columns[same[-1] + 1].kind == kind:
-            same.append(same[-1] + 1)
-        wide = sum(widths[one] for one in same) + 2 * (len(same) - 1)
-        words = next((words for words in (kind, kind.partition(" ")[0]) if len(words) <= wide), "")
-        line += (f" {words} ".center(wide, "╌") if words and len(words) + 2 <= wide else words.ljust(wide)) + "  "
-        place = same[-1] + 1
-    return line.rstrip()
-
-
-def _paired_notes(group: Group, metrics: Sequence[str], at: str) -> list[str]:
-    """Of the first metric of quality, and the first of closeness, that can be tested: a line per contest."""
-    found = []
-    for closeness in (False, True):
-        for metric in metrics:
-            if metric not in group.metrics or compare.is_closeness(group, metric) != closeness:
-                continue
-            if tests := paired_text.tests(group, [metric], at):
-                found += [f"paired tests on {tests[0].title}:", *(f"  {line}" for line in tests[0].verdicts)]
-                break
-    return [*found, "`ditbench compare` shows all paired tests"] if found else []
+    """Text of a record as LaTeX takes it; a sign that its usual fonts lack becomes "?"."""
+    return "".join(_LATEX.get(char, char if ord(char) < LATIN_ENDS else "?") for char in text)
 
 
 def comparisons(group: Group, tests: Sequence[paired_text.PairedTests]) -> str:
@@ -236,21 +182,7 @@ def _latex_kinds(built: Table) -> list[str]:
     return [" & ".join(cells) + r" \\", "".join(rules)]
 
 
-def plain(cell: Cell) -> str:
-    return ("~" if cell.inside else "") + cell.text + (f" {cell.interval}" if cell.interval else "")
-
-
 def _markdown_escape(text: str) -> str:
     for char in "\\|*_<>`":
         text = text.replace(char, f"\\{char}")
     return text.replace("\n", " ")
-
-
-def _wrapped(text: str, width: int) -> str:
-    """On as many lines as it takes: what helps is often said last. Commands and paths stay in one piece where they fit."""
-    indent = " " * (len(text) - len(text.lstrip()) + 2)
-    return textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False, replace_whitespace=False)
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -10,6 +10,7 @@ import shutil
 import pytest
 import yaml
 
+from ditbench.harness.backends.base import MachineLacks
 from ditbench.harness.cli import list as listing
 from ditbench.harness.records import hashed_json
 
@@ -77,9 +78,11 @@ def test_a_list_names_what_there_is(ditbench, kind):
 
 
 def test_every_listed_bit_width_and_protocol_can_be_chosen(ditbench):
-    for label in ditbench("list", "bits").out.split("\n")[0].split()[::9]:
+    for label in ditbench("list", "bits").out.partition("defaults")[0].split()[::9]:
         assert ditbench("run", "--cfg", "job", f"bits={label}").code == 0
     for line in ditbench("list", "protocols").out.splitlines()[1:]:
+        if line.startswith(" "):
+            continue  # the line before goes on
         assert ditbench("run", "--cfg", "job", f"protocol={line.split()[0]}").code == 0
 
 
@@ -87,7 +90,7 @@ def test_the_doctor_reports_on_every_part(ditbench, tmp_path):
     outcome = ditbench("doctor", "--results-dir", str(tmp_path / "not" / "yet"))
     assert outcome.code == 0
     sections = [line for line in outcome.out.splitlines() if line and not line.startswith(" ")]
-    assert sections == ["device", "packages", "kernels", "methods", "models", "metrics", "W&B", "results"]
+    assert sections == ["missing", "device", "packages", "kernels", "methods", "models", "metrics", "W&B", "results"]
     assert "MISSING" not in outcome.out
     assert re.search(r"^  tiny-dit +shipped$", outcome.out, re.MULTILINE)
     assert f"{tmp_path / 'not' / 'yet'}: writable" in outcome.out
@@ -101,9 +104,47 @@ def test_the_doctor_says_how_to_get_what_is_missing(ditbench, monkeypatch, tmp_p
     monkeypatch.setattr(doctor, "package_version", lambda name: None)
     monkeypatch.setattr(doctor.os, "access", lambda *_: False)
     said = ditbench("doctor", "--results-dir", str(tmp_path)).out
+    first = said.partition("\ndevice\n")[0]
+    assert re.search(r"the package torch +pip install torch +ditbench", first)
+    assert re.search(r"weights of tiny-dit +ditbench zoo train tiny-dit +model=tiny-dit", first)
     assert "missing: ditbench zoo train tiny-dit" in said
     assert "torch MISSING" in said
     assert "NOT WRITABLE: set results_dir=" in said
+
+
+def test_the_doctor_leads_with_the_compiler_that_a_kernel_lacks(ditbench, monkeypatch, tmp_path):
+    from ditbench.harness.backends import vnni, weight_only
+
+    def lacks():
+        return MachineLacks("vnni needs g++ on the PATH: it is compiled on first use", "apt-get install g++")
+
+    monkeypatch.setattr(vnni, "_cpu_lacks", lacks)
+    assert weight_only.vnni is vnni
+    lines = ditbench("doctor", "--results-dir", str(tmp_path)).out.splitlines()
+    assert lines[0] == "missing" and re.match(
+        r"  vnni needs g\+\+ on the PATH.* apt-get install g\+\+  +W8A8, W4A8", lines[2]
+    )
+    (row,) = [line for line in lines if re.match(r"  W4A8 +cpu ", line)]
+    assert "simulated" in row and "vnni needs g++ on the PATH" in row and "cuda" not in row
+
+
+def test_a_machine_that_lacks_nothing_is_told_so(ditbench, monkeypatch, tmp_path):
+    from ditbench.harness.cli import doctor
+
+    monkeypatch.setattr(doctor, "_problems_of_metrics", dict)
+    monkeypatch.setattr(doctor, "machine_lacks", list)
+    assert ditbench("doctor", "--results-dir", str(tmp_path)).out.splitlines()[:2] == ["missing", "  nothing"]
+
+
+@pytest.mark.parametrize("command", ["doctor", *(f"list {kind}" for kind in listing.KINDS)])
+def test_lists_and_doctor_fit_120_columns(ditbench, command):
+    lines = ditbench(*command.split()).out.splitlines()
+    assert lines and max(map(len, lines)) <= 120
+
+
+def test_a_kernel_s_reason_is_one_that_could_be_on_this_device(ditbench):
+    text = ditbench("list", "backends").out.partition("why not")[2]
+    assert "the device is" not in text and "FP8" in text
 
 
 def test_check_method_prints_one_line_per_question(ditbench):
@@ -128,6 +169,17 @@ def test_flags_may_stand_between_the_overrides(run, tmp_path):
     outcome = run("bits=w4a8", "-m", "method=smoothqant", "protocol.n=8")
     assert "did you mean 'smoothquant'?" in outcome.err
     assert yaml.safe_load(run("bits=w4a8", "--cfg", "job", "seed=7").out)["seed"] == 7
+
+
+def test_a_report_is_a_table_for_the_terminal_unless_the_file_it_is_written_to_says_otherwise(
+    ditbench, finished, tmp_path
+):
+    outcome = ditbench("report", "--results-dir", str(tmp_path))
+    assert outcome.code == 0 and "rtn     W8A8" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 120
+    for name, start in (("a.md", "### "), ("a.csv", "group,"), ("a.tex", "% needs"), ("a.txt", "tiny-dit")):
+        assert ditbench("report", "--results-dir", str(tmp_path), "--out", str(tmp_path / name)).code == 0
+        assert (tmp_path / name).read_text().startswith(start)
 
 
 @pytest.mark.parametrize("format", ["md", "csv", "latex"])

@@ -31,6 +31,12 @@ TINY = (
 REPRODUCIBLE = [each.name for each in reported.tables().values() if each.reproduce]
 
 
+@pytest.fixture
+def wide(monkeypatch):
+    """One line for each row, however long."""
+    monkeypatch.setattr("ditbench.harness.common.text_table.columns", lambda: 1000)
+
+
 # ditbench paper
 
 
@@ -43,7 +49,7 @@ def test_the_list_names_every_table_and_what_could_not_be_had(ditbench):
 
 
 @pytest.mark.parametrize("name", reported.tables())
-def test_a_table_is_shown_with_every_row_its_protocol_source_and_confidence(ditbench, name):
+def test_a_table_is_shown_with_every_row_its_protocol_source_and_confidence(ditbench, wide, name):
     outcome = ditbench("paper", "show", name)
     assert outcome.code == 0 and outcome.err == ""
     shown = reported.table(name)
@@ -209,7 +215,9 @@ def test_missing_weights_and_reference_are_one_message_before_anything_runs(ditb
 # ditbench reproduce --model tiny-dit
 
 
-def test_a_reproduction_on_tiny_dit_prints_every_row_and_why_it_is_not_comparable(ditbench, tmp_path, monkeypatch):
+def test_a_reproduction_on_tiny_dit_prints_every_row_and_why_it_is_not_comparable(
+    ditbench, wide, tmp_path, monkeypatch
+):
     here = {name: registry.method(name) for name in ("fp", "ptq4dit")}
     monkeypatch.setattr(registry, "known_methods", lambda: here)
     forms = here["ptq4dit"].FORMS  # 20,000 iterations are not for a test

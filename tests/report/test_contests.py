@@ -114,7 +114,7 @@ def test_quality_stands_before_closeness_and_both_are_named(add_run, results_dir
         ("psnr", "closeness to float"),
         ("ssim", "closeness to float"),
     ]
-    assert "psnr ↑ (dB, closeness to float)" in report(results_dir).text.replace("\\", "")
+    assert "psnr ↑ (dB, closeness to float)" in report(results_dir, None, "md").text.replace("\\", "")
     above, heads = report(results_dir, out=results_dir / "x.md").text.splitlines()[2:4]
     assert above.index("closeness") > above.index("quality") and heads.index("psnr") > heads.index("fid")
 

@@ -110,7 +110,7 @@ def test_text_markdown_and_html_show_the_same_comparisons(add, results_dir):
     (line,) = [line for line in shown.splitlines() if "a − bb" in line]
     delta = line.split("a − bb")[1].split("<")[0].strip()
     assert delta.startswith("+1.") and "accuracy" not in shown
-    markdown = report(results_dir).text
+    markdown = report(results_dir, format="md").text
     assert f"| W4A8 | a − bb | {delta} | \\< 0.001 | \\< 0.001 |" in markdown and "best a; second bb" in markdown
     made = report(results_dir, format="html")
     assert f'"a − bb","{delta}"' in made.path.read_text()
@@ -123,7 +123,7 @@ def test_a_metric_that_only_describes_marks_nobody_and_has_no_arrow(add, results
     add("bb")
     (group,) = compare.groups(read_all(results_dir))
     assert {verdict.mark for verdict in marks.verdicts(group, "flow_score")} == {""}
-    markdown = report(results_dir, metrics=["flow_score", "psnr"]).text
+    markdown = report(results_dir, None, "md", metrics=["flow_score", "psnr"]).text
     assert "| flow\\_score (n=64) |" in markdown and "psnr ↑" in markdown
 
 

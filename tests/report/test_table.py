@@ -91,7 +91,7 @@ def test_without_a_float_row_nothing_is_called_noise(add_run, results_dir, fid):
     add_run("a", metrics={"fid": fid(30.0)})
     group = only_group(results_dir)
     assert insides(group, "fid") == {"a": None}
-    assert any("No run of method=fp" in note for note in table(group, ["fid"]).notes)
+    assert any("The float model is no row here" in note for note in table(group, ["fid"]).notes)
 
 
 def test_rows_are_fp_then_more_bits_then_method(sweep):
@@ -311,14 +311,17 @@ def test_latex_is_balanced_and_escaped(add_run, sweep):
     assert rows and all(len(re.findall(r"(?<!\\)&", row)) == columns - 1 for row in rows)
 
 
-def test_the_terminal_table_fits_and_names_what_it_leaves_out(add_run, results_dir, metric):
-    names = [f"metric_number_{number:02d}" for number in range(14)]
-    for method in ("a", "b"):
-        add_run(method, metrics={name: metric(20.0 + len(method), 0.5) for name in names})
-    text = comparison_table(read_all(results_dir), metrics=names)
-    assert max(map(len, text.splitlines())) <= 160
-    assert "metric_number_00" in text and "not shown for lack of room" in text
-    assert comparison_table([]) == "no runs to compare"
+def test_what_the_effective_bits_are_is_said_where_they_stand(add_run, results_dir, metric):
+    add_run("a")
+    for format in ("text", "md", "latex"):
+        assert "bits per weight of the whole transformer" in " ".join(report(results_dir, None, format).text.split())
+
+
+def test_latex_has_no_sign_that_its_usual_fonts_lack(add_run, results_dir):
+    add_run("a", error="ValueError: Δ ≥ 3 → ∞, 漢字 \U0001f600 é")
+    text = report(results_dir, None, "latex").text
+    assert r"$\Delta$ $\geq$ 3 $\rightarrow$ $\infty$, ?? ? é" in text
+    assert all(ord(char) < 0x180 for char in text)
 
 
 def test_chosen_metrics_are_shown_and_unknown_ones_are_named(sweep):
@@ -360,14 +363,6 @@ def test_a_record_that_cannot_be_read_is_listed_beside_the_others(sweep, content
         other.write_text(content)
     with pytest.raises(UserError, match=message):
         report(sweep, None, format)
-
-
-def test_what_would_help_a_skipped_metric_is_wrapped_and_never_cut(add_run, results_dir, metric):
-    why = "x " * 90 + "`ditbench data fetch inception-fid`"
-    add_run("a", metrics={"psnr": metric(20.0), "fid": metric(None, reason=why)})
-    text = comparison_table(read_all(results_dir), width=120)
-    assert "`ditbench data fetch inception-fid`" in " ".join(text.split()) and "…" not in text
-    assert max(len(line) for line in text.splitlines()) <= 120
 
 
 def test_what_was_timed_beside_other_workers_is_said(add_run, results_dir):

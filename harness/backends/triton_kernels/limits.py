@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ditbench.harness.backends.base import MachineLacks
 from ditbench.harness.backends.integers import act_lacks
 from ditbench.harness.quant.quantizers import ActQuant
 
@@ -15,10 +16,11 @@ def device_lacks(name: str, device: torch.device, capability: tuple[int, int] = 
     if device.type != "cuda":
         return f"{name} runs on CUDA devices, the device is {device}"
     if find_spec("triton") is None:
-        return f"{name} needs triton, which comes with torch's CUDA wheels on Linux"
+        return MachineLacks(f"{name} needs triton, which comes with torch's CUDA wheels on Linux", "pip install triton")
     found = torch.cuda.get_device_capability(device)
     if found < capability:
-        return f"{name} needs compute capability {'.'.join(map(str, capability))}, this device has {'.'.join(map(str, found))}"
+        versions = [".".join(map(str, each)) for each in (capability, found)]
+        return MachineLacks(f"{name} needs compute capability {versions[0]}, this device has {versions[1]}")
     return None
 
 
