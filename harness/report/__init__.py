@@ -9,7 +9,7 @@ from pathlib import Path
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import atomic_path, disk_errors_explained
 from ditbench.harness.records.record import Record
-from ditbench.harness.report import compare, paired_text, text
+from ditbench.harness.report import compare, conclusions, paired_text, text
 from ditbench.harness.report.contests import BITS, BYTES
 from ditbench.harness.report.frame import frame, inert, tests_frame
 from ditbench.harness.report.over_seeds import over_seeds
@@ -124,9 +124,12 @@ def comparisons(
 
 
 def comparison_table(records: Iterable[Record], metrics: Sequence[str] | None = None, width: int = text.WIDTH) -> str:
-    """The short table for the end of a sweep, one block per group of comparable runs."""
+    """The short table for the end of a sweep, one block per group of comparable runs, and what follows from it in words."""
     groups = compare.groups(records)
-    return text.terminal(groups, compare.headline(groups, metrics), width) if groups else "no runs to compare"
+    if not groups:
+        return "no runs to compare"
+    built = text.terminal(groups, compare.headline(groups, metrics), width)
+    return "\n\n".join(filter(None, (built, conclusions.printed(groups, width))))
 
 
 def _write(path: Path, content: str) -> None:
