@@ -21,6 +21,7 @@ from ditbench.harness.report.fronts import called, speedup, stored
 from ditbench.harness.report.paired import ALPHA, FLOAT
 from ditbench.harness.report.table import decimals_for, number
 
+WIDTH = 120  # longer lines are hard to read
 MARGIN_DB = 1.0  # so near counts as "within"
 PLAINEST = "rtn"  # what is had without a method: at the most bits, what smaller models are held against
 HEAD = f"In words, as far as paired tests carry (p < {ALPHA} after Holm):"
@@ -34,8 +35,9 @@ def conclusions(group: Group) -> list[str]:
     return [said for said in (_closest(group), _quality(group), _smallest(group)) if said]
 
 
-def printed(groups: Sequence[Group], width: int) -> str:
-    """As they stand under a table in a terminal; "" where there are none."""
+def printed(groups: Sequence[Group], width: int | None = None) -> str:
+    """As they stand under a table in a terminal, WIDTH columns at most; "" where there are none."""
+    width = min(width or WIDTH, WIDTH)
     said = [(group, found) for group in groups if (found := conclusions(group))]
     lines = [HEAD] if said else []
     for group, found in said:
