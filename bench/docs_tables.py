@@ -46,9 +46,9 @@ COLUMNS = {  # metric: (heading, decimals); a table has those that its runs have
     FID: ("FID (judge) ↓", 1),
     "psnr": ("PSNR dB ↑", 2),
     "ssim": ("SSIM ↑", 4),
-    "accuracy": ("recognised ↑", 3),
-    "geneval_shapes/overall": ("as told (GenEval) ↑", 3),
-    "motion_shapes/direction": ("moves as told ↑", 3),
+    "accuracy": ("right class ↑", 3),
+    "geneval_shapes/overall": ("follows the prompt (GenEval) ↑", 3),
+    "motion_shapes/direction": ("moves as asked ↑", 3),
 }
 
 

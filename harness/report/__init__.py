@@ -9,7 +9,7 @@ from pathlib import Path
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import atomic_path, disk_errors_explained
 from ditbench.harness.records.record import Record
-from ditbench.harness.report import compare, paired_text, text
+from ditbench.harness.report import compare, conclusions, paired_text, text
 from ditbench.harness.report.contests import BITS, BYTES
 from ditbench.harness.report.frame import frame, inert, tests_frame
 from ditbench.harness.report.over_seeds import over_seeds
@@ -132,12 +132,16 @@ def comparisons(
 
 
 def comparison_table(records: Iterable[Record], metrics: Sequence[str] | None = None, width: int | None = None) -> str:
-    """The short table for the end of a sweep, one block per group of comparable runs. width: default the terminal's."""
+    """The short table for the end of a sweep, one block per group of comparable runs, and what follows from it in words.
+
+    width: default the terminal's.
+    """
     groups = compare.groups(records)
     asked = metrics or compare.asked_for(groups)
     if not groups:
         return "no runs to compare"
-    return terminal(groups, compare.headline(groups, asked), width, asked=bool(asked))
+    built = terminal(groups, compare.headline(groups, asked), width, asked=bool(asked))
+    return "\n\n".join(filter(None, (built, conclusions.printed(groups, width))))
 
 
 def _write(path: Path, content: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ditbench.harness.report import compare, contests, figures, paired_text, trust
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names
+from ditbench.harness.report.conclusions import conclusions
 from ditbench.harness.report.contests import BITS, BYTES
 from ditbench.harness.report.fronts import called, fronts
 from ditbench.harness.report.gallery import gallery
@@ -152,6 +153,7 @@ def _group(group: Group, built: dict[str, Table], index: int, start: int, files:
         "not_ranked": first.not_ranked,
         "metrics": metrics,
         "metric": most_telling(group, plotted),
+        "conclusions": conclusions(group),
         "answers": {metric: _answers(group, metric, start) for metric in plotted},
         "tests": {way: [_tests(each) for each in paired_text.tests(group, at=way)] for way in WAYS},
         "gallery": _moved(gallery(group, files), start),

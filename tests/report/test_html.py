@@ -116,6 +116,7 @@ def test_what_to_ship_is_said_and_drawn_first(page_of, open_page):
     page.wait_for_selector("#plot-size .scatterlayer .point")
     verdict = page.locator(".verdict").inner_text()
     assert "By size, " in verdict and "By speed on cpu (2 cores), " in verdict
+    assert "At W4A4 hadamard stays closest to the float model" in page.locator("#conclusions").inner_text()
     assert page.locator("#front tbody tr").count() >= 2
     assert page.locator("#plot-size .textpoint text").count() >= 2, "points have their names"
     page.select_option("#metric", "torchmetrics/fid_judge")

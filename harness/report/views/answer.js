@@ -6,6 +6,7 @@ views.answer = {
     const its = group(), metric = its.metrics.some(each => each.name === state.metric) ? state.metric : its.metric;
     section.replaceChildren(el("div", {class: "controls"}, pickGroup(),
       pick("quality by", its.metrics.map(({name, title}) => [name, title]), metric, value => { remember({metric: value}); show(); }, "metric")));
+    if (its.conclusions.length) section.append(el("div", {class: "conclusions", id: "conclusions"}, its.conclusions.map(said => el("p", {}, said))));
     const answers = its.answers[metric] || [];
     if (!answers.length) section.append(el("p", {class: "empty", id: "no-front"}, its.metrics.length ? "This metric ranks nobody, or no quantized run ended with it." : "None of these runs ended with a metric."));
     if (answers.length) section.append(el("div", {class: "verdict"}, answers.map(each => el("p", {}, each.sentences.join(" ")))));
