@@ -39,7 +39,7 @@ def printed(groups: Sequence[Group], width: int | None = None) -> str:
     """As they stand under a table in a terminal, WIDTH columns at most; "" where there are none."""
     width = min(width or WIDTH, WIDTH)
     said = [(group, found) for group in groups if (found := conclusions(group))]
-    lines = [HEAD] if said else []
+    lines = textwrap.wrap(HEAD, width) if said else []
     for group, found in said:
         if len(groups) > 1:
             lines.append(textwrap.shorten(group.label, width, placeholder="…"))
