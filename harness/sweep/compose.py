@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
@@ -103,6 +104,13 @@ def groups(beside: Iterable[Path] = ()) -> dict[str, list[str]]:
     found["method"] = sorted(registry.known_methods())
     found["bits"] = [*all_labels(), MIXED]
     return found
+
+
+def default_choices() -> dict[str, str]:
+    """{configuration group: what is chosen where nothing is said}, as `conf/config.yaml` has it."""
+    listed = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    chosen = [each for each in listed if isinstance(each, dict)]
+    return {group: name for each in chosen for group, name in each.items() if name and "override " not in group}
 
 
 def search_path() -> list[str]:
