@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import NoReturn
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.common.paths import no_folder
+from ditbench.harness.common.paths import checked, no_folder
 
 MOST = 1_000_000
 CONFIG_DIR = ("--config-dir", "-cd")  # as Hydra calls it
+SEARCH_PATH = "hydra.searchpath"
 
 
-def own_folders(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What is left of the arguments, and the folders that --config-dir names.
+def own_folders(arguments: list[str]) -> tuple[list[str], list[str | Path]]:
+    """What is left of the arguments, and the folders that --config-dir and hydra.searchpath name.
 
     Raises:
-        UserError: --config-dir without a folder.
+        UserError: --config-dir without a folder; a folder or package of hydra.searchpath that is none.
     """
-    left, folders = [], []
+    left: list[str] = []
+    folders: list[str | Path] = []
     waiting = iter(arguments)
     for argument in waiting:
         name, equals, value = argument.partition("=")
+        if name == SEARCH_PATH and equals:
+            folders += _searched(argument)
+            continue
         if name not in CONFIG_DIR:
             left.append(argument)
             continue
@@ -33,6 +39,30 @@ def own_folders(arguments: list[str]) -> tuple[list[str], list[str]]:
             raise UserError("--config-dir: of which folder?")
         folders.append(folder)
     return left, folders
+
+
+def _searched(argument: str) -> list[Path]:
+    """The folders of hydra.searchpath=[file://FOLDER,pkg://PACKAGE]."""
+    from ditbench.harness.sweep.overrides import parsed  # here: it takes Hydra, which few commands need
+
+    value = parsed([argument])[0].value()
+    found = []
+    for each in map(str, value if isinstance(value, list) else [value]):
+        kind, colon, place = each.partition("://")
+        if not colon or kind not in ("file", "pkg"):
+            raise UserError(f"{SEARCH_PATH} {each}: write file://FOLDER or pkg://PACKAGE")
+        found.append(checked(_folder_of_package(place) if kind == "pkg" else place, SEARCH_PATH))
+    return found
+
+
+def _folder_of_package(name: str) -> Path:
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{SEARCH_PATH} pkg://{name}: there is no such package")
+    return Path(spec.submodule_search_locations[0])
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.plugins import folder_of, points
 
 HARNESS = Path(__file__).resolve().parents[1]
 CONF = HARNESS.parent / "conf"
+MODELS = "ditbench.models"  # entry points: model families and configurations of other packages
 PAPERS = CONF.parent / "results" / "papers"  # reported numbers, shipped; a user's own results lie in ./results/runs
 
 _own: ContextVar[tuple[Path, ...]] = ContextVar("a user's folders of configurations", default=())
@@ -19,9 +23,9 @@ _own: ContextVar[tuple[Path, ...]] = ContextVar("a user's folders of configurati
 def options(group: str, beside: Iterable[Path] = ()) -> list[Path]:
     """The files of a configuration group that can be chosen; those whose names begin with _ are what others share.
 
-    beside: more folders like `conf/`; those of `configurations_in` are looked at anyway.
+    beside: more folders like `conf/`; those of `configurations_in` and of other packages are looked at anyway.
     """
-    folders = dict.fromkeys((CONF, *own_configurations(), *beside))
+    folders = dict.fromkeys((CONF, *configurations_outside(), *beside))
     found = (path for folder in folders for path in _files(folder, group) if not path.stem.startswith("_"))
     return sorted(found, key=lambda path: path.stem)
 
@@ -29,6 +33,26 @@ def options(group: str, beside: Iterable[Path] = ()) -> list[Path]:
 def own_configurations() -> tuple[Path, ...]:
     """The folders of `configurations_in`, absolute."""
     return _own.get()
+
+
+def configurations_outside() -> tuple[Path, ...]:
+    """The user's folders, then those of installed packages."""
+    return tuple(dict.fromkeys((*own_configurations(), *_of_packages())))
+
+
+@cache
+def _of_packages() -> tuple[Path, ...]:
+    """The folder `conf` beside each module that is an entry point of `ditbench.models`. One that cannot be used is said once."""
+    found = []
+    for point in points(MODELS):
+        folder = folder_of(point)
+        if folder is None or not (folder / CONF.name).is_dir():
+            continue
+        try:
+            found.append(checked(folder / CONF.name, f"model {point.name!r} of {point.module}"))
+        except UserError as error:
+            print(f"ditbench: {error}; its configurations are left out", file=sys.stderr, flush=True)
+    return tuple(found)
 
 
 @contextmanager

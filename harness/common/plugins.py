@@ -1,4 +1,4 @@
-"""Methods and metrics of other packages, found by their entry points. One that is broken is named and left out."""
+"""Methods, metrics and models of other packages, found by their entry points. One that is broken is named and left out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from ditbench.harness.common.errors import UserError, first_words
@@ -31,7 +32,7 @@ def load_plugins(
 
     kind: what an entry point of this group is called in that line. undo: what a broken one may have left behind.
     """
-    for point in _points(group):
+    for point in points(group):
         try:
             take(point.name, point.load())
         except (Exception, SystemExit) as error:
@@ -41,8 +42,17 @@ def load_plugins(
             print(f"ditbench: {broken[point.name]}", file=sys.stderr, flush=True)
 
 
-def _points(group: str) -> Iterator[EntryPoint]:
+def points(group: str) -> Iterator[EntryPoint]:
     yield from sorted(entry_points(group=group), key=lambda point: (point.name, point.value))
+
+
+def folder_of(point: EntryPoint) -> Path | None:
+    """Of the package, or beside the file, that an entry point names, which is not imported (a package around it is)."""
+    try:
+        spec = find_spec(point.module)
+    except Exception:  # whatever its parent package does when it is imported
+        return None
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def _why(error: BaseException) -> str:

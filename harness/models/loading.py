@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -16,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditbench.harness.common.errors import UserError, first_words, unknown_name
-from ditbench.harness.common.imports import importing
+from ditbench.harness.common.errors import UserError, first_words
 from ditbench.harness.models.base import Adapter, LoadedModel, ModelSpec, fingerprint_of
 from ditbench.harness.models.bounded import bounded
 from ditbench.harness.models.checkpoint import FILE, FOLDER, LACKS, AnotherFamily, Checkpoint, Place, locate
@@ -25,23 +22,13 @@ from ditbench.harness.models.checkpoint_files import CONFIG, FETCH_AGAIN, FLOAT_
 from ditbench.harness.models.checkpoint_parts import check_pipeline
 from ditbench.harness.models.heard import NOT_WHOLE, listening, refuse_left_out, refuse_made_up
 from ditbench.harness.models.identity import parts_of, parts_of_adapters, parts_of_random
+from ditbench.harness.models.known_families import family, family_part
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.lora import files, fuse, loras
 from ditbench.harness.models.zoo import WEIGHTS
 
 # What a transformer's class raises for arguments that it was not written for.
 NOT_MADE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
-
-
-def family(name: str) -> Adapter:
-    import ditbench.harness.models.families as package
-
-    families = {m.name for m in pkgutil.iter_modules(package.__path__)}
-    if name not in families:
-        raise unknown_name("model family", name, families)
-    with importing():
-        module = importlib.import_module(f"ditbench.harness.models.families.{name}")
-    return getattr(module, "FAMILY", module)  # type: ignore[return-value]
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -58,7 +45,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             _refuse_of_random(spec)
             with _private_seed(spec.seed):
                 pipe = random_pipeline(adapter, spec, dtype)
-            parts = parts_of_random(spec.family, spec.random, spec.seed)
+            parts = random_parts(spec)
         else:
             checkpoint = found_checkpoint(spec, adapter)
             wanted = loras(spec.lora)
@@ -68,7 +55,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             check_pipeline(pipe, adapter.CONDITION)
             for lora, file in adapters:
                 fuse(pipe, lora, file)
-            parts = _parts(adapter, checkpoint, [file for _, file in adapters])
+            parts = _parts(spec, adapter, checkpoint, [file for _, file in adapters])
         if spec.fuse_qkv:
             fuse_qkv(pipe.transformer)
         check_only_one_denoises(pipe)
@@ -112,18 +99,25 @@ def fingerprint_without_loading(spec: ModelSpec) -> str:
     with of_model(spec.name):
         if spec.random is not None:
             _refuse_of_random(spec)
-            return fingerprint_of(spec, parts_of_random(spec.family, spec.random, spec.seed))
+            return fingerprint_of(spec, random_parts(spec))
         return fingerprint_of(spec, parts_on_disk(spec, adapter, found_checkpoint(spec, adapter)))
 
 
 def parts_on_disk(spec: ModelSpec, adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
     """The hash of each part that would be loaded. Raises UserError: one is not on this machine."""
-    return _parts(adapter, checkpoint, files(loras(spec.lora), local_only=True))
+    return _parts(spec, adapter, checkpoint, files(loras(spec.lora), local_only=True))
 
 
-def _parts(adapter: Adapter, checkpoint: Checkpoint, adapters: list[Path]) -> dict[str, str]:
+def random_parts(spec: ModelSpec) -> dict[str, str]:
+    """What random weights are drawn from, and by whom."""
+    assert spec.random is not None
+    return parts_of_random(spec.family, spec.random, spec.seed) | family_part(spec.family)
+
+
+def _parts(spec: ModelSpec, adapter: Adapter, checkpoint: Checkpoint, adapters: list[Path]) -> dict[str, str]:
     folders = getattr(adapter, "folders", None)
-    return parts_of(checkpoint, folders and folders(checkpoint)) | parts_of_adapters(adapters)
+    loaded = parts_of(checkpoint, folders and folders(checkpoint))
+    return loaded | parts_of_adapters(adapters) | family_part(spec.family)
 
 
 def adapter_of(spec: ModelSpec) -> Adapter:

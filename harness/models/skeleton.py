@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.base import LoadedModel, ModelSpec
 from ditbench.harness.models.checkpoint import CONFIG, FILE, FOLDER, INDEX, TRANSFORMER, Checkpoint
-from ditbench.harness.models.identity import local_folder, named_parts, parts_of_random, read_config, transformer_folder
+from ditbench.harness.models.identity import local_folder, named_parts, read_config, transformer_folder
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.loading import (
     adapter_of,
@@ -30,6 +30,7 @@ from ditbench.harness.models.loading import (
     of_model,
     parts_on_disk,
     quiet_libraries,
+    random_parts,
     random_pipeline,
 )
 from ditbench.harness.models.macs import on_meta
@@ -54,7 +55,7 @@ def _bare(spec: ModelSpec) -> LoadedModel:
     if spec.random is not None:
         with WeightsOnMeta():
             pipe = random_pipeline(adapter, spec, dtype, weightless=True)
-        parts, extras = parts_of_random(spec.family, spec.random, spec.seed), {}
+        parts, extras = random_parts(spec), {}
     else:
         checkpoint = found_checkpoint(spec, adapter)
         parts, extras = parts_on_disk(spec, adapter, checkpoint), beside(checkpoint)

@@ -16,7 +16,7 @@ from ditbench.harness.common.paths import CONF
 from ditbench.harness.common.type_checks import check_types
 from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import ModelSpec, Sampler
-from ditbench.harness.models.loading import family
+from ditbench.harness.models.known_families import family
 from ditbench.harness.models.lora import loras
 from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, WIDTHS, Bits, MixedBits, QuantSpec, parse_label
 from ditbench.harness.records.attempts import experiment_folder

@@ -15,7 +15,7 @@ from ditbench.harness.build.offload import MEMORY
 from ditbench.harness.common.errors import UserError, shortened, unknown_name
 from ditbench.harness.common.paths import no_folder
 from ditbench.harness.models.base import OUTLIERS
-from ditbench.harness.models.loading import family
+from ditbench.harness.models.known_families import family
 from ditbench.harness.records.sweeps import STAMP
 from ditbench.harness.records.trackers import known_trackers
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ditbench.harness.common.errors import UserError, reason
-from ditbench.harness.common.paths import CONF, checked, options, own_configurations
+from ditbench.harness.common.paths import CONF, checked, configurations_outside, options
 from ditbench.harness.common.watch import say
 from ditbench.harness.fitting import registry
 from ditbench.harness.quant.spec import MIXED, all_labels, parse_label
@@ -105,9 +106,16 @@ def groups(beside: Iterable[Path] = ()) -> dict[str, list[str]]:
     return found
 
 
+def default_choices() -> dict[str, str]:
+    """{configuration group: what is chosen where nothing is said}, as `conf/config.yaml` has it."""
+    listed = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    chosen = [each for each in listed if isinstance(each, dict)]
+    return {group: name for each in chosen for group, name in each.items() if name and "override " not in group}
+
+
 def search_path() -> list[str]:
-    """The override that has Hydra look into a user's folders of configurations, too."""
-    escaped = [str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in own_configurations()]
+    """The override that has Hydra look into the folders of a user's and of other packages' configurations, too."""
+    escaped = [str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in configurations_outside()]
     listed = ",".join(f"'{FILE}{folder}'" for folder in escaped)
     return [f"{SEARCH_PATH}=[{listed}]"] if escaped else []
 
@@ -116,8 +124,10 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Raise UserError for what is no override, and for a choice that no group has, before any run of a sweep has started."""
     parsed = checks.parsed(overrides)
     searched = [str(item) for o in parsed if o.key_or_group == SEARCH_PATH for item in o.value() or ()]
-    if searched and own_configurations():
-        raise UserError(f"{SEARCH_PATH} and --config-dir: give one of them; --config-dir may be given several times")
+    if searched and search_path():
+        raise UserError(
+            f"{SEARCH_PATH}: --config-dir or a package names folders already; name this one by --config-dir, too"
+        )
     of_files = [each.removeprefix(FILE) for each in searched if each.startswith(FILE)]
     known = groups(checked(each, SEARCH_PATH) for each in of_files)
     if len(of_files) == len(searched):  # else Hydra alone knows what a package holds
@@ -161,7 +171,7 @@ def _explained(error: Exception) -> UserError:
         node, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
         if isinstance(node, DictConfig) and key is not None and "not in struct" in str(cause):
             section = str(getattr(cause, "full_key", key)).rpartition(".")[0]
-            return checks.unknown_setting(str(key), map(str, node), section, _settings_of(node))
+            return checks.unknown_setting(str(key), map(str, node), section, _settings_of(node), _method_of(node))
         if isinstance(cause, OverrideParseException):
             return checks.not_an_override(cause)
         if str(cause).startswith("Ambiguous value for argument"):
@@ -173,6 +183,10 @@ def _explained(error: Exception) -> UserError:
     said = str(chain[-1]).strip().split("\n")[0] or str(error).split("\n")[0]
     where = str(getattr(chain[-1], "full_key", None) or getattr(error, "full_key", None) or "")
     return UserError(f"{where}: {said}" if where and where not in said else said)
+
+
+def _method_of(node: DictConfig) -> str | None:
+    return OmegaConf.select(node._get_root(), "method.name")
 
 
 def _settings_of(node: DictConfig) -> list[str]:

@@ -109,13 +109,32 @@ def for_a_shell(text: str) -> str:
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
-def unknown_setting(name: str, beside: Iterable[str], section: str, everywhere: Iterable[str]) -> UserError:
-    """no setting 'n'; did you mean protocol.n or calibration.n? everywhere: the names, with dots, of all settings there are."""
-    same = [each for each in everywhere if each.rpartition(".")[2] == name]
-    kind = f"setting of {section}" if section else "setting"
-    if not same:
-        return unknown_name(kind, name, beside)
-    return UserError(f"no {kind} {name!r}; did you mean {' or '.join(same)}?")
+def unknown_setting(
+    name: str, beside: Iterable[str], section: str, everywhere: Iterable[str], method: str | None = None
+) -> UserError:
+    """no setting 'n'; did you mean protocol.n or calibration.n?
+
+    section: where it was looked for, "" at the top; beside: what is there. everywhere: the names, with dots, of all settings there are.
+    method: of the configuration, which is named where it is the method that has no such setting.
+    """
+    beside, everywhere = sorted(beside), list(everywhere)
+    said = f"no {f'setting of {section}' if section else 'setting'} {name!r}"
+    in_section = [f"{section}.{each}" if section else each for each in beside]
+    last = {each: each.rpartition(".")[2] for each in everywhere}
+    meant = _close(name, dict(zip(in_section, beside, strict=True)), 0.75)
+    meant = meant or [each for each in everywhere if last[each] == name]
+    meant = meant or _close(name, last, 0.7) or _close(name, dict(zip(in_section, beside, strict=True)), 0.5)
+    guess = f"did you mean {' or '.join(meant)}? " if meant else ""
+    whose = f"method={method} has" if section == "method" and method else "known:"
+    if meant and meant[0] not in in_section:
+        return UserError(f"{said}; {guess.strip()}")
+    return UserError(f"{said}; {guess}{whose} {', '.join(beside)}")
+
+
+def _close(name: str, names: Mapping[str, str], least: float) -> list[str]:
+    """Of {setting: its last part} those whose last part is spelled much like the name."""
+    found = difflib.get_close_matches(name, set(names.values()), n=1, cutoff=least)
+    return [each for each, last in names.items() if found and last == found[0]]
 
 
 def _check(override: Override, known: Mapping[str, Iterable[str]], intervals: bool) -> None:

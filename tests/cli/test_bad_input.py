@@ -11,7 +11,7 @@ from ditbench.harness.common.errors import UserError
 
 # (arguments of `ditbench run`, what the message must say): all found before anything runs.
 REFUSALS = [
-    ("metohd=rtn", "no setting 'metohd'", "did you mean 'method'?"),
+    ("metohd=rtn", "no setting 'metohd'", "did you mean method?"),
     ("method=smoothqant", "no method 'smoothqant'", "did you mean 'smoothquant'?", "quarot"),
     ("model=tiny_dit", "no model 'tiny_dit'", "did you mean 'tiny-dit'?"),
     ("bits=w9a4", "bits=w9a4", "weights cannot have 9 bits", "2 to 8, or 16"),
@@ -28,7 +28,7 @@ REFUSALS = [
     ("~tracker", "~tracker: nothing can be left out"),
     ("metrics.names=null", "metrics.names must be a list, got None; write metrics.names=[]"),
     ("tracker=wandbb", "no tracker 'wandbb'", "did you mean 'wandb'?"),
-    ("method=smoothquant method.strenght=0.5", "setting of method 'strenght'", "did you mean 'strength'?"),
+    ("method=smoothquant method.strenght=0.5", "setting of method 'strenght'", "did you mean method.strength?"),
     ("bits.weight.symetric=true", "bits.weight 'symetric'", "did you mean 'symmetric'?"),
     ("method=smoothquant +method.alpha=0.5", "parameter of method smoothquant 'alpha'", "known: floor, strength"),
     ("method=smoothquant method.strength=2", "strength must be in [0, 1], got 2"),
@@ -103,7 +103,7 @@ def test_a_wrong_choice_or_value_is_refused_before_anything_runs(run, tmp_path, 
         ("method=rtn,smoothqant", "did you mean 'smoothquant'?"),
         ("bits=w8a8,w9a4", "weights cannot have 9 bits"),
         ("model=tiny-dit,tiny-dot", "did you mean 'tiny-dit'?"),
-        ("method=rtn,smoothquant method.strength=0.6", "no setting of method 'strength'"),
+        ("method=rtn,smoothquant method.strength=0.6", "no setting of method 'strength'; method=rtn has form, name"),
     ],
 )
 def test_in_a_sweep_a_wrong_name_is_found_before_the_first_run(run, tmp_path, arguments, word):

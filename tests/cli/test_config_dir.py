@@ -45,6 +45,15 @@ def test_a_model_of_ones_own_runs(how, folder, ditbench):
     assert record_in(folder.parent / "out")["model"] == "mytiny"
 
 
+def test_a_folder_may_be_a_package_s_and_stand_beside_others(folder, ditbench, tmp_path, monkeypatch):
+    (tmp_path / "theirs" / "model").mkdir(parents=True)
+    (tmp_path / "theirs" / "__init__.py").touch()
+    (tmp_path / "theirs" / "model" / "another.yaml").write_text(MODEL.replace("name: tiny-dit", "name: another"))
+    monkeypatch.syspath_prepend(tmp_path)
+    listed = ditbench("list", "models", "--config-dir", str(folder), "hydra.searchpath=[pkg://theirs]")
+    assert "mytiny" in listed.out and "another" in listed.out
+
+
 def test_every_command_knows_it(folder, ditbench):
     listed = ditbench("list", "models", "--config-dir", str(folder))
     assert "mytiny" in listed.out and "Mine: the digits" in listed.out and "tiny-dit" in listed.out
@@ -63,7 +72,8 @@ def test_every_command_knows_it(folder, ditbench):
         (["--config-dir"], "--config-dir: of which folder?"),
         (["--config-dir", "it's mine/model"], "--config-dir it's mine/model: none of bits, "),
         (["hydra.searchpath=['file://absent']"], "hydra.searchpath absent: there is no such folder"),
-        (["--config-dir", "it's mine", "hydra.searchpath=['pkg://x']"], "give one of them"),
+        (["hydra.searchpath=['pkg://no.such']"], "hydra.searchpath pkg://no.such: there is no such package"),
+        (["hydra.searchpath=[absent]"], "write file://FOLDER or pkg://PACKAGE"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_named(arguments, said, folder, ditbench):

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.models.base import RESCALED, ModelSpec
-from ditbench.harness.models.loading import family
+from ditbench.harness.models.known_families import family
 from ditbench.harness.samples.conditions import PROMPTS
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.sweep import compose

@@ -18,8 +18,9 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.conformance import DYNAMIC
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
 from ditbench.harness.models.families.hunyuan_dit import in_the_models_dtype
+from ditbench.harness.models.known_families import family
 from ditbench.harness.models.layers import fuse_qkv
-from ditbench.harness.models.loading import family, load_model
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.models.macs import count_macs
 from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.layer_names import aliases, fused_layers

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditbench.harness.models import macs as counting
 from ditbench.harness.models.base import LoadedModel, ModelSpec
-from ditbench.harness.models.loading import family
+from ditbench.harness.models.known_families import family
 from ditbench.harness.models.macs import count_macs, on_meta
 from ditbench.harness.quant.target import QUANTIZABLE
 

@@ -9,7 +9,8 @@ import yaml
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.models.base import ModelSpec, Sampler
-from ditbench.harness.models.loading import family, load_model
+from ditbench.harness.models.known_families import family
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.models.transformer_only import TransformerOnly
 from ditbench.harness.samples.conditions import Conditions
 

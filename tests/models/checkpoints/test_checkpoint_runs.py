@@ -15,8 +15,9 @@ from ditbench.harness.build.export import load_quantized, read_recipe
 from ditbench.harness.cli.export import export_run
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import conditions
+from ditbench.harness.models.known_families import family
 from ditbench.harness.models.layers import fuse_qkv
-from ditbench.harness.models.loading import family, load_model
+from ditbench.harness.models.loading import load_model
 from ditbench.harness.records.drawn_samples import samples_of
 from ditbench.harness.records.record import Record
 from ditbench.harness.run import run
