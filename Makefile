@@ -18,7 +18,7 @@ newest_cpu_build = $(PIP) index versions torch $(1) 2>/dev/null | tr -s ' ,' '\n
 # Its sweep prints the table; of the report only the last line is shown, which is the page's path.
 demo: install
 	@echo 'How fast: two of the 28 blocks of DiT-XL/2 in their true width (random weights)'
-	$(BIN)/ditbench bench model=dit-xl-2-256-random model.random.num_layers=2 --formats w8a8 w4a8 --modes eager --batches 2 results_dir=outputs
+	$(BIN)/ditbench bench model=dit-xl-2-256-random model.random.num_layers=2 results_dir=outputs --formats w8a8 w4a8 --modes eager --batches 2
 	@echo 'How good: a small model that draws digits'
 	$(BIN)/ditbench run experiment=demo
 	@$(BIN)/ditbench report --experiment demo --format html > $(VENV)/report.txt && tail -n 1 $(VENV)/report.txt

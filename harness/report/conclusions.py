@@ -7,6 +7,7 @@ there is nothing to compare nothing is said.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -50,7 +51,7 @@ def printed(groups: Sequence[Group], width: int | None = None) -> str:
 def plain_name(group: Group, metric: str) -> str:
     """FID for torchmetrics/fid_judge: the word that papers use, where there is one."""
     name = compare.short_names(group.metrics)[metric]
-    return PLAIN.get(metric.rsplit("/", 1)[-1].partition("_")[0], name)
+    return PLAIN.get(re.sub("_(judge|alex|vgg)$", "", metric.rsplit("/", 1)[-1]), name)
 
 
 def _closest(group: Group) -> str:
@@ -65,12 +66,13 @@ def _closest(group: Group) -> str:
     if not ranks.behind:
         said = f"At {contest.label} the tests do not tell {_and(ranks.best)} apart in {name}"
         return "; ".join(filter(None, (said, collapsed))) + "."
-    of = {group.run_names[place]: value(group.records[place], metric) for place in contest.places}
+    of = {group.run_names[place]: value(group.records[place], metric) for place in reversed(contest.places)}
     better = compare.better(group, metric)
     order = sorted(ranks.best, key=lambda run: of[run], reverse=better == "higher")
     best = f"{order[0]} stays" if len(order) == 1 else f"{_and(order)} stay"
     tied = ", not told apart" if len(order) > 1 else ""
-    said = [f"At {contest.label} {best} closest to the float model ({_valued(group, metric, of[order[0]])}{tied})"]
+    values = _valued(group, metric, *(of[run] for run in order))
+    said = [f"At {contest.label} {best} closest to the float model ({values}{tied})"]
     said += [behind] if (behind := _furthest(group, metric, contest, order[0], ranks.behind, of)) else []
     return "; ".join([*said, *([collapsed] if collapsed else [])]) + "."
 
@@ -218,9 +220,11 @@ def _by_label(tests: Sequence[paired.Comparison]) -> str:
     return ", ".join(f"{_and(names)} at {label}" for label, names in by.items())
 
 
-def _valued(group: Group, metric: str, x: float | None) -> str:
+def _valued(group: Group, metric: str, *values: float | None) -> str:
+    """PSNR 25.00 and 24.91 dB."""
     unit = f" {_unit(group, metric)}" if _unit(group, metric) else ""
-    return f"{plain_name(group, metric)} {number(x, decimals_for(group, metric))}{unit}"
+    numbers = [number(x, decimals_for(group, metric)) for x in values]
+    return f"{plain_name(group, metric)} {_and(numbers)}{unit}"
 
 
 def _unit(group: Group, metric: str) -> str:

@@ -63,6 +63,12 @@ def test_who_is_closest_and_how_far_the_last_is_behind_are_said_at_the_fewest_bi
     assert 0 < low < 7.0 < high
 
 
+def test_how_far_behind_is_positive_whichever_of_the_two_stands_first(say):
+    closest, *_ = say(("a", "W4A4", 20.0, 30.0, 250), ("b", "W4A4", 27.0, 30.0, 250))
+    low = float(closest.partition("a is 7.00 dB behind b [")[2].partition(",")[0])
+    assert 0 < low < 7.0
+
+
 def test_runs_that_nothing_tells_apart_are_called_so(say):
     closest, *_ = say(("a", "W4A4", 20.0, 30.0, 250), ("b", "W4A4", 20.0, 30.0, 250))
     assert closest == "At W4A4 the tests do not tell a and b apart in PSNR."
@@ -71,7 +77,7 @@ def test_runs_that_nothing_tells_apart_are_called_so(say):
 def test_of_two_that_are_tied_neither_is_called_closest(say):
     closest, *_ = say(("a", "W4A4", 25.0, 30.0, 250), ("b", "W4A4", 25.0, 30.0, 250), ("c", "W4A4", 20.0, 30.0, 250))
     assert closest.startswith(
-        "At W4A4 a and b stay closest to the float model (PSNR 25.00 dB, not told apart); c is 5.00 dB"
+        "At W4A4 a and b stay closest to the float model (PSNR 25.00 and 25.00 dB, not told apart); c is 5.00 dB"
     )
 
 
