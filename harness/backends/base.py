@@ -49,7 +49,12 @@ class Kernel(nn.Module):
 
 
 class FusedKernel(Kernel):
-    """A kernel that takes over what a QuantLinear does around it: transform, low-rank branch, bias and the cast back."""
+    """A kernel that takes over what a QuantLinear does around it: transform, low-rank branch, bias and the cast back.
+
+    activations: which of `activations.NUMBERS` it can end in as well; `layer` then takes one by the name of `activation`.
+    """
+
+    activations: frozenset[str] = frozenset()
 
     def layer(
         self,

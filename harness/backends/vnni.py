@@ -1,4 +1,4 @@
-"""Our own integer linear for x86 CPUs with AVX512-VNNI (`vnni.cpp`): int8 arithmetic on weights stored in 8 or 4 bits.
+"""Our own integer linear for x86 CPUs with AVX512-VNNI (`vnni_kernels/`): int8 arithmetic on weights stored in 8 or 4 bits.
 
 Activations of up to 8 bits are measured, scaled and rounded in one pass; 4-bit weights are unpacked a strip at a time into the
 product, so that memory is 4-bit and arithmetic int8; sums, zero points, scales and the cast are its epilogue. Integers are
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditbench.harness.backends.activations import NUMBERS, activate
 from ditbench.harness.backends.base import FusedKernel, Kernel, MachineLacks
 from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.backends.integers import act_lacks, not_integers, weight_lacks
@@ -38,8 +39,14 @@ SUMMARY = "W8 and W4 with activations of 2 to 8 bits in int8 on x86 CPUs with AV
 
 LIBRARY = "ditbench_vnni"
 OPERATORS = {f"{LIBRARY}::quantize_rows": "quantize activations", f"{LIBRARY}::linear": "integer product"}
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
+KERNELS = Path(__file__).parent / "vnni_kernels"
+# BF16 is for the attention alone, which calls it by name (`attention.lacks` asks the CPU).
+FLAGS = [
+    "-O3",
+    "-fopenmp",
+    "-ffp-contract=off",
+    *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16")),
+]
 LANES, DEPTH, MIDDLE = 16, 4, 128  # outputs of a panel, channels that one instruction sums, half the unsigned codes
 
 
@@ -70,6 +77,8 @@ def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
 
 class VnniKernel(FusedKernel):
     """Sums in int32, scales, bias and what follows in float32."""
+
+    activations = frozenset(name for name in NUMBERS if name)
 
     packed: Tensor
     scale_GO: Tensor
@@ -104,17 +113,25 @@ class VnniKernel(FusedKernel):
         transform: Transform | None,
         low_rank: tuple[Tensor, Tensor] | None,
         bias: StepTable | None,
+        activation: str | None = None,
     ) -> Tensor:
         moved = x if transform is None else transform(x.float(), step)
         if low_rank is None:
-            return self.product(moved, step, None if bias is None else bias.at(step).float(), x.dtype)
+            return self.product(moved, step, None if bias is None else bias.at(step).float(), x.dtype, activation)
         down_rC, up_Or = low_rank
         y = self.product(moved, step, None, torch.float32)
         y = y + linear(linear(moved.to(down_rC.dtype), down_rC), up_Or)
-        return (y if bias is None else y + bias.at(step)).to(x.dtype)
+        return activate(y if bias is None else y + bias.at(step), activation).to(x.dtype)
 
-    def product(self, x: Tensor, step: Tensor | None, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """x' (…, C) → x' · Ŵᵀ + bias in dtype."""
+    def product(
+        self,
+        x: Tensor,
+        step: Tensor | None,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        activation: str | None = None,
+    ) -> Tensor:
+        """x' (…, C) → activation(x' · Ŵᵀ + bias) in dtype."""
         x_MC = x.reshape(-1, x.shape[-1]).contiguous()
         rows_MC = x_MC if x_MC.dtype == torch.bfloat16 else x_MC.float()
         quantized = torch.ops.ditbench_vnni.quantize_rows(
@@ -129,7 +146,7 @@ class VnniKernel(FusedKernel):
         weight = (self.packed, self.bits, self.is_signed, self.outputs, self.channels)
         tables = (self.scale_GO, self.sum_GO, self.zero_point_GO)
         result = dtype if dtype == torch.bfloat16 else torch.float32
-        y_MO = torch.ops.ditbench_vnni.linear(*quantized, *weight, *tables, bias_O, result)
+        y_MO = torch.ops.ditbench_vnni.linear(*quantized, *weight, *tables, bias_O, NUMBERS[activation], result)
         return y_MO.to(dtype).reshape(*x.shape[:-1], -1)
 
     def given_affine(self, x: Tensor, step: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -160,19 +177,29 @@ def _panelled(table_OG: Tensor) -> Tensor:
 def load_extension() -> None:
     from torch.utils.cpp_extension import get_default_build_root, load
 
-    version = canonical_sha256([SOURCE.read_text(), FLAGS, torch.__version__, sys.version])[:12]
+    sources = sorted(KERNELS.glob("*.cpp"))
+    texts = [path.read_text() for path in (*sources, *sorted(KERNELS.glob("*.h")))]
+    version = canonical_sha256([texts, FLAGS, torch.__version__, sys.version])[:12]
     compiled = Path(get_default_build_root()) / f"{LIBRARY}-{version}.so"
     if compiled.exists():
         torch.ops.load_library(compiled)
     else:
-        print(f"ditbench: compiling {SOURCE.name} (once, {compiled} keeps it)", file=sys.stderr, flush=True)
+        print(f"ditbench: compiling {KERNELS.name} (once, {compiled} keeps it)", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            load(LIBRARY, [str(SOURCE)], extra_cflags=FLAGS, build_directory=folder, is_python_module=False)
+            load(
+                LIBRARY,
+                [str(path) for path in sources],
+                extra_cflags=FLAGS,
+                build_directory=folder,
+                is_python_module=False,
+            )
             with atomic_path(compiled) as part:
                 shutil.copy(Path(folder) / f"{LIBRARY}.so", part)
     torch.library.register_fake(f"{LIBRARY}::quantize_rows", _fake_quantize_rows)
     torch.library.register_fake(f"{LIBRARY}::linear", _fake_linear)
     torch.library.register_fake(f"{LIBRARY}::dequantize", _fake_dequantize)
+    torch.library.register_fake(f"{LIBRARY}::attention", _fake_attention)
+    torch.library.register_fake(f"{LIBRARY}::activate", lambda x, activation: torch.empty_like(x))
 
 
 def _fake_quantize_rows(x, scale, zero_point, groups, sum_groups, quant_max, symmetric, clip):
@@ -186,13 +213,32 @@ def _fake_quantize_rows(x, scale, zero_point, groups, sum_groups, quant_max, sym
 
 
 def _fake_linear(
-    codes, scale, offset, sum_, packed, bits, is_signed, outputs, channels, w_scale, w_sum, w_zero, bias, dtype
+    codes,
+    scale,
+    offset,
+    sum_,
+    packed,
+    bits,
+    is_signed,
+    outputs,
+    channels,
+    w_scale,
+    w_sum,
+    w_zero,
+    bias,
+    activation,
+    dtype,
 ):
     return scale.new_empty(len(codes), outputs, dtype=dtype)
 
 
 def _fake_dequantize(packed, bits, is_signed, scale, zero_point, dtype):
     return scale.new_empty(len(packed), packed.shape[1] * 8 // bits, dtype=dtype)
+
+
+def _fake_attention(q, k, v, mask, scale):
+    batch, heads, queries, width = q.shape
+    return q.new_empty(batch, queries, heads, width)
 
 
 def _find_ninja() -> None:

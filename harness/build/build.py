@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ditbench.harness.backends.base import AUTO
 from ditbench.harness.backends.few_rows import steady
 from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
+from ditbench.harness.build.fusion import fuse
 from ditbench.harness.build.layer import QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
 from ditbench.harness.build.offload import OFFLOAD, RESIDENT, chosen, offload
@@ -53,6 +54,7 @@ def build(
         set_submodule(model, name, layer.to(lies_on))
         trim()
     steady(model)
+    fuse(model, device, dtype)
     hang(model, block_folds(target, recipe, _transforms(recipe), dtype), clock, device)
     for name, attention in recipe.attention.items():
         set_processor(model, name, QuantAttnProcessor(to_device(attention, device), clock))

@@ -45,6 +45,7 @@ from ditbench.harness.build.export_checks import (
     expect,
     find,
 )
+from ditbench.harness.build.fusion import fuse
 from ditbench.harness.build.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
 from ditbench.harness.build.step_finder import Schedule, StepCounter, StepFinder
@@ -300,6 +301,7 @@ def _assembled(
         original = transformer.get_submodule(name)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
     steady(model)
+    fuse(model, device, dtype)
     folds = {name: decode(each, tensors, f"folds/{name}") for name, each in described["folds"].items()}
     for name, of_block in folds.items():
         check_folds(f"folds/{name}", of_block, find(f"folds/{name}", transformer, name), clock.num_steps)

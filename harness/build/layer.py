@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditbench.harness.backends.activations import activate
 from ditbench.harness.backends.base import AUTO, FusedKernel, choose
 from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.quant.effective import EffectiveLinear
@@ -18,7 +19,7 @@ from ditbench.harness.quant.transforms import Transform
 
 
 class QuantLinear(nn.Module):
-    """y = kernel(transform(x)) + low-rank branch + bias, in the dtype of x.
+    """y = activation(kernel(transform(x)) + low-rank branch + bias), in the dtype of x.
 
     Args:
         recipe: of the layer.
@@ -60,12 +61,16 @@ class QuantLinear(nn.Module):
             self.register_buffer("up_Or", recipe.low_rank.up_Or.to(dtype))
         self.has_low_rank = recipe.low_rank is not None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """activation: of `backends/activations.py`, applied before the cast."""
         step = self.clock.step
         dtype = x.dtype
         if isinstance(self.kernel, FusedKernel):
             low_rank = (self.down_rC, self.up_Or) if self.has_low_rank else None
-            return self.kernel.layer(x, step, self.transform, low_rank, self.bias)
+            around = (self.transform, low_rank, self.bias)
+            if activation in self.kernel.activations:
+                return self.kernel.layer(x, step, *around, activation=activation)  # type: ignore[call-arg]
+            return activate(self.kernel.layer(x, step, *around), activation).to(dtype)
         if self.transform is not None:
             x = self.transform(x if dtype == torch.float64 else x.float(), step)
         y = self.kernel(x, step)
@@ -73,7 +78,7 @@ class QuantLinear(nn.Module):
             y = y + linear(linear(x.to(self.down_rC.dtype), self.down_rC), self.up_Or)
         if self.bias is not None:
             y += self.bias.at(step)
-        return y.to(dtype)
+        return activate(y, activation).to(dtype)
 
 
 class RangedLinear(nn.Module):
@@ -93,8 +98,8 @@ class RangedLinear(nn.Module):
     def of_range(self, index: int) -> QuantLinear:
         return self.variants[self.variant_of_range[index]]  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.of_range(self.clock.range)(x)
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        return self.of_range(self.clock.range)(x, activation)
 
     def _hold_once(self) -> None:
         kept: dict[str, list[Tensor]] = {}

@@ -88,5 +88,5 @@ def _files(room: str) -> Iterator[Path]:
         yield place
         return
     assert place.is_dir(), f"no room {room}"
-    for kind in ("*.py", "*.cpp"):
+    for kind in ("*.py", "*.cpp", "*.h"):
         yield from place.rglob(kind)

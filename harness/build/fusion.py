@@ -1,0 +1,80 @@
+"""What stands around the products of a quantized model is computed by kernels of ours, where the device has them.
+
+Attention: whatever processor a family has ends in `F.scaled_dot_product_attention`; inside of attention modules, and nowhere else,
+that name means our kernel. Activations behind a quantized layer become the end of its product.
+
+The float model is left as it is: it is what speed and samples are compared with.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GELU, LinearActivation
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ditbench.harness.backends import vnni
+from ditbench.harness.backends.activations import GELU_TANH, SILU
+from ditbench.harness.backends.attention import attention, lacks
+from ditbench.harness.build.layer import QuantLinear, RangedLinear
+
+
+def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """In place. device: where the model computes."""
+    rounds = any(isinstance(module, QuantLinear) and module.rounds for module in model.modules())
+    if not rounds or device.type != "cpu" or dtype != torch.bfloat16:
+        return
+    if lacks() is None:
+        fuse_attention(model)
+    if vnni._cpu_lacks() is None:
+        fuse_activations(model)
+
+
+class OurAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        called = attention if func is F.scaled_dot_product_attention else func
+        return called(*args, **(kwargs or {}))
+
+
+@cache
+def with_our_attention(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same kind of module, whose forward runs under `OurAttention`."""
+    original = kind.forward  # by its own name: a compiler does not follow `kind.forward`
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with OurAttention():
+            return original(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": kind.__module__})
+
+
+def fuse_attention(model: nn.Module) -> None:
+    """Attention modules are what diffusers gives a processor."""
+    for module in model.modules():
+        if hasattr(module, "processor") and hasattr(module, "set_processor"):
+            module.__class__ = with_our_attention(type(module))  # type: ignore[arg-type]
+
+
+class FusedGELU(GELU):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.proj(hidden_states, GELU_TANH)
+
+
+class FusedSiLU(LinearActivation):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.proj(hidden_states, SILU)
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Those of feed-forward layers whose first projection is quantized. GELU: in the form that has a tanh."""
+    for module in model.modules():
+        if not isinstance(getattr(module, "proj", None), QuantLinear | RangedLinear):
+            continue
+        if type(module) is GELU and module.approximate == "tanh":
+            module.__class__ = FusedGELU
+        elif type(module) is LinearActivation and isinstance(module.activation, nn.SiLU):
+            module.__class__ = FusedSiLU

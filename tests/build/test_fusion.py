@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GELU, LinearActivation
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from ditbench.harness.backends import vnni
+from ditbench.harness.backends.attention import lacks
+from ditbench.harness.build import fusion
+from ditbench.harness.build.build import build, float_copy
+from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
+from ditbench.harness.quant.spec import QuantSpec
+
+WEIGHT, ACT = QuantSpec(8, "per_channel"), QuantSpec(8, "per_token", dynamic=True)
+needs_kernel = pytest.mark.skipif(lacks() is not None, reason=str(lacks()))
+
+
+def quantized(model, backend: str = "auto", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    target = model.target()
+    layers = {
+        n: LayerRecipe(weight=quantize_weight(target.weight(n), WEIGHT), act=ActQuant(ACT)) for n in target.layers
+    }
+    return build(target, ModelRecipe(layers), dtype=dtype, backend=backend)
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[torch.Size]:
+    """The shapes of the queries that came to our attention."""
+    found: list[torch.Size] = []
+
+    def noted(query, *args, **kwargs):
+        found.append(query.shape)
+        return original(query, *args, **kwargs)
+
+    original = fusion.attention
+    monkeypatch.setattr(fusion, "attention", noted)
+    return found
+
+
+@needs_kernel
+def test_a_quantized_model_runs_it_in_every_block_and_the_float_model_nowhere(small_model, calls):
+    inputs = small_model.step_inputs(2, torch.device("cpu"))
+    inputs = {n: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in inputs.items()}
+    with torch.no_grad():
+        float_copy(small_model.target(), dtype=torch.bfloat16)(**inputs)
+        assert calls == []
+        quantized(small_model)(**inputs)
+    assert len(calls) == len(small_model.target().blocks)
+
+
+@needs_kernel
+def test_a_simulated_model_and_a_real_one_give_the_same_bits(small_model):
+    """Both run it, so that parity is of the layers alone."""
+    inputs = small_model.step_inputs(3, torch.device("cpu"))
+    inputs = {n: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in inputs.items()}
+    with torch.no_grad():
+        real, simulated = (quantized(small_model, backend)(**inputs).sample for backend in ("vnni", "simulate"))
+    assert torch.equal(real, simulated)
+
+
+@needs_kernel
+def test_outside_of_attention_modules_the_name_means_torchs(small_model, calls):
+    module = attentions(quantized(small_model))[0]
+    x = torch.randn(1, 16, 48).bfloat16()
+    with torch.no_grad():
+        module(x)
+        q = x.unflatten(-1, (2, 24)).transpose(1, 2)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert len(calls) == 1
+
+
+@needs_kernel
+def test_it_is_still_an_attention_module_and_a_copy_is_whole(small_model):
+    module = attentions(quantized(small_model))[0]
+    copied, x = copy.deepcopy(module), torch.randn(1, 16, 48).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(copied(x), module(x))
+        copied.to_q = copied.to_k
+        assert not torch.equal(copied(x), module(x))
+
+
+@needs_kernel
+def test_it_compiles_without_a_graph_break(small_model):
+    module, x = attentions(quantized(small_model))[0], torch.randn(2, 16, 48).bfloat16()
+    with torch.no_grad():
+        run = torch.compile(lambda x: module(x), backend="aot_eager", fullgraph=True)
+        assert torch.equal(run(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_other_dtypes_nothing_changes(small_model, dtype):
+    assert all(type(module) is Attention for module in attentions(quantized(small_model, "simulate", dtype)))
+
+
+def test_a_machine_without_the_kernel_keeps_torchs(small_model, monkeypatch):
+    monkeypatch.setattr(fusion, "lacks", lambda: "not here")
+    assert all(type(module) is Attention for module in attentions(quantized(small_model, "simulate")))
+
+
+def feed_forward(small_model) -> nn.Module:
+    return quantized(small_model).transformer_blocks[0].ff.net[0]
+
+
+needs_vnni = pytest.mark.skipif(vnni._cpu_lacks() is not None, reason=str(vnni._cpu_lacks()))
+
+
+@needs_vnni
+def test_a_gelu_behind_a_quantized_layer_is_the_end_of_its_product(small_model):
+    """Of its float32 sum, so that nothing is rounded between the two."""
+    module, x = feed_forward(small_model), torch.randn(1, 16, 48).bfloat16()
+    with torch.no_grad():
+        y, plain = module(x), module.proj(x.float())
+    torch.testing.assert_close(y.float(), F.gelu(plain, approximate="tanh"), rtol=2**-8, atol=1e-6)
+
+
+@needs_vnni
+def test_an_activation_behind_a_float_layer_or_of_another_form_stays_torchs(small_model):
+    target = small_model.target()
+    kept = [name for name in target.layers if ".ff.net.0" not in name]
+    layers = {n: LayerRecipe(weight=quantize_weight(target.weight(n), WEIGHT), act=ActQuant(ACT)) for n in kept}
+    assert type(build(target, ModelRecipe(layers)).transformer_blocks[0].ff.net[0]) is GELU
+    exact = feed_forward(small_model)
+    exact.__class__, exact.approximate = GELU, "none"
+    fusion.fuse_activations(exact)
+    assert type(exact) is GELU
+
+
+@needs_vnni
+@pytest.mark.parametrize("sort", ["gelu", "silu"])
+def test_a_block_compiles_without_a_graph_break(small_model, sort):
+    module, x = feed_forward(small_model), torch.randn(2, 16, 48).bfloat16()
+    if sort == "silu":
+        silu = LinearActivation(8, 8)
+        silu.proj = module.proj
+        fusion.fuse_activations(silu)
+        assert type(silu) is fusion.FusedSiLU
+        module = silu
+    with torch.no_grad():
+        run = torch.compile(lambda x: module(x), backend="aot_eager", fullgraph=True)
+        assert torch.equal(run(x), module(x))
