@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.activations import GELU, LinearActivation
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -59,22 +58,24 @@ def fuse_attention(model: nn.Module) -> None:
             module.__class__ = with_our_attention(type(module))  # type: ignore[arg-type]
 
 
-class FusedGELU(GELU):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.proj(hidden_states, GELU_TANH)
+@cache
+def ending_in(kind: type[Any], activation: str) -> type[Any]:
+    """The same kind of module, whose first projection ends in the activation."""
 
+    def forward(self: Any, hidden_states: Tensor) -> Any:
+        return self.proj(hidden_states, activation)
 
-class FusedSiLU(LinearActivation):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.proj(hidden_states, SILU)
+    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": kind.__module__})
 
 
 def fuse_activations(model: nn.Module) -> None:
     """Those of feed-forward layers whose first projection is quantized. GELU: in the form that has a tanh."""
+    from diffusers.models.activations import GELU, LinearActivation  # seconds, which who lists methods need not wait
+
     for module in model.modules():
         if not isinstance(getattr(module, "proj", None), QuantLinear | RangedLinear):
             continue
         if type(module) is GELU and module.approximate == "tanh":
-            module.__class__ = FusedGELU
+            module.__class__ = ending_in(GELU, GELU_TANH)
         elif type(module) is LinearActivation and isinstance(module.activation, nn.SiLU):
-            module.__class__ = FusedSiLU
+            module.__class__ = ending_in(LinearActivation, SILU)
