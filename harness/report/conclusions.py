@@ -25,7 +25,7 @@ from ditbench.harness.report.table import decimals_for, number
 WIDTH = 120  # longer lines are hard to read
 MARGIN_DB = 1.0  # so near counts as "within"
 PLAINEST = "rtn"  # what is had without a method: at the most bits, what smaller models are held against
-HEAD = f"In words, as far as paired tests carry (p < {ALPHA} after Holm):"
+HEAD = f"In words, as far as paired tests carry ({100 * ALPHA:g} %, corrected for their number):"
 PLAIN = {"fid": "FID", "kid": "KID", "psnr": "PSNR", "ssim": "SSIM", "sqnr": "SQNR", "lpips": "LPIPS"}
 PLAIN |= {"accuracy": "the share of the right class", "overall": "the share that follows the prompt"}
 PLAIN |= {"direction": "the share that moves as asked"}
