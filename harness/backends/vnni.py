@@ -199,6 +199,7 @@ def load_extension() -> None:
     torch.library.register_fake(f"{LIBRARY}::linear", _fake_linear)
     torch.library.register_fake(f"{LIBRARY}::dequantize", _fake_dequantize)
     torch.library.register_fake(f"{LIBRARY}::attention", _fake_attention)
+    torch.library.register_fake(f"{LIBRARY}::few_rows", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
     torch.library.register_fake(f"{LIBRARY}::activate", lambda x, activation: torch.empty_like(x))
 
 

@@ -1,7 +1,8 @@
 """What stands around the products of a quantized model is computed by kernels of ours, where the device has them.
 
 Attention: whatever processor a family has ends in `F.scaled_dot_product_attention`; inside of attention modules, and nowhere else,
-that name means our kernel. Activations behind a quantized layer become the end of its product.
+that name means our kernel. Activations behind a quantized layer become the end of its product. Float layers that have one row per
+sample (of timesteps, labels, modulations) read their weights once, as they lie.
 
 The float model is left as it is: it is what speed and samples are compared with.
 """
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ditbench.harness.backends import vnni
 from ditbench.harness.backends.activations import GELU_TANH, SILU
 from ditbench.harness.backends.attention import attention, lacks
+from ditbench.harness.backends.few_rows import SteadyLinear
 from ditbench.harness.build.layer import QuantLinear, RangedLinear
 
 
@@ -29,6 +31,7 @@ def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         return
     if lacks() is None:
         fuse_attention(model)
+        fuse_few_rows(model)
     if vnni._cpu_lacks() is None:
         fuse_activations(model)
 
@@ -56,6 +59,22 @@ def fuse_attention(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "processor") and hasattr(module, "set_processor"):
             module.__class__ = with_our_attention(type(module))  # type: ignore[arg-type]
+
+
+class FewRowsLinear(SteadyLinear):
+    """Rows (B, C) go to our kernel, tokens (B, T, C) to torch: how many there are decides nothing."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        learns = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        if input.dim() != 2 or learns or not input.dtype == self.weight.dtype == torch.bfloat16:
+            return super().forward(input)
+        return torch.ops.ditbench_vnni.few_rows(input.contiguous(), self.weight.contiguous(), self.bias)
+
+
+def fuse_few_rows(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is SteadyLinear:
+            module.__class__ = FewRowsLinear
 
 
 @cache

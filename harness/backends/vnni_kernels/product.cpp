@@ -113,46 +113,52 @@ struct Activations {
   const int32_t *offset, *sum;
 };
 
+// (Σ u w − o Σ w − v (Σ u − o n)) · s_w · s_x of one row and panel, in one group.
+__m512 scaled(
+    __m512i sum, __m512i weight_sum, __m512 weight_scale, const __m512i* zero, int32_t offset, int32_t code_sum, int64_t width,
+    float scale) {
+  __m512i whole = _mm512_sub_epi32(sum, _mm512_mullo_epi32(weight_sum, _mm512_set1_epi32(offset)));
+  if (zero) {
+    const int32_t centred = code_sum - offset * int32_t(width);
+    whole = _mm512_sub_epi32(whole, _mm512_mullo_epi32(*zero, _mm512_set1_epi32(centred)));
+  }
+  return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(whole), weight_scale), _mm512_set1_ps(scale));
+}
+
 template <typename T>
 void linear_rows(
-    const Activations& x, const Weight& w, const float* bias, Activation activation, const int8_t* strip, int64_t strip_stride, int64_t panel,
-    int64_t panels, int64_t row, int64_t rows, T* y) {
-  const int64_t groups = std::max(x.groups, w.groups), width = w.channels / groups;
+    const Activations& x, const Weight& w, const float* bias, Activation activation, const int8_t* strip, int64_t strip_stride,
+    int64_t panel, int64_t panels, int64_t row, int64_t rows, T* y) {
+  const int64_t groups = std::max(x.groups, w.groups), width = w.channels / groups, quads = ceil_div(width, DEPTH);
   const int64_t padded = ceil_div(w.outputs, LANES) * LANES;
   __m512i sums[ROWS][STRIP];
   __m512 total[ROWS][STRIP];
-  for (int64_t p = 0; p < panels; ++p) {
-    for (int64_t r = 0; r < rows; ++r) total[r][p] = _mm512_setzero_ps();
-  }
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t quads = ceil_div(width, DEPTH), x_group = x.groups == 1 ? 0 : g, w_group = w.groups == 1 ? 0 : g;
+    const int64_t x_group = x.groups == 1 ? 0 : g, w_group = w.groups == 1 ? 0 : g;
+    const bool is_first = g == 0, is_last = g == groups - 1;
     of_rows[rows - 1][panels - 1](
         x.codes + row * x.stride + g * width, x.stride, strip + g * width / DEPTH * PANEL, strip_stride, quads, sums);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t out = (panel + p) * LANES;
+      const __mmask16 mask = first(w.outputs - out);
       const __m512i weight_sum = _mm512_loadu_si512(w.sum_GO + g * padded + out);
       const __m512 weight_scale = _mm512_loadu_ps(w.scale_GO + w_group * padded + out);
+      const __m512 biases = bias ? load16(bias + out, mask) : _mm512_setzero_ps();
+      __m512i zero = _mm512_setzero_si512();
+      if (w.zero_point_GO) zero = _mm512_loadu_si512(w.zero_point_GO + w_group * padded + out);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (row + r) * x.groups + x_group;
-        const int32_t offset = x.offset[at];
-        __m512i whole = _mm512_sub_epi32(sums[r][p], _mm512_mullo_epi32(weight_sum, _mm512_set1_epi32(offset)));
-        if (w.zero_point_GO) {
-          const int32_t centred = x.sum[(row + r) * groups + g] - offset * int32_t(width);
-          const __m512i zero = _mm512_loadu_si512(w.zero_point_GO + w_group * padded + out);
-          whole = _mm512_sub_epi32(whole, _mm512_mullo_epi32(zero, _mm512_set1_epi32(centred)));
+        __m512 sum = scaled(
+            sums[r][p], weight_sum, weight_scale, w.zero_point_GO ? &zero : nullptr, x.offset[at], x.sum[(row + r) * groups + g],
+            width, x.scale[at]);
+        if (!is_first) sum = _mm512_add_ps(total[r][p], sum);
+        if (is_last) {
+          if (bias) sum = _mm512_add_ps(sum, biases);
+          store16(y + (row + r) * w.outputs + out, mask, activated(activation, sum));
+        } else {
+          total[r][p] = sum;
         }
-        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), weight_scale);
-        total[r][p] = _mm512_add_ps(total[r][p], _mm512_mul_ps(scaled, _mm512_set1_ps(x.scale[at])));
       }
-    }
-  }
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t out = (panel + p) * LANES;
-    const __mmask16 mask = first(w.outputs - out);
-    const __m512 biases = bias ? load16(bias + out, mask) : _mm512_setzero_ps();
-    for (int64_t r = 0; r < rows; ++r) {
-      const __m512 sum = bias ? _mm512_add_ps(total[r][p], biases) : total[r][p];
-      store16(y + (row + r) * w.outputs + out, mask, activated(activation, sum));
     }
   }
 }
