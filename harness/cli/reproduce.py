@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ditbench.harness.cli.flags import Parser, flags_to_overrides
+from ditbench.harness.cli.flags import Parser, file, flags_to_overrides
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS
 
-FORMATS = ("text", "markdown", "latex")
+FORMATS = ("text", "markdown", "latex", "html")
 
 
 def command(arguments: list[str]) -> int:
@@ -20,6 +20,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("--table", type=Path, metavar="FILE", help="a .yaml with tables of your own (docs/papers.md)")
     parser.add_argument("--plan", action="store_true", help="only say what it needs; nothing is run")
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the table that is printed")
+    parser.add_argument("--out", type=file, help="file to write; html default: <results_dir>/reproduce-NAME.html")
     options = parser.parse_intermixed_args(flags_to_overrides(arguments))
     name, overrides = options.name, options.overrides
     if name is not None and "=" in name:  # of a file with one table, which need not be named
@@ -29,6 +30,8 @@ def command(arguments: list[str]) -> int:
     if options.plan:
         print(reproduce.plan(name, options.model, overrides, options.table))
         return 0
-    outcome = reproduce.reproduce(name, options.model, overrides, options.table, options.format)
+    outcome = reproduce.reproduce(name, options.model, overrides, options.table, options.format, options.out)
     print(outcome.text)
+    if outcome.path is not None:
+        print(outcome.path)
     return EXIT_FAILED_RUNS if outcome.failed else 0

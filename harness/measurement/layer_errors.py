@@ -29,6 +29,7 @@ from ditbench.harness.common.devices import float64_device, in_float64
 from ditbench.harness.common.files import atomic_path
 from ditbench.harness.quant.blocks import tokens_of
 from ditbench.harness.quant.recipe import ModelRecipe
+from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.target import Target
 
 MAX_STEPS = 20  # spread over the trajectory
@@ -140,8 +141,8 @@ def error_atlas(target: Target, recipe: ModelRecipe, model: nn.Module, calibrati
 
 
 def layer_table(model: nn.Module, atlas: ErrorAtlas | None) -> dict[str, dict[str, Any]]:
-    """The record's `layers`: {layer: {sqnr_db, backend, weight_bits, act_bits}} for every quantized layer; widths that change
-    with the range of steps as their mean over the steps.
+    """The record's `layers`: {layer: {sqnr_db, backend, label, weight_bits, act_bits}} for every quantized layer. What changes with the
+    range of steps: labels (FP8, W4A8) one after the other, widths as their mean over the steps.
     """
     if atlas is None:
         return {}
@@ -149,6 +150,7 @@ def layer_table(model: nn.Module, atlas: ErrorAtlas | None) -> dict[str, dict[st
         name: {
             "sqnr_db": atlas.pooled_db(name),
             "backend": "+".join(sorted({layer.backend for layer, _ in shares})),
+            "label": "+".join(dict.fromkeys(Bits(layer.weight_spec, layer.act_spec).label for layer, _ in shares)),
             "weight_bits": _mean((layer.weight_spec.bits if layer.weight_spec else 16, part) for layer, part in shares),
             "act_bits": _mean((layer.act_spec.bits if layer.act_spec else 16, part) for layer, part in shares),
         }

@@ -11,6 +11,7 @@ from typing import Any
 
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.paths import PAPERS
+from ditbench.harness.common.terminal import wrapped
 from ditbench.harness.common.text_table import table as text_table
 from ditbench.harness.papers.schema import CONFIDENCES, Paper, Table, read
 
@@ -73,7 +74,7 @@ def listed() -> str:
     for stem, paper in papers().items():
         for gap in paper.missing:
             how = f"; `ditbench paper show {stem}` has a file to fill in" if gap.add else ""
-            lines.append(f"not here: {paper.title}: {gap.tables} ({gap.reason}){how}")
+            lines.append(wrapped(f"not here: {paper.title}: {gap.tables} ({gap.reason}){how}"))
     return "\n".join(lines)
 
 
@@ -85,7 +86,7 @@ def shown(name: str | None, file: Path | None = None) -> str:
     known = [read(file)] if file else papers().values()
     sources = next(paper.sources for paper in known if each in paper.tables)
     parts = [f"{each.name} · {each.paper} · id {each.id}"]
-    parts += ["\n".join(f"  {key.replace('_', ' ')}: {value}" for key, value in each.protocol.items())]
+    parts += ["\n".join(wrapped(f"  {key.replace('_', ' ')}: {value}") for key, value in each.protocol.items())]
     header, mixed = [*each.keys, *each.columns], len({(row.source, row.confidence) for row in each.rows}) > 1
     rows = []
     for row in each.rows:
@@ -98,7 +99,7 @@ def shown(name: str | None, file: Path | None = None) -> str:
         for text in (row.note, row.warning and f"WARNING: {row.warning}")
         if text
     ]
-    parts += ["\n".join(notes)] if notes else []
+    parts += ["\n".join(map(wrapped, notes))] if notes else []
     kinds = dict.fromkeys(row.confidence for row in each.rows)
     said = [f"confidence {kind}: {CONFIDENCES[kind]}" for kind in kinds]
     said += [f"source {alias}: {sources[alias]}" for alias in dict.fromkeys(row.source for row in each.rows)]
@@ -107,7 +108,12 @@ def shown(name: str | None, file: Path | None = None) -> str:
         said.append(f"ditbench reproduce {each.name}{of_file} --plan says what running it here needs")
     elif each.cannot_run:
         said.append(f"it cannot be run here: {each.cannot_run}")
-    return "\n\n".join([*parts, "\n".join(said)])
+    return "\n\n".join([wrapped(parts[0]), *parts[1:], "\n".join(_unless_command(line) for line in said)])
+
+
+def _unless_command(line: str) -> str:
+    """Wrapped, but for a command, which is copied from there."""
+    return line if line.startswith("ditbench ") else wrapped(line)
 
 
 def _gaps_shown(paper: Paper) -> str:

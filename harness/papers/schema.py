@@ -20,7 +20,7 @@ from ditbench.harness.common.errors import UserError, first_words, shortened, un
 
 CONFIDENCES = {
     "primary": "text of the paper or the README of the method itself",
-    "secondary": "transcribed by a third party: another paper, notes, a figure read by eye",
+    "secondary": "not read in the paper itself: another paper, notes or text passed on, a figure read by eye",
     "issue-thread": "reported by a user in an issue",
     "recall": "from memory, not verified: do not cite before checking the paper",
 }

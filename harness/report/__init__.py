@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import atomic_path, disk_errors_explained
@@ -83,6 +84,21 @@ def report(
         return Report(rendered, None, damaged)
     _write(out, rendered)
     return Report(shown(), out, damaged)
+
+
+def page(results_dir: Path, experiment: str, out: Path | None, runs: Collection[str], paper: Mapping[str, Any]) -> Path:
+    """The page of these runs ("experiment/run_id") of an experiment, with a table of a paper in front (views/paper.js) → its path.
+
+    Raises:
+        UserError: no such experiment; no record that can be read.
+    """
+    from ditbench.harness.report.html import write_page
+
+    records, damaged = whole_records(Path(results_dir), experiment, OF_A_PAGE)
+    groups = compare.groups(record for record in records if f"{record.experiment}/{record.run_id}" in runs)
+    out = out or Path(results_dir) / f"{experiment}.html"
+    write_page(out, groups, experiment, damaged, paper=paper)
+    return out
 
 
 def comparisons(

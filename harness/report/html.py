@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -18,16 +19,22 @@ from ditbench.harness.report.page_files import PageFiles, compact
 HERE = Path(__file__).parent
 VIEWS = HERE / "views"
 TABULATOR = HERE / "vendor" / "tabulator"
-SCRIPTS = ("page", "answer", "runs", "pinned", "samples", "layers", "trust", "start")
+SCRIPTS = ("page", "paper", "answer", "runs", "pinned", "samples", "layers", "trust", "start")
 # Nothing is fetched from anywhere; scripts and pictures of the folder beside are the page's own, whether opened from a disk or a server.
 ALONE = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 WITH_FOLDER = "default-src 'none'; img-src data: blob: 'self' file:; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'self' file:"
 
 
 def write_page(
-    out: Path, groups: Sequence[Group], experiment: str | None, damaged: Sequence[str] = (), at: str = BITS
+    out: Path,
+    groups: Sequence[Group],
+    experiment: str | None,
+    damaged: Sequence[str] = (),
+    at: str = BITS,
+    paper: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the page, and `<out's stem>_files` beside it if there is much to show. at: which ranks are shown first.
+    """Write the page, and `<out's stem>_files` beside it if there is much to show. at: which ranks are shown first. paper: a table of a
+    paper and ours, shown before all else.
 
     Raises:
         UserError: the disk takes nothing; a folder of that name is there that no page made.
@@ -36,7 +43,7 @@ def write_page(
     with disk_errors_explained(out.parent):
         try:
             data = page_data(groups, files, at, damaged)
-            data["files"] = files.publish()
+            data |= {"files": files.publish(), "paper": paper}
         finally:
             files.discard()
         title = f"ditbench · {experiment}" if experiment else "ditbench · all experiments"

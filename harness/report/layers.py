@@ -17,6 +17,7 @@ from ditbench.harness.report.table import decimals_for, interval, number
 from ditbench.harness.report.whole import beside
 
 WORST = 12
+FP8 = "FP8"
 MOST_RUNS = 40  # columns of the heat map of runs; more are not readable
 COLORBAR = {"title": {"text": "SQNR [dB]"}, "thickness": 12, "outlinewidth": 0}
 
@@ -46,7 +47,7 @@ def worst(record: Record) -> list[list[str]]:
         [
             compare.printable(name, 120),
             f"{x:.1f} dB",
-            f"W{cell.get('weight_bits')}A{cell.get('act_bits')}",
+            label_of(record, cell),
             str(cell.get("backend") or ""),
         ]
         for x, name, cell in known[:WORST]
@@ -126,7 +127,9 @@ def layer_heatmap(group: Group) -> dict[str, Any] | None:
         "x": [plain(name).replace(" ", "<br>") for _, name in runs],
         "y": [plain(compare.printable(layer, 80)) for layer in layers],
         "z": [[cell.get("sqnr_db") for cell in line] for line in cells],
-        "customdata": [[_layer_note(cell) for cell in line] for line in cells],
+        "customdata": [
+            [_layer_note(record, cell) for (record, _), cell in zip(runs, line, strict=True)] for line in cells
+        ],
         "hovertemplate": "%{y}<br>%{x}<br>%{z:.1f} dB%{customdata}<extra></extra>",
         "colorscale": "Cividis",
         "colorbar": COLORBAR,
@@ -165,9 +168,12 @@ def step_heatmap(record: Record) -> dict[str, Any] | None:
     return {"data": [heatmap], "layout": layout}
 
 
-def _layer_note(cell: dict[str, Any]) -> str:
-    return (
-        plain(f"\0W{cell.get('weight_bits')}A{cell.get('act_bits')}, {cell.get('backend')}").replace("\0", "<br>")
-        if cell
-        else ""
-    )
+def label_of(record: Record, cell: dict[str, Any]) -> str:
+    """The layer's format. Records of before it was written down have widths only: eight bits in a run of FP8 are FP8."""
+    widths = f"W{cell.get('weight_bits')}A{cell.get('act_bits')}"
+    of_the_run = FP8 if compare.bits_label(record).upper() == FP8 and widths == "W8A8" else widths
+    return compare.printable(str(cell.get("label") or of_the_run), 24)
+
+
+def _layer_note(record: Record, cell: dict[str, Any]) -> str:
+    return plain(f"\0{label_of(record, cell)}, {cell.get('backend')}").replace("\0", "<br>") if cell else ""

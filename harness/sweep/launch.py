@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 
 from ditbench.harness.common.errors import UserError, lines_of, of_the_system, reason
 from ditbench.harness.common.interrupts import terminable
+from ditbench.harness.common.pace import duration
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.common.watch import say, watching
 from ditbench.harness.records import attempts, sweeps
@@ -134,14 +136,23 @@ def _by_engine(engine: ModuleType, settings: Any, to_do: Sequence[Planned]) -> d
         Job(resolved(without_hydra(each.config)), each.job.title, each.job.number, each.job.overrides, os.getcwd())
         for each in to_do
     ]
-    heard = {}
+    heard, started = {}, time.monotonic()
     with terminable():
         for count, (place, outcome) in enumerate(outcomes(engine, settings, jobs), start=1):
             why = f": {outcome.error}" if outcome.error else ""
-            say(f"[{count}/{len(jobs)}] job {jobs[place].number}, {jobs[place].title}: {outcome.status}{why}")
+            say(
+                f"[{count}/{len(jobs)}] job {jobs[place].number}, {jobs[place].title}: {outcome.status}{why}{_left(count, len(jobs), started)}"
+            )
             if outcome.status == LOST:
                 heard[jobs[place].number] = (MISSING, outcome.error or "")
     return heard
+
+
+def _left(ended: int, jobs: int, started: float) -> str:
+    """By how fast jobs ended until now, however many run at once."""
+    if ended == jobs:
+        return ""
+    return f"; {jobs - ended} to go, about {duration((time.monotonic() - started) / ended * (jobs - ended))}"
 
 
 def _launch_chosen(multirun: Multirun, stamp: str) -> int:

@@ -95,7 +95,10 @@ class Live(Watcher):
         if not self.took or not runs or self.number is not None:
             return ""
         mean = sum(self.took) / len(self.took)
-        return f"; {runs} to go, about {duration(max(mean * runs - min(spent_s, mean), 0))}"
+        left = mean * runs - min(spent_s, mean)
+        return f"; {runs} to go" + (
+            f", about {duration(left)}" if left >= 1 else ""
+        )  # the last may take longer than the others
 
     def _tick(self) -> None:
         while not self._stop.wait(TICK_S):

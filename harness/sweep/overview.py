@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from ditbench.harness.records.record import Record
 from ditbench.harness.records.status import Status
 from ditbench.harness.records.sweeps import DONE, FAILED, MISSING, REFUSED, RUNNING, Sweep
 
+TOLD_BY = ("method", "bits", "seed", "protocol", "calibration", "generate", "metrics", "model", "backend", "device")
 LOOKS = {DONE: "done", FAILED: "failed", REFUSED: "refused", RUNNING: "running", MISSING: "not there"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run as it stands. why: of a failed or refused one; seconds: what a done one took; status: of a running one."""
+    """A run as it stands. why: of a failed or refused one; seconds: what a done one took; status: of a running one.
+
+    settings: {name: value}, the overrides of a sweep's job, or the configuration of a record: what tells it from runs of the same title.
+    """
 
     title: str
     state: str
@@ -29,6 +34,7 @@ class Row:
     why: str = ""
     seconds: float | None = None
     status: Status | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,16 +95,41 @@ def no_experiment(results_dir: Path, experiment: str) -> UserError:
 def _of_outcome(each: sweeps.Outcome, running: dict[str, Status]) -> Row:
     seconds = sum(each.record.timings_s.values()) if each.record is not None and each.state == DONE else None
     status = running.get(each.job.run_id or "") if each.state == RUNNING else None
-    return Row(each.job.title, each.state, each.job.run_id, each.job.number, each.why, seconds, status)
+    given = dict(override.split("=", 1) for override in each.job.overrides if "=" in override)
+    return Row(each.job.title, each.state, each.job.run_id, each.job.number, each.why, seconds, status, given)
 
 
 def _of_record(record: Record, running: dict[str, Status]) -> Row:
     bits = record.config.get("bits")
     title = f"{record.model} {record.method} {record.bits.get('label') or (bits or {}).get('label', '')}"
     if (status := running.get(record.run_id)) is not None:
-        return Row(title, RUNNING, record.run_id, status=status)
+        return Row(title, RUNNING, record.run_id, status=status, settings=_settings(record))
     state = DONE if record.status == "ok" else FAILED
-    return Row(title, state, record.run_id, None, record.error or "", sum(record.timings_s.values()))
+    seconds = sum(record.timings_s.values())
+    return Row(title, state, record.run_id, None, record.error or "", seconds, None, _settings(record))
+
+
+def _settings(record: Record) -> dict[str, str]:
+    """Of what is said on a command line, {method.strength: 0.5}."""
+
+    def flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
+        if not isinstance(value, Mapping):
+            yield name, str(value)
+            return
+        for key, its in value.items():
+            yield from flat(its, f"{name}.{key}" if name else str(key))
+
+    return dict(flat({part: record.config[part] for part in TOLD_BY if part in record.config}, ""))
+
+
+def told_apart(rows: Sequence[Row]) -> list[str]:
+    """The titles, and behind those that several rows have, the settings in which these are not alike."""
+    titles = []
+    for row in rows:
+        alike = [other.settings for other in rows if other.title == row.title]
+        names = [name for name in row.settings if len({each.get(name) for each in alike}) > 1]
+        titles.append(" ".join([row.title, *(f"{name}={row.settings[name]}" for name in names)]))
+    return titles
 
 
 def in_a_line(found: Overview) -> str:
@@ -114,7 +145,10 @@ def in_a_line(found: Overview) -> str:
 
 def as_text(found: Overview) -> str:
     head = in_a_line(found)
-    rows = [(row.title, row.run_id or "–", LOOKS[row.state], _how(row)) for row in found.rows]
+    rows = [
+        (title, row.run_id or "–", LOOKS[row.state], _how(row))
+        for row, title in zip(found.rows, told_apart(found.rows), strict=True)
+    ]
     lines = [head, "", table(("run", "id", "state", ""), rows)] if rows else [head]
     if found.others:
         lines.append(f"{found.others} other runs of this experiment belong to no job of this sweep")
@@ -146,7 +180,13 @@ def as_json(found: Overview) -> dict[str, Any]:
 
 
 def _row_as_json(row: Row) -> dict[str, Any]:
-    values: dict[str, Any] = {"title": row.title, "run_id": row.run_id, "job": row.job, "state": row.state}
+    values: dict[str, Any] = {
+        "title": row.title,
+        "settings": dict(row.settings),
+        "run_id": row.run_id,
+        "job": row.job,
+        "state": row.state,
+    }
     values |= {"why": row.why or None, "seconds": row.seconds, "under_way": None}
     if row.status is not None:
         pace = row.status.pace

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ditbench.harness.build.offload import OFFLOAD, RESIDENT
@@ -29,6 +31,7 @@ from ditbench.harness.stages.identity import run_id, title
 from ditbench.harness.sweep.compose import resolved
 from ditbench.harness.sweep.estimate import Estimate, RunPlan, Stage, batch_size
 from ditbench.harness.sweep.launch import through_hydra
+from ditbench.harness.sweep.overrides import BASIC, SWEEPER
 from ditbench.harness.sweep.rates import Earlier, Rates, earlier, probed, readable
 
 WIDTH = 118
@@ -71,16 +74,29 @@ def configurations(arguments: list[str]) -> tuple[list[RunConfig], list[UserErro
     refused: list[UserError] = []
 
     def job(config: DictConfig) -> str:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # an experiment's file may name one
+            _refuse_seeker(HydraConfig.get().runtime.choices.get(SWEEPER, BASIC))
         try:
             found.append(parse(resolved(config)))
         except UserError as error:
             refused.append(error)
         return "planned"
 
+    for each in arguments:
+        if each.startswith(f"{SWEEPER}="):
+            _refuse_seeker(each.partition("=")[2])
     here = [argument for argument in arguments if not argument.startswith("hydra/launcher=")]
     with tempfile.TemporaryDirectory() as folder:  # where Hydra leaves its own note of a sweep
         through_hydra([*here, f"hydra.sweep.dir={folder}"], job)
     return found, refused
+
+
+def _refuse_seeker(sweeper: str) -> None:
+    if sweeper != BASIC:
+        raise UserError(
+            f"--plan: {SWEEPER}={sweeper} chooses each run by what the ones before gave, so nobody knows them before; plan one of "
+            "them, or leave the sweeper out and name values (-m method.strength=0.4,0.6)"
+        )
 
 
 class Planner:

@@ -200,3 +200,11 @@ def test_two_files_with_the_same_table_are_refused(tmp_path):
         shutil.copy(PAPERS / "dit.yaml", tmp_path / f"{name}.yaml")
     with pytest.raises(UserError, match="two.yaml.*taken, by one.yaml"):
         reported.papers(tmp_path)
+
+
+def test_what_was_read_second_hand_is_called_so():
+    for paper in reported.papers().values():
+        for table in paper.tables:
+            for row in table.rows:
+                if "second-hand" in paper.sources[row.source]:
+                    assert row.confidence != "primary", f"{table.name}: {row.title}"

@@ -55,6 +55,13 @@ def test_piped_a_long_stage_is_said_again_every_minute(monkeypatch, capsys):
     assert sum("noise floor" in line for line in capsys.readouterr().err.splitlines()) >= 3
 
 
+def test_a_run_that_takes_longer_than_the_others_is_not_said_to_end_in_no_time():
+    shown = Live(of=2)
+    shown.took, shown.begun = [10.0], 2
+    assert shown._left(4.0, 1) == "; 1 to go, about 6 s"
+    assert shown._left(30.0, 1) == "; 1 to go"
+
+
 def test_in_a_terminal_there_is_one_line_that_changes(monkeypatch, capsys):
     monkeypatch.setattr(live, "TICK_S", 0.01)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

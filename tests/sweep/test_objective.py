@@ -78,3 +78,8 @@ def test_without_optuna_it_is_said_what_to_install(sweep, monkeypatch, capsys):
 def test_an_interval_needs_a_sweeper_that_takes_one(sweep, capsys):
     assert sweep("method=smoothquant", "method.strength=interval(0.2,0.8)") == 2
     assert "an interval has no first value" in capsys.readouterr().err
+
+
+def test_a_plan_of_what_nobody_knows_ahead_is_refused(capsys):
+    assert main(["run", "-m", "--plan", "hydra/sweeper=optuna", "bits=w4a8"]) == 2
+    assert "--plan: hydra/sweeper=optuna chooses each run by what the ones before gave" in capsys.readouterr().err

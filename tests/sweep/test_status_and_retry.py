@@ -94,6 +94,20 @@ def test_what_is_left_of_a_sweep_is_reckoned_from_its_runs():
     assert Overview("swept", None, rows[:1] + rows[2:]).left_s is None, "nobody is at it"
 
 
+def test_rows_of_one_title_say_in_which_settings_they_differ():
+    rows = [
+        Row("tiny-dit rtn W8A8", "done", "0", settings={"method": "rtn", "seed": "0"}),
+        Row("tiny-dit rtn W8A8", "done", "1", settings={"method": "rtn", "seed": "1"}),
+        Row("tiny-dit gptq W8A8", "done", "2", settings={"method": "gptq", "seed": "1"}),
+    ]
+    lines = as_text(Overview("swept", None, rows)).splitlines()
+    assert [line.split("  ")[0] for line in lines[3:]] == [
+        "tiny-dit rtn W8A8 seed=0",
+        "tiny-dit rtn W8A8 seed=1",
+        "tiny-dit gptq W8A8",
+    ]
+
+
 def test_retry_does_again_what_failed_and_what_never_came(sweep, quick, home, tmp_path, capsys):
     def happens(config):
         if config.method == "quarot":

@@ -15,6 +15,7 @@ from ditbench.eval.base import known_metrics
 from ditbench.eval.needs import lacking
 from ditbench.harness.calibration import recording
 from ditbench.harness.fitting import registry
+from ditbench.harness.fitting.forms import DEFAULT
 from ditbench.harness.models import batch_sizes
 from ditbench.harness.papers import reported
 from ditbench.harness.papers.reproduce.rows import (
@@ -61,6 +62,7 @@ def plan(name: str | None, model: str | None = None, overrides: Sequence[str] = 
         ("evaluator", _evaluator(section, first, is_another(section, model))),
         ("protocol", _protocol(configs.values())),
         ("methods here", ", ".join(here)),
+        *(("method", said) for said in _methods(configs.values())),
         *_not_here(table, section, lines),
         ("runs", f"{len(configs)}, for {sum(line.job is not None for line in lines)} of {len(lines)} rows"),
         ("samples", f"{images:,} in {len(drawn)} sets: one per run, the float model's, its other seeds, calibration"),
@@ -102,10 +104,12 @@ def notes(table: Table, section: Reproduce, lines: Sequence[Line], configs: Iter
     said = [f"warning: {row.title}: {row.warning}" for row in table.rows if row.warning]
     said += [f"note: {note}" for note in section.notes]
     said += [f"differs from the paper: {what}: {how}" for what, how in section.departs.items()]
-    for name in dict.fromkeys(config["method"]["name"] for config in configs):
+    forms = {config["method"]["name"]: config["method"]["form"] for config in configs}
+    for name, form in forms.items():
         departs = re.search(r"Departs from the paper: (.+?)(?:\n\n|\Z)", registry.method(name).__doc__ or "", re.DOTALL)
         if departs:
-            said.append(f"note: {name} departs from its paper: {' '.join(departs[1].split())}")
+            of = "" if form == DEFAULT else f" (said of form=default; here form={form} runs)"
+            said.append(f"note: {name} departs from its paper{of}: {' '.join(departs[1].split())}")
     said += [f"not here: {lack}" for lack, _ in _lacks(section, lines)]
     columns = [
         f"{name} ({section.lacks[name]})" if name in section.lacks else name for name in _not_computed(table, section)
@@ -116,6 +120,22 @@ def notes(table: Table, section: Reproduce, lines: Sequence[Line], configs: Iter
         *said,
         f"within: the paper's value in our 95 % interval, or |Δ| at most {tolerances} (ours, not the paper's)",
     ]
+
+
+def _methods(configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of each method the form that runs, and the values that are not its defaults, whoever set them."""
+    found: dict[str, None] = {}
+    for config in configs:
+        method, usual = config["method"], registry.defaults(config["method"]["name"])
+        own = [
+            f"{name}={value}" for name, value in method.items() if name != "form" and value != _plain(usual.get(name))
+        ]
+        found[f"{method['name']}, form={method['form']}: {', '.join(own) or 'its default parameters'}"] = None
+    return list(found)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _lacks(section: Reproduce, lines: Sequence[Line]) -> list[tuple[str, int]]:
