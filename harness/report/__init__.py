@@ -64,7 +64,7 @@ def report(
     headline = compare.headline(groups, asked)
 
     def shown() -> str:
-        return terminal(groups, headline, at=at, asked=bool(asked))
+        return _in_a_terminal(groups, headline, None, bool(asked), at)
 
     if format == "html":
         from ditbench.harness.report.html import write_page  # here, since only a page needs plotly and jinja2
@@ -156,8 +156,14 @@ def comparison_table(records: Iterable[Record], metrics: Sequence[str] | None = 
     asked = metrics or compare.asked_for(groups)
     if not groups:
         return "no runs to compare"
-    built = terminal(groups, compare.headline(groups, asked), width, asked=bool(asked))
-    return "\n\n".join(filter(None, (built, conclusions.printed(groups, width))))
+    return _in_a_terminal(groups, compare.headline(groups, asked), width, bool(asked), BITS)
+
+
+def _in_a_terminal(groups: list[compare.Group], headline: list[str], width: int | None, asked: bool, at: str) -> str:
+    """The table, and what follows from it in words where runs are ranked by their label."""
+    table = terminal(groups, headline, width, at=at, asked=asked)
+    words = conclusions.printed(groups, width) if at == BITS else ""
+    return "\n\n".join(filter(None, (table, words)))
 
 
 def _write(path: Path, content: str) -> None:

@@ -9,7 +9,7 @@ from ditbench.eval.base import PerSample
 from ditbench.harness.records import sample_values
 from ditbench.harness.records.attempts import experiment_folder, read_all
 from ditbench.harness.records.record import write
-from ditbench.harness.report import compare, comparison_table, conclusions
+from ditbench.harness.report import compare, comparison_table, conclusions, report
 
 N = 64
 FLOAT_FID = 30.0
@@ -158,3 +158,8 @@ def test_they_stand_under_the_table_of_a_sweep_and_keep_its_width(sweep, results
     below = comparison_table(read_all(results_dir), width=120).partition(conclusions.HEAD)[2]
     assert "At W4A4 hadamard stays closest to the float model" in below and "(stress: outliers x32)" in below
     assert max(map(len, below.splitlines())) <= 120
+
+
+def test_a_report_has_them_too_but_not_where_it_ranks_at_equal_bytes(sweep, results_dir):
+    assert conclusions.HEAD.partition(",")[0] in report(results_dir).text
+    assert conclusions.HEAD.partition(",")[0] not in report(results_dir, equal_bytes=True).text
