@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,6 +110,15 @@ def attempt(results_dir: Path, experiment: str, run_id: str) -> Iterator[Attempt
         _let_go(lock)
         if ours.turn is not None:
             _let_go(ours.turn)
+
+
+def clear(home: Path) -> None:
+    """Remove what killed processes left of their attempts in an experiment's folder; nothing of the living. A folder that nobody may
+    write to stays as it is.
+    """
+    if home.is_dir():
+        with suppress(OSError), _claimed(home):
+            _remove_leftovers(home)
 
 
 def next_name(home: Path, run_id: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, lines_of
 from ditbench.harness.common.watch import say
-from ditbench.harness.records import sweeps
+from ditbench.harness.records import attempts, sweeps
 from ditbench.harness.records.record import Record
 from ditbench.harness.records.sweeps import DONE, FAILED, MISSING, REFUSED, RUNNING, Outcome, Sweep
 from ditbench.harness.report import comparison_table
@@ -53,6 +53,8 @@ def told(records: Sequence[Record], not_done: Sequence[Outcome], refused: Sequen
     Raises:
         UserError: the last of those that were refused.
     """
+    for home in {each.folder.parent for each in records if each.folder is not None}:
+        attempts.clear(home)  # whoever found all of its runs recorded began none, and so cleared nothing of the killed
     if records:
         with suppress(BrokenPipeError):  # who reads no further gets the exit code all the same
             print(comparison_table(list(records)), flush=True)

@@ -14,7 +14,7 @@ import pytest
 
 import ditbench
 from ditbench.harness.common.files import STALE_S, atomic_path
-from ditbench.harness.records.attempts import attempt, attempts, finished, survey
+from ditbench.harness.records.attempts import attempt, attempts, clear, finished, survey
 from ditbench.harness.records.record import Record
 
 RUN = "0123456789ab"
@@ -126,6 +126,16 @@ def test_who_comes_next_removes_what_a_kill_left_and_nothing_of_the_living(tmp_p
         for process in (killed, living):
             process.kill()
             process.wait(timeout=30)
+
+
+def test_what_a_kill_left_can_be_cleared_without_beginning_a_run(tmp_path):
+    home = tmp_path / "runs" / "default"
+    (home / f".{RUN}.0123abcd.part" / "half").mkdir(parents=True)
+    (home / f".{RUN}.0123abcd.lock").touch()
+    clear(home)
+    assert names(tmp_path) == []
+    clear(nowhere := home / "nowhere")
+    assert not nowhere.exists()
 
 
 def test_a_run_that_raises_leaves_nothing(tmp_path):

@@ -169,7 +169,10 @@ def test_a_repeated_run_gives_the_same_images_and_values_bit_for_bit(twice, read
 def test_a_recorded_run_is_skipped_and_the_user_told(twice, read_records, tmp_path, run, capsys):
     shutil.copytree(twice, tmp_path, dirs_exist_ok=True)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    left = tmp_path / "runs" / "default" / ".0123456789ab.0123abcd.part"
+    left.mkdir()  # by a process that was killed
     assert run("bits=w4a4") == 0
+    assert not left.exists()
     said = capsys.readouterr()
     assert "tiny-dit rtn W4A4: already recorded in" in said.err and "--force runs it again" in said.err
     assert "W4A4" in said.out, "the comparison is printed all the same"
