@@ -79,7 +79,7 @@ def latex(
         built = without_empty(table(group, metrics, at=at), metrics if asked else ())
         blocks.append(_latex_block(built, place, at))
     blocks += ["\n".join(f"% damaged: {' '.join(line.split())}" for line in damaged)] if damaged else []
-    return "\n\n".join(["% needs \\usepackage{amssymb,booktabs,xcolor}", *blocks]) + "\n"
+    return "\n\n".join(["% needs \\usepackage{adjustbox,amssymb,booktabs,xcolor}", *blocks]) + "\n"
 
 
 def latex_escape(text: str) -> str:
@@ -154,11 +154,13 @@ def _latex_block(built: Table, place: int, at: str) -> str:
             r"\centering\small",
             rf"\caption{{{latex_escape(built.caption)}}}",
             rf"\label{{tab:ditbench-{place}}}",
+            r"\begin{adjustbox}{max width=\linewidth}",
             rf"\begin{{tabular}}{{{''.join('r' if column.numeric else 'l' for column in built.columns)}}}",
             r"\toprule",
             *lines,
             r"\bottomrule",
             r"\end{tabular}",
+            r"\end{adjustbox}",
             r"\par\footnotesize " + " ".join(latex_escape(f"{note.rstrip('.')}.") for note in notes),
             r"\end{table}",
         ]

@@ -29,7 +29,7 @@ REFUSALS = [
     ("metrics.names=null", "metrics.names must be a list, got None; write metrics.names=[]"),
     ("tracker=wandbb", "no tracker 'wandbb'", "did you mean 'wandb'?"),
     ("method=smoothquant method.strenght=0.5", "setting of method 'strenght'", "did you mean method.strength?"),
-    ("bits.weight.symetric=true", "bits.weight 'symetric'", "did you mean 'symmetric'?"),
+    ("bits.weight.symetric=true", "bits.weight 'symetric'", "did you mean bits.weight.symmetric?"),
     ("method=smoothquant +method.alpha=0.5", "parameter of method smoothquant 'alpha'", "known: floor, strength"),
     ("method=smoothquant method.strength=2", "strength must be in [0, 1], got 2"),
     ("method=smoothquant method.strength=high", "method smoothquant: method.strength must be a number, got 'high'"),

@@ -68,6 +68,7 @@ def test_a_table_row_stands_for_each_rounded_layer(small_target, small_calibrati
     table = layer_table(model, atlas)
     assert set(table) == set(small_target.layers) == set(quant_layers(model))
     assert all(row["weight_bits"] == 4 and row["act_bits"] == 4 for row in table.values())
+    assert {row["label"] for row in table.values()} == {"W4A4"}
 
 
 def test_a_model_without_rounding_has_no_atlas(small_target, small_calibration):
