@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.activations import GELU, LinearActivation
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -78,22 +77,24 @@ def fuse_few_rows(model: nn.Module) -> None:
             module.__class__ = FewRowsLinear
 
 
-class FusedGELU(GELU):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.proj(hidden_states, GELU_TANH)
+@cache
+def ending_in(kind: type[nn.Module], activation: str) -> type[nn.Module]:
+    """The same kind of module, `proj` and an activation behind it, in one."""
 
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        return self.proj(hidden_states, activation)  # type: ignore[operator]
 
-class FusedSiLU(LinearActivation):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.proj(hidden_states, SILU)
+    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": kind.__module__})
 
 
 def fuse_activations(model: nn.Module) -> None:
     """Those of feed-forward layers whose first projection is quantized. GELU: in the form that has a tanh."""
+    from diffusers.models.activations import GELU, LinearActivation  # brings triton along, which must not come first
+
     for module in model.modules():
         if not isinstance(getattr(module, "proj", None), QuantLinear | RangedLinear):
             continue
         if type(module) is GELU and module.approximate == "tanh":
-            module.__class__ = FusedGELU
+            module.__class__ = ending_in(GELU, GELU_TANH)  # type: ignore[assignment]
         elif type(module) is LinearActivation and isinstance(module.activation, nn.SiLU):
-            module.__class__ = FusedSiLU
+            module.__class__ = ending_in(LinearActivation, SILU)  # type: ignore[assignment]
