@@ -21,7 +21,7 @@ def lacks() -> str | None:
     """Why this machine cannot run the kernel."""
     if not torch.cpu._is_avx512_bf16_supported():
         return "attention in bfloat16 needs a CPU with AVX512-BF16"
-    return vnni._cpu_lacks()
+    return vnni.cpu_lacks()
 
 
 def attention(

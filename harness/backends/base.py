@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,20 @@ class FusedKernel(Kernel):
     """A kernel that takes over what a QuantLinear does around it: transform, low-rank branch, bias and the cast back.
 
     activations: which of `activations.NUMBERS` it can end in as well; `layer` then takes one by the name of `activation`.
+
+    Layers that read one tensor and treat it alike quantize it once (`build/shared_inputs.py`): where `rows_like` says so, what `rows` of
+    one kernel gave is taken by `layer` of the other, by the name of `rows`.
     """
 
     activations: frozenset[str] = frozenset()
+
+    def rows_like(self, other: FusedKernel) -> bool:
+        """Whether both make the same of an x' of their width."""
+        return False
+
+    def rows(self, x: Tensor, step: Tensor | None, transform: Transform | None, *, keep: bool) -> Any:
+        """x (…, C), transformed and quantized. keep: with x', for a low-rank branch; where that is x itself, without it."""
+        raise NotImplementedError
 
     def layer(
         self,

@@ -50,7 +50,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
         return f"{NAME} takes activations per_token or per_tensor, these are {act.spec.granularity}"
     if device.type != "cpu":
         return f"{NAME} runs on the CPU, the device is {device}"
-    return _cpu_lacks()
+    return cpu_lacks()
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
@@ -153,7 +153,7 @@ def _pack(codes_OC: Tensor) -> Tensor:
 
 
 @cache
-def _cpu_lacks() -> MachineLacks | None:
+def cpu_lacks() -> MachineLacks | None:
     """What this machine has not got. The operator is private and once returned wrong values, so it is tried once."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return MachineLacks(f"{NAME} needs a torch built with oneDNN")

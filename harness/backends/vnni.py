@@ -17,12 +17,14 @@ import sysconfig
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ditbench.harness.backends.activations import NUMBERS, activate
+from ditbench.harness.backends.alike import quantizers_alike
 from ditbench.harness.backends.base import FusedKernel, Kernel, MachineLacks
 from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.backends.integers import act_lacks, not_integers, weight_lacks
@@ -67,12 +69,19 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
         return f"{NAME} takes groups of a multiple of {DEPTH} channels, these have {min(sizes)}"
     if device.type != "cpu":
         return f"{NAME} runs on the CPU, the device is {device}"
-    return _cpu_lacks()
+    return cpu_lacks()
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:
     assert isinstance(recipe.weight, QuantizedWeight) and recipe.act is not None
     return VnniKernel(recipe.weight, recipe.act)
+
+
+class Rows(NamedTuple):
+    """An input ready for a product. kept: x' (…, C), if it was asked for and is not x."""
+
+    codes: tuple[Tensor, Tensor, Tensor, Tensor]
+    kept: Tensor | None
 
 
 class VnniKernel(FusedKernel):
@@ -104,7 +113,16 @@ class VnniKernel(FusedKernel):
         self.register_buffer("zero_point_GO", None if zero_point_OG is None else _panelled(zero_point_OG.int()))
 
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
-        return self.product(x, step, None, torch.float32)
+        return self.product(self.quantized(x, step), x.shape, None, torch.float32)
+
+    def rows_like(self, other: FusedKernel) -> bool:
+        if not isinstance(other, VnniKernel) or len(self.sum_GO) != len(other.sum_GO):
+            return False
+        return quantizers_alike(self.act, other.act)
+
+    def rows(self, x: Tensor, step: Tensor | None, transform: Transform | None, *, keep: bool) -> Rows:
+        moved = x if transform is None else transform(x.float(), step)
+        return Rows(self.quantized(moved, step), moved if keep and transform is not None else None)
 
     def layer(
         self,
@@ -114,28 +132,24 @@ class VnniKernel(FusedKernel):
         low_rank: tuple[Tensor, Tensor] | None,
         bias: StepTable | None,
         activation: str | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
-        moved = x if transform is None else transform(x.float(), step)
+        if rows is None:
+            rows = self.rows(x, step, transform, keep=low_rank is not None)
         if low_rank is None:
-            return self.product(moved, step, None if bias is None else bias.at(step).float(), x.dtype, activation)
+            bias_O = None if bias is None else bias.at(step).float()
+            return self.product(rows.codes, x.shape, bias_O, x.dtype, activation)
         down_rC, up_Or = low_rank
-        y = self.product(moved, step, None, torch.float32)
+        moved = x if rows.kept is None else rows.kept
+        y = self.product(rows.codes, x.shape, None, torch.float32)
         y = y + linear(linear(moved.to(down_rC.dtype), down_rC), up_Or)
         return activate(y if bias is None else y + bias.at(step), activation).to(x.dtype)
 
-    def product(
-        self,
-        x: Tensor,
-        step: Tensor | None,
-        bias_O: Tensor | None,
-        dtype: torch.dtype,
-        activation: str | None = None,
-    ) -> Tensor:
-        """x' (…, C) → activation(x' · Ŵᵀ + bias) in dtype."""
+    def quantized(self, x: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x' (…, C) → codes, scales, offsets and sums of codes of its rows."""
         x_MC = x.reshape(-1, x.shape[-1]).contiguous()
-        rows_MC = x_MC if x_MC.dtype == torch.bfloat16 else x_MC.float()
-        quantized = torch.ops.ditbench_vnni.quantize_rows(
-            rows_MC,
+        return torch.ops.ditbench_vnni.quantize_rows(
+            x_MC if x_MC.dtype == torch.bfloat16 else x_MC.float(),
             *self.given_affine(x, step),
             self.act_groups,
             self.sum_GO.shape[0],
@@ -143,11 +157,21 @@ class VnniKernel(FusedKernel):
             self.act.spec.symmetric,
             self.act.clip,
         )
+
+    def product(
+        self,
+        codes: tuple[Tensor, Tensor, Tensor, Tensor],
+        shape: torch.Size,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        activation: str | None = None,
+    ) -> Tensor:
+        """Of rows that come from x' of this shape (…, C): activation(x' · Ŵᵀ + bias) in dtype."""
         weight = (self.packed, self.bits, self.is_signed, self.outputs, self.channels)
         tables = (self.scale_GO, self.sum_GO, self.zero_point_GO)
         result = dtype if dtype == torch.bfloat16 else torch.float32
-        y_MO = torch.ops.ditbench_vnni.linear(*quantized, *weight, *tables, bias_O, NUMBERS[activation], result)
-        return y_MO.to(dtype).reshape(*x.shape[:-1], -1)
+        y_MO = torch.ops.ditbench_vnni.linear(*codes, *weight, *tables, bias_O, NUMBERS[activation], result)
+        return y_MO.to(dtype).reshape(*shape[:-1], -1)
 
     def given_affine(self, x: Tensor, step: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """scale and zero_point per row where the input's own rows do not say: static ranges, and those of a whole sample."""
@@ -249,7 +273,7 @@ def _find_ninja() -> None:
 
 
 @cache
-def _cpu_lacks() -> MachineLacks | None:
+def cpu_lacks() -> MachineLacks | None:
     if not torch.cpu._is_vnni_supported():
         return MachineLacks(f"{NAME} needs a CPU with AVX512-VNNI; without it int8 is no faster than float")
     _find_ninja()

@@ -40,7 +40,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
         return f"{NAME} takes channels (of a group) in multiples of {vnni.LANES}, these are {width}"
     if device.type != "cpu":
         return f"{NAME} runs on the CPU, the device is {device}"
-    return vnni._cpu_lacks()
+    return vnni.cpu_lacks()
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

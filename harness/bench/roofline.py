@@ -38,7 +38,7 @@ def products(device: torch.device, side: int) -> dict[str, Callable[[], object]]
         return found
     from ditbench.harness.backends import onednn_int8
 
-    if onednn_int8._cpu_lacks() is None:
+    if onednn_int8.cpu_lacks() is None:
         packed = torch.ops.onednn.qlinear_prepack(eight, None)
         unsigned, ones = eight.view(torch.uint8), torch.ones(side)
         zeros = torch.zeros(side, dtype=torch.long)

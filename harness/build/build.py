@@ -16,6 +16,7 @@ from ditbench.harness.build.fusion import fuse
 from ditbench.harness.build.layer import QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
 from ditbench.harness.build.offload import OFFLOAD, RESIDENT, chosen, offload
+from ditbench.harness.build.shared_inputs import share_inputs
 from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.memory import trim
 from ditbench.harness.quant.effective import effective_linear, touched_layers
@@ -54,6 +55,7 @@ def build(
         set_submodule(model, name, layer.to(lies_on))
         trim()
     steady(model)
+    share_inputs(model)
     fuse(model, device, dtype)
     hang(model, block_folds(target, recipe, _transforms(recipe), dtype), clock, device)
     for name, attention in recipe.attention.items():

@@ -48,6 +48,7 @@ from ditbench.harness.build.export_checks import (
 from ditbench.harness.build.fusion import fuse
 from ditbench.harness.build.layer import EffectiveLinear, QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
+from ditbench.harness.build.shared_inputs import share_inputs
 from ditbench.harness.build.step_finder import Schedule, StepCounter, StepFinder
 from ditbench.harness.common.artifacts import write_manifest
 from ditbench.harness.common.errors import UserError
@@ -301,6 +302,7 @@ def _assembled(
         original = transformer.get_submodule(name)
         set_submodule(model, name, QuantPatchEmbed(original, linear) if isinstance(original, nn.Conv2d) else linear)
     steady(model)
+    share_inputs(model)
     fuse(model, device, dtype)
     folds = {name: decode(each, tensors, f"folds/{name}") for name, each in described["folds"].items()}
     for name, of_block in folds.items():

@@ -32,7 +32,7 @@ def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     if lacks() is None:
         fuse_attention(model)
         fuse_few_rows(model)
-    if vnni._cpu_lacks() is None:
+    if vnni.cpu_lacks() is None:
         fuse_activations(model)
 
 
@@ -89,7 +89,7 @@ def ending_in(kind: type[Any], activation: str) -> type[Any]:
 
 def fuse_activations(model: nn.Module) -> None:
     """Those of feed-forward layers whose first projection is quantized. GELU: in the form that has a tanh."""
-    from diffusers.models.activations import GELU, LinearActivation  # seconds, which who lists methods need not wait
+    from diffusers.models.activations import GELU, LinearActivation  # seconds; and triton, which must not come first
 
     for module in model.modules():
         if not isinstance(getattr(module, "proj", None), QuantLinear | RangedLinear):

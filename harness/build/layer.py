@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from ditbench.harness.backends.activations import activate
 from ditbench.harness.backends.base import AUTO, FusedKernel, choose
 from ditbench.harness.backends.few_rows import linear
+from ditbench.harness.build.treatment import Treatment
 from ditbench.harness.quant.effective import EffectiveLinear
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.steps import StepClock, StepTable
@@ -31,6 +34,7 @@ class QuantLinear(nn.Module):
 
     down_rC: Tensor
     up_Or: Tensor
+    treatment: Treatment | None = None  # shared with the layers that treat their input alike: `share_inputs`
 
     def __init__(
         self,
@@ -67,10 +71,7 @@ class QuantLinear(nn.Module):
         dtype = x.dtype
         if isinstance(self.kernel, FusedKernel):
             low_rank = (self.down_rC, self.up_Or) if self.has_low_rank else None
-            around = (self.transform, low_rank, self.bias)
-            if activation in self.kernel.activations:
-                return self.kernel.layer(x, step, *around, activation=activation)  # type: ignore[call-arg]
-            return activate(self.kernel.layer(x, step, *around), activation).to(dtype)
+            return self._fused(self.kernel, x, step, low_rank, activation)
         if self.transform is not None:
             x = self.transform(x if dtype == torch.float64 else x.float(), step)
         y = self.kernel(x, step)
@@ -79,6 +80,24 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             y += self.bias.at(step)
         return activate(y, activation).to(dtype)
+
+    def _fused(
+        self,
+        kernel: FusedKernel,
+        x: Tensor,
+        step: Tensor | None,
+        low_rank: tuple[Tensor, Tensor] | None,
+        activation: str | None,
+    ) -> Tensor:
+        keep = low_rank is not None
+        more: dict[str, Any] = {}
+        if self.treatment is not None:
+            make = partial(kernel.rows, x, step, self.transform, keep=keep)
+            more["rows"] = self.treatment.of(x, step, keep, make)
+        if activation in kernel.activations:
+            more["activation"], activation = activation, None
+        y = kernel.layer(x, step, self.transform, low_rank, self.bias, **more)
+        return activate(y, activation).to(x.dtype)
 
 
 class RangedLinear(nn.Module):

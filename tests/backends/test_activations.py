@@ -15,7 +15,7 @@ from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.spec import QuantSpec
 from ditbench.harness.quant.steps import StepClock, StepTable
 
-pytestmark = pytest.mark.skipif(vnni._cpu_lacks() is not None, reason=str(vnni._cpu_lacks()))
+pytestmark = pytest.mark.skipif(vnni.cpu_lacks() is not None, reason=str(vnni.cpu_lacks()))
 EXACT = {GELU_TANH: lambda x: F.gelu(x, approximate="tanh"), SILU: F.silu}
 
 

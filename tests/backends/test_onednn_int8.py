@@ -33,7 +33,7 @@ SHAPES = [(1, 1, 1), (1, 13, 7), (33, 17, 5), (20, 1152, 96), (9, 4608, 40)]  # 
 PLAIN = (WEIGHTS[0], ACTS[0])  # what bits=w8a8 means by default
 SYMMETRIC_ERROR, ASYMMETRIC_ERROR, BOTH_ASYMMETRIC_ERROR = 1e-6, 5e-6, 5e-5  # the terms of these cancel in float32
 
-needs_int8 = pytest.mark.skipif(onednn_int8._cpu_lacks() is not None, reason=str(onednn_int8._cpu_lacks()))
+needs_int8 = pytest.mark.skipif(onednn_int8.cpu_lacks() is not None, reason=str(onednn_int8.cpu_lacks()))
 
 
 def describe(spec: QuantSpec) -> str:
@@ -239,12 +239,12 @@ def test_what_it_cannot_run_it_says(recipe, device, reason):
 def test_a_cpu_without_int8_instructions_simulates(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     for backend in (onednn_int8, vnni):
-        backend._cpu_lacks.cache_clear()
+        backend.cpu_lacks.cache_clear()
     try:
         assert choose(recipe_for(*PLAIN, 16, 4), CPU).NAME == "simulate"
     finally:
         for backend in (onednn_int8, vnni):
-            backend._cpu_lacks.cache_clear()
+            backend.cpu_lacks.cache_clear()
 
 
 @needs_int8
@@ -258,11 +258,11 @@ def test_an_operator_that_returns_wrong_values_is_not_used(monkeypatch):
 
     monkeypatch.setattr(torch.ops, "_broken_original", torch.ops.onednn.qlinear_pointwise, raising=False)
     monkeypatch.setattr(torch.ops, "onednn", Broken)
-    onednn_int8._cpu_lacks.cache_clear()
+    onednn_int8.cpu_lacks.cache_clear()
     try:
         assert "wrong values" in onednn_int8.unsupported(recipe_for(*PLAIN, 16, 4), CPU)
     finally:
-        onednn_int8._cpu_lacks.cache_clear()
+        onednn_int8.cpu_lacks.cache_clear()
 
 
 @needs_int8

@@ -35,7 +35,7 @@ SHAPES = [
     (20, 1152, 96),
 ]  # tokens, C, O: no whole panel, row block or quad, and all
 
-needs_vnni = pytest.mark.skipif(vnni._cpu_lacks() is not None, reason=str(vnni._cpu_lacks()))
+needs_vnni = pytest.mark.skipif(vnni.cpu_lacks() is not None, reason=str(vnni.cpu_lacks()))
 
 
 def describe(spec: QuantSpec) -> str:
@@ -269,8 +269,8 @@ def test_what_it_cannot_run_it_says(recipe, device, reason):
 )
 def test_a_machine_that_lacks_something_says_what(place, name, answer, reason, monkeypatch):
     monkeypatch.setattr(place, name, lambda *_: answer)
-    vnni._cpu_lacks.cache_clear()
+    vnni.cpu_lacks.cache_clear()
     try:
         assert reason in str(vnni.unsupported(recipe_for(WEIGHTS[0], ACTS[0], 16, 4), CPU))
     finally:
-        vnni._cpu_lacks.cache_clear()
+        vnni.cpu_lacks.cache_clear()

@@ -18,7 +18,7 @@ SPECS = [
     QuantSpec(bits, granularity, symmetric, group_size=32 if granularity == "per_group" else None)
     for bits, granularity, symmetric in product((8, 4), ("per_channel", "per_tensor", "per_group"), (True, False))
 ]
-needs_vnni = pytest.mark.skipif(vnni._cpu_lacks() is not None, reason=str(vnni._cpu_lacks()))
+needs_vnni = pytest.mark.skipif(vnni.cpu_lacks() is not None, reason=str(vnni.cpu_lacks()))
 
 
 def recipe_for(spec: QuantSpec, outputs: int = 21, width: int = 96) -> LayerRecipe:

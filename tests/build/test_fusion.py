@@ -112,7 +112,7 @@ def feed_forward(small_model) -> nn.Module:
     return quantized(small_model).transformer_blocks[0].ff.net[0]
 
 
-needs_vnni = pytest.mark.skipif(vnni._cpu_lacks() is not None, reason=str(vnni._cpu_lacks()))
+needs_vnni = pytest.mark.skipif(vnni.cpu_lacks() is not None, reason=str(vnni.cpu_lacks()))
 
 
 @needs_vnni

@@ -19,7 +19,7 @@ from ditbench.harness.measurement.timing import interleaved
 
 CPU = torch.device("cpu")
 needs_real = pytest.mark.skipif(choose(example_recipe("w8a8"), CPU).KIND != "measured", reason="no int8 kernel here")
-needs_vnni = pytest.mark.skipif(vnni._cpu_lacks() is not None, reason=str(vnni._cpu_lacks()))
+needs_vnni = pytest.mark.skipif(vnni.cpu_lacks() is not None, reason=str(vnni.cpu_lacks()))
 ONE_BLOCK = ("model=dit-xl-2-256-random", *(f"model.random.{name}={value}" for name, value in {
     "num_attention_heads": 4, "attention_head_dim": 24, "in_channels": 1, "out_channels": 1, "num_layers": 1,
     "sample_size": 16, "num_embeds_ada_norm": 10,

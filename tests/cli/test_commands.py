@@ -136,7 +136,7 @@ def test_the_doctor_leads_with_the_compiler_that_a_kernel_lacks(ditbench, monkey
     def lacks():
         return MachineLacks("vnni needs g++ on the PATH: it is compiled on first use", "apt-get install g++")
 
-    monkeypatch.setattr(vnni, "_cpu_lacks", lacks)
+    monkeypatch.setattr(vnni, "cpu_lacks", lacks)
     assert weight_only.vnni is vnni
     lines = ditbench("doctor", "--results-dir", str(tmp_path)).out.splitlines()
     assert lines[0] == "missing" and re.match(

@@ -223,7 +223,7 @@ def test_what_no_plan_can_keep_fails_with_its_reason(run, tmp_path, case):
 
 def test_a_budget_of_latency_takes_the_formats_that_run_here(run, read_records, tmp_path):
     """With all the time in the world the plan is the float model, whose error is nothing."""
-    if "VNNI" in str(onednn_int8._cpu_lacks()):
+    if "VNNI" in str(onednn_int8.cpu_lacks()):
         pytest.skip("no integer kernel on this machine")
     assert run("bits=mixed", "bits.candidates=[w8a8,w16a16]", "bits.budget.latency_ms=1e6") == 0
     (record,) = read_records(tmp_path).values()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditbench.harness.backends.alike import quantizers_alike
 from ditbench.harness.backends.base import FusedKernel
 from ditbench.harness.backends.triton_kernels import launch
 from ditbench.harness.backends.triton_kernels.storage import NIBBLE, pack_halves, stored_codes
@@ -21,7 +22,7 @@ NO_TRANSFORM = Transform()
 
 
 class Rows:
-    """Input rows ready for a product; zero_M counts in the codes as stored; kept_MC is x', if it was asked for."""
+    """Input rows ready for a product; zero_M counts in the codes as stored; kept_MC is x', if it was asked for and is not x."""
 
     def __init__(self, codes_MC: Tensor, scale_M: Tensor | None, zero_M: Tensor | None, kept_MC: Tensor | None) -> None:
         self.codes_MC, self.scale_M, self.zero_M, self.kept_MC = codes_MC, scale_M, zero_M, kept_MC
@@ -42,7 +43,7 @@ class TritonKernel(FusedKernel):
             self.act_scale, self.act_zero_point = act.scale, act.zero_point  # counted, and moved with us
 
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
-        rows = self.rows(x, step, NO_TRANSFORM, keep=False)
+        rows = self.rows(x, step, None, keep=False)
         return self.product(rows, None, None, None, torch.float32).reshape(*x.shape[:-1], len(self.stored))
 
     def layer(
@@ -52,14 +53,16 @@ class TritonKernel(FusedKernel):
         transform: Transform | None,
         low_rank: tuple[Tensor, Tensor] | None,
         bias: StepTable | None,
+        rows: Rows | None = None,
     ) -> Tensor:
-        rows = self.rows(x, step, transform or NO_TRANSFORM, keep=low_rank is not None)
+        if rows is None:
+            rows = self.rows(x, step, transform, keep=low_rank is not None)
         bias_O = None if bias is None else bias.at(step).contiguous()
         down_MR = up_OR = None
         if low_rank is not None:
-            assert rows.kept_MC is not None
+            kept_MC = x.flatten(0, -2) if rows.kept_MC is None else rows.kept_MC
             down_rC, up_OR = low_rank
-            down_MR = F.linear(rows.kept_MC.to(down_rC.dtype), down_rC)
+            down_MR = F.linear(kept_MC.to(down_rC.dtype), down_rC)
         y_MO = self.product(rows, bias_O, down_MR, up_OR, x.dtype)
         return y_MO.reshape(*x.shape[:-1], len(self.stored))
 
@@ -68,8 +71,13 @@ class TritonKernel(FusedKernel):
     ) -> Tensor:
         raise NotImplementedError
 
-    def rows(self, x: Tensor, step: Tensor | None, transform: Transform, *, keep: bool) -> Rows:
+    def rows_like(self, other: FusedKernel) -> bool:
+        return isinstance(other, TritonKernel) and quantizers_alike(self.act, other.act)
+
+    def rows(self, x: Tensor, step: Tensor | None, transform: Transform | None, *, keep: bool) -> Rows:
         """x (…, C) through its transform, quantized; in one launch where `fuses` says so, else torch transforms."""
+        transform = transform or NO_TRANSFORM
+        moves = not transform.is_identity
         if x.dtype == torch.float64:
             raise TypeError("the CUDA kernels compute in float32; build a float64 model with backend=simulate")
         shape = x.shape
@@ -103,7 +111,7 @@ class TritonKernel(FusedKernel):
             spec.number == E4M3,
             keep_transformed,
         )
-        return Rows(codes_MC, scale_M, zero_M, (kept_MC if keep_transformed else x_MC) if keep else None)
+        return Rows(codes_MC, scale_M, zero_M, (kept_MC if keep_transformed else x_MC) if keep and moves else None)
 
 
 class IntKernel(TritonKernel):

@@ -1,0 +1,40 @@
+"""What layers do to a tensor that several of them read, done once: see `shared_inputs`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "ditbench_rows"  # of the attribute of a tensor
+
+
+class Treatment:
+    """What some layers do to their input before they multiply it; one object for all of them."""
+
+    def of(self, x: Tensor, step: Tensor | None, keep: bool, make: Callable[[], Any]) -> Any:
+        """make(), or what it gave for another layer of this treatment if neither x nor the step has changed since.
+
+        keep: whether x' is needed beside its codes. Nothing that make() gives may hold x itself, which would then never go.
+        """
+        if torch.compiler.is_compiling() or x.is_inference() or (step is not None and step.is_inference()):
+            return make()  # these do not tell whether they have changed
+        versions = (x._version, None if step is None else (id(step), step._version))
+        left: Left | None = getattr(x, NAME, None)
+        if left is None or left.treatment is not self or left.versions != versions or (keep and not left.keeps):
+            left = Left(self, versions, keep, make())
+            setattr(x, NAME, left)
+        return left.rows
+
+
+@dataclass(frozen=True)
+class Left:
+    """On a tensor: what a treatment made of it, of which version of it and of the step."""
+
+    treatment: Treatment
+    versions: tuple[Any, ...]
+    keeps: bool
+    rows: Any
