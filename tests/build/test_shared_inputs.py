@@ -147,3 +147,22 @@ def test_inference_mode_and_a_compiler_share_nothing_and_give_the_same():
         assert torch.equal(parent.q(x.clone()) + parent.k(x.clone()), expected)
     run = torch.compile(lambda x: parent.q(x) + parent.k(x), backend="aot_eager", fullgraph=True)
     assert torch.equal(run(x), expected)
+
+
+def test_two_treatments_of_one_tensor_are_kept_apart():
+    other = ActQuant(QuantSpec(4, "per_token", dynamic=True))
+    recipes = {name: recipe(seed, act=other if seed % 2 else A8) for seed, name in enumerate("abcd")}
+    x = drawn(5, 24).bfloat16()
+    outputs = [layer(x) for layer in layers(recipes).children()]
+    for output, expected in zip(outputs, alone(recipes, x), strict=True):
+        assert torch.equal(output, expected)
+
+
+def test_a_branch_that_comes_second_gets_the_transformed_input():
+    """The first layer did not need it beside its codes."""
+    branch = LowRank(drawn(2, 24, seed=5), drawn(8, 2, seed=6))
+    recipes = {"plain": recipe(0, transform=rotated()), "branched": recipe(1, transform=rotated(), low_rank=branch)}
+    x = drawn(5, 24).bfloat16()
+    outputs = [layer(x) for layer in layers(recipes).children()]
+    for output, expected in zip(outputs, alone(recipes, x), strict=True):
+        assert torch.equal(output, expected)
