@@ -87,14 +87,14 @@ def _quality(group: Group) -> str:
     worse = [each for each in tests if each.winner == FLOAT]
     better = [each for each in tests if each.winner == each.first]
     if not worse and not better:
-        return f"In {name} the tests tell no run from the float model."
+        return f"In {name} the tests tell no tested run from the float model."
     said = [
         f"{words} than the float model: {_by_label(its)}"
         for words, its in (("worse", worse), ("better", better))
         if its
     ]
     if len(worse) + len(better) < len(tests):
-        said.append("the tests do not tell the others from it")
+        said.append("the tests do not tell the other tested runs from it")
     return f"In {name}, {'; '.join(said)}."
 
 

@@ -64,7 +64,7 @@ def _parts(built: Table, width: int, asked: bool) -> list[list[int]]:
     """Which columns stand in which table, in their order: one table, or as many as it takes to show all metrics asked for."""
     sizes = _widths(built, width)
     titles = [column.title for column in built.columns]
-    always = [titles.index(title) for title in ("method", "bits")]
+    always = [titles.index(title) for title in ("method", "bits") if title in titles]
     if any(row.status != "ok" for row in built.rows):
         always.append(titles.index("status"))
     metrics = [place for place, column in enumerate(built.columns) if column.metric]

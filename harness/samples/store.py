@@ -264,8 +264,21 @@ def open_store(address: Address, wanted: Conditions, piece: Callable[[], int], l
                 values = {"format": FORMAT, "kind": KIND, "key": address.key, "title": address.title, "n": len(wanted)}
                 values |= {"made_from": dict(address.made_from), "piece": piece(), "latents": latents}
                 values |= {"lines": write_bytes(address.folder / LINES, lines.encode())}
+                _drop_other_pieces(address.folder, values["piece"], len(wanted))
                 write_bytes(index, manifest_content(values))
     return found_store(address.folder, address.cache)
+
+
+def _drop_other_pieces(folder: Path, size: int, n: int) -> None:
+    """Notes of pieces that were drawn in another size, before the index was damaged: by their rows they would pair samples wrongly."""
+    for note in (folder / PIECES).glob("*.json"):
+        try:
+            rows = {int(name[:6]) for name in json.loads(note.read_text())["files"] if not name.startswith(LATENTS)}
+        except (ValueError, LookupError, TypeError):
+            rows = set()
+        first = int(note.stem) * size
+        if rows != set(range(first, min(first + size, n))):
+            note.unlink(missing_ok=True)
 
 
 def found_store(folder: Path, cache: Path | None = None) -> SampleStore:

@@ -102,13 +102,13 @@ def test_whose_quality_suffers_is_said_by_bits_and_of_the_others_only_that_they_
     )  # fmt: skip
     assert quality == (
         "In FID, worse than the float model: b and rtn at W4A4; better than the float model: rtn at W4A8; "
-        "the tests do not tell the others from it."
+        "the tests do not tell the other tested runs from it."
     )
 
 
 def test_where_nobody_is_told_from_the_float_model_that_is_all_that_is_said(say):
     _, quality, *_ = say(("a", "W8A8", 40.0, FLOAT_FID, 500), ("b", "W8A8", 41.0, FLOAT_FID, 500))
-    assert quality == "In FID the tests tell no run from the float model."
+    assert quality == "In FID the tests tell no tested run from the float model."
 
 
 def test_the_smallest_within_a_decibel_of_plain_rounding_is_named_with_what_it_costs_and_gives(say):
@@ -145,7 +145,7 @@ def test_a_speed_that_was_timed_beside_other_workers_is_not_said(say):
 
 
 def test_one_run_alone_is_held_against_the_float_model_and_nothing_else(say):
-    assert say(("rtn", "W8A8", 32.0, FLOAT_FID, 500)) == ["In FID the tests tell no run from the float model."]
+    assert say(("rtn", "W8A8", 32.0, FLOAT_FID, 500)) == ["In FID the tests tell no tested run from the float model."]
 
 
 def test_a_run_that_failed_alone_says_nothing(add_run, results_dir):

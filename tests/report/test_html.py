@@ -120,7 +120,7 @@ def test_what_to_ship_is_said_and_drawn_first(page_of, open_page):
     assert page.locator("#front tbody tr").count() >= 2
     assert page.locator("#plot-size .textpoint text").count() >= 2, "points have their names"
     page.select_option("#metric", "torchmetrics/fid_judge")
-    page.wait_for_function("document.querySelector('#plot-size .ytitle').textContent.includes('fid_judge')")
+    page.wait_for_function("document.querySelector('#plot-size .ytitle')?.textContent.includes('fid_judge')")
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     assert complaints == [] and outside == []
 

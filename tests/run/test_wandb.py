@@ -89,7 +89,7 @@ def test_the_layer_table_has_every_row(pairs):
         entry = logged["summary"]["layers"]
         assert entry["_type"] == "table-file" and entry["nrows"] == len(record["layers"]) == 30
         table = json.loads((folder / "files" / entry["path"]).read_text())
-        assert table["columns"] == ["layer", "sqnr_db", "backend", "weight_bits", "act_bits"]
+        assert table["columns"] == ["layer", "sqnr_db", "backend", "label", "weight_bits", "act_bits"]
         rows = {row[0]: dict(zip(table["columns"][1:], row[1:], strict=True)) for row in table["data"]}
         assert rows == record["layers"]
 

@@ -215,6 +215,14 @@ def test_a_damaged_index_is_named_and_written_again_and_the_pieces_stay(whole, t
     assert not log.exists() and name in capsys.readouterr().err
 
 
+def test_an_index_written_again_in_pieces_of_another_size_pairs_no_sample_with_another(whole, tmp_path, monkeypatch):
+    (whole.folder / "store.json").write_text("{")
+    monkeypatch.setattr(drawing, "PIECE", 1)
+    again = store_in(tmp_path, N)
+    draw_all(again, N)
+    assert [int(image[0, 0, 0]) for image in again.samples().pixels] == list(range(N))
+
+
 def test_ten_kills_cost_at_most_a_piece_each(tmp_path):
     n, drawn = 60, random.Random(0)
     log = tmp_path / "log"
