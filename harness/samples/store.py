@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -61,12 +61,16 @@ def threads(process: int) -> ThreadPoolExecutor:
 
 def for_each(do: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """What `do` gives of each, in their order. Each thread takes its share at once: to hand over a small image takes longer
-    than to read it.
+    than to read it. An error is raised when all threads have come to an end.
     """
     size = max(1, -(-len(items) // THREADS))
     shares = [items[start : start + size] for start in range(0, len(items), size)]
-    done = threads(os.getpid()).map(lambda share: [do(item) for item in share], shares)
-    return [given for share in done for given in share]
+    pool = threads(os.getpid())
+    done = [pool.submit(lambda share=share: [do(item) for item in share]) for share in shares]
+    try:
+        return [given for share in done for given in share.result()]
+    finally:
+        wait(done)  # where one failed: nobody writes on when the claim is given up
 
 
 @dataclass(frozen=True)

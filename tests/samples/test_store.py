@@ -22,7 +22,7 @@ from PIL import Image
 from ditbench.harness.common.artifacts import Address, Damaged, write_bytes
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.samples.samples import Prompt
-from ditbench.harness.samples.store import found_store, open_store
+from ditbench.harness.samples.store import for_each, found_store, open_store
 
 N = 7  # three pieces of two, one of one
 
@@ -78,6 +78,20 @@ def test_writing_a_piece_does_not_look_through_the_samples_that_are_there(tmp_pa
     monkeypatch.setattr(os, "scandir", lambda path=".": looked.append(str(path)) or scandir(path))
     store.publish(store.pieces[1], torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, 2, 2, 2), 8.0)
     assert store.has(store.pieces[1]) and str(store.folder) not in looked
+
+
+def test_who_fails_waits_for_the_other_thread_so_that_nobody_writes_on():
+    done = []
+
+    def write(item):
+        if item == 0:
+            raise OSError(errno.ENOSPC, "full")
+        time.sleep(0.2)
+        done.append(item)
+
+    with pytest.raises(OSError, match="full"):
+        for_each(write, [0, 1, 2, 3])
+    assert done == [2, 3]
 
 
 def test_a_disk_that_fills_up_leaves_no_half_of_a_file(tmp_path, monkeypatch):
