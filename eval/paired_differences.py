@@ -47,7 +47,10 @@ _Z95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Difference:
-    """first − second of a metric over the n samples that both have, its 95 % interval, and the two-sided p of its test."""
+    """first − second of a metric over the n samples that both have, its 95 % interval, and the two-sided p of its test.
+
+    freedom: of Student's t that made the interval; inf where the normal distribution did.
+    """
 
     value: float
     ci95: Interval
@@ -55,6 +58,7 @@ class Difference:
     n: int
     test: str
     ci_method: str
+    freedom: float = np.inf
 
 
 def differences(pairs: Sequence[tuple[PerSample, PerSample]], seed: int = 0) -> list[Difference]:
@@ -89,8 +93,8 @@ def differences(pairs: Sequence[tuple[PerSample, PerSample]], seed: int = 0) -> 
     else:
         swapped_PN = np.stack([_without_strata(delta_N, one.design_N) for delta_N in deltas])
         p_P, test = sign_flip_p(swapped_PN, seed).tolist(), FLIP_TEST
-    found = zip(values, intervals, p_P, sizes, strict=True)
-    return [Difference(*each, test, PAIRED_STUDENT) for each in found]
+    found = zip(values, intervals, p_P, sizes, spreads, strict=True)
+    return [Difference(*each, test, PAIRED_STUDENT, spread.freedom) for *each, spread in found]
 
 
 def sign_test(more: int, less: int) -> float:

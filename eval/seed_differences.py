@@ -82,7 +82,7 @@ def differences_over_seeds(differences_CS: Sequence[Sequence[Difference]]) -> li
         errors_S = [(high - low) / 2 / _Z95 for low, high in (one.ci95 for one in each)]
         found.append(mean_over_seeds([one.value for one in each], errors_S, usual))
     return [
-        Difference(mean.value, mean.ci95, mean.p, sum(one.n for one in each), mean.method, mean.method)
+        Difference(mean.value, mean.ci95, mean.p, sum(one.n for one in each), mean.method, mean.method, mean.freedom)
         for mean, each in zip(found, differences_CS, strict=True)
     ]
 

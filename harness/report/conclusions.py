@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from scipy.stats import t
 
 from ditbench.eval.paired_differences import Difference
-from ditbench.eval.seed_differences import FEWEST_SEEDS
 from ditbench.harness.report import compare, paired
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, value
 from ditbench.harness.report.contests import Contest, contests, label_bits, unranked
@@ -121,7 +120,7 @@ def _smallest(group: Group) -> str:
     lost = {place: found for place in smaller if (found := paired.between(group, metric, place, reference)) is not None}
     if not lost:
         return ""
-    within = [p for p, found in lost.items() if _least(found, len(lost), _freedom(group, p, found.n)) > -MARGIN_DB]
+    within = [p for p, found in lost.items() if _least(found, len(lost)) > -MARGIN_DB]
     it = f"{called(group, reference)} ({_valued(group, metric, value(group.records[reference], metric))})"
     if within:
         chosen = min(within, key=lambda place: (size[place], -lost[place].value))
@@ -202,15 +201,10 @@ def _priced(group: Group, metric: str, place: int, reference: int, lost: Differe
     return f"{called(group, place)}: {', '.join(said)}"
 
 
-def _least(found: Difference, candidates: int, freedom: int) -> float:
+def _least(found: Difference, candidates: int) -> float:
     """The lower end of the interval, widened for as many candidates as there are."""
     half = (found.ci95[1] - found.ci95[0]) / 2
-    return found.value - half * float(t.isf(0.025 / candidates, freedom) / t.isf(0.025, freedom))
-
-
-def _freedom(group: Group, place: int, n: int) -> int:
-    seeds = len(compare.seeds(group.records[place]))
-    return seeds - 1 if seeds >= FEWEST_SEEDS else max(n - 1, 1)
+    return found.value - half * float(t.isf(0.025 / candidates, found.freedom) / t.isf(0.025, found.freedom))
 
 
 def _by_label(tests: Sequence[paired.Comparison]) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from ditbench.eval.base import PerSample
+from ditbench.eval.paired_differences import Difference, differences
+from ditbench.eval.seed_differences import differences_over_seeds
 from ditbench.harness.records import sample_values
 from ditbench.harness.records.attempts import experiment_folder, read_all
 from ditbench.harness.records.record import write
@@ -130,10 +134,21 @@ def test_without_plain_rounding_the_best_at_the_most_bits_is_the_measure_and_non
 
 
 def test_the_smallest_is_searched_for_so_its_interval_is_widened():
-    """Of ten candidates at n = 64: t(0.0025) / t(0.025) = 2.906 / 1.998."""
-    found = type("Found", (), {"value": -0.5, "ci95": (-0.8, -0.2)})
-    assert conclusions._least(found, 1, 63) == pytest.approx(-0.8)
-    assert conclusions._least(found, 10, 63) == pytest.approx(-0.5 - 0.3 * 2.906 / 1.998, abs=2e-3)
+    """Of ten candidates with the freedom of 64 plain samples: t(0.0025) / t(0.025) = 2.906 / 1.998; with that of five, 4.773 / 2.571."""
+    found = Difference(-0.5, (-0.8, -0.2), 0.01, 64, "", "", freedom=63)
+    assert conclusions._least(found, 1) == pytest.approx(-0.8)
+    assert conclusions._least(found, 10) == pytest.approx(-0.5 - 0.3 * 2.906 / 1.998, abs=2e-3)
+    assert conclusions._least(replace(found, freedom=5), 10) == pytest.approx(-0.5 - 0.3 * 4.773 / 2.571, abs=2e-3)
+
+
+def test_a_difference_says_the_freedom_of_its_interval():
+    """A few samples in the tails make the spread: fewer than n − 1."""
+    values_N = np.zeros(64)
+    values_N[:2] = 8.0, -6.0
+    (found,) = differences([(PerSample(values_N), PerSample(np.zeros(64)))])
+    assert found.freedom < 10
+    (over_seeds,) = differences_over_seeds([[found, found, found]])
+    assert over_seeds.freedom >= 2 and np.isfinite(over_seeds.freedom)
 
 
 def test_a_speed_that_was_timed_beside_other_workers_is_not_said(say):
