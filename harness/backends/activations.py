@@ -7,6 +7,7 @@ which is applied to a sum that has been cast already.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GELU_TANH, SILU = "gelu-tanh", "silu"
@@ -14,7 +15,9 @@ NUMBERS = {None: 0, GELU_TANH: 1, SILU: 2}  # in the kernels
 
 
 def activate(y: Tensor, activation: str | None) -> Tensor:
-    """y float32 on a CPU that has the kernels → the same of its values."""
+    """y float32 → the same of its values; on a CPU by the kernels, which are there wherever layers end in an activation."""
     if activation is None:
         return y
+    if y.device.type != "cpu":  # the model was moved after it had been built
+        return F.gelu(y.float(), approximate="tanh") if activation == GELU_TANH else F.silu(y.float())
     return torch.ops.ditbench_vnni.activate(y.float().contiguous(), NUMBERS[activation])

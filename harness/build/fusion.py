@@ -66,7 +66,8 @@ class FewRowsLinear(SteadyLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         learns = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if input.dim() != 2 or learns or not input.dtype == self.weight.dtype == torch.bfloat16:
+        moved = input.device.type != "cpu"  # the model was, after it had been built
+        if moved or input.dim() != 2 or learns or not input.dtype == self.weight.dtype == torch.bfloat16:
             return super().forward(input)
         return torch.ops.ditbench_vnni.few_rows(input.contiguous(), self.weight.contiguous(), self.bias)
 

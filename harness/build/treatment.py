@@ -22,6 +22,10 @@ class Treatment:
         """
         if torch.compiler.is_compiling() or x.is_inference() or (step is not None and step.is_inference()):
             return make()  # these do not tell whether they have changed
+        if torch.is_grad_enabled() and x.requires_grad:
+            return make()  # a graph is gone through once, and would hold x
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return make()  # a replay changes x and tells nobody
         versions = (x._version, None if step is None else (id(step), step._version))
         left: Left | None = getattr(x, NAME, None)
         if left is None or left.treatment is not self or left.versions != versions or (keep and not left.keeps):

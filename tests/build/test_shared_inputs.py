@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ditbench.harness.backends import simulate, vnni
 from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.build.shared_inputs import share_inputs
+from ditbench.harness.build.treatment import NAME
 from ditbench.harness.quant.effective import EffectiveLinear
 from ditbench.harness.quant.lowrank import LowRank
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight, static_quant
@@ -44,6 +45,17 @@ def layers(recipes: dict[str, LayerRecipe], clock: StepClock | None = None, back
         parent.add_module(name, QuantLinear(each, effective, **settings, device=torch.device("cpu"), backend=backend))
     share_inputs(parent)
     return parent
+
+
+def test_an_input_that_learns_carries_nothing():
+    """What was made of it would hold its graph, and it."""
+    parent = layers({"q": recipe(0), "k": recipe(1)})
+    x = drawn(2, 4, 24).bfloat16().requires_grad_()
+    parent.q(x), parent.k(x)
+    assert not hasattr(x, NAME)
+    with torch.no_grad():
+        parent.q(x), parent.k(x)
+    assert hasattr(x, NAME)
 
 
 @pytest.fixture
