@@ -4,6 +4,8 @@ Averages hide them: a blank video has perfect flickering and consistency, and on
 Each alarm measures one number per sample and compares it with a threshold. Where the float model's samples are given,
 an alarm counts only if the float model's own sample, from the same noise, is well clear of that threshold: a night sky
 that the float model draws too is no collapse, and a scene at the threshold's edge must not alarm by chance.
+Noise is then measured from the float model's sample on: what neighbouring pixels differ by is r = (1 − p) r_float + p if
+white noise makes up the share p of a picture's variance, so p = (r − r_float) / (1 − r_float) alarms, and not r.
 
 Mode collapse shows in no single picture. Two alarms hold each sample against the others of its set, and what they find against
 the same number in the float model's set: `repeated` (the nearest other one: a few pictures come again and again) and `alike`
@@ -32,7 +34,8 @@ from ditbench.harness.samples.samples import Rows, Samples
 BLANK_STD, BLANK_STD_FLOAT = 2.0, 4.0  # grey levels; rounding a flat field gives up to 0.5, photographs 90
 SATURATED_SHARE, SATURATED_SHARE_FLOAT = 0.5, 0.4  # of one channel's values; a photograph has up to 0.25, digits 0.3
 FROZEN_CHANGE, FROZEN_CHANGE_FLOAT = 0.1, 0.2  # grey levels between frames; 0.1 is one pixel in ten off by one level
-NOISE_RATIO, NOISE_RATIO_FLOAT = 0.75, 0.5  # white noise has 1, photographs 0.01 to 0.05 at every scale
+NOISE_RATIO = 0.75  # white noise has 1, photographs 0.01 to 0.05 at every scale
+NOISE_SHARE = 1 / 3  # of the variance, beyond what the float model's sample has: as much as half of all else
 SAME, SAME_OF_FLOAT = 2.0, 0.25  # levels between thumbnails; of what the float model's sample has to its nearest
 ALIKE_OF_FLOAT = 0.5  # the same to all others, whose distances vary much less
 NON_FINITE_SHARE = 0.0  # a single one is too many
@@ -91,12 +94,7 @@ def raised(samples: Samples, float_model: Samples | None = None, device: torch.d
     hits = {}
     for name, value_N in ours.items():
         alarm = ALARMS[name]
-        if name in theirs and alarm.of_float is not None:
-            hits[name] = value_N < alarm.of_float * theirs[name]
-        else:
-            hits[name] = alarm.beyond(alarm.threshold, value_N)
-            if name in theirs:
-                hits[name] &= ~alarm.beyond(alarm.float_threshold, theirs[name])
+        hits[name] = alarm.raised(value_N, theirs.get(name))
     for name in ("repeated", "alike"):
         hits[name] &= ~hits["blank"]  # blank pictures are the same too, and have their alarm
     return hits
@@ -132,7 +130,8 @@ class Alarm:
     """measure: a sample's frames (F, H, W, 3) or its latents, on the device → a number, bad below the threshold (`low`) or above it.
 
     among: where that number takes all samples, from what `measure` found of each (N, …) to one number each (N,).
-    of_float: beside the float model's set, bad below this share of its number; then neither threshold counts.
+    float_threshold: the float model's own number must not be beyond it.
+    of_float: or, a share made of both numbers, (ours, float model's) → (N,), held against a threshold of its own.
     """
 
     what: str
@@ -142,7 +141,15 @@ class Alarm:
     low: bool
     applies: Callable[[Samples], bool] = lambda samples: True
     among: Callable[[Tensor], Tensor] = lambda value_N: value_N
-    of_float: float | None = None
+    of_float: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def raised(self, ours_N: Tensor, theirs_N: Tensor | None = None) -> Tensor:
+        """bool (N,); theirs: the float model's numbers."""
+        if theirs_N is None:
+            return self.beyond(self.threshold, ours_N)
+        if self.of_float is not None:
+            return self.beyond(self.float_threshold, self.of_float(ours_N, theirs_N))
+        return self.beyond(self.threshold, ours_N) & ~self.beyond(self.float_threshold, theirs_N)
 
     def beyond(self, threshold: float, value_N: Tensor) -> Tensor:
         """bool (N,)"""
@@ -230,7 +237,6 @@ def _described(hits: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
             "n": len(hit_N),
             "threshold": ALARMS[name].threshold,
             "float_threshold": ALARMS[name].float_threshold,
-            "of_float": ALARMS[name].of_float,
             "what": ALARMS[name].what,
         }
         for name, hit_N in hits.items()
@@ -268,29 +274,31 @@ ALARMS = {
         applies=lambda samples: samples.is_video and samples.pixels.shape[1] > 1,
     ),
     "noise": Alarm(
-        "above: energy of neighbouring pixels' differences over twice the variance",
+        "above: energy of neighbouring pixels' differences over twice the variance (beside the float model: share of white "
+        "noise in the variance, beyond its own)",
         noisiness,
         NOISE_RATIO,
-        NOISE_RATIO_FLOAT,
+        NOISE_SHARE,
         low=False,
+        of_float=lambda ours_N, theirs_N: (ours_N - theirs_N) / (1 - theirs_N).clamp(min=1e-6),
     ),
     "repeated": Alarm(
         "below: distance of thumbnails to the nearest other sample, levels (beside the float model: of its distance)",
         thumbnail,
         SAME,
-        SAME,
+        SAME_OF_FLOAT,
         low=True,
         among=nearest,
-        of_float=SAME_OF_FLOAT,
+        of_float=lambda ours_N, theirs_N: ours_N / theirs_N,  # no number, and no alarm, where the float model repeats itself
     ),
     "alike": Alarm(
         "below: distance of thumbnails to all other samples, levels (beside the float model: of its distance)",
         thumbnail,
         SAME,
-        SAME,
+        ALIKE_OF_FLOAT,
         low=True,
         among=to_the_others,
-        of_float=ALIKE_OF_FLOAT,
+        of_float=lambda ours_N, theirs_N: ours_N / theirs_N,  # no number, and no alarm, where the float model repeats itself
     ),
     NON_FINITE: Alarm(
         "above: share of latent values that are not finite",

@@ -101,18 +101,20 @@ def test_saturation_alarms_where_the_float_models_own_black_is_a_third_of_the_pi
     assert alarms(Samples(collapsed), Samples(digits))["saturated"]["share"] == 1.0
 
 
-def test_grain_that_the_float_model_has_to_a_lesser_degree_is_no_alarm():
-    random = torch.Generator().manual_seed(3)
-    noise = torch.randn(scenes().shape, generator=random) * 40
+@pytest.mark.parametrize("added, alarm", [(0.25, False), (0.4, True)])
+def test_white_noise_alarms_by_its_share_of_the_variance_beyond_the_float_models_own(added, alarm):
+    """The float model's pictures have grain already, a third of their variance."""
+    plain = scenes().float()
+    plain = (plain - plain.mean(dim=(2, 3), keepdim=True)) / plain.std(dim=(2, 3), keepdim=True)
+    grain, noise = (torch.randn(plain.shape, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    own = (2 / 3) ** 0.5 * plain + (1 / 3) ** 0.5 * grain
 
-    def grainy(strength):
-        return Samples((scenes().float() * (1 - strength) + strength * (128 + noise)).clamp(1, 254).to(torch.uint8))
+    def pictures(values):
+        return Samples((128 + 25 * values).round().clamp(0, 255).to(torch.uint8))
 
-    more, less = grainy(0.75), grainy(0.55)
-    over, under = (collapse.numbers(samples)["noise"] for samples in (more, less))
-    assert (over > 0.75).all() and (under > 0.5).all() and (under < 0.75).all()
-    assert alarms(more)["noise"]["share"] == 1.0
-    assert alarms(more, less)["noise"]["share"] == 0.0
+    drawn = pictures((1 - added) ** 0.5 * own + added**0.5 * noise)
+    assert alarms(drawn, pictures(own))["noise"]["share"] == float(alarm)
+    assert alarms(drawn)["noise"]["share"] == 0.0, "alone, neither is noise"
 
 
 def test_a_flat_colour_is_blank_although_its_channels_differ():
