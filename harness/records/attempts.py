@@ -258,6 +258,18 @@ def _attempts_in(home: Path, run_id: str) -> list[Record]:
 
 
 @contextmanager
+def alone_with(found: Record) -> Iterator[Record]:
+    """The record as it stands once no other process adds to it: a metric that is filed later is two files, value and values per sample."""
+    assert found.folder is not None
+    lock = FileLock(found.folder.with_name(f".{found.folder.name}.metrics.lock"))
+    lock.acquire()
+    try:
+        yield read(found.folder / "record.json")
+    finally:
+        _let_go(lock)
+
+
+@contextmanager
 def _claimed(home: Path) -> Iterator[None]:
     lock = FileLock(home / ".lock")
     lock.acquire()

@@ -8,13 +8,15 @@ folder's lock: what a killed process said of itself says nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from ditbench.harness.common.files import UNREADABLE, read_json, write_json
 from ditbench.harness.common.pace import Pace
@@ -100,7 +102,7 @@ def under_way(home: Path) -> list[Status]:
     found = []
     for folder in attempts.under_way(home):
         try:
-            found.append(Status(**read_json(folder / FILE)))
+            found.append(_checked(read_json(folder / FILE)))
         except (OSError, *UNREADABLE):
             try:
                 since = folder.stat().st_mtime
@@ -108,3 +110,19 @@ def under_way(home: Path) -> list[Status]:
                 continue
             found.append(Status(folder.name[1:13], "", "", "", 0, since, since))
     return found
+
+
+def _checked(raw: dict[str, Any]) -> Status:
+    """Raises TypeError or ValueError where a file says what no run would say of itself."""
+    status = Status(**raw)
+    for field in fields(Status):
+        value = getattr(status, field.name)
+        if field.type == "str":
+            good = isinstance(value, str)
+        elif value is None:
+            good = field.name == "total"
+        else:
+            good = isinstance(value, int | float) and math.isfinite(value)
+        if not good:
+            raise ValueError(f"{field.name}: {value!r}")
+    return status

@@ -10,7 +10,7 @@ from typing import Any
 from ditbench.eval.base import known_metrics, no_metric
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.records import sample_values
-from ditbench.harness.records.attempts import named
+from ditbench.harness.records.attempts import alone_with, named
 from ditbench.harness.records.drawn_samples import samples_at, store_of
 from ditbench.harness.records.record import Record, add_metric
 from ditbench.harness.stages.config import RunConfig, parse
@@ -43,11 +43,13 @@ def evaluate(
         if name not in known_metrics():
             raise no_metric(name)
     lines, failed = [], False
-    for record in runs_of(target, results_dir):
-        lacking = [name for name in metrics if again or record.metrics.get(name, {}).get("status") != "ok"]
+    for found in runs_of(target, results_dir):
+        with alone_with(found) as record:
+            lacking = [name for name in metrics if again or record.metrics.get(name, {}).get("status") != "ok"]
+            entries = add(record, lacking, overrides) if lacking else {}
         title = f"{record.folder.name if record.folder else record.run_id} {record.method} {record.bits['label']}"
         lines += [f"{title} {name}: recorded already" for name in metrics if name not in lacking]
-        for name, entry in (add(record, lacking, overrides) if lacking else {}).items():
+        for name, entry in entries.items():
             failed |= entry["status"] == "failed"
             value = (
                 f"{entry['value']:.4g} (n = {entry['n']})"

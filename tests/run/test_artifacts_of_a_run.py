@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from ditbench.harness import run as running
 from ditbench.harness.cli import main
 from ditbench.harness.generation import generate as generation
 from ditbench.harness.records import hashed_json
-from ditbench.harness.records.attempts import read_all
+from ditbench.harness.records.attempts import alone_with, read_all
 from ditbench.harness.report.whole import values_with
+from ditbench.harness.scoring.later_metrics import evaluate
 from ditbench.harness.stages import evaluate as evaluating
 
 W4 = ("bits=w4a4", "name=kept")
@@ -138,6 +140,19 @@ def test_what_is_scored_again_after_a_mend_counts_from_then_on(run, tmp_path, dr
     record = the_record(tmp_path)
     assert drawn == [] and record.metrics["psnr"]["value"] == before + 1
     assert values_with(record, "psnr").run["psnr"].values_N.shape == (4,), "those that were computed now"
+
+
+def test_who_scores_a_run_waits_for_who_does_and_finds_its_value(run, tmp_path, computed, no_second_draw):
+    said = []
+    with alone_with(the_record(tmp_path)):
+        second = threading.Thread(target=lambda: said.append(evaluate("kept", ["ssim"], tmp_path)))
+        second.start()
+        second.join(1)
+        assert second.is_alive() and computed == []
+    second.join()
+    assert not said[0].failed and computed == ["ssim"]
+    assert "recorded already" in evaluate("kept", ["ssim"], tmp_path).text and computed == ["ssim"]
+    assert not list(tmp_path.rglob(".*.metrics.lock"))
 
 
 def test_a_metric_computed_later_is_the_one_that_the_run_would_have_recorded(run, tmp_path, no_second_draw):

@@ -7,6 +7,8 @@ import shutil
 import time
 from dataclasses import replace
 
+import pytest
+
 from ditbench.harness.cli import main
 from ditbench.harness.records import attempts, sweeps
 from ditbench.harness.records.status import FILE, Status, StatusFile, reported
@@ -59,6 +61,24 @@ def test_who_is_killed_is_not_running_whatever_it_said(sweep, quick, home, tmp_p
     said = capsys.readouterr().out
     assert "not there" in said and "running" not in said and "a chip" not in said
     assert left.exists(), "looking clears nothing"
+
+
+@pytest.mark.parametrize(
+    "said", [{"done": "many"}, {"started": None}, {"total": [1]}, {"updated": 1e400}, {"title": 7}, {"more": 1}, "[]", "{"]
+)
+def test_a_status_file_that_no_run_wrote_is_as_good_as_none(said, sweep, quick, home, tmp_path, capsys):
+    def happens(config):
+        folder = next(home.glob(".*.part"))
+        with reported(folder, folder.name[1:13], "somebody", "a chip"):
+            whole = json.loads((folder / FILE).read_text())
+            (folder / FILE).write_text(said if isinstance(said, str) else json.dumps(whole | said))
+            capsys.readouterr()
+            assert status(tmp_path) == 0
+        return "ok"
+
+    quick(happens)
+    assert sweep("method=rtn", "bits=w8a8") == 0
+    assert "1 running" in capsys.readouterr().out
 
 
 def test_what_a_run_says_of_itself_is_no_part_of_its_record(tmp_path):
