@@ -29,6 +29,8 @@ _TELLS_NOTHING = ("model.note", "model.usual", "weights")  # of how a group came
 _SHORT_HASH = 8
 A_SHORT_LIST = 8  # metrics
 _BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
+PLAIN = {"overall": "follows the prompt", "direction": "moves as asked", "object": "right object", "speed": "right speed"}
+PLAIN |= {"accuracy": "right class", "collapse": "collapsed samples"}
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,11 @@ def short_names(metrics: Sequence[str]) -> dict[str, str]:
     """torchmetrics/fid_judge → fid_judge, unless two metrics would then share a name."""
     last = [name.rsplit("/", 1)[-1] for name in metrics]
     return {name: printable(part if last.count(part) == 1 else name) for name, part in zip(metrics, last, strict=True)}
+
+
+def plain(name: str) -> str:
+    """A short name as a page says it, where it says little by itself; the whole name stands in a tooltip."""
+    return PLAIN.get(name, name)
 
 
 def headline_first(group: Group) -> list[str]:

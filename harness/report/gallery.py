@@ -151,7 +151,7 @@ def _of_run(
         if found is not None and found.run[metric].yes_no:
             bad = {"higher": 0.0, "lower": 1.0}.get(compare.better(group, metric))
             for each, x in zip(fails, picked, strict=True):
-                each += [titles[metric]] if x == bad else []
+                each += [compare.plain(titles[metric])] if x == bad else []
             continue
         unit = record.metrics[metric].get("unit") or ""
         values[titles[metric]] = [f"{x:.4g} {unit}".strip() if math.isfinite(x) else "–" for x in picked]

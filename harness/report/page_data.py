@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ditbench.harness.report import compare, contests, figures, paired_text, trust
-from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names
+from ditbench.harness.report.compare import FLOAT_METHOD, Group, plain, short_names
 from ditbench.harness.report.conclusions import conclusions
 from ditbench.harness.report.contests import BITS, BYTES
 from ditbench.harness.report.fronts import called, fronts
@@ -27,9 +27,6 @@ HEADS = {  # what newcomers read, for the short heads of a terminal
     "fit": "time to quantize",
     "fit peak": "memory to quantize",
 }
-# And of metrics whose names say little by themselves; the whole name stands in the head's tooltip.
-METRIC_HEADS = {"overall": "follows the prompt", "direction": "moves as asked", "accuracy": "right class"}
-METRIC_HEADS |= {"object": "right object", "speed": "right speed", "collapse": "collapsed samples"}
 
 
 def page_data(groups: Sequence[Group], files: PageFiles, at: str, damaged: Sequence[str]) -> dict[str, Any]:
@@ -87,7 +84,7 @@ def _head(column: Column) -> str:
     if not column.metric:
         return HEADS.get(column.title, column.title)
     name, blank, arrow = column.title.partition(" ")
-    return METRIC_HEADS.get(name, name) + blank + arrow
+    return plain(name) + blank + arrow
 
 
 def _rows(

@@ -53,5 +53,5 @@ function cellText(row, key) {
   if (!cell) return el("span", {class: "none"}, "–");
   const way = ranks() === "bits" ? ["b", "n"] : ["y", "m"];
   return el("span", {class: `value${cell[way[1]] ? " inside" : ""}`, title: cell.h},
-    el("span", {class: cell[way[0]]}, (cell[way[1]] ? "~" : "") + (cell.t || "")), cell.i ? el("small", {}, cell.i) : null);
+    el("span", {class: cell[way[0]]}, (cell[way[1]] ? "~" : "") + (cell.t || "") + (key === "bits" && row.above ? " ▲" : "")), cell.i ? el("small", {}, cell.i) : null);
 }
