@@ -10,9 +10,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -60,13 +62,19 @@ def damage(results_dir: Path, drawn: random.Random) -> Path | None:
 
 
 def disturbed(
-    results_dir: Path, kills: int, drawn: random.Random, arguments: tuple[str, ...] = SWEEP
+    results_dir: Path, kills: int, drawn: random.Random, runs: Collection[str], arguments: tuple[str, ...] = SWEEP
 ) -> dict[str, int]:
-    """Kill, damage, and in the end let two processes finish → what was done to it."""
-    log, done = results_dir / "log.txt", {"kills": 0, "damaged files": 0, "starts": 0}
+    """Kill, damage, and in the end let two processes finish → what was done to it.
+
+    A sweep that is whole before all kills are done loses a run, so that there is work to be killed at.
+    """
+    log, done = results_dir / "log.txt", {"kills": 0, "damaged files": 0, "runs taken away": 0, "starts": 0}
     results_dir.mkdir()
     pair: list[multiprocessing.Process | None] = [None, None]
     while done["kills"] < kills:
+        if not unfinished(results_dir) and set(numbers(results_dir)) == set(runs):
+            take_away(results_dir, drawn)
+            done["runs taken away"] += 1
         for place in range(2):
             if pair[place] is None or not pair[place].is_alive():
                 pair[place] = sweep(results_dir, log, arguments)
@@ -90,6 +98,13 @@ def disturbed(
         for process in last:
             process.join()
     return done
+
+
+def take_away(results_dir: Path, drawn: random.Random) -> None:
+    """A run, and the samples that it drew."""
+    record = drawn.choice(sorted(survey(results_dir).records, key=lambda each: each.run_id))
+    shutil.rmtree(results_dir / "cache" / "samples" / record.made_from["samples"], ignore_errors=True)
+    shutil.rmtree(record.folder, ignore_errors=True)
 
 
 def wait_for_files(results_dir: Path, more: int) -> None:
@@ -132,8 +147,9 @@ def leftovers(results_dir: Path) -> list[str]:
 def chaos(folder: Path, kills: int, seed: int, arguments: tuple[str, ...] = SWEEP) -> dict[str, object]:
     calm = sweep(folder / "calm", folder / "calm.txt", arguments)
     calm.join()
-    done = disturbed(folder / "chaos", kills, random.Random(seed), arguments)
-    expected, found = numbers(folder / "calm"), numbers(folder / "chaos")
+    expected = numbers(folder / "calm")
+    done = disturbed(folder / "chaos", kills, random.Random(seed), expected, arguments)
+    found = numbers(folder / "chaos")
     return done | {
         "runs": len(expected),
         "what differs": differences(expected, found),
