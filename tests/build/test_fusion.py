@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -88,6 +89,17 @@ def test_it_is_still_an_attention_module_and_a_copy_is_whole(small_model):
         assert torch.equal(copied(x), module(x))
         copied.to_q = copied.to_k
         assert not torch.equal(copied(x), module(x))
+
+
+@needs_kernel
+def test_what_was_pickled_computes_the_same(small_model):
+    model = quantized(small_model)
+    again = pickle.loads(pickle.dumps(model))
+    inputs = small_model.step_inputs(2, torch.device("cpu"))
+    inputs = {n: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in inputs.items()}
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).sample, model(**inputs).sample)
+    assert all(type(one) is type(other) for one, other in zip(attentions(again), attentions(model), strict=True))
 
 
 @needs_kernel
