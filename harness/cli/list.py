@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -11,12 +10,12 @@ import yaml
 
 from ditbench.harness.backends.matrix import format_matrix
 from ditbench.harness.cli.flags import Parser
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import CONF, options
-from ditbench.harness.common.terminal import columns
 from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.forms import DEFAULT, Form
-from ditbench.harness.quant.spec import FORMATS, FP8, all_labels
+from ditbench.harness.quant.spec import FLOAT_BITS, FORMATS, NAMED, WIDTHS, bits_of, needs_integers
 
 
 def list_methods() -> str:
@@ -111,7 +110,12 @@ def list_bits() -> str:
         f"{side}: " + ", ".join(f"{k}={plain(v)}" for k, v in defaults[side].items() if k != "bits")
         for side in ("weight", "act")
     ]
-    labels = textwrap.fill(" ".join(all_labels()), columns())
+    widths = " ".join(map(str, (*WIDTHS, FLOAT_BITS)))
+    labels = (
+        f"w<bits>a<bits>, bits of {widths}: integers; 16 stays in float\n"
+        "w<one>_a<other>: a mixture of two of these, or of one and a number of bits, such as wnvfp4_afp8 and wmxfp4_a16\n"
+        + table(("format", "weights", "activations"), [(label, *_told(label)) for label in NAMED])
+    )
     return f"{labels}\ndefaults (conf/bits/default.yaml):\n  " + "\n  ".join(sides)
 
 
@@ -132,7 +136,22 @@ def _formats(name: str) -> str:
     defined = registry.formats_of(name)
     if len(defined) == len(FORMATS):
         return "any"
-    return "any integers" if defined == [label for label in FORMATS if label != FP8.upper()] else " ".join(defined)
+    return "any integers" if defined == [label for label in FORMATS if _is_of_integers(label)] else " ".join(defined)
+
+
+def _is_of_integers(label: str) -> bool:
+    bits = bits_of(label)
+    try:
+        needs_integers("", bits.weight, bits.act)
+    except UserError:
+        return False
+    return True
+
+
+def _told(label: str) -> tuple[str, str]:
+    bits = bits_of(label)
+    assert bits.weight is not None and bits.act is not None
+    return bits.weight.told, bits.act.told
 
 
 def command(arguments: list[str]) -> int:
