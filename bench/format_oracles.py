@@ -86,7 +86,11 @@ class Oracle:
         spec = self.spec
         if spec.name.isdigit():
             return f"INT{spec.bits}_G{spec.group_size} with float32 scales"
-        words = {"MXFP6": f" {spec.number}", "MXFP8": f" {spec.number}", "FP8_BLOCK": f" {spec.block_rows} × {spec.group_size}"}
+        words = {
+            "MXFP6": f" {spec.number}",
+            "MXFP8": f" {spec.number}",
+            "FP8_BLOCK": f" {spec.block_rows} × {spec.group_size}",
+        }
         return spec.name + words.get(spec.name, "")
 
 
@@ -219,7 +223,16 @@ def row(oracle: Oracle, cases: dict[str, Tensor]) -> dict[str, object]:
     codes, codes_differ, scales, scales_differ = (sum(each) for each in zip(*found.values(), strict=True))
     where = [name for name, (_, codes, _, scales) in found.items() if codes or scales]
     spec = oracle.spec
-    values = (oracle.format, spec.scale_rule or "–", oracle.name, len(found), codes, codes_differ, scales, scales_differ)
+    values = (
+        oracle.format,
+        spec.scale_rule or "–",
+        oracle.name,
+        len(found),
+        codes,
+        codes_differ,
+        scales,
+        scales_differ,
+    )
     return dict(zip(FIELDS, (*values, ", ".join(where)), strict=True))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -12,10 +13,11 @@ from ditbench.harness.backends.matrix import format_matrix
 from ditbench.harness.cli.flags import Parser
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import CONF, options
+from ditbench.harness.common.terminal import columns
 from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.forms import DEFAULT, Form
-from ditbench.harness.quant.spec import FLOAT_BITS, FORMATS, NAMED, WIDTHS, bits_of, needs_integers
+from ditbench.harness.quant.spec import FORMATS, NAMED, bits_of, integer_labels, needs_integers
 
 
 def list_methods() -> str:
@@ -110,13 +112,14 @@ def list_bits() -> str:
         f"{side}: " + ", ".join(f"{k}={plain(v)}" for k, v in defaults[side].items() if k != "bits")
         for side in ("weight", "act")
     ]
-    widths = " ".join(map(str, (*WIDTHS, FLOAT_BITS)))
-    labels = (
-        f"w<bits>a<bits>, bits of {widths}: integers; 16 stays in float\n"
-        "w<one>_a<other>: a mixture of two of these, or of one and a number of bits, such as wnvfp4_afp8 and wmxfp4_a16\n"
-        + table(("format", "weights", "activations"), [(label, *_told(label)) for label in NAMED])
+    labels = textwrap.fill(" ".join([*integer_labels(), *NAMED]), columns())
+    formats = table(("format", "weights", "activations"), [(label, *_told(label)) for label in NAMED])
+    mixtures = "w<one>_a<other>: one of these (or a number of bits) for each side, such as wnvfp4_afp8, wmxfp4_amxfp8, wnvfp4_a16"
+    defaults_told = "\n  ".join(sides)
+    return (
+        f"{labels}\ndefaults (conf/bits/default.yaml):\n  {defaults_told}\n\n"
+        f"formats by name; bits.weight.rule=floor and the like set one part:\n{formats}\n{mixtures}"
     )
-    return f"{labels}\ndefaults (conf/bits/default.yaml):\n  " + "\n  ".join(sides)
 
 
 KINDS: dict[str, Callable[[], str]] = {

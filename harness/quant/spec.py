@@ -315,12 +315,16 @@ def _side(label: str, side: str, name: str) -> dict[str, Any]:
     return {"bits": int(name), "number": INT}
 
 
+def integer_labels() -> list[str]:
+    widths = (*WIDTHS, FLOAT_BITS)
+    return [f"w{weight}a{act}" for weight in widths for act in widths]
+
+
 def all_labels() -> list[str]:
     """Every format that `bits=` takes."""
-    widths = (*WIDTHS, FLOAT_BITS)
-    names = [*NAMED, *widths]
+    names = [*NAMED, *WIDTHS, FLOAT_BITS]
     mixtures = [f"w{one}_a{other}" for one in names for other in names if one != other and {one, other} & set(NAMED)]
-    return [*(f"w{weight}a{act}" for weight in widths for act in widths), *NAMED, *mixtures]
+    return [*integer_labels(), *NAMED, *mixtures]
 
 
 def needs_integers(who: str, *specs: QuantSpec | None) -> None:
