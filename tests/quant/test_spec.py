@@ -84,8 +84,8 @@ def test_a_mixture_has_the_settings_of_each_side_and_activations_have_no_rows_to
     assert weight == NAMED["fp8_block"] and act == NAMED["nvfp4"]
     assert "block_rows" not in parse_label("fp8_block").act
     assert parse_label("w4_amxfp8").weight == {"bits": 4, "number": "int"}
-    for label in ("wnvfp5_a8", "wfp8_anything"):
-        with pytest.raises(UserError, match="cannot be 'nvfp5'; known: fp8, nvfp4|cannot be 'anything'"):
+    for label in ("wnvfp5_a8", "wfp8_a4bit"):
+        with pytest.raises(UserError, match="cannot be 'nvfp5'; known: fp8, nvfp4|cannot be '4bit'"):
             parse_label(label)
     with pytest.raises(UserError, match="activations cannot have 9 bits"):
         parse_label("wnvfp4_a9")
