@@ -13,11 +13,9 @@ from ditbench.harness.calibration.channel_statistics import channel_stats
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
 from ditbench.harness.quant.accounting import account
-from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.gptq import gptq
-from ditbench.harness.quant.lowrank import residual
 from ditbench.harness.quant.quantizers import activation_affine, quantize_weight
-from ditbench.harness.quant.spec import Bits, QuantSpec, bits_of
+from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.methods import rtn, svdquant
 from ditbench.methods.svdquant import Params, candidates, site_samples, smoothing_scale
 
@@ -199,23 +197,6 @@ def test_below_eight_bits_the_format_is_groups_and_at_eight_that_of_bits(small_t
         assert (layer.transform.shift is not None) == (acts is not None and acts.bits < 8)
     narrow = recipe_of(small_target, small_calibration).layers[QKV[0]]
     assert (narrow.weight.spec.group_size, narrow.act.spec.group_size, narrow.act.spec.symmetric) == (48, 48, True)
-
-
-@pytest.mark.parametrize("label", ["nvfp4", "mxfp4", "int4_g64", "wnvfp4_afp8"])
-def test_a_format_in_blocks_is_taken_as_it_is_and_of_those_only_integers_are_shifted(
-    label, small_target, small_calibration
-):
-    bits = bits_of(label)
-    recipe = recipe_of(small_target, small_calibration, bits)
-    for name, layer in recipe.layers.items():
-        unsigned = label == "int4_g64" and name == GELU_LAYER
-        assert layer.weight.spec == bits.weight and layer.low_rank is not None
-        assert layer.act.spec == replace(bits.act, symmetric=not unsigned)
-        assert (layer.transform.shift is not None) == unsigned
-    layer = recipe.layers[GELU_LAYER]
-    weight_OC = effective_linear(small_target, GELU_LAYER, {GELU_LAYER: layer.transform}, frozenset()).weight_OC
-    plain = quantize_weight(residual(weight_OC, layer.low_rank), bits.weight)
-    assert torch.equal(layer.weight.dequantize(), plain.dequantize()), "the residual is what is rounded to the grid"
 
 
 @pytest.mark.parametrize(("width", "size"), [(1152, 64), (4608, 64), (96, 48), (100, 50), (48, 48), (67, 1)])
