@@ -15,6 +15,7 @@ A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
     bench: FILE                      results/bench/FILE.json, which `ditbench bench` wrote
     coverage: MODEL                  how often intervals cover, of what `bench/intervals.py` drew from MODEL
     noise floor                      what `bench/noise_floor.py` wrote
+    format oracles                   what `bench/format_oracles.py` wrote
     overhead: NAME, NAME             shares of runs' time, of results/bench/overhead-NAME.json, which `bench/overhead.py` wrote
 """
 
@@ -39,6 +40,7 @@ PAGES = [ROOT / "docs" / f"{name}.md" for name in ("methods", "backends", "mixed
 RESULTS = ROOT / "results"
 BENCH = RESULTS / "bench"
 INTERVALS = RESULTS / "intervals"
+ORACLES = RESULTS / "formats" / "oracles.csv"
 COST = BENCH / "fit_cost-dit-xl-2-256-random.jsonl"
 MARKED = re.compile(r"(?P<open><!-- (?P<what>[a-z ]+)(?:: (?P<of>.+?))? -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 FID = "torchmetrics/fid_judge"
@@ -212,6 +214,32 @@ def covered(row: Any) -> str:
     return "·" if row.sd < 1e-9 else f"{100 * row.coverage:.1f}"
 
 
+def format_oracles() -> str:
+    """A line for each format and library; what differs with the tensors it does on."""
+    rows = pd.read_csv(ORACLES, keep_default_na=False)
+    lines = [
+        [
+            "format",
+            "scale's rule",
+            "library",
+            "tensors equal",
+            "codes",
+            "of which equal",
+            "scales equal",
+            "not equal on",
+        ]
+    ]
+    lines.append(["---", "---", "---", "---:", "---:", "---:", "---:", "---"])
+    for row in rows.itertuples():
+        equal = [
+            "all" if not differ else f"{1 - differ / count:.2%}"
+            for count, differ in ((row.codes, row.codes_differ), (row.scales, row.scales_differ))
+        ]
+        tensors = f"{row.tensors - len([name for name in row.where.split(', ') if name])} of {row.tensors}"
+        lines.append([row.format, row.rule, row.oracle, tensors, f"{row.codes:,}", *equal, row.where or "–"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def noise_floor() -> str:
     rows = pd.read_csv(INTERVALS / "noise_floor.csv").sort_values(["metric", "n", "worse share"], kind="stable")
     rules = list(rows.columns[4:-1])
@@ -274,6 +302,7 @@ CONTENT = {
     "bench": step_times,
     "coverage": coverage,
     "noise floor": noise_floor,
+    "format oracles": format_oracles,
     "overhead": overhead,
 }
 

@@ -93,6 +93,12 @@ FORMS = {PUBLISHED: Form({"search": "evolution", "ahead": False}, {"calibration.
 
 
 def check_bits(bits: Bits) -> None:
+    for spec in (bits.weight, bits.act):
+        if spec is not None and spec.in_blocks:
+            raise UserError(
+                f"q_dit chooses the size of its groups, and bits={spec.name.lower()} has blocks of {spec.group_size}; take integers "
+                "such as w4a8, fp8, or another method"
+            )
     if bits.act is not None and not bits.act.dynamic:
         raise UserError("q_dit quantizes activations per token and group, dynamically; set bits.act.dynamic=true")
 

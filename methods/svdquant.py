@@ -14,10 +14,12 @@
 λ is the candidate with the least output error ‖X Wᵀ − Y‖² on a bounded sample of the calibration, branch and rounding in
 place. With iterations > 1 branch and rounded residual are fitted in turn while that error falls.
 
-The format is the method's own below 8 bits, as in the paper: a scale per group of 64 input channels (or the largest
+Of integers below 8 bits the format is the method's own, as in the paper: a scale per group of 64 input channels (or the largest
 divisor of C below; or the group_size of `bits`, if that is per_group) of each output channel and of each token, symmetric,
 activations dynamic. Inputs behind a GELU, which never fall below −0.17004, are shifted up by 0.171875 and take unsigned
-codes; the bias gives the shift back. At 8 bits granularity and symmetry are those of `bits`, and nothing is shifted.
+codes; the bias gives the shift back. At 8 bits granularity and symmetry are those of `bits`, and nothing is shifted. Formats in
+blocks (bits=nvfp4, as nunchaku has it, mxfp4, int4_g64, …) are taken as they are, residual and activations both; of them only
+integers are shifted.
 
 Where an attention over image and text has an output layer for each, both share λ (their rows of V do), and each has its own a.
 The adaLN linears, embedders and output layers have neither λ nor branch (`plain`): where the protocol quantizes them, they
@@ -25,7 +27,7 @@ are rounded only, in the same format. λ runs online, as the paper's kernel divi
 of the producer where there is one. Each of q, k, v stores its copy of a, and is counted with it.
 
 Departs from the paper: 5 grids (20; 10 in its fast setting) and one iteration (up to 100) are the defaults, for a CPU's
-budget: an SVD per candidate and layer input is most of the time; factors are bfloat16; no search of the weight ranges (80 grids); the same rank at every width; no NVFP4.
+budget: an SVD per candidate and layer input is most of the time; factors are bfloat16; no search of the weight ranges (80 grids); the same rank at every width.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ from ditbench.harness.quant.lowrank import Split, branches, capped_rank, output_
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, fake_quantize_activation, quantize_weight
 from ditbench.harness.quant.recipe import LayerRecipe, LowRank, ModelRecipe, to_device
 from ditbench.harness.quant.smoothing import place
-from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.spec import INT, Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Site, Target, weight_matrix
 from ditbench.harness.quant.transforms import Transform
@@ -158,7 +160,7 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
         width = weight_matrix(target.module(name)).shape[1]
         if bits.weight is not None:
             weights[name] = weight_from_state(name, state, weight_spec(bits, width, params))
-        if has_own_format(bits.act):
+        if is_of_few_bits(bits.act):
             acts[name] = ActQuant(act_spec(bits, width, is_shifted(target.site_of(name), bits, params), params))
     recipe = nearest(target, bits, state, transforms, folded, weights=weights)
 
@@ -210,11 +212,15 @@ def down_key(site: Site, layer: str) -> str:
 
 def is_shifted(site: Site, bits: Bits, params: Params) -> bool:
     reads_gelu = bool(params.after_gelu) and re.search(params.after_gelu, site.consumers[0]) is not None
-    return reads_gelu and params.gelu_shift > 0 and has_own_format(bits.act)
+    return reads_gelu and params.gelu_shift > 0 and is_of_few_bits(bits.act)
+
+
+def is_of_few_bits(spec: QuantSpec | None) -> bool:
+    return spec is not None and spec.bits < OWN_FORMAT_BELOW and spec.number == INT
 
 
 def has_own_format(spec: QuantSpec | None) -> bool:
-    return spec is not None and spec.bits < OWN_FORMAT_BELOW
+    return spec is not None and is_of_few_bits(spec) and not spec.in_blocks
 
 
 def weight_spec(bits: Bits, width: int, params: Params) -> QuantSpec:
@@ -227,6 +233,8 @@ def weight_spec(bits: Bits, width: int, params: Params) -> QuantSpec:
 def act_spec(bits: Bits, width: int, shifted: bool, params: Params) -> QuantSpec:
     """Unsigned where the input was shifted: it is ≥ 0, so that the zero_point of an asymmetric range is 0."""
     assert bits.act is not None
+    if bits.act.in_blocks:
+        return replace(bits.act, symmetric=not shifted)
     size = group_size(bits.act, width, params)
     return QuantSpec(bits.act.bits, "per_group", symmetric=not shifted, dynamic=True, group_size=size)
 
@@ -345,7 +353,7 @@ def rounded_act(site: Site, x_TC: Tensor, bits: Bits, params: Params) -> Tensor:
     if bits.act is None:
         return x_TC
     spec = replace(bits.act, dynamic=True)
-    if has_own_format(bits.act):
+    if is_of_few_bits(bits.act):
         spec = act_spec(bits, x_TC.shape[1], is_shifted(site, bits, params), params)
     return fake_quantize_activation(x_TC, ActQuant(spec))
 

@@ -29,7 +29,9 @@ a Hadamard matrix take block-diagonal blocks of the largest admissible size.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,17 +128,21 @@ def bit_plan(target: Target, bits: Bits, params: Params) -> dict[str, Bits]:
         names = [name for name in target.layers if re.search(pattern, name)]
         if not names:
             raise UserError(f"method.mixed: {pattern!r} names no layer to quantize, such as {target.layers[0]}")
-        weight, act, number = parse_label(label)
+        weight, act = parse_label(label)
         for name in names:
             if name in named_by:
                 raise UserError(
                     f"method.mixed: {named_by[name]!r} and {pattern!r} both name {name}; a layer has one width"
                 )
             named_by[name] = pattern
-            plan[name] = Bits(with_bits(bits.weight, weight, number), with_bits(bits.act, act, number))
+            plan[name] = Bits(with_format(bits.weight, weight, "per_channel"), with_format(bits.act, act, "per_token"))
             plan[name].check_sides()
     return plan
 
 
-def with_bits(spec: QuantSpec | None, width: int, number: str) -> QuantSpec | None:
-    return None if spec is None or width == FLOAT_BITS else replace(spec, bits=width, number=number)
+def with_format(spec: QuantSpec | None, settings: Mapping[str, Any], granularity: str) -> QuantSpec | None:
+    """What a label says of a side, in the granularity of the run; where that has blocks, in this one."""
+    if spec is None or settings["bits"] == FLOAT_BITS:
+        return None
+    base = QuantSpec(settings["bits"], granularity, dynamic=spec.dynamic) if spec.in_blocks else spec
+    return replace(base, **settings)

@@ -30,7 +30,11 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
     if not isinstance(weight, QuantizedWeight) or act is None or isinstance(act, LogSqrt2Quant):
         return f"{NAME} takes e4m3 weights and activations"
     if not weight.spec.number == act.spec.number == E4M3:
-        return f"{NAME} takes e4m3 weights and activations; these codes are integers"
+        return f"{NAME} takes e4m3 weights and activations; these are {weight.spec.number} and {act.spec.number}"
+    if weight.spec.in_blocks or act.spec.in_blocks:
+        return (
+            f"{NAME} does not know scales in blocks, as {(weight if weight.spec.in_blocks else act).spec.name} has them"
+        )
     if weight.scale_OG.shape[1] != 1:
         return f"{NAME} takes weights per_channel or per_tensor, these are {weight.spec.granularity}"
     outputs, channels = weight.codes_OC.shape

@@ -71,9 +71,9 @@ def largest_code(act: ActQuant) -> int | None:
     if act.spec.number != INT:
         return None
     if act.zero_point is None:  # symmetric, or dynamic: then it is one of the codes
-        return act.spec.quant_max
+        return int(act.spec.quant_max)
     zero_points = act.zero_point.rows.float()
-    largest = max(act.spec.quant_max - int(zero_points.amin()), int(zero_points.amax()) - act.spec.quant_min)
+    largest = int(max(act.spec.quant_max - zero_points.amin(), zero_points.amax() - act.spec.quant_min))
     return largest if is_whole(zero_points) and largest <= LARGEST else None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ditbench.harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import LayerRecipe
-from ditbench.harness.quant.spec import E4M3, QuantSpec
+from ditbench.harness.quant.spec import INT, QuantSpec
 
 LARGEST_WIDTH = 33_000  # C · 255² < 2³¹: sums of products of codes fit int32
 
@@ -20,16 +20,18 @@ def not_integers(name: str, recipe: LayerRecipe) -> str | None:
         return f"{name} multiplies integers; these weights are looked up in a table of uneven levels"
     if isinstance(recipe.act, LogSqrt2Quant):
         return f"{name} multiplies integers; these activations are rounded in their logarithm"
-    return e4m3_of(name, recipe.weight.spec) or e4m3_of(name, recipe.act.spec)
+    return not_even(name, recipe.weight.spec) or not_even(name, recipe.act.spec)
 
 
-def e4m3_of(name: str, spec: QuantSpec) -> str | None:
-    """Why the codes of this side are no integers."""
-    return f"{name} takes integers; these codes are e4m3" if spec.number == E4M3 else None
+def not_even(name: str, spec: QuantSpec) -> str | None:
+    """Why this side is not made of integers with float32 scales per tensor, channel, token or group."""
+    if spec.number != INT:
+        return f"{name} takes integers; these codes are {spec.number}"
+    return f"{name} does not know scales in blocks, as {spec.name} has them" if spec.in_blocks else None
 
 
 def weight_lacks(name: str, weight: QuantizedWeight) -> str | None:
-    if problem := e4m3_of(name, weight.spec):
+    if problem := not_even(name, weight.spec):
         return problem
     if weight.codes_OC.shape[1] > LARGEST_WIDTH:
         return f"{name} sums in int32, which {weight.codes_OC.shape[1]} input channels could overflow"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ditbench.harness.backends import vnni
 from ditbench.harness.backends.base import Kernel
 from ditbench.harness.backends.few_rows import linear
-from ditbench.harness.backends.integers import e4m3_of
+from ditbench.harness.backends.integers import not_even
 from ditbench.harness.quant.packing import pack
 from ditbench.harness.quant.quantizers import LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import LayerRecipe
@@ -31,7 +31,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
         return f"{NAME} is for quantized weights with activations in float"
     if isinstance(weight, LookupWeight):
         return f"{NAME} unpacks integers; these weights are looked up in a table of uneven levels"
-    if problem := e4m3_of(NAME, weight.spec):
+    if problem := not_even(NAME, weight.spec):
         return problem
     if weight.spec.bits not in (8, 4):
         return f"{NAME} stores weights in 8 or 4 bits, these have {weight.spec.bits}"

@@ -17,7 +17,7 @@ from ditbench.harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWei
 from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe
 from ditbench.harness.quant.rotations import BlockRotation
 from ditbench.harness.quant.serialize import check_types
-from ditbench.harness.quant.spec import E4M3, QuantSpec
+from ditbench.harness.quant.spec import E4M3, FLOAT8, INT, SCALES, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import is_linear_map, weight_matrix
 from ditbench.harness.quant.tlq import TwinLogLevels
@@ -126,15 +126,25 @@ def check_weight(where: str, weight: QuantizedWeight | LookupWeight, rows: int, 
         return
     of_dtype = weight.codes_OC.dtype == spec.code_dtype
     expect(of_dtype, f"{where}/codes_OC", f"codes of {spec.bits} bits in {spec.code_dtype}", weight.codes_OC.dtype)
-    if spec.number != E4M3:
-        _check_codes(where, weight.codes_OC, spec.quant_min, spec.quant_max)
-    group = _group(where, spec, width)
-    check_shape(f"{where}/scale_OG", weight.scale_OG, (rows, width // group))
-    expect(bool((weight.scale_OG >= 0).all()), f"{where}/scale_OG", "scales of at least 0", "less")
+    if spec.number not in FLOAT8:
+        _check_codes(
+            where, weight.codes_OC, spec.least_code, int(spec.quant_max) if spec.number == INT else 2**spec.bits - 1
+        )
+    scales = -(-rows // spec.block_rows), -(-width // _group(where, spec, width))
+    check_shape(f"{where}/scale_OG", weight.scale_OG, scales)
+    kept = weight.scale_OG.dtype
+    expect(kept == SCALES[spec.scale], f"{where}/scale_OG", f"scales in {spec.scale}", kept)
+    expect(bool((weight.scale_OG.float() >= 0).all()), f"{where}/scale_OG", "scales of at least 0", "less")
     if spec.symmetric:
         expect(weight.zero_point_OG is None, f"{where}/zero_point_OG", "null of a symmetric weight", "a tensor")
     else:
-        check_shape(f"{where}/zero_point_OG", weight.zero_point_OG, (rows, width // group))
+        check_shape(f"{where}/zero_point_OG", weight.zero_point_OG, scales)
+    if spec.scale == E4M3:
+        check_shape(f"{where}/tensor_scale", weight.tensor_scale, ())
+        assert weight.tensor_scale is not None
+        expect(bool(weight.tensor_scale > 0), f"{where}/tensor_scale", "a scale above 0", float(weight.tensor_scale))
+    else:
+        expect(weight.tensor_scale is None, f"{where}/tensor_scale", f"null of scales in {spec.scale}", "a tensor")
 
 
 def _check_lookup(where: str, weight: LookupWeight, rows: int) -> None:
@@ -242,5 +252,6 @@ def expect(fits: bool, where: str, wanted: str, got: Any) -> None:
 def _group(where: str, spec: QuantSpec, width: int) -> int:
     """Channels that share a scale."""
     group = width if spec.group_size is None else spec.group_size
-    expect(group >= 1 and width % group == 0, f"{where}/spec/group_size", f"a divisor of {width}", group)
+    fits = group >= 1 and (spec.in_blocks or width % group == 0)
+    expect(fits, f"{where}/spec/group_size", f"a divisor of {width}", group)
     return group

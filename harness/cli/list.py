@@ -11,12 +11,13 @@ import yaml
 
 from ditbench.harness.backends.matrix import format_matrix
 from ditbench.harness.cli.flags import Parser
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import CONF, options
 from ditbench.harness.common.terminal import columns
 from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.forms import DEFAULT, Form
-from ditbench.harness.quant.spec import FORMATS, FP8, all_labels
+from ditbench.harness.quant.spec import FORMATS, NAMED, bits_of, integer_labels, needs_integers
 
 
 def list_methods() -> str:
@@ -111,8 +112,14 @@ def list_bits() -> str:
         f"{side}: " + ", ".join(f"{k}={plain(v)}" for k, v in defaults[side].items() if k != "bits")
         for side in ("weight", "act")
     ]
-    labels = textwrap.fill(" ".join(all_labels()), columns())
-    return f"{labels}\ndefaults (conf/bits/default.yaml):\n  " + "\n  ".join(sides)
+    labels = textwrap.fill(" ".join([*integer_labels(), *NAMED]), columns())
+    formats = table(("format", "weights", "activations"), [(label, *_told(label)) for label in NAMED])
+    mixtures = "w<one>_a<other>: one of these (or a number of bits) for each side, such as wnvfp4_afp8, wmxfp4_amxfp8, wnvfp4_a16"
+    defaults_told = "\n  ".join(sides)
+    return (
+        f"{labels}\ndefaults (conf/bits/default.yaml):\n  {defaults_told}\n\n"
+        f"formats by name; bits.weight.rule=floor and the like set one part:\n{formats}\n{mixtures}"
+    )
 
 
 KINDS: dict[str, Callable[[], str]] = {
@@ -132,7 +139,22 @@ def _formats(name: str) -> str:
     defined = registry.formats_of(name)
     if len(defined) == len(FORMATS):
         return "any"
-    return "any integers" if defined == [label for label in FORMATS if label != FP8.upper()] else " ".join(defined)
+    return "any integers" if defined == [label for label in FORMATS if _is_of_integers(label)] else " ".join(defined)
+
+
+def _is_of_integers(label: str) -> bool:
+    bits = bits_of(label)
+    try:
+        needs_integers("", bits.weight, bits.act)
+    except UserError:
+        return False
+    return True
+
+
+def _told(label: str) -> tuple[str, str]:
+    bits = bits_of(label)
+    assert bits.weight is not None and bits.act is not None
+    return bits.weight.told, bits.act.told
 
 
 def command(arguments: list[str]) -> int:

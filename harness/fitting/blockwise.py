@@ -95,13 +95,16 @@ def weight_state(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     state = {f"{name}/codes": weight.codes_OC, f"{name}/weight_scale": weight.scale_OG}
     if weight.zero_point_OG is not None:
         state[f"{name}/weight_zero_point"] = weight.zero_point_OG
+    if weight.tensor_scale is not None:
+        state[f"{name}/weight_tensor_scale"] = weight.tensor_scale
     return state
 
 
 def weight_from_state(name: str, state: dict[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
     """The inverse of `weight_state`."""
     zero_point = state.get(f"{name}/weight_zero_point")
-    return QuantizedWeight(state[f"{name}/codes"], state[f"{name}/weight_scale"], zero_point, spec)
+    tensor_scale = state.get(f"{name}/weight_tensor_scale")
+    return QuantizedWeight(state[f"{name}/codes"], state[f"{name}/weight_scale"], zero_point, spec, tensor_scale)
 
 
 def _hessians(target: Target, layers: Iterable[str], transforms: Mapping[str, Transform]) -> dict[str, Hessian]:

@@ -1,8 +1,8 @@
 """Labels that are computed: effective bits, share of MACs, float layers, bytes of the stored model.
 
-Counted per quantized layer: packed codes, scales, zero points, online transforms, low-rank branch, static activation
+Counted per quantized layer: packed codes, scales (of blocks as they are kept, and of their tensor), zero points, online transforms, low-rank branch, static activation
 ranges, bias tables, and what a fold into adaLN-single adds (to the first reader of its site). Float weights, biases, folds
-and low-rank factors count at 16 bits, scales and transforms at 32, indices at 16. Constants that can be built again
+and low-rank factors count at 16 bits, scales and transforms at 32 (scales of blocks: 8, 16 or 32), indices at 16. Constants that can be built again
 (Hadamard matrices) do not count. A layer whose recipe changes with the range of steps counts all that its recipes hold,
 equal parts once. It is what an export takes (`build.export`), to the byte, but for parameters that their class keeps in
 float32 (norms, tables and time embedding of Wan): they count at 16 bits like all others.
@@ -110,7 +110,7 @@ def _code_bytes(weight: QuantizedWeight | LookupWeight) -> int:
     if isinstance(weight, LookupWeight):
         code_bits, beside = weight.code_bits, _nbytes(*weight.levels.state_dict().values())
     else:
-        code_bits, beside = weight.spec.bits, _nbytes(weight.scale_OG, weight.zero_point_OG)
+        code_bits, beside = weight.spec.bits, _nbytes(weight.scale_OG, weight.zero_point_OG, weight.tensor_scale)
     return rows * (-(-width // 8) * code_bits if code_bits < 8 else width) + beside
 
 

@@ -13,9 +13,12 @@ Dead channels (H_cc = 0) get weight 0. Scales of a group are taken from the upda
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from ditbench.harness.quant.block_scales import stored
 from ditbench.harness.quant.quantizers import QuantizedWeight, from_codes, quantize_weight, to_codes
 from ditbench.harness.quant.spec import QuantSpec
 
@@ -31,7 +34,7 @@ def gptq(
     ranges: str = "minmax",
     ahead: bool = True,
 ) -> QuantizedWeight:
-    """Codes of weight_OC under spec (per_channel or per_group) that keep X Wᵀ rather than W.
+    """Codes of weight_OC under spec (per_channel, per_group or per_block) that keep X Wᵀ rather than W.
 
     act_order: columns in the order of falling diag(H); scales of groups are then those of the original weights.
     ranges: of scales, as in `quantize_weight`.
@@ -56,11 +59,8 @@ def gptq(
 
     group_size = spec.group_size or width
     group_of_column = (order // group_size).tolist()
-    static = quantize_weight(weight_OC.double().masked_fill(dead, 0), spec, ranges=ranges)
-    scale_OG, zero_OG = (
-        static.scale_OG.double(),
-        None if static.zero_point_OG is None else static.zero_point_OG.double(),
-    )
+    original = weight_OC.double().masked_fill(dead, 0)
+    scales = _Scales(quantize_weight(original, spec, ranges=ranges), original.abs().amax(), ranges)
     codes = torch.zeros_like(weight)
     for start in range(0, width, block):
         stop = min(start + block, width)
@@ -72,17 +72,15 @@ def gptq(
                 fresh = before[:, column : column + group_size]
                 if ahead:
                     fresh = _ahead(weight, inverse, errors, start, column, group_size)
-                scale_OG, zero_OG = _refresh(scale_OG, zero_OG, group, fresh, spec, ranges)
-            scale_O = scale_OG[:, group]
-            zero_O = None if zero_OG is None else zero_OG[:, group]
+                scales.refresh(group, fresh)
+            scale_O, zero_O = scales.of(group)
             codes[:, column] = to_codes(weight[:, column], scale_O, zero_O, spec)
             rounded = from_codes(codes[:, column], scale_O, zero_O)
             errors[:, column - start] = (weight[:, column] - rounded) / inverse[column, column]
             weight[:, column:stop] -= errors[:, column - start, None] * inverse[column, column:stop]
         weight[:, stop:] -= errors @ inverse[start:stop, stop:]
     back = torch.argsort(order)
-    zero_point = None if zero_OG is None else zero_OG.float()
-    return QuantizedWeight(codes[:, back].to(spec.code_dtype), scale_OG.float(), zero_point, spec)
+    return replace(scales.weight, codes_OC=stored(codes[:, back], spec).contiguous())
 
 
 def _ahead(weight: Tensor, inverse: Tensor, errors: Tensor, start: int, column: int, group_size: int) -> Tensor:
@@ -96,13 +94,25 @@ def _ahead(weight: Tensor, inverse: Tensor, errors: Tensor, start: int, column: 
     return group
 
 
-def _refresh(
-    scale_OG: Tensor, zero_OG: Tensor | None, group: int, weight_Og: Tensor, spec: QuantSpec, ranges: str
-) -> tuple[Tensor, Tensor | None]:
-    fresh = quantize_weight(weight_Og, spec, ranges=ranges)
-    scale_OG = scale_OG.clone()
-    scale_OG[:, group] = fresh.scale_OG[:, 0].double()
-    if zero_OG is not None and fresh.zero_point_OG is not None:
-        zero_OG = zero_OG.clone()
-        zero_OG[:, group] = fresh.zero_point_OG[:, 0].double()
-    return scale_OG, zero_OG
+class _Scales:
+    """Those of all groups: of the original weight at first, each taken anew when its group begins.
+
+    weight: with the scales as they are kept. tensor_absmax: of the original, for scales with a second level, which stays.
+    """
+
+    def __init__(self, weight: QuantizedWeight, tensor_absmax: Tensor, ranges: str) -> None:
+        zero_OG = None if weight.zero_point_OG is None else weight.zero_point_OG.clone()
+        self.weight = replace(weight, scale_OG=weight.scale_OG.clone(), zero_point_OG=zero_OG)
+        self.tensor_absmax, self.ranges = tensor_absmax, ranges
+        self.scale_OG = weight.scales().double()
+
+    def of(self, group: int) -> tuple[Tensor, Tensor | None]:
+        zero_OG = self.weight.zero_point_OG
+        return self.scale_OG[:, group], None if zero_OG is None else zero_OG[:, group].double()
+
+    def refresh(self, group: int, weight_Og: Tensor) -> None:
+        fresh = quantize_weight(weight_Og, self.weight.spec, ranges=self.ranges, tensor_absmax=self.tensor_absmax)
+        self.weight.scale_OG[:, group] = fresh.scale_OG[:, 0]
+        self.scale_OG[:, group] = fresh.scales()[:, 0].double()
+        if self.weight.zero_point_OG is not None and fresh.zero_point_OG is not None:
+            self.weight.zero_point_OG[:, group] = fresh.zero_point_OG[:, 0]

@@ -1,6 +1,6 @@
 """Quantizers: ranges → scale and zero_point → codes, for weights and activations; and weights looked up in a table.
 
-x ≈ (code − zero_point) · scale. A code is an integer, or (number "e4m3") a value of that grid, without a zero_point.
+x ≈ (code − zero_point) · scale. A code is an integer, or a value of a small float (e4m3, e2m1, …), without a zero_point.
 Zero is always inside the range, so that it is represented exactly and a one-sided group such as [5, 10] keeps an integer
 zero_point without being clipped (the raw-min/max form used in some releases clips such a group by half its range).
 """
@@ -14,32 +14,58 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ditbench.harness.quant.spec import E4M3, E4M3_MAX, QuantSpec
+from ditbench.harness.quant.block_scales import (
+    Scales,
+    block_codes,
+    by_channel,
+    by_row,
+    in_blocks,
+    kept,
+    of_weight_blocks,
+    scales_of,
+    stored,
+    to_grid,
+    values,
+    weight_blocks,
+)
+from ditbench.harness.quant.spec import BFLOAT16, E4M3, FLOAT32, INT, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 
 MSE_PERCENTILES = (0.999, 0.9999, 0.99999)
-FLOATS = {  # integers of the same size, the bits of the exponent, how many bits follow the leading one
-    torch.float32: (torch.int32, 0x7F800000, 23),
-    torch.float64: (torch.int64, 0x7FF0000000000000, 52),
-}
+FOUR_FOR_SIX = 1.5  # of a range: its end becomes 4 instead of 6
 SHRINK_STEPS, SHRINK_BY, SHRINK_POWER = 80, 0.01, 2.4
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """codes_OC in the spec's code_dtype (int8, uint8 or float8_e4m3fn); scale_OG float32; zero_point_OG float32 or None
+    """codes_OC in the spec's code_dtype (int8, uint8 or a float8); scale_OG as the spec keeps it; zero_point_OG float32 or None
     (symmetric).
 
-    G = 1 for per_channel and per_tensor, C / group_size for per_group.
+    G = 1 for per_channel and per_tensor, C / group_size for per_group, that rounded up for per_block; there scale_OG has a row
+    for each block_rows channels.
+    tensor_scale: float32 (), which the scales of blocks are multiples of (scale="e4m3").
     """
 
     codes_OC: Tensor
     scale_OG: Tensor
     zero_point_OG: Tensor | None
     spec: QuantSpec
+    tensor_scale: Tensor | None = None
+
+    def values(self) -> Tensor:
+        """What the codes stand for, before scale and zero point; float32 (O, C)."""
+        return values(self.codes_OC, self.spec)
+
+    def scales(self) -> Tensor:
+        """(O, G) float32, both levels in one."""
+        return by_row(Scales(self.scale_OG, self.tensor_scale).whole(), len(self.codes_OC), self.spec)
 
     def dequantize(self) -> Tensor:
         """weight_OC, float32."""
+        if self.spec.in_blocks:
+            width = self.codes_OC.shape[1]
+            zero = 0 if self.zero_point_OG is None else by_channel(self.zero_point_OG, width, self.spec)
+            return (self.values() - zero) * by_channel(self.scales(), width, self.spec)
         groups = self.scale_OG.shape[1]
         codes_OGg = self.codes_OC.float().unflatten(1, (groups, -1))
         if self.zero_point_OG is not None:
@@ -132,13 +158,22 @@ def log_sqrt2_delta(values_N: Tensor, bits: int) -> Tensor:
     return candidates[int(errors.argmin())]
 
 
-def affine_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """Ends of ranges → (scale, zero_point or None); an empty range gets scale 1, NaN stays NaN."""
+def affine_from_range(
+    low: Tensor, high: Tensor, spec: QuantSpec, tensor_absmax: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Ends of ranges → (scale, zero_point or None); an empty range gets scale 1, NaN stays NaN.
+
+    tensor_absmax: as in `scales_of`, of scales with two levels.
+    """
     low, high = low.clamp(max=0), high.clamp(min=0)
     if spec.symmetric:
+        if spec.scale != FLOAT32:
+            return scales_of(torch.maximum(-low, high), spec, tensor_absmax).whole(), None
         scale = torch.maximum(-low, high) / spec.quant_max
         return scale.masked_fill(scale == 0, 1), None
-    scale = (high - low) / spec.quant_max
+    scale = (
+        kept((high - low) / spec.quant_max, spec).float() if spec.scale == BFLOAT16 else (high - low) / spec.quant_max
+    )
     scale = scale.masked_fill(scale == 0, 1)
     return scale, torch.round(-low / scale).clamp(spec.quant_min, spec.quant_max)
 
@@ -146,12 +181,13 @@ def affine_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tenso
 def to_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, *, overwrite: bool = False
 ) -> Tensor:
-    """Float-valued codes: integers, or values of the e4m3 grid; clamped to the range of the spec.
+    """Float-valued codes: integers, or values of a small float; clamped to the range of the spec.
 
     overwrite: x is no longer needed and has the codes' shape; integers are written there.
     """
-    if spec.number == E4M3:
-        return to_e4m3(x / scale)
+    if spec.number != INT:
+        codes = x / scale
+        return to_grid(codes.masked_fill(scale == 0, 0) if spec.scale == E4M3 else codes, spec.number)
     # In place after the division: beside the product itself, these passes are what a real W8A8 layer spends its time on.
     codes = (x.div_(scale) if overwrite else x / scale).round_()
     if zero_point is not None:
@@ -160,16 +196,8 @@ def to_codes(
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """The nearest values of float8_e4m3fn, ties to even, float32 (float64 stays); beyond ±448 its ends; NaN stays NaN.
-
-    torch's own cast takes many times as long on the CPU, and rounds float64 twice. Steps are an eighth of the power of two
-    below |x|, and stay equal below 2⁻⁶; adding a number whose last bit is worth one step leaves no room for less.
-    """
-    x = (x if x.dtype == torch.float64 else x.float()).clamp(-E4M3_MAX, E4M3_MAX)
-    integers, exponent, digits = FLOATS[x.dtype]
-    power = (x.view(integers) & exponent).view(x.dtype).clamp_(min=2.0**-6)
-    large = power.mul_(1.5 * 2.0 ** (digits - 3))
-    return x.add_(large).sub_(large)
+    """The nearest values of float8_e4m3fn (see `to_grid`)."""
+    return to_grid(x, E4M3)
 
 
 def from_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -177,10 +205,16 @@ def from_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tenso
 
 
 def quantize_weight(
-    weight_OC: Tensor, spec: QuantSpec, *, ranges: str = "minmax", ratios: tuple[float, float] = (1.0, 1.0)
+    weight_OC: Tensor,
+    spec: QuantSpec,
+    *,
+    ranges: str = "minmax",
+    ratios: tuple[float, float] = (1.0, 1.0),
+    tensor_absmax: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round to nearest.
 
+    tensor_absmax: of the tensor that these columns are of, where scales have two levels; theirs by default.
     ratios: the low and the high end of every range are multiplied by these; what lies outside is clipped.
 
     ranges: "minmax", or "mse": the best of three percentile ranges by squared error (as RepQ-ViT and PTQ4DiT
@@ -189,7 +223,13 @@ def quantize_weight(
     """
     weight_OC = weight_OC.float()
     rows = _as_rows(weight_OC, spec)
-    low, high = RANGES[ranges](rows, spec)
+    if tensor_absmax is None:
+        tensor_absmax = rows.abs().amax()
+    low, high = RANGES[ranges](rows, spec, tensor_absmax)
+    if spec.in_blocks:
+        codes, scales, zero_point = _rounded_blocks(rows, (ratios[0] * low, ratios[1] * high), spec, tensor_absmax)
+        codes_OC = stored(of_weight_blocks(codes, weight_OC.shape, spec), spec).contiguous()
+        return QuantizedWeight(codes_OC, scales.block.contiguous(), zero_point, spec, scales.tensor)
     scale, zero_point = affine_from_range(ratios[0] * low, ratios[1] * high, spec)
     codes = to_codes(rows, scale[..., None], None if zero_point is None else zero_point[..., None], spec)
     if spec.granularity == "per_tensor":
@@ -201,6 +241,35 @@ def quantize_weight(
         None if zero_point is None else zero_point.reshape(len(weight_OC), -1).contiguous(),
         spec,
     )
+
+
+def _rounded_blocks(
+    blocks: Tensor, ends: tuple[Tensor, Tensor], spec: QuantSpec, tensor_absmax: Tensor
+) -> tuple[Tensor, Scales, Tensor | None]:
+    """blocks (…, g) with the ends of their ranges (…) → float-valued codes (…, g), scales and zero points (…)."""
+    if not spec.symmetric:
+        scale, zero_point = affine_from_range(*ends, spec)
+        assert zero_point is not None
+        codes = to_codes(blocks, scale[..., None], zero_point[..., None], spec)
+        return codes, Scales(kept(scale, spec), None), zero_point
+    low, high = ends[0].clamp(max=0), ends[1].clamp(min=0)
+    if spec.four_over_six:
+        four = FOUR_FOR_SIX * low, FOUR_FOR_SIX * high
+        low, high = _best_range(blocks, spec, [(low, high), four], (low, high), 2.0, tensor_absmax)
+    scales = scales_of(torch.maximum(-low, high), spec, tensor_absmax)
+    return block_codes(blocks, scales, spec), scales, None
+
+
+def blocked_activation(x: Tensor, quant: ActQuant) -> tuple[Tensor, Scales, Tensor | None]:
+    """x (…, C) of a per_block quantizer → codes (…, G, g), filled up with zeros, scales and zero points (…, G).
+
+    The second level of scales is of one sample: results must not depend on what else is in the batch.
+    """
+    assert quant.spec.group_size is not None
+    blocks = in_blocks(x, quant.spec.group_size)
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    sample_absmax = torch.maximum(-low, high).amax(tuple(range(1, low.ndim)), keepdim=True)
+    return _rounded_blocks(blocks, (quant.clip * low, quant.clip * high), quant.spec, sample_absmax)
 
 
 def activation_affine(x: Tensor, quant: ActQuant, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -223,6 +292,10 @@ def fake_quantize_activation(x: Tensor, quant: ActQuant, step: Tensor | None = N
     x = x if x.dtype == torch.float64 else x.float()
     if isinstance(quant, LogSqrt2Quant):
         return quant.rounded(x, step)
+    if quant.spec.in_blocks:
+        codes, scales, zero_point = blocked_activation(x, quant)
+        zero_point = None if zero_point is None else zero_point[..., None]
+        return from_codes(codes, scales.whole()[..., None], zero_point).flatten(-2)[..., : shape[-1]]
     if quant.spec.granularity == "per_group":
         x = x.unflatten(-1, (-1, quant.spec.group_size))
     scale, zero_point = activation_affine(x, quant, step)
@@ -256,19 +329,21 @@ def _as_rows(weight_OC: Tensor, spec: QuantSpec) -> Tensor:
         return weight_OC.reshape(1, -1)
     if spec.granularity == "per_group":
         return weight_OC.unflatten(1, (-1, spec.group_size))
+    if spec.in_blocks:
+        return weight_blocks(weight_OC, spec)
     if spec.granularity == "per_channel":
         return weight_OC
     raise ValueError(f"weights cannot be quantized {spec.granularity}")
 
 
-def _extremes(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _extremes(rows: Tensor, spec: QuantSpec, tensor_absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return rows.amin(-1), rows.amax(-1)
 
 
-def _mse_range(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _mse_range(rows: Tensor, spec: QuantSpec, tensor_absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     ordered = rows.sort(dim=-1).values
     ends = [(_quantile(ordered, 1 - p), _quantile(ordered, p)) for p in MSE_PERCENTILES]
-    return _best_range(rows, spec, ends, (ordered[..., 0], ordered[..., -1]), power=2.0)
+    return _best_range(rows, spec, ends, (ordered[..., 0], ordered[..., -1]), 2.0, tensor_absmax)
 
 
 def _quantile(ordered: Tensor, p: float) -> Tensor:
@@ -278,10 +353,10 @@ def _quantile(ordered: Tensor, p: float) -> Tensor:
     return torch.lerp(below, above, place - math.floor(place))
 
 
-def _shrink_range(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _shrink_range(rows: Tensor, spec: QuantSpec, tensor_absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     low, high = rows.amin(-1), rows.amax(-1)
     factors = (1 - SHRINK_BY * i for i in range(SHRINK_STEPS))
-    return _best_range(rows, spec, ((f * low, f * high) for f in factors), (low, high), power=SHRINK_POWER)
+    return _best_range(rows, spec, ((f * low, f * high) for f in factors), (low, high), SHRINK_POWER, tensor_absmax)
 
 
 RANGES = {"minmax": _extremes, "mse": _mse_range, "shrink": _shrink_range}
@@ -293,12 +368,13 @@ def _best_range(
     candidates: Iterable[tuple[Tensor, Tensor]],
     start: tuple[Tensor, Tensor],
     power: float,
+    tensor_absmax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of each row, the first candidate with the least Σ |error|^power; start if no error is finite."""
     best_low, best_high = start
     best_error = torch.full(rows.shape[:-1], torch.inf, device=rows.device)
     for low, high in candidates:
-        scale, zero_point = affine_from_range(low, high, spec)
+        scale, zero_point = affine_from_range(low, high, spec, tensor_absmax)
         scale, zero_point = scale[..., None], None if zero_point is None else zero_point[..., None]
         distance = (from_codes(to_codes(rows, scale, zero_point, spec), scale, zero_point) - rows).abs_()
         error = (distance.square_() if power == 2 else distance.pow_(power)).sum(-1)

@@ -25,7 +25,7 @@ from ditbench.harness.quant.packing import CODES_PER_WORD, pack, unpack
 from ditbench.harness.quant.quantizers import ActQuant, Levels, LogSqrt2Quant, LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank
 from ditbench.harness.quant.rotations import BlockRotation
-from ditbench.harness.quant.spec import E4M3, QuantSpec
+from ditbench.harness.quant.spec import FLOAT8, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.tlq import TwinLogLevels
 from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform
@@ -182,7 +182,7 @@ def _encode_tensor(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> dic
 
 
 def _encode_codes(weight: QuantizedWeight | LookupWeight, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if not isinstance(weight, LookupWeight) and weight.spec.number == E4M3:
+    if not isinstance(weight, LookupWeight) and weight.spec.number in FLOAT8:
         return _encode_tensor(weight.codes_OC, name, tensors)
     bits, least = _code_layout(weight)
     codes_OC = weight.codes_OC.detach().cpu()
@@ -198,7 +198,7 @@ def _encode_codes(weight: QuantizedWeight | LookupWeight, name: str, tensors: di
 
 def _code_layout(weight: QuantizedWeight | LookupWeight) -> tuple[int, int]:
     """(bits of a packed code, the code that is packed as 0)."""
-    return (weight.code_bits, 0) if isinstance(weight, LookupWeight) else (weight.spec.bits, weight.spec.quant_min)
+    return (weight.code_bits, 0) if isinstance(weight, LookupWeight) else (weight.spec.bits, weight.spec.least_code)
 
 
 def _decode_codes(value: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tensor:

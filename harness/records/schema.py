@@ -64,6 +64,8 @@ RECORD = {
         "unreached_layers": (ListOf(TEXT), NOTHING),
         "mixed": OBJECT_OR_NULL,
         "weight_bits_quantized_layers": NUMBER_OR_NULL,
+        "weight_format": TEXT_OR_NULL,
+        "act_format": TEXT_OR_NULL,
     },
     "metrics": Each(METRIC),
     "efficiency": {

@@ -13,7 +13,7 @@ import yaml
 from ditbench.harness.common.paths import CONF
 from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.forms import DEFAULT
-from ditbench.harness.quant.spec import MIXED, all_labels
+from ditbench.harness.quant.spec import MIXED, all_labels, parse_label
 from ditbench.harness.records.record import Record
 
 # What no number depends on, and what a choice says already.
@@ -102,6 +102,9 @@ def _defaults(config: Mapping[str, Any], model: Mapping[str, Any], method: str) 
         found |= _leaves(
             {section: _of_file(section, "mixed" if _is_mixed(config) and section == "bits" else "default")}
         )
+    label = str(_section(config, "bits").get("label")).lower()
+    if label in all_labels():  # a format in blocks says more than the file
+        found |= _leaves({"bits": parse_label(label).sides()})
     found |= _leaves({"model": _of_file("model", str(model.get("name")))})
     if method in registry.known_methods():
         found |= _leaves({"method": registry.defaults(method)})

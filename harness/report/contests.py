@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
+from ditbench.harness.common.errors import UserError
+from ditbench.harness.quant.spec import QuantSpec, parse_label
 from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare
 from ditbench.harness.report.compare import FLOAT_METHOD, Group
@@ -13,8 +14,6 @@ BITS, BYTES = "bits", "bytes"  # what runs of one contest share
 OVER = 1.1  # of the least bytes in a contest, and of what a label says
 FLOAT_BITS = 16
 MIB = 2**20
-_WEIGHTS = re.compile(r"W(\d+)A\d+", re.IGNORECASE)
-_FP8 = "FP8"
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,17 @@ def above_label(record: Record) -> float | None:
     return max(taken) if max(taken) > OVER * said else None
 
 
-def label_bits(record: Record) -> int | None:
-    """The weights' width by the label; None for a mix of widths."""
-    label = compare.bits_label(record).upper()
-    if label == _FP8:
-        return 8
-    match = _WEIGHTS.fullmatch(label)
-    return int(match[1]) if match else None
+def label_bits(record: Record) -> float | None:
+    """The weights' width by the label, scales of blocks with it (4.5 of NVFP4); None for a mix of widths."""
+    try:
+        weight = parse_label(compare.bits_label(record)).weight
+    except UserError:
+        return None
+    return (
+        weight["bits"]
+        if weight["bits"] == FLOAT_BITS
+        else QuantSpec(**{"granularity": "per_channel", **weight}).stored_bits
+    )
 
 
 def in_order(group: Group, at: str = BITS) -> list[int]:

@@ -18,7 +18,18 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import ModelSpec, Sampler
 from ditbench.harness.models.known_families import family
 from ditbench.harness.models.lora import loras
-from ditbench.harness.quant.spec import BUDGETS, FLOAT_BITS, INT, MIXED, WIDTHS, Bits, MixedBits, QuantSpec, parse_label
+from ditbench.harness.quant.spec import (
+    BUDGETS,
+    FLOAT_BITS,
+    INT,
+    MIXED,
+    PER_BLOCK,
+    WIDTHS,
+    Bits,
+    MixedBits,
+    QuantSpec,
+    parse_label,
+)
 from ditbench.harness.records.attempts import experiment_folder
 from ditbench.harness.records.record import PLACES
 from ditbench.harness.samples.conditions import PROMPTS
@@ -90,11 +101,12 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     if raw["method"]["name"] == registry.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
         for side in ("weight", "act"):
-            raw["bits"][side] = raw["bits"][side] | {"bits": FLOAT_BITS, "number": INT}
+            raw["bits"][side] = _in_float(raw["bits"][side], side)
     bits = _mixed(raw["bits"], raw["protocol"]["steps"]) if raw["bits"]["label"] == MIXED else _bits(raw["bits"])
     raw["bits"] = raw["bits"] | {"label": bits.label.lower()}  # of the widths, wherever they were set
     for each in bits.candidates if isinstance(bits, MixedBits) else (bits,):
         registry.check_bits(raw["method"]["name"], each)
+        _check_attention(raw["protocol"]["attention"], each)
     params = registry.params_of(raw["method"])
     protocol = raw["protocol"]
     model = {key: value for key, value in raw["model"].items() if key != "usual"}
@@ -175,9 +187,26 @@ def _prompts(raw: dict[str, Any]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...
 
 
 GRANULARITIES = {
-    "weight": ("per_tensor", "per_channel", "per_group"),
-    "act": ("per_tensor", "per_token", "per_group"),
+    "weight": ("per_tensor", "per_channel", "per_group", PER_BLOCK),
+    "act": ("per_tensor", "per_token", "per_group", PER_BLOCK),
 }
+_OF_ALL = ("bits", "number", "granularity", "group_size", "symmetric", "dynamic")  # settings that no label adds
+
+
+def _in_float(node: dict[str, Any], side: str) -> dict[str, Any]:
+    """A side's settings for the 16-bit reference: nothing of what a format in blocks says."""
+    kept = {name: value for name, value in node.items() if name in _OF_ALL} | {"bits": FLOAT_BITS, "number": INT}
+    if node["granularity"] == PER_BLOCK:
+        kept |= {"granularity": "per_channel" if side == "weight" else "per_token", "group_size": None}
+    return kept
+
+
+def _check_attention(attention: bool, bits: Bits) -> None:
+    if attention and bits.act is not None and bits.act.in_blocks:
+        raise UserError(
+            f"protocol.attention=true quantizes q, k, v and the softmax map per tensor, and bits={bits.label.lower()} has "
+            "activations in blocks; set protocol.attention=false, or take bits=fp8 or integers"
+        )
 
 
 def _bits(node: dict[str, Any]) -> Bits:

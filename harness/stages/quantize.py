@@ -18,7 +18,7 @@ from ditbench.harness.fitting import mixed_precision, registry
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.accounting import account as account_of
 from ditbench.harness.quant.recipe import ModelRecipe
-from ditbench.harness.quant.spec import MixedBits
+from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.states import fitted
@@ -93,7 +93,18 @@ def account(
     config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The record's `bits`, and the byte counts of its `efficiency`."""
-    return account_of(target, recipe, model.macs_on(config.device), config.bits.label)
+    bits, size = account_of(target, recipe, model.macs_on(config.device), config.bits.label)
+    return bits | formats_told(config.bits), size
+
+
+def formats_told(bits: Bits | MixedBits) -> dict[str, str | None]:
+    """What the record says of each side's grid, block, scale and rule of finding it; of a mix all that it is of."""
+    of = bits.candidates if isinstance(bits, MixedBits) else (bits,)
+    sides = {"weight_format": [each.weight for each in of], "act_format": [each.act for each in of]}
+    return {
+        name: "; ".join(dict.fromkeys(spec.told for spec in specs if spec is not None)) or None
+        for name, specs in sides.items()
+    }
 
 
 def unreached_layers(recording: Calibration) -> dict[str, list[str]]:

@@ -186,8 +186,8 @@ def hopper(monkeypatch):
         (recipe_of(16, 32, act=None), "takes e4m3 weights and activations"),
         (recipe_of(16, 32, weight=None), "takes e4m3 weights and activations"),
         (recipe_of(16, 32, weight=tlq.twin_log(normal(16, 32), QuantSpec(4, "per_channel"))), "takes e4m3 weights"),
-        (recipe_of(16, 32, weight=weight(16, 32, QuantSpec(8, "per_channel"))), "these codes are integers"),
-        (recipe_of(16, 32, act=ActQuant(QuantSpec(8, "per_token", dynamic=True))), "these codes are integers"),
+        (recipe_of(16, 32, weight=weight(16, 32, QuantSpec(8, "per_channel"))), "these are int and e4m3"),
+        (recipe_of(16, 32, act=ActQuant(QuantSpec(8, "per_token", dynamic=True))), "these are e4m3 and int"),
     ],
 )
 def test_what_torch_cannot_multiply_is_refused_with_its_reason(recipe, words, hopper):

@@ -143,7 +143,8 @@ def test_a_kernel_agrees_within_the_limits_of_its_format(label, relative, psnr_d
 def test_parity_without_formats_takes_those_of_the_method(ditbench, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("ditbench.harness.cli.parity.rows_of", lambda config: asked.append(config.bits.label) or [])
-    for name, more in (("rtn", {"FP8"}), ("ptq4dit", set())):
+    floats = {"FP8", "NVFP4", "MXFP4", "MXFP6", "MXFP8", "FP8_BLOCK", "INT4_G64"}
+    for name, more in (("rtn", floats), ("ptq4dit", set())):
         asked.clear()
         outcome = ditbench("parity", *SMALL, f"method={name}", f"results_dir={tmp_path}")
         assert outcome.code == 2 and "no real backend here runs" in outcome.err

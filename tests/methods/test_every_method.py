@@ -65,6 +65,33 @@ def test_a_method_runs_in_fp8_or_refuses_it_in_one_line(name, bits, case_of):
     assert error < 0.1 and (error > 1e-3 or name == registry.FLOAT)
 
 
+IN_BLOCKS = ("nvfp4", "mxfp6", "fp8_block", "int4_g64", "wmxfp4_amxfp8")
+CHOOSE_GROUPS = {"q_dit"}
+
+
+@pytest.mark.parametrize("label", IN_BLOCKS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_runs_in_blocks_or_refuses_them_in_one_line(name, label, case_of):
+    bits, case = bits_of(label), case_of(name)
+    if name in ABOUT_INTEGERS | CHOOSE_GROUPS:
+        with pytest.raises(
+            UserError, match=f"^{name} (is about integer codes|chooses the size of its groups)"
+        ) as refused:
+            registry.check_bits(name, bits)
+        assert "\n" not in str(refused.value) and bits.weight.name.lower() in str(refused.value)
+        return
+    registry.check_bits(name, bits)
+    recipe = case.recipe(bits)
+    rounded = [layer for layer in recipe.layers.values() if layer.weight is not None]
+    assert {layer.weight.spec for layer in rounded} <= {bits.weight}
+    acts = {
+        replace(layer.act.spec, symmetric=True) for layer in rounded
+    }  # SVDQuant's behind a GELU are unsigned integers
+    assert acts <= {bits.act} and (rounded or name == registry.FLOAT)
+    error = relative_error(case.output(build(case.target, recipe, dtype=torch.float32)), case.float_output)
+    assert error < 0.5 and (error > 1e-3 or name == registry.FLOAT)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_params_are_frozen_and_a_misspelt_one_is_refused(name):
     params = registry.method(name).Params()

@@ -14,7 +14,7 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
 from ditbench.harness.quant.hadamard import hadamard
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
-from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.spec import Bits, QuantSpec, bits_of
 from ditbench.harness.quant.transforms import Hadamard, Transform, random_signs
 from ditbench.harness.sweep.compose import register
 from ditbench.methods import vidit_q
@@ -181,8 +181,19 @@ def test_a_plan_gives_single_layers_fp8_or_integers(small_target):
     bits = bit_plan(small_target, DYNAMIC, Params(mixed={r"1\.attn1\.to_q": "fp8"}))[name]
     assert bits.label == "FP8" and (bits.weight.granularity, bits.act.dynamic) == ("per_channel", True)
     assert bit_plan(small_target, bits, Params(mixed={"to_q": "w4a8"}))[name] == DYNAMIC
-    with pytest.raises(UserError, match="weights of e4m3 and activations of 16 bits"):
-        bit_plan(small_target, Bits(DYNAMIC.weight, None), Params(mixed={"to_q": "fp8"}))
+    alone = bit_plan(small_target, Bits(DYNAMIC.weight, None), Params(mixed={"to_q": "fp8"}))[name]
+    assert alone.label == "WFP8_A16" and alone.act is None
+
+
+def test_a_plan_gives_single_layers_blocks_and_layers_in_blocks_integers(small_target):
+    (name,) = (name for name in small_target.layers if name.endswith("1.attn1.to_q"))
+    for label in ("nvfp4", "wmxfp4_amxfp8", "wfp8_block_a8"):
+        bits = bit_plan(small_target, DYNAMIC, Params(mixed={r"1\.attn1\.to_q": label}))[name]
+        assert bits == bits_of(label)
+    back = bit_plan(small_target, bits_of("nvfp4"), Params(mixed={"to_q": "w4a8"}))[name]
+    assert back == bits_of("w4a8")
+    with pytest.raises(UserError, match="activations in blocks .nvfp4. are dynamic"):
+        bit_plan(small_target, Bits(DYNAMIC.weight, QuantSpec(8, "per_tensor")), Params(mixed={"to_q": "nvfp4"}))
 
 
 def test_a_plan_changes_widths_and_nothing_else(small_target):

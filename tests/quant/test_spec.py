@@ -3,14 +3,18 @@ from __future__ import annotations
 import pytest
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.quant.spec import Bits, Format, QuantSpec, all_labels, needs_integers, parse_label
+from ditbench.harness.quant.spec import NAMED, Bits, Format, QuantSpec, all_labels, bits_of, needs_integers, parse_label
+
+
+def integers(weight: int, act: int) -> Format:
+    return Format({"bits": weight, "number": "int"}, {"bits": act, "number": "int"})
 
 
 @pytest.mark.parametrize(
     ("label", "widths"), [("w4a8", (4, 8)), ("W8A8", (8, 8)), ("w3a4", (3, 4)), ("w4a16", (4, 16)), ("w16a2", (16, 2))]
 )
 def test_a_label_gives_both_widths(label, widths):
-    assert parse_label(label) == Format(*widths, "int")
+    assert parse_label(label) == integers(*widths)
 
 
 @pytest.mark.parametrize("label", ["fp8", "FP8"])
@@ -29,7 +33,7 @@ def test_fp8_is_eight_bits_of_e4m3_on_both_sides(label):
     [
         ({"bits": 4}, "got 4 bits"),
         ({"symmetric": False}, "no zero point.*symmetric=false"),
-        ({"number": "e5m2"}, "'e5m2' is none of int, e4m3"),
+        ({"number": "e5m1"}, "'e5m1' is none of int, e4m3"),
     ],
     ids=str,
 )
@@ -42,8 +46,10 @@ def test_what_is_about_integers_refuses_e4m3_on_either_side_and_nothing_else():
     integers, e4m3 = QuantSpec(8, "per_channel"), QuantSpec(8, "per_channel", number="e4m3")
     needs_integers("somebody", integers, None)
     for specs in ((e4m3,), (integers, e4m3), (None, e4m3)):
-        with pytest.raises(UserError, match="somebody is about integer codes"):
+        with pytest.raises(UserError, match="somebody is about integer codes, and bits=fp8 has none"):
             needs_integers("somebody", *specs)
+    with pytest.raises(UserError, match="bits=int4_g64 has scales per block, which it does not fit"):
+        needs_integers("somebody", bits_of("int4_g64").weight)
 
 
 @pytest.mark.parametrize("label", ["", "w4", "a8", "4a8", "w4a8x", "xw4a8", "w-4a8", "w4.5a8", "w4 a8"])
@@ -62,11 +68,27 @@ def test_a_width_that_does_not_exist_is_refused_naming_its_side(label, side):
 
 def test_every_listed_label_parses_and_none_is_listed_twice():
     labels = all_labels()
-    assert {parse_label(label) for label in labels} == {
-        *(Format(w, a) for w in (2, 3, 4, 5, 6, 7, 8, 16) for a in (2, 3, 4, 5, 6, 7, 8, 16)),
-        Format(8, 8, "e4m3"),
-    }
-    assert len(set(labels)) == len(labels)
+    widths = (2, 3, 4, 5, 6, 7, 8, 16)
+    plain = [f"w{w}a{a}" for w in widths for a in widths]
+    assert labels[: len(plain)] == plain and [parse_label(each) for each in plain] == [
+        integers(w, a) for w in widths for a in widths
+    ]
+    assert len(set(labels)) == len(labels) == len(plain) + (len(NAMED) + len(widths)) ** 2 - len(widths) ** 2
+    for label in labels:
+        assert bits_of(label).label.lower() == label, "a record's label is one that a run takes"
+        bits_of(label).check_sides()
+
+
+def test_a_mixture_has_the_settings_of_each_side_and_activations_have_no_rows_to_share():
+    weight, act = parse_label("wfp8_block_anvfp4")
+    assert weight == NAMED["fp8_block"] and act == NAMED["nvfp4"]
+    assert "block_rows" not in parse_label("fp8_block").act
+    assert parse_label("w4_amxfp8").weight == {"bits": 4, "number": "int"}
+    for label in ("wnvfp5_a8", "wfp8_a4bit"):
+        with pytest.raises(UserError, match="cannot be 'nvfp5'; known: fp8, nvfp4|cannot be '4bit'"):
+            parse_label(label)
+    with pytest.raises(UserError, match="activations cannot have 9 bits"):
+        parse_label("wnvfp4_a9")
 
 
 @pytest.mark.parametrize(

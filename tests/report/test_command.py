@@ -17,6 +17,8 @@ RUNS = [
     ["bits=w4a4", "bits.weight.granularity=per_group", "bits.weight.group_size=32", "seed=7", "name=my-sweep"],
     ["bits=mixed", "bits.budget.average_weight_bits=6", "bits.candidates=[w4a4,w8a8]"],
     ["metrics=fidelity", "metrics.resamples=50", "model=small-dit", "protocol.skip=['a, b','^x\\.(y|z)$']"],
+    ["bits=nvfp4", "method=svdquant", "bits.weight.four_over_six=true"],
+    ["bits=wmxfp4_afp8_block", "bits.weight.rule=even"],
     ["bits=fp8", "protocol.guidance=1.0", "generate.dtype=float32", "model.revision=main"],
     ["model=tiny-t2i", 'protocol.prompts="/tmp/it\'s mine.txt"', "model.lora={path: a b, scale: 0.5}"],
 ]
@@ -40,6 +42,14 @@ def test_what_the_files_say_anyway_is_not_repeated():
     assert (
         command_of(record)
         == "ditbench run model=tiny-dit method=quarot bits=w4a4 metrics=judge protocol.steps=4 tracker=none"
+    )
+
+
+def test_what_the_name_of_a_format_says_is_not_repeated():
+    record = recorded(["tracker=none", "method=rtn", "bits=wnvfp4_amxfp8", "bits.act.rule=floor"])
+    assert (
+        command_of(record)
+        == "ditbench run model=tiny-dit method=rtn bits=wnvfp4_amxfp8 metrics=judge bits.act.rule=floor tracker=none"
     )
 
 

@@ -83,6 +83,17 @@ def test_fp8_is_one_candidate_among_integers(mixed_run):
     }
 
 
+def test_formats_in_blocks_are_candidates(mixed_run):
+    """Scales count: 4.5 bits a weight of one, 8.25 of the other, and what little the tensor's own scale takes."""
+    record, _, _ = mixed_run("bits=mixed", "bits.candidates=[nvfp4,mxfp8]", "bits.budget.average_weight_bits=6.5")
+    assert set(record["bits"]["mixed"]["plan"].values()) == {"nvfp4", "mxfp8"}
+    assert {layer["label"] for layer in record["layers"].values()} == {"NVFP4", "MXFP8"}
+    assert 4.5 < record["bits"]["weight_bits_quantized_layers"] <= 6.5
+    assert record["bits"]["weight_format"] == (
+        "e2m1 blocks of 1 × 16, scales in e4m3 (divide) and one float32 of the tensor; e4m3 blocks of 1 × 32, scales in e8m0 (rceil)"
+    )
+
+
 def test_sixteen_bits_alone_are_the_float_model(mixed_run):
     """In float32, where nothing else is rounded."""
     plain = ("generate.dtype=float32", "metrics=fidelity")

@@ -111,6 +111,15 @@ def test_a_simulated_run_has_bytes_but_no_latency_ratio_or_peak(run, tmp_path, r
     assert efficiency["compression"] == efficiency["baseline_model_bytes"] / efficiency["model_bytes"]
 
 
+def test_a_record_says_the_rule_of_its_scales_and_that_the_format_is_simulated(run, tmp_path, read_records):
+    assert run("bits=mxfp8", "bits.act.rule=floor", "generate.noise_floor_seeds=0") == 0
+    (only,) = read_records(tmp_path).values()
+    assert only["bits"]["label"] == "MXFP8" and only["bits"]["weight_format"].endswith("scales in e8m0 (rceil)")
+    assert only["bits"]["act_format"] == "e4m3 blocks of 1 × 32, scales in e8m0 (floor)"
+    assert (only["config"]["bits"]["weight"]["rule"], only["config"]["bits"]["act"]["rule"]) == ("rceil", "floor")
+    assert only["efficiency"]["kind"] == "simulated" and only["efficiency"]["backend"] == "simulate"
+
+
 def test_a_run_in_fp8_says_so_and_is_close_to_the_float_model(run, tmp_path, read_records):
     assert run("bits=fp8", "generate.noise_floor_seeds=0") == 0
     (only,) = read_records(tmp_path).values()

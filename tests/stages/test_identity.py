@@ -86,7 +86,10 @@ def test_a_default_said_aloud_does_not_change_the_run_id(base):
 
 
 def test_the_float_model_is_one_run_whatever_bits_a_sweep_is_at():
-    assert len({run_id("method=fp", f"bits={label}") for label in ("w8a8", "w4a16", "fp8")}) == 1
+    assert (
+        len({run_id("method=fp", f"bits={label}") for label in ("w8a8", "w4a16", "fp8", "nvfp4", "wfp8_block_amxfp8")})
+        == 1
+    )
 
 
 def test_an_edited_method_makes_new_runs(base, monkeypatch, tmp_path):

@@ -36,7 +36,7 @@ def stored_codes(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None, int]:
     codes_OC, zero_OG = weight.codes_OC.to(torch.int16), weight.zero_point_OG
     zero_OG = None if zero_OG is None else zero_OG.to(torch.int16)
     if weight.spec.bits <= NIBBLE:
-        return pack_halves(codes_OC - weight.spec.quant_min, group), zero_OG, -weight.spec.quant_min
+        return pack_halves(codes_OC - weight.spec.least_code, group), zero_OG, -weight.spec.least_code
     if zero_OG is None:
         return codes_OC.to(torch.int8), None, 0
     if weight.spec.bits < 8:
