@@ -244,10 +244,13 @@ class Bits:
 
     def check_sides(self) -> None:
         """Raise UserError for what only one of the sides may be."""
-        if self.act is not None and self.act.in_blocks and (not self.act.dynamic or self.act.block_rows != 1):
+        act = self.act
+        if act is None or not act.in_blocks:
+            return
+        if act.block_rows != 1 or not (act.dynamic or act.scale == E4M3):
             raise UserError(
-                f"bits: activations in blocks ({self.act.name.lower()}) are dynamic, and each token has its own; set "
-                "bits.act.dynamic=true and bits.act.block_rows=1"
+                f"bits: activations in blocks ({act.name.lower()}) are dynamic (nvfp4's second scale may be static), and each token has "
+                "its own; set bits.act.dynamic=true and bits.act.block_rows=1"
             )
 
     def with_widths(self, weight_bits: int, act_bits: int) -> Bits:
