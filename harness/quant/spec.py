@@ -350,3 +350,13 @@ def bits_of(label: str) -> Bits:
         QuantSpec(**{"granularity": "per_channel", **weight}) if weight["bits"] < FLOAT_BITS else None,
         QuantSpec(**{"granularity": "per_token", "dynamic": True, **act}) if act["bits"] < FLOAT_BITS else None,
     )
+
+
+def label_bits(label: str) -> tuple[float, float] | None:
+    """Bits that a value takes on each side by the label, with its share of a block's scale (4.5 of NVFP4); None of a mix."""
+    try:
+        bits = bits_of(label)
+    except UserError:
+        return None
+    weight, act = (float(FLOAT_BITS) if side is None else side.stored_bits for side in (bits.weight, bits.act))
+    return weight, act
