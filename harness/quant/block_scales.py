@@ -183,6 +183,7 @@ def _powers(absmax: Tensor, spec: QuantSpec) -> Tensor:
         if rule == EVEN:  # half of a code's last digit more reaches the next power of two
             power = power + (digits >= 1 - 2.0 ** -(grid.mantissa + 2)).int()
     power = torch.where(absmax == 0, LEAST_POWER, power).clamp(LEAST_POWER, MOST_POWER)
+    power = torch.where(absmax.isinf(), MOST_POWER, power)
     return torch.where(absmax.isnan(), absmax, torch.ldexp(torch.ones_like(absmax), power))
 
 

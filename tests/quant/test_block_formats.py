@@ -192,6 +192,16 @@ def test_scales_of_mx_round_as_their_rule_says():
     assert quantize_weight(x, spec).scale_OG.dtype == torch.float8_e8m0fnu and spec.rule == "rceil"
 
 
+@pytest.mark.parametrize("rule", ["rceil", "floor", "ceil", "even"])
+def test_a_block_without_end_has_the_largest_power_and_nan_stays_nan(rule):
+    act = ActQuant(replace(bits_of("mxfp8").act, rule=rule))
+    x = torch.ones(3, 64)
+    x[0, 3], x[1, 40] = torch.inf, torch.nan
+    found = fake_quantize_activation(x, act)
+    assert float(found[0, 3]) > 1e38 and bool(found[1, 32:].isnan().all())
+    assert torch.equal(found[0, 32:], x[0, 32:]) and torch.equal(found[1, :32], x[1, :32]) and torch.equal(found[2], x[2])
+
+
 def test_the_second_level_lets_the_largest_block_have_the_largest_scale(normal):
     x = normal(4, 64).float()
     x[2, 17] = 50.0
