@@ -6,7 +6,7 @@
 
     float32, bfloat16   s itself, s rounded to bfloat16
     e8m0                a power of two (OCP MX v1.0, 6.3). With m = max|x|, E the exponent of L:
-                        floor  2^(⌊log₂ m⌋ − E)       OCP's; up to half of the block's range is clipped
+                        floor  2^(⌊log₂ m⌋ − E)       OCP's; up to a quarter of the range is clipped (e2m1), an eighth (e4m3)
                         rceil  2^⌈log₂(m / L)⌉        cuBLAS's: the least that clips nothing
                         ceil   2^(⌈log₂ m⌉ − E)
                         even   2^(⌊log₂ m̃⌋ − E)       m̃: m rounded to the grid's digits, a half away from zero
