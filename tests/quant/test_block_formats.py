@@ -199,7 +199,9 @@ def test_a_block_without_end_has_the_largest_power_and_nan_stays_nan(rule):
     x[0, 3], x[1, 40] = torch.inf, torch.nan
     found = fake_quantize_activation(x, act)
     assert float(found[0, 3]) > 1e38 and bool(found[1, 32:].isnan().all())
-    assert torch.equal(found[0, 32:], x[0, 32:]) and torch.equal(found[1, :32], x[1, :32]) and torch.equal(found[2], x[2])
+    assert (
+        torch.equal(found[0, 32:], x[0, 32:]) and torch.equal(found[1, :32], x[1, :32]) and torch.equal(found[2], x[2])
+    )
 
 
 def test_the_second_level_lets_the_largest_block_have_the_largest_scale(normal):
