@@ -51,8 +51,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
 def _is_usual(spec: QuantSpec) -> bool:
     """As the hardware has it: which rule found the scales does not matter."""
     blocks = {"NVFP4": (E2M1, 16), "MXFP8": (E4M3, 32), "FP8_BLOCK": (E4M3, 128)}
-    rows = 128 if spec.name == "FP8_BLOCK" and not spec.dynamic else 1
-    return (spec.number, spec.group_size) == blocks[spec.name] and spec.block_rows == rows
+    return (spec.number, spec.group_size) == blocks[spec.name] and spec.block_rows in (1, 128)
 
 
 def device_lacks(name: str, device: torch.device) -> str | None:
@@ -85,6 +84,8 @@ class BlockKernel(Kernel):
     def __init__(self, weight: QuantizedWeight, act: ActQuant) -> None:
         super().__init__()
         self.spec, self.act = weight.spec, act
+        if act.scale is not None:
+            self.act_scale = act.scale  # counted, and moved with us
         self.register_buffer("codes", packed(weight.codes_OC, weight.spec).view(torch.uint8))
         self.register_buffer("scale_RG", weight.scale_OG)
         self.register_buffer("tensor_scale", weight.tensor_scale)
@@ -97,7 +98,7 @@ class BlockKernel(Kernel):
         if x.dtype == torch.float64:
             raise TypeError(f"{NAME} computes in float32; build a float64 model with backend=simulate")
         x_BTC = x.float()
-        codes, scales, _ = blocked_activation(x_BTC, self.act)
+        codes, scales, _ = blocked_activation(x_BTC, self.act, step)
         codes_MC = stored(codes.flatten(-2)[..., : x.shape[-1]], self.act.spec).flatten(0, -2)
         y_MO = self.product(codes_MC, scales.block.flatten(0, -2))
         return (y_MO.reshape(*x.shape[:-1], -1) * self.tensor_scales(scales)).to(torch.float32)

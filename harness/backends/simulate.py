@@ -186,7 +186,7 @@ def centred_activation(x: Tensor, act: ActQuant, step: Tensor | None) -> tuple[T
     """
     spec, width = act.spec, x.shape[-1]
     if spec.in_blocks:
-        codes, scales, zero_point = blocked_activation(x, act)
+        codes, scales, zero_point = blocked_activation(x, act, step)
         if not keeps_float32(spec):
             inside = (codes * scales.block.float()[..., None]).flatten(-2)[..., :width]
             return inside, x.new_ones(()) if scales.tensor is None else scales.tensor, None

@@ -111,7 +111,7 @@ def static_ranges(
     """
     if bits.act is None or bits.act.dynamic:
         return {}
-    if bits.act.granularity != "per_tensor":
+    if bits.act.granularity != "per_tensor" and not bits.act.in_blocks:  # whose second scale is of the tensor
         raise UserError(f"bits.act: static activations are per_tensor here, got {bits.act.granularity}")
     layers = {name: LayerRecipe(transform=t) for name, t in (transforms or {}).items()}
     layers = {name: LayerRecipe() for name in target.layers} | layers
@@ -206,7 +206,7 @@ class _RangeWatch:
 
     def _range(self, key: tuple[str, int], spec: QuantSpec, ranges: str) -> tuple[Tensor, Tensor]:
         low, high = self.low[key], self.high[key]
-        if ranges == "minmax":
+        if ranges == "minmax" or spec.in_blocks:
             return low, high
         values_N = torch.cat([*self.values[key], low[None], high[None]])
         return searched_range(values_N.to(self.device), spec, ranges)

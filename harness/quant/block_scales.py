@@ -6,7 +6,7 @@
 
     float32, bfloat16   s itself, s rounded to bfloat16
     e8m0                a power of two (OCP MX v1.0, 6.3). With m = max|x|, E the exponent of L:
-                        floor  2^(⌊log₂ m⌋ − E)       OCP's; up to half of the block's range is clipped
+                        floor  2^(⌊log₂ m⌋ − E)       OCP's; up to a quarter of the range is clipped (e2m1), an eighth (e4m3)
                         rceil  2^⌈log₂(m / L)⌉        cuBLAS's: the least that clips nothing
                         ceil   2^(⌈log₂ m⌉ − E)
                         even   2^(⌊log₂ m̃⌋ − E)       m̃: m rounded to the grid's digits, a half away from zero
@@ -139,18 +139,24 @@ def by_channel(scale_OG: Tensor, channels: int, spec: QuantSpec) -> Tensor:
     return scale_OG.repeat_interleave(spec.group_size, -1)[..., :channels]
 
 
-def scales_of(absmax: Tensor, spec: QuantSpec, tensor_absmax: Tensor | None = None) -> Scales:
-    """Of blocks whose largest magnitudes these are; tensor_absmax: that of all (of a sample), broadcast against them."""
+def tensor_scale(absmax: Tensor, spec: QuantSpec) -> Tensor | None:
+    """The second level of a tensor (of each sample) whose largest magnitude this is, float32; None of formats without one."""
+    if spec.scale != E4M3:
+        return None
+    largest = FOUR_OVER_SIX_MAX if spec.four_over_six else E4M3_MAX
+    tensor = absmax.float() / (largest * spec.quant_max)
+    return tensor.masked_fill(tensor == 0, 1)
+
+
+def scales_of(absmax: Tensor, spec: QuantSpec, tensor: Tensor | None = None) -> Scales:
+    """Of blocks whose largest magnitudes these are; tensor: their `tensor_scale`, broadcast against them."""
     absmax = absmax.float()
     if spec.scale == E8M0:
         return Scales(_powers(absmax, spec).to(torch.float8_e8m0fnu), None)
     scale = absmax / spec.quant_max
     if spec.scale != E4M3:
         return Scales(kept(scale, spec), None)
-    assert tensor_absmax is not None
-    largest = FOUR_OVER_SIX_MAX if spec.four_over_six else E4M3_MAX
-    tensor = tensor_absmax.float() / (largest * spec.quant_max)
-    tensor = tensor.masked_fill(tensor == 0, 1)
+    assert tensor is not None
     least = LEAST_NORMAL if spec.scale_rule == RECIPROCAL else 0.0
     return Scales((scale / tensor).clamp(least, E4M3_MAX).to(torch.float8_e4m3fn), tensor)
 
@@ -177,6 +183,7 @@ def _powers(absmax: Tensor, spec: QuantSpec) -> Tensor:
         if rule == EVEN:  # half of a code's last digit more reaches the next power of two
             power = power + (digits >= 1 - 2.0 ** -(grid.mantissa + 2)).int()
     power = torch.where(absmax == 0, LEAST_POWER, power).clamp(LEAST_POWER, MOST_POWER)
+    power = torch.where(absmax.isinf(), MOST_POWER, power)
     return torch.where(absmax.isnan(), absmax, torch.ldexp(torch.ones_like(absmax), power))
 
 

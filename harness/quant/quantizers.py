@@ -24,6 +24,7 @@ from ditbench.harness.quant.block_scales import (
     of_weight_blocks,
     scales_of,
     stored,
+    tensor_scale,
     to_grid,
     values,
     weight_blocks,
@@ -116,7 +117,7 @@ class LookupWeight:
 class ActQuant:
     """An activation quantizer. Static ones carry a table of scales (and zero_points) by denoising step.
 
-    scale, zero_point: rows of shape () for per_tensor.
+    scale, zero_point: rows of shape () for per_tensor. Of static blocks, scale has the second level (NVFP4's `input_scale`).
     clip: of dynamic ones; both ends of the input's own range are multiplied by it before the scale is taken.
     """
 
@@ -159,16 +160,16 @@ def log_sqrt2_delta(values_N: Tensor, bits: int) -> Tensor:
 
 
 def affine_from_range(
-    low: Tensor, high: Tensor, spec: QuantSpec, tensor_absmax: Tensor | None = None
+    low: Tensor, high: Tensor, spec: QuantSpec, tensor: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Ends of ranges → (scale, zero_point or None); an empty range gets scale 1, NaN stays NaN.
 
-    tensor_absmax: as in `scales_of`, of scales with two levels.
+    tensor: as in `scales_of`, of scales with two levels.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     if spec.symmetric:
         if spec.scale != FLOAT32:
-            return scales_of(torch.maximum(-low, high), spec, tensor_absmax).whole(), None
+            return scales_of(torch.maximum(-low, high), spec, tensor).whole(), None
         scale = torch.maximum(-low, high) / spec.quant_max
         return scale.masked_fill(scale == 0, 1), None
     scale = (
@@ -223,11 +224,12 @@ def quantize_weight(
     """
     weight_OC = weight_OC.float()
     rows = _as_rows(weight_OC, spec)
-    if tensor_absmax is None:
-        tensor_absmax = rows.abs().amax()
-    low, high = RANGES[ranges](rows, spec, tensor_absmax)
+    tensor = None
+    if spec.scale == E4M3:
+        tensor = tensor_scale(rows.abs().amax() if tensor_absmax is None else tensor_absmax, spec)
+    low, high = RANGES[ranges](rows, spec, tensor)
     if spec.in_blocks:
-        codes, scales, zero_point = _rounded_blocks(rows, (ratios[0] * low, ratios[1] * high), spec, tensor_absmax)
+        codes, scales, zero_point = _rounded_blocks(rows, (ratios[0] * low, ratios[1] * high), spec, tensor)
         codes_OC = stored(of_weight_blocks(codes, weight_OC.shape, spec), spec).contiguous()
         return QuantizedWeight(codes_OC, scales.block.contiguous(), zero_point, spec, scales.tensor)
     scale, zero_point = affine_from_range(ratios[0] * low, ratios[1] * high, spec)
@@ -244,7 +246,7 @@ def quantize_weight(
 
 
 def _rounded_blocks(
-    blocks: Tensor, ends: tuple[Tensor, Tensor], spec: QuantSpec, tensor_absmax: Tensor
+    blocks: Tensor, ends: tuple[Tensor, Tensor], spec: QuantSpec, tensor: Tensor | None
 ) -> tuple[Tensor, Scales, Tensor | None]:
     """blocks (…, g) with the ends of their ranges (…) → float-valued codes (…, g), scales and zero points (…)."""
     if not spec.symmetric:
@@ -255,21 +257,24 @@ def _rounded_blocks(
     low, high = ends[0].clamp(max=0), ends[1].clamp(min=0)
     if spec.four_over_six:
         four = FOUR_FOR_SIX * low, FOUR_FOR_SIX * high
-        low, high = _best_range(blocks, spec, [(low, high), four], (low, high), 2.0, tensor_absmax)
-    scales = scales_of(torch.maximum(-low, high), spec, tensor_absmax)
+        low, high = _best_range(blocks, spec, [(low, high), four], (low, high), 2.0, tensor)
+    scales = scales_of(torch.maximum(-low, high), spec, tensor)
     return block_codes(blocks, scales, spec), scales, None
 
 
-def blocked_activation(x: Tensor, quant: ActQuant) -> tuple[Tensor, Scales, Tensor | None]:
+def blocked_activation(x: Tensor, quant: ActQuant, step: Tensor | None = None) -> tuple[Tensor, Scales, Tensor | None]:
     """x (…, C) of a per_block quantizer → codes (…, G, g), filled up with zeros, scales and zero points (…, G).
 
-    The second level of scales is of one sample: results must not depend on what else is in the batch.
+    The second level of scales is the calibration's, or of one sample: results must not depend on what else is in the batch.
     """
     assert quant.spec.group_size is not None
     blocks = in_blocks(x, quant.spec.group_size)
     low, high = blocks.amin(-1), blocks.amax(-1)
-    sample_absmax = torch.maximum(-low, high).amax(tuple(range(1, low.ndim)), keepdim=True)
-    return _rounded_blocks(blocks, (quant.clip * low, quant.clip * high), quant.spec, sample_absmax)
+    if quant.scale is not None:
+        tensor: Tensor | None = quant.scale.at(step)
+    else:
+        tensor = tensor_scale(torch.maximum(-low, high).amax(tuple(range(1, low.ndim)), keepdim=True), quant.spec)
+    return _rounded_blocks(blocks, (quant.clip * low, quant.clip * high), quant.spec, tensor)
 
 
 def activation_affine(x: Tensor, quant: ActQuant, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -293,7 +298,7 @@ def fake_quantize_activation(x: Tensor, quant: ActQuant, step: Tensor | None = N
     if isinstance(quant, LogSqrt2Quant):
         return quant.rounded(x, step)
     if quant.spec.in_blocks:
-        codes, scales, zero_point = blocked_activation(x, quant)
+        codes, scales, zero_point = blocked_activation(x, quant, step)
         zero_point = None if zero_point is None else zero_point[..., None]
         return from_codes(codes, scales.whole()[..., None], zero_point).flatten(-2)[..., : shape[-1]]
     if quant.spec.granularity == "per_group":
@@ -303,7 +308,11 @@ def fake_quantize_activation(x: Tensor, quant: ActQuant, step: Tensor | None = N
 
 
 def static_quant(low: StepTable, high: StepTable, spec: QuantSpec) -> ActQuant:
-    """A static per-tensor quantizer from tables of range ends."""
+    """A static per-tensor quantizer from tables of range ends; of scales with two levels, the second one."""
+    if spec.in_blocks:
+        tensor = tensor_scale(torch.maximum(-low.rows, high.rows), spec)
+        assert tensor is not None, "`Bits.check_sides` refuses the others"
+        return ActQuant(spec, StepTable(tensor, low.group_of_step))
     scale, zero_point = affine_from_range(low.rows, high.rows, spec)
     return ActQuant(
         spec,
@@ -336,14 +345,14 @@ def _as_rows(weight_OC: Tensor, spec: QuantSpec) -> Tensor:
     raise ValueError(f"weights cannot be quantized {spec.granularity}")
 
 
-def _extremes(rows: Tensor, spec: QuantSpec, tensor_absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _extremes(rows: Tensor, spec: QuantSpec, tensor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return rows.amin(-1), rows.amax(-1)
 
 
-def _mse_range(rows: Tensor, spec: QuantSpec, tensor_absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _mse_range(rows: Tensor, spec: QuantSpec, tensor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     ordered = rows.sort(dim=-1).values
     ends = [(_quantile(ordered, 1 - p), _quantile(ordered, p)) for p in MSE_PERCENTILES]
-    return _best_range(rows, spec, ends, (ordered[..., 0], ordered[..., -1]), 2.0, tensor_absmax)
+    return _best_range(rows, spec, ends, (ordered[..., 0], ordered[..., -1]), 2.0, tensor)
 
 
 def _quantile(ordered: Tensor, p: float) -> Tensor:
@@ -353,10 +362,10 @@ def _quantile(ordered: Tensor, p: float) -> Tensor:
     return torch.lerp(below, above, place - math.floor(place))
 
 
-def _shrink_range(rows: Tensor, spec: QuantSpec, tensor_absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _shrink_range(rows: Tensor, spec: QuantSpec, tensor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     low, high = rows.amin(-1), rows.amax(-1)
     factors = (1 - SHRINK_BY * i for i in range(SHRINK_STEPS))
-    return _best_range(rows, spec, ((f * low, f * high) for f in factors), (low, high), SHRINK_POWER, tensor_absmax)
+    return _best_range(rows, spec, ((f * low, f * high) for f in factors), (low, high), SHRINK_POWER, tensor)
 
 
 RANGES = {"minmax": _extremes, "mse": _mse_range, "shrink": _shrink_range}
@@ -368,13 +377,13 @@ def _best_range(
     candidates: Iterable[tuple[Tensor, Tensor]],
     start: tuple[Tensor, Tensor],
     power: float,
-    tensor_absmax: Tensor | None = None,
+    tensor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of each row, the first candidate with the least Σ |error|^power; start if no error is finite."""
     best_low, best_high = start
     best_error = torch.full(rows.shape[:-1], torch.inf, device=rows.device)
     for low, high in candidates:
-        scale, zero_point = affine_from_range(low, high, spec, tensor_absmax)
+        scale, zero_point = affine_from_range(low, high, spec, tensor)
         scale, zero_point = scale[..., None], None if zero_point is None else zero_point[..., None]
         distance = (from_codes(to_codes(rows, scale, zero_point, spec), scale, zero_point) - rows).abs_()
         error = (distance.square_() if power == 2 else distance.pow_(power)).sum(-1)

@@ -244,10 +244,13 @@ class Bits:
 
     def check_sides(self) -> None:
         """Raise UserError for what only one of the sides may be."""
-        if self.act is not None and self.act.in_blocks and (not self.act.dynamic or self.act.block_rows != 1):
+        act = self.act
+        if act is None or not act.in_blocks:
+            return
+        if act.block_rows != 1 or not (act.dynamic or act.scale == E4M3):
             raise UserError(
-                f"bits: activations in blocks ({self.act.name.lower()}) are dynamic, and each token has its own; set "
-                "bits.act.dynamic=true and bits.act.block_rows=1"
+                f"bits: activations in blocks ({act.name.lower()}) are dynamic (nvfp4's second scale may be static), and each token has "
+                "its own; set bits.act.dynamic=true and bits.act.block_rows=1"
             )
 
     def with_widths(self, weight_bits: int, act_bits: int) -> Bits:
@@ -347,3 +350,13 @@ def bits_of(label: str) -> Bits:
         QuantSpec(**{"granularity": "per_channel", **weight}) if weight["bits"] < FLOAT_BITS else None,
         QuantSpec(**{"granularity": "per_token", "dynamic": True, **act}) if act["bits"] < FLOAT_BITS else None,
     )
+
+
+def label_bits(label: str) -> tuple[float, float] | None:
+    """Bits that a value takes on each side by the label, with its share of a block's scale (4.5 of NVFP4); None of a mix."""
+    try:
+        bits = bits_of(label)
+    except UserError:
+        return None
+    weight, act = (float(FLOAT_BITS) if side is None else side.stored_bits for side in (bits.weight, bits.act))
+    return weight, act

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 
 from ditbench.harness.common.errors import unknown_name
 from ditbench.harness.common.paths import CONF
+from ditbench.harness.quant.spec import label_bits
 from ditbench.harness.records.record import PLACES, Record
 from ditbench.harness.report.forms import told_by_form
 
@@ -28,7 +28,6 @@ _TOLD_APART_BY = ("method", "bits", "calibration", "backend")  # parts of a conf
 _TELLS_NOTHING = ("model.note", "model.usual", "weights")  # of how a group came to be; weights: the last resort
 _SHORT_HASH = 8
 A_SHORT_LIST = 8  # metrics
-_BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
 PLAIN = {
     "overall": "follows the prompt",
     "direction": "moves as asked",
@@ -311,9 +310,8 @@ def _group_order(record: Record) -> tuple:
 
 
 def _row_order(record: Record) -> tuple:
-    match = _BITS.search(bits_label(record))
+    weight_bits, act_bits = label_bits(bits_label(record)) or (0, 0)
     settings = json.dumps(record.config.get("method"), sort_keys=True)
-    weight_bits, act_bits = (int(match[1]), int(match[2])) if match else (0, 0)
     return (
         record.method != FLOAT_METHOD,
         -weight_bits,

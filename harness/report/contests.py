@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ditbench.harness.common.errors import UserError
-from ditbench.harness.quant.spec import QuantSpec, parse_label
+from ditbench.harness.quant import spec
 from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare
 from ditbench.harness.report.compare import FLOAT_METHOD, Group
@@ -82,16 +81,9 @@ def above_label(record: Record) -> float | None:
 
 
 def label_bits(record: Record) -> float | None:
-    """The weights' width by the label, scales of blocks with it (4.5 of NVFP4); None for a mix of widths."""
-    try:
-        weight = parse_label(compare.bits_label(record)).weight
-    except UserError:
-        return None
-    return (
-        weight["bits"]
-        if weight["bits"] == FLOAT_BITS
-        else QuantSpec(**{"granularity": "per_channel", **weight}).stored_bits
-    )
+    """The weights' bits by the label, scales of blocks with them; None for a mix of widths."""
+    found = spec.label_bits(compare.bits_label(record))
+    return None if found is None else found[0]
 
 
 def in_order(group: Group, at: str = BITS) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,6 +34,7 @@ CASES = [
     ("rtn", bits_of("wmxfp6_afp8"), "blocks", {}),
     ("rtn", bits_of("wfp8_block_amxfp8"), "all", {}),
     ("gptq", bits_of("nvfp4"), "blocks", {}),
+    ("htg", replace(bits_of("nvfp4"), act=replace(bits_of("nvfp4").act, dynamic=False)), "blocks", {"groups": 2}),
     ("svdquant", bits_of("nvfp4"), "blocks", {}),
     ("svdquant", bits_of("int4_g64"), "blocks", {}),
     ("gptq", GROUPS, "blocks", {}),

@@ -24,7 +24,7 @@ REFUSALS = [
     ("bits=mxfp8 method=q_diffusion", "q_diffusion is about integer codes, and bits=mxfp8 has none"),
     ("bits=int4_g64 method=lrq_dit", "lrq_dit is about integer codes, and bits=int4_g64 has scales per block"),
     ("bits=nvfp4 method=q_dit", "q_dit chooses the size of its groups, and bits=nvfp4 has blocks of 16"),
-    ("bits=nvfp4 bits.act.dynamic=false", "activations in blocks (nvfp4) are dynamic"),
+    ("bits=mxfp8 bits.act.dynamic=false", "activations in blocks (mxfp8) are dynamic"),
     ("bits=nvfp4 bits.weight.rule=floor", "rule 'floor' of scale e4m3 is none of divide, reciprocal"),
     (
         "bits=nvfp4 protocol.attention=true",

@@ -65,14 +65,15 @@ def test_a_method_runs_in_fp8_or_refuses_it_in_one_line(name, bits, case_of):
     assert error < 0.1 and (error > 1e-3 or name == registry.FLOAT)
 
 
-IN_BLOCKS = ("nvfp4", "mxfp6", "fp8_block", "int4_g64", "wmxfp4_amxfp8")
+IN_BLOCKS = {label: bits_of(label) for label in ("nvfp4", "mxfp6", "fp8_block", "int4_g64", "wmxfp4_amxfp8")}
+IN_BLOCKS["nvfp4 static"] = replace(IN_BLOCKS["nvfp4"], act=replace(IN_BLOCKS["nvfp4"].act, dynamic=False))
 CHOOSE_GROUPS = {"q_dit"}
 
 
 @pytest.mark.parametrize("label", IN_BLOCKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_runs_in_blocks_or_refuses_them_in_one_line(name, label, case_of):
-    bits, case = bits_of(label), case_of(name)
+    bits, case = IN_BLOCKS[label], case_of(name)
     if name in ABOUT_INTEGERS | CHOOSE_GROUPS:
         with pytest.raises(
             UserError, match=f"^{name} (is about integer codes|chooses the size of its groups)"

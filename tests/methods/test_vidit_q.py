@@ -192,8 +192,8 @@ def test_a_plan_gives_single_layers_blocks_and_layers_in_blocks_integers(small_t
         assert bits == bits_of(label)
     back = bit_plan(small_target, bits_of("nvfp4"), Params(mixed={"to_q": "w4a8"}))[name]
     assert back == bits_of("w4a8")
-    with pytest.raises(UserError, match="activations in blocks .nvfp4. are dynamic"):
-        bit_plan(small_target, Bits(DYNAMIC.weight, QuantSpec(8, "per_tensor")), Params(mixed={"to_q": "nvfp4"}))
+    with pytest.raises(UserError, match="activations in blocks .mxfp8. are dynamic"):
+        bit_plan(small_target, Bits(DYNAMIC.weight, QuantSpec(8, "per_tensor")), Params(mixed={"to_q": "mxfp8"}))
 
 
 def test_a_plan_changes_widths_and_nothing_else(small_target):

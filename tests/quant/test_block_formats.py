@@ -19,10 +19,11 @@ from ditbench.harness.fitting.rounding import nearest
 from ditbench.harness.quant.accounting import account, stored_bytes
 from ditbench.harness.quant.block_scales import stored, to_grid, values
 from ditbench.harness.quant.gptq import gptq
-from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight
+from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation, quantize_weight, static_quant
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.serialize import decode, encode
 from ditbench.harness.quant.spec import GRIDS, NAMED, Bits, QuantSpec, bits_of
+from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Site, Target
 
 # (bits of the exponent, bits of the mantissa, bias, patterns at the top that are no number)
@@ -191,6 +192,18 @@ def test_scales_of_mx_round_as_their_rule_says():
     assert quantize_weight(x, spec).scale_OG.dtype == torch.float8_e8m0fnu and spec.rule == "rceil"
 
 
+@pytest.mark.parametrize("rule", ["rceil", "floor", "ceil", "even"])
+def test_a_block_without_end_has_the_largest_power_and_nan_stays_nan(rule):
+    act = ActQuant(replace(bits_of("mxfp8").act, rule=rule))
+    x = torch.ones(3, 64)
+    x[0, 3], x[1, 40] = torch.inf, torch.nan
+    found = fake_quantize_activation(x, act)
+    assert float(found[0, 3]) > 1e38 and bool(found[1, 32:].isnan().all())
+    assert (
+        torch.equal(found[0, 32:], x[0, 32:]) and torch.equal(found[1, :32], x[1, :32]) and torch.equal(found[2], x[2])
+    )
+
+
 def test_the_second_level_lets_the_largest_block_have_the_largest_scale(normal):
     x = normal(4, 64).float()
     x[2, 17] = 50.0
@@ -355,10 +368,29 @@ def test_what_no_format_has_is_refused(changed, words):
 
 
 def test_blocks_of_activations_are_dynamic_and_of_one_token():
-    spec = bits_of("nvfp4").act
-    for act in (replace(spec, dynamic=False), replace(bits_of("fp8_block").act, block_rows=128)):
+    for act in (replace(bits_of("mxfp8").act, dynamic=False), replace(bits_of("fp8_block").act, block_rows=128)):
         with pytest.raises(UserError, match="activations in blocks .* are dynamic"):
             Bits(None, act).check_sides()
+
+
+def test_a_static_second_level_is_that_of_the_calibration_by_step_and_clips_what_lies_above(normal):
+    bits = Bits(bits_of("nvfp4").weight, replace(bits_of("nvfp4").act, dynamic=False))
+    bits.check_sides()
+    table = StepTable(torch.tensor([2.0, 0.5]), torch.tensor([0, 1]))
+    quant = static_quant(StepTable(-table.rows, table.group_of_step), table, bits.act)
+    x = normal(2, 3, 40).float().clamp(-1.9, 1.9)
+    x[0, 0, 0] = 2.0
+    dynamic = fake_quantize_activation(x[:1], ActQuant(bits_of("nvfp4").act))
+    assert torch.equal(fake_quantize_activation(x, quant, torch.tensor(0))[:1], dynamic), "the range that it was given"
+    later = fake_quantize_activation(x, quant, torch.tensor(1))
+    assert float(later.abs().max()) == 0.5 and float(x.abs().max()) == 2
+    weight_OC = normal(6, 40, seed=1).float()
+    recipe = LayerRecipe(weight=quantize_weight(weight_OC, bits.weight), act=quant)
+    kernel = simulate.make_kernel(recipe, weight_OC)
+    assert relative_error(kernel(x, torch.tensor(1)), later.double() @ recipe.weight.dequantize().double().T) < 1e-6
+    assert stored_bytes(recipe, folded=False) == sum(
+        each.numel() * (2 if each.dtype == torch.int64 else each.itemsize) for each in kernel.state_dict().values()
+    )
 
 
 def test_a_record_is_told_the_rule_of_its_scales():

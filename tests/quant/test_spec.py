@@ -3,7 +3,17 @@ from __future__ import annotations
 import pytest
 
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.quant.spec import NAMED, Bits, Format, QuantSpec, all_labels, bits_of, needs_integers, parse_label
+from ditbench.harness.quant.spec import (
+    NAMED,
+    Bits,
+    Format,
+    QuantSpec,
+    all_labels,
+    bits_of,
+    label_bits,
+    needs_integers,
+    parse_label,
+)
 
 
 def integers(weight: int, act: int) -> Format:
@@ -77,6 +87,12 @@ def test_every_listed_label_parses_and_none_is_listed_twice():
     for label in labels:
         assert bits_of(label).label.lower() == label, "a record's label is one that a run takes"
         bits_of(label).check_sides()
+
+
+def test_a_label_says_bits_with_the_scales_of_blocks():
+    said = {"w4a8": (4, 8), "fp8": (8, 8), "nvfp4": (4.5, 4.5), "wmxfp4_a16": (4.25, 16), "int4_g128": (4.125, 4.125)}
+    assert {label: label_bits(label) for label in said} == said
+    assert label_bits("fp8_block") == (8 + 32 / 128**2, 8 + 32 / 128) and label_bits("mixed-4.5") is None
 
 
 def test_a_mixture_has_the_settings_of_each_side_and_activations_have_no_rows_to_share():

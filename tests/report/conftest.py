@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from ditbench.eval.base import PerSample
+from ditbench.harness.quant.spec import label_bits
 from ditbench.harness.records import sample_values
 from ditbench.harness.records.attempts import attempt
 from ditbench.harness.records.record import Record
@@ -78,7 +79,7 @@ def add_run(results_dir):
         **more,
     ):
         efficiency = more.pop("efficiency", {})  # what differs from the usual
-        weight_bits, act_bits = (int(part) for part in bits[1:].split("A"))
+        weight_bits, act_bits = (int(part) for part in label_bits(bits))
         config = {
             "method": {"name": method, **more},
             "bits": {"label": bits},

@@ -69,6 +69,25 @@ def test_more_bits_than_the_label_says_are_flagged_above_ten_percent(add_run, re
     assert contests.above_label(record) is None, "a mix of widths says none"
 
 
+def test_a_formats_scales_are_part_of_what_its_label_says(add_run, results_dir):
+    for bits, said, taken in (
+        ("NVFP4", 4.5, 4.52),
+        ("INT4_G64", 4.25, 4.25),
+        ("WMXFP6_AFP8", 6.25, 6.25),
+        ("FP8", 8, 8.3),
+    ):
+        record = add_run("plain", bits)
+        record.bits["weight_bits_quantized_layers"] = taken
+        assert contests.label_bits(record) == said and contests.above_label(record) is None
+
+
+def test_rows_come_from_many_bits_to_few_with_scales_of_blocks(add_run, results_dir):
+    for bits in ("MXFP4", "W4A4", "NVFP4", "FP8", "WNVFP4_AFP8", "MXFP8", "W8A8"):
+        add_run("plain", bits)
+    found = [compare.bits_label(record) for record in only_group(results_dir).records]
+    assert found == ["MXFP8", "FP8", "W8A8", "WNVFP4_AFP8", "NVFP4", "MXFP4", "W4A4"]
+
+
 def test_the_flag_is_at_the_bits_and_below_the_table(add_run, results_dir, metric):
     add_run("plain", metrics={"psnr": metric(20.0)})
     add_run("heavy", metrics={"psnr": metric(30.0)}, efficiency={"compression_quantized_layers": 2.0})
