@@ -21,7 +21,7 @@ import ditbench.harness.models.base  # noqa: F401  before diffusers, as a script
 # isort: split
 import torch
 from operations import Operations, counted
-from small_pipelines import SIZES, SMALL
+from small_pipelines import SIZES, SMALL, wan_of_two_experts
 from torch import Tensor, nn
 
 from ditbench.eval import batches
@@ -41,8 +41,10 @@ from ditbench.harness.sweep.compose import composed
 
 N, STEPS = 2, 2
 DIT = "dit"  # class-conditional, in pixels, with a judge of its own; the others are told by prompts
-FAMILIES = (DIT, *sorted(SMALL))
-VIDEO = ("cogvideox", "hunyuan_video", "latte", "ltx", "opensora", "wan")
+TWO = "wan2.2"  # of family wan, two experts
+MADE = SMALL | {TWO: wan_of_two_experts}
+FAMILIES = (DIT, *sorted(MADE))
+VIDEO = ("cogvideox", "hunyuan_video", "latte", "ltx", "opensora", "wan", TWO)
 PAIRED = ["psnr", "ssim", "sqnr", "collapse"]
 METRICS = {  # of images, of videos, of the digits: each with one that a network judges
     True: [*PAIRED, "vbench_style/temporal_flickering", "clipsim"],
@@ -101,7 +103,7 @@ def saved(family: str, folder: Path) -> Path:
     if not checkpoint.exists():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            SMALL[family]().save_pretrained(checkpoint)
+            MADE[family]().save_pretrained(checkpoint)
     return checkpoint
 
 
@@ -111,9 +113,10 @@ def config_of(family: str, method: str, device: str, folder: Path) -> RunConfig:
         model = ["model=tiny-dit"]
         metrics = [*PAIRED, "accuracy", "torchmetrics/fid_judge"]
     else:
-        size = ",".join(f"{name}:{pixels}" for name, pixels in SIZES.get(family, {}).items())
+        kind = "wan" if family == TWO else family
+        size = ",".join(f"{name}:{pixels}" for name, pixels in SIZES.get(kind, {}).items())
         model = [
-            "model=sd3-medium", f"model.name=small-{family}", f"model.family={family}", "model.revision=null",
+            "model=sd3-medium", f"model.name=small-{family}", f"model.family={kind}", "model.revision=null",
             f"model.source={saved(family, folder)}", f"model.size={{{size}}}" if size else "model.size=null",
             "protocol.sampler=pipeline", "protocol.guidance=2", "protocol.prompts=shapes", "calibration.prompts=shapes-calibration",
         ]  # fmt: skip

@@ -26,6 +26,7 @@ from ditbench.harness.models.known_families import family, family_part
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.lora import files, fuse, loras
 from ditbench.harness.models.zoo import WEIGHTS
+from ditbench.harness.quant.experts import FIRST, SECOND, experts_in
 
 # What a transformer's class raises for arguments that it was not written for.
 NOT_MADE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
@@ -53,9 +54,14 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             pipe = _load_pipeline(adapter, spec, checkpoint)
             extras = beside(checkpoint)
             check_pipeline(pipe, adapter.CONDITION)
+            if wanted and getattr(pipe, SECOND, None) is not None:
+                raise UserError(
+                    "model.lora would be fused into one of its two transformers; fuse both yourself and save them"
+                )
             for lora, file in adapters:
                 fuse(pipe, lora, file)
             parts = _parts(spec, adapter, checkpoint, [file for _, file in adapters])
+            join_experts(pipe)
         if spec.fuse_qkv:
             fuse_qkv(pipe.transformer)
         check_only_one_denoises(pipe)
@@ -201,8 +207,23 @@ def _lone_model(place: Place) -> str:
     return f"; if it is a transformer's, set model.transformer={place.where} and model.source to the pipeline"
 
 
+def join_experts(pipe: Any) -> None:
+    """Make one transformer of the two that share the steps of a pipeline with `boundary_ratio`, in place."""
+    experts = experts_in(pipe)
+    if experts is None:
+        return
+    kinds = {type(each).__name__ for each in (experts.transformer, experts.transformer_2)}
+    if len(kinds) > 1:
+        raise UserError(
+            f"its experts are of different classes, {' and '.join(sorted(kinds))}; expected two of one class"
+        )
+    pipe.register_modules(**{FIRST: experts, SECOND: None})
+
+
 def check_only_one_denoises(pipe: Any) -> None:
-    """Raise UserError if the pipeline denoises with more networks than the one that would be quantized (Wan 2.2, Ideogram 4)."""
+    """Raise UserError if the pipeline denoises with more networks than the one that would be quantized (Ideogram 4);
+    those that take turns are one by now (`join_experts`).
+    """
     parts = pipe.components.items()
     others = [
         name for name, part in parts if "transformer" in name and isinstance(part, nn.Module) and name != "transformer"

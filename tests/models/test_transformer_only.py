@@ -20,6 +20,7 @@ SIZES = {  # parameters of the transformer alone, in units of 10⁹
     "flux.1-dev-random": 11.90,
     "cogvideox-2b-random": 1.69,
     "wan2.1-t2v-1.3b-random": 1.42,
+    "wan2.2-t2v-a14b-random": 28.58,
 }
 SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 1,
