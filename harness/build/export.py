@@ -56,7 +56,7 @@ from ditbench.harness.common.files import atomic_path, canonical_sha256, file_sh
 from ditbench.harness.common.tensor_files import save_tensors
 from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.experts import experts_in
-from ditbench.harness.quant.folds import block_folds
+from ditbench.harness.quant.folds import block_folds, block_of
 from ditbench.harness.quant.layer_names import aliases, carries_adapters, fused_layers
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe, to_device
 from ditbench.harness.quant.serialize import content_sha256, decode, encode
@@ -311,7 +311,7 @@ def _assembled(
     fuse(model, device, dtype)
     folds = {name: decode(each, tensors, f"folds/{name}") for name, each in described["folds"].items()}
     for name, of_block in folds.items():
-        check_folds(f"folds/{name}", of_block, find(f"folds/{name}", transformer, name), clock.num_steps)
+        check_folds(f"folds/{name}", of_block, find(f"folds/{name}", transformer, block_of(name)), clock.num_steps)
     hang(model, folds, clock, device)
     for name, each in described["attention"].items():
         attention = decode(each, tensors, f"attention/{name}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.paths import CONF
@@ -21,6 +23,10 @@ SIZES = {  # parameters of the transformer alone, in units of 10⁹
     "cogvideox-2b-random": 1.69,
     "wan2.1-t2v-1.3b-random": 1.42,
     "wan2.2-t2v-a14b-random": 28.58,
+    "flux.2-dev-random": 32.22,
+    "flux.2-klein-4b-random": 3.88,
+    "qwen-image-random": 20.43,
+    "z-image-random": 6.15,
 }
 SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 1,
@@ -43,13 +49,15 @@ def test_it_has_the_published_size_and_takes_the_call_that_is_written_down(name)
     spec = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
     with torch.device("meta"):
         pipe = family(spec["family"]).random_pipeline(spec["random"], torch.bfloat16)
-        inputs = {
-            key: value.to("meta", torch.bfloat16 if value.is_floating_point() else None)
-            for key, value in pipe.step_inputs(2).items()
-        }
+        inputs = tree_map_only(
+            Tensor,
+            lambda value: value.to("meta", torch.bfloat16 if value.is_floating_point() else None),
+            pipe.step_inputs(2),
+        )
         output = pipe.transformer(**inputs, return_dict=False)[0]
     assert sum(p.numel() for p in pipe.transformer.parameters()) / 1e9 == pytest.approx(SIZES[name], abs=0.01)
-    assert len(output) == 2 and output.shape[2:] == inputs["hidden_states"].shape[2:]
+    drawn = next(iter(inputs.values()))
+    assert len(output) == 2 and output[1].shape[1:] == drawn[1].shape[1:]
 
 
 def test_its_inputs_are_drawn_once_and_for_all_and_by_row():
