@@ -25,6 +25,7 @@ from ditbench.harness.models.identity import parts_of, parts_of_adapters, parts_
 from ditbench.harness.models.known_families import family, family_part
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.lora import files, fuse, loras
+from ditbench.harness.models.transformer_only import TransformerOnly
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.quant.experts import FIRST, SECOND, experts_in
 
@@ -61,7 +62,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             for lora, file in adapters:
                 fuse(pipe, lora, file)
             parts = _parts(spec, adapter, checkpoint, [file for _, file in adapters])
-            join_experts(pipe)
+        prepare(adapter, pipe)
         if spec.fuse_qkv:
             fuse_qkv(pipe.transformer)
         check_only_one_denoises(pipe)
@@ -207,9 +208,13 @@ def _lone_model(place: Place) -> str:
     return f"; if it is a transformer's, set model.transformer={place.where} and model.source to the pipeline"
 
 
-def join_experts(pipe: Any) -> None:
-    """Make one transformer of the two that share the steps of a pipeline with `boundary_ratio`, in place."""
-    experts = experts_in(pipe)
+def prepare(adapter: Adapter, pipe: Any) -> None:
+    """What is done to a pipeline once it is there, in place: the family's own, and one transformer of the two that share the steps of
+    one with `boundary_ratio`.
+    """
+    if hasattr(adapter, "prepare"):
+        adapter.prepare(pipe)
+    experts = None if isinstance(pipe, TransformerOnly) or not hasattr(pipe, "config") else experts_in(pipe)
     if experts is None:
         return
     kinds = {type(each).__name__ for each in (experts.transformer, experts.transformer_2)}
@@ -222,7 +227,7 @@ def join_experts(pipe: Any) -> None:
 
 def check_only_one_denoises(pipe: Any) -> None:
     """Raise UserError if the pipeline denoises with more networks than the one that would be quantized (Ideogram 4);
-    those that take turns are one by now (`join_experts`).
+    those that take turns are one by now (`prepare`).
     """
     parts = pipe.components.items()
     others = [

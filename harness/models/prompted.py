@@ -73,6 +73,9 @@ class PipelineFamily:
         self._check(pipe)
         return pipe
 
+    def prepare(self, pipe: Any) -> None:
+        """Called once the pipeline is there, with or without its weights: what has to be done to it in place."""
+
     def _check(self, pipe: Any) -> None:
         if type(pipe).__name__ in self.pipelines and pipe.transformer is None:
             raise UserError(f"its transformer is empty, and a {type(pipe).__name__} draws nothing without it")
@@ -127,7 +130,13 @@ class PipelineFamily:
         generators = [torch.Generator().manual_seed(seed) for seed in conditions.seeds]
         pixel_space = getattr(pipe, "vae", None) is None
         with (
-            running_on(pipe, device, **denoising_with(transformer), scheduler=scheduler) as running,
+            running_on(
+                pipe,
+                device,
+                **denoising_with(transformer),
+                **self.parts(pipe, sampler.guidance),
+                scheduler=scheduler,
+            ) as running,
             watched(transformer, scheduler, sampler, on_call, correct) as seen,
             decoding_in_its_dtype(pipe),
         ):
@@ -167,7 +176,8 @@ class PipelineFamily:
         scheduler = self._scheduler(pipe, Sampler(self.SAMPLERS[0], 2, 1.0))
         handle = pipe.transformer.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
         try:
-            with running_on(pipe, device, **denoising_with(pipe.transformer), scheduler=scheduler) as running:
+            parts = denoising_with(pipe.transformer) | self.parts(pipe, self.unguided)
+            with running_on(pipe, device, **parts, scheduler=scheduler) as running:
                 running.set_progress_bar_config(disable=True)
                 running(
                     prompt=[prompt.text for prompt in conditions.prompts],
@@ -185,6 +195,10 @@ class PipelineFamily:
     def settings(self, pipe: Any, guidance: float, samples: int) -> dict[str, Any]:
         """What the pipeline's `__call__` gets beside prompts, steps and generators."""
         return {self.guidance: guidance} | self.call(pipe) | self.size
+
+    def parts(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        """What takes the place of the pipeline's own parts while it draws, beside transformer and scheduler."""
+        return {}
 
     def timesteps(self, pipe: Any, sampler: Sampler) -> list[float]:
         """The noise level of each step, in sampling order, by the scheduler alone."""

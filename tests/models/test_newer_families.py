@@ -32,8 +32,10 @@ from ditbench.harness.samples.samples import Prompt
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares left of a green cross"), Prompt("a cross"))
 STEPS = 2
 FOLDED = {  # of a family with a block of each kind: how many sites fold, of how many
-    "flux2": (2 * 5 + 2, 2 * 7 + 2 * 2), "qwen_image": (10, 14), "z_image": (2, 8),
+    "flux2": (2 * 5 + 2, 2 * 7 + 2 * 2), "qwen_image": (10, 14), "z_image": (2, 8), "hunyuan_video15": (10, 14),
 }  # fmt: skip
+
+LEAST_SHARE = {"hunyuan_video15": 0.005}  # its text's embedder is 2,048 wide, however small the model is
 
 
 @pytest.fixture(scope="module", params=sorted(NEWER))
@@ -84,12 +86,15 @@ def test_samples_are_those_of_the_diffusers_pipeline_and_do_not_depend_on_their_
     transformer = float_copy(model.target(), dtype=torch.float32)
     with torch.no_grad():
         ours = model.adapter.sample(model.pipe, transformer, wanted, sampler)
-        theirs = model.pipe(
-            prompt=[prompt.text for prompt in PROMPTS], num_inference_steps=STEPS, output_type="pt", return_dict=False,
-            generator=[torch.Generator().manual_seed(seed) for seed in wanted.seeds],
-            **model.adapter.settings(model.pipe, 2.0, 3),
-        )[0]  # fmt: skip
-    torch.testing.assert_close((ours.pixels + 1) / 2, theirs.float(), rtol=0, atol=1e-4)
+        model.pipe.register_modules(**model.adapter.parts(model.pipe, 2.0))
+        theirs = [
+            model.pipe(
+                prompt=[prompt.text], num_inference_steps=STEPS, output_type="pt", return_dict=False,
+                generator=torch.Generator().manual_seed(seed), **model.adapter.settings(model.pipe, 2.0, 1),
+            )[0]
+            for prompt, seed in zip(PROMPTS, wanted.seeds, strict=True)
+        ]  # fmt: skip
+    torch.testing.assert_close((ours.pixels + 1) / 2, torch.cat(theirs).float(), rtol=0, atol=1e-4)
     alone = generate(model, transformer, wanted, sampler, batch_size=1)
     torch.testing.assert_close(alone.latents[:], ours.latents, rtol=1e-3, atol=1e-4)
     assert float(alone.pixels[:].float().std()) > 1
@@ -164,5 +169,5 @@ def test_a_run_of_its_configuration_ends_well_in_bfloat16(family, model, checkpo
     assert record["config"]["model"]["dtype"] == "bfloat16" and record["config"]["model"]["family"] == family
     assert set(record["layers"]) == set(model.target().layers)
     assert all(entry["sqnr_db"] > 0 for entry in record["layers"].values())
-    assert 0.3 < record["bits"]["mac_share_quantized"] < 1
+    assert LEAST_SHARE.get(family, 0.3) < record["bits"]["mac_share_quantized"] < 1
     assert samples_of(read(path)).pixels[:].shape == (3, *DRAWN[family], 3)
