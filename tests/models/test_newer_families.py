@@ -32,7 +32,7 @@ from ditbench.harness.samples.samples import Prompt
 PROMPTS = (Prompt("a red circle"), Prompt("two blue squares left of a green cross"), Prompt("a cross"))
 STEPS = 2
 FOLDED = {  # of a family with a block of each kind: how many sites fold, of how many
-    "flux2": (2 * 5 + 2, 2 * 7 + 2 * 2), "qwen_image": (10, 14), "z_image": (2, 8), "hunyuan_video15": (10, 14),
+    "flux2": (2 * 5 + 2, 2 * 7 + 2 * 2), "qwen_image": (10, 14), "z_image": (2, 8), "hunyuan_video15": (10, 14), "chroma": (2 * 5 + 2, 2 * 7 + 2 * 2), "sana_video": (4, 10),
 }  # fmt: skip
 
 LEAST_SHARE = {"hunyuan_video15": 0.005}  # its text's embedder is 2,048 wide, however small the model is

@@ -29,6 +29,8 @@ SIZES = {  # parameters of the transformer alone, in units of 10⁹
     "qwen-image-random": 20.43,
     "z-image-random": 6.15,
     "hunyuan-video-1.5-480p-random": 8.33,
+    "chroma1-hd-random": 8.90,
+    "sana-video-2b-480p-random": 2.06,
 }
 READS_VALUES = ("hunyuan-video-1.5-480p-random",)  # of masks, which `meta` has not
 SMALL = {
