@@ -249,7 +249,7 @@ class BlockStream:
         handles = [
             first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         ]  # before any fold at its input
-        for argument, module in self.block_call.beside.items():
+        for argument, module in getattr(self.block_call, "beside", {}).items():
             maker = self.model.get_submodule(module)
             handles.append(maker.register_forward_hook(lambda _, args, y, name=argument: beside.update({name: y})))
         try:

@@ -22,8 +22,8 @@ TEXT_TOKENS = "text_tokens"  # of a two-stream state: how many come first
 
 
 class BlockCall(Protocol):
-    """beside: {argument: the module of the transformer that makes it before the first block} of arguments that later blocks get
-    and the first does not.
+    """beside (may be missing): {argument: the module of the transformer that makes it} of what later blocks get and the first does
+    not; these modules run before the first block.
     """
 
     beside: ClassVar[Mapping[str, str]] = MappingProxyType({})
