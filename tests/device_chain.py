@@ -20,8 +20,9 @@ import ditbench.harness.models.base  # noqa: F401  before diffusers, as a script
 
 # isort: split
 import torch
+from newer_pipelines import NEWER, NEWER_DRAWN_AS_VIDEO, NEWER_SIZES
 from operations import Operations, counted
-from small_pipelines import SIZES, SMALL
+from small_pipelines import SIZES, SMALL, wan_of_two_experts
 from torch import Tensor, nn
 
 from ditbench.eval import batches
@@ -41,14 +42,18 @@ from ditbench.harness.sweep.compose import composed
 
 N, STEPS = 2, 2
 DIT = "dit"  # class-conditional, in pixels, with a judge of its own; the others are told by prompts
-FAMILIES = (DIT, *sorted(SMALL))
-VIDEO = ("cogvideox", "hunyuan_video", "latte", "ltx", "opensora", "wan")
+TWO = "wan2.2"  # of family wan, two experts
+MADE = SMALL | NEWER | {TWO: wan_of_two_experts}
+FAMILIES = (DIT, *sorted(MADE))
+VIDEO = ("cogvideox", "hunyuan_video", "latte", "ltx", "opensora", "wan", TWO, *NEWER_DRAWN_AS_VIDEO)
 PAIRED = ["psnr", "ssim", "sqnr", "collapse"]
 METRICS = {  # of images, of videos, of the digits: each with one that a network judges
     True: [*PAIRED, "vbench_style/temporal_flickering", "clipsim"],
     False: [*PAIRED, "clipscore_b32"],
 }
 METHODS = ("rtn", "smoothquant", "quarot", "svdquant", "gptq")
+FEW = ("smoothquant",)  # for families that are made of what the others are made of: folds
+CHAINS = [(family, method) for family in FAMILIES for method in (FEW if family in NEWER else METHODS)]
 QUICK = {"svdquant": ("method.num_grids=2",)}  # it searches what it searches, among fewer
 REFUSED = {  # what no device makes work: block by block needs blocks in line
     ("generic", "gptq"): "does not know how its blocks are called",
@@ -101,7 +106,7 @@ def saved(family: str, folder: Path) -> Path:
     if not checkpoint.exists():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            SMALL[family]().save_pretrained(checkpoint)
+            MADE[family]().save_pretrained(checkpoint)
     return checkpoint
 
 
@@ -111,9 +116,10 @@ def config_of(family: str, method: str, device: str, folder: Path) -> RunConfig:
         model = ["model=tiny-dit"]
         metrics = [*PAIRED, "accuracy", "torchmetrics/fid_judge"]
     else:
-        size = ",".join(f"{name}:{pixels}" for name, pixels in SIZES.get(family, {}).items())
+        kind = "wan" if family == TWO else family
+        size = ",".join(f"{name}:{pixels}" for name, pixels in (SIZES | NEWER_SIZES).get(kind, {}).items())
         model = [
-            "model=sd3-medium", f"model.name=small-{family}", f"model.family={family}", "model.revision=null",
+            "model=sd3-medium", f"model.name=small-{family}", f"model.family={kind}", "model.revision=null",
             f"model.source={saved(family, folder)}", f"model.size={{{size}}}" if size else "model.size=null",
             "protocol.sampler=pipeline", "protocol.guidance=2", "protocol.prompts=shapes", "calibration.prompts=shapes-calibration",
         ]  # fmt: skip
@@ -195,7 +201,7 @@ def main(families: Sequence[str]) -> None:
     )
     with tempfile.TemporaryDirectory() as scratch, judges_at(Path(scratch) / "judges"):
         recordings: Recordings = {}
-        for family, method in ((family, method) for family in families for method in METHODS):
+        for family, method in (each for each in CHAINS if each[0] in families):
             if (family, method) in REFUSED:
                 print(f"{family:14} {method:12} refused: {REFUSED[family, method]}")
                 continue

@@ -148,6 +148,15 @@ def wan() -> Any:
     return diffusers.WanPipeline(transformer=lively(transformer), vae=vae, scheduler=scheduler, **t5())
 
 
+def wan_of_two_experts() -> Any:
+    """As Wan 2.2 A14B is saved: one transformer for high noise, one for low."""
+    first, second = wan(), wan()
+    for parameter in second.transformer.parameters():
+        parameter.data = parameter.data.flip(0)  # other weights
+    parts = first.components | {"transformer_2": second.transformer}
+    return diffusers.WanPipeline(**parts, boundary_ratio=0.85)
+
+
 def ltx() -> Any:
     transformer = diffusers.LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=2,

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
-from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.calibration.lazy import LazyCalibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.measurement.latency import backends_of, kind_of, resident_bytes
 from ditbench.harness.models.base import LoadedModel
@@ -36,26 +33,6 @@ class Candidate:
     model: nn.Module
     backend: str
     held_bytes: int | None
-
-
-class LazyCalibration:
-    """A calibration that is recorded when a method first asks for it: round-to-nearest never does."""
-
-    derived, saved = Calibration.derived, Calibration.saved
-
-    def __init__(self, key: str, cache: Path, record: Callable[[], Calibration]) -> None:
-        self.key, self.cache, self._record = key, cache, record
-        self.whole, self.saved_s = None, {}
-
-    def with_own_notes(self) -> LazyCalibration:
-        return LazyCalibration(self.key, self.cache, self._record)
-
-    @cached_property
-    def _recording(self) -> Calibration:
-        return self._record()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._recording, name)
 
 
 def baseline(target: Target, device: torch.device, modes: tuple[str, ...]) -> Iterator[Candidate]:

@@ -55,7 +55,8 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import atomic_path, canonical_sha256, file_sha256
 from ditbench.harness.common.tensor_files import save_tensors
 from ditbench.harness.quant.effective import effective_linear, touched_layers
-from ditbench.harness.quant.folds import block_folds
+from ditbench.harness.quant.experts import experts_in
+from ditbench.harness.quant.folds import block_folds, block_of
 from ditbench.harness.quant.layer_names import aliases, carries_adapters, fused_layers
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe, to_device
 from ditbench.harness.quant.serialize import content_sha256, decode, encode
@@ -131,7 +132,7 @@ def save_quantized(
 def load_quantized(folder: str | Path, pipeline: Any, *, backend: str = AUTO, nearest: bool = False) -> nn.Module:
     """The quantized transformer of an export, on the device of the one that it stands for.
 
-    pipeline: a diffusers pipeline, which gets it as its transformer; or the transformer alone, which is left as it is. Put it on
+    pipeline: a diffusers pipeline, which gets it as its transformer (of two experts, in the place of both); or the transformer alone, which is left as it is. Put it on
         its device before, not after. Whatever pipeline calls the result, tables by denoising step are read at the step that
         was fitted at the call's timestep; a call at another timestep is a ValueError.
     nearest: such a call takes the nearest step, so that other schedulers, numbers of steps and sizes can be tried.
@@ -141,7 +142,9 @@ def load_quantized(folder: str | Path, pipeline: Any, *, backend: str = AUTO, ne
     """
     folder = Path(folder)
     described = read_recipe(folder)
-    transformer = pipeline if isinstance(pipeline, nn.Module) else pipeline.transformer
+    alone = isinstance(pipeline, nn.Module)
+    experts = None if alone else experts_in(pipeline)
+    transformer = pipeline if alone else experts or pipeline.transformer
     _check_architecture(folder, described, transformer)
     tensors = _read_tensors(folder, described)
     with _explained(folder):
@@ -158,8 +161,10 @@ def load_quantized(folder: str | Path, pipeline: Any, *, backend: str = AUTO, ne
     if schedule:
         found = Schedule(schedule["argument"], tuple(schedule["timesteps"]))
         StepFinder(found, clock, nearest=nearest).attach(model)
-    if not isinstance(pipeline, nn.Module):
+    if not alone:
         pipeline.transformer = model
+        if experts is not None:  # which of them a timestep is for, the model knows
+            pipeline.transformer_2 = model
         if clock.num_steps is not None and not schedule:
             StepCounter(pipeline, clock).attach(model)
     return model
@@ -306,7 +311,7 @@ def _assembled(
     fuse(model, device, dtype)
     folds = {name: decode(each, tensors, f"folds/{name}") for name, each in described["folds"].items()}
     for name, of_block in folds.items():
-        check_folds(f"folds/{name}", of_block, find(f"folds/{name}", transformer, name), clock.num_steps)
+        check_folds(f"folds/{name}", of_block, find(f"folds/{name}", transformer, block_of(name)), clock.num_steps)
     hang(model, folds, clock, device)
     for name, each in described["attention"].items():
         attention = decode(each, tensors, f"attention/{name}")

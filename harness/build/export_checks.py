@@ -37,6 +37,9 @@ OF_VERSION_2 = {"schedule": dict | None, "sampler": dict}
 LAYER = {"shape": list[int], "weight_OC": dict | None, "bias": dict | None, "recipe": dict}
 
 
+MOST_ROWS = 12  # of what blocks without a table of their own are told: shift, scale, gate, four times
+
+
 def check_recipe(where: str, described: Mapping[str, Any]) -> None:
     """Fields, their types, and what of them can be told without the tensors."""
     check_types(where, described, FIELDS, LATER | (OF_VERSION_2 if described["version"] > 1 else {}))
@@ -207,10 +210,14 @@ def check_attention(where: str, attention: Any, num_steps: int | None) -> None:
 
 
 def check_folds(where: str, folds: Any, block: nn.Module, num_steps: int | None) -> None:
-    """Against the tables that the block adds to what it is told: they have the rows that are rewritten."""
+    """Against the tables that the block adds to what it is told: they have the rows that are rewritten. A block without a table has
+    layers that read as many channels.
+    """
     expect(isinstance(folds, BlockFolds), where, "BlockFolds", type(folds).__name__)
     width = folds.width
     tables = [p.numel() // width for p in block.parameters(recurse=False) if width > 0 and p.shape[-1:] == (width,)]
+    if not tables and any(isinstance(each, nn.Linear) and each.in_features == width for each in block.modules()):
+        tables = [MOST_ROWS]
     expect(bool(tables), f"{where}/width", "the width of a table of the block", width)
     for index, fold in enumerate(folds.rows):
         of = f"{where}/rows/{index}"

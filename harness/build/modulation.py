@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditbench.harness.quant.folds import BlockFolds, RowFold
+from ditbench.harness.quant.folds import BlockFolds, RowFold, block_of
 from ditbench.harness.quant.steps import StepClock
+
+FOLDED = "folded_modulation"  # what a block's is called; those of its further arguments by the argument
 
 
 class FoldedRows(nn.Module):
@@ -55,9 +57,9 @@ class FoldedModulation(nn.Module):
 
 
 def hang(model: nn.Module, folds: dict[str, BlockFolds], clock: StepClock, device: torch.device) -> None:
-    """Hang the folds at the inputs of the blocks of model."""
+    """Hang the folds at the inputs of the blocks of model. folds: as `block_folds` names them."""
     for name, of_block in folds.items():
-        block = model.get_submodule(name)
+        block = model.get_submodule(block_of(name))
         modulation = FoldedModulation(of_block, clock, list(inspect.signature(block.forward).parameters)).to(device)
-        block.folded_modulation = modulation
+        setattr(block, f"folded_{of_block.argument}" if hasattr(block, FOLDED) else FOLDED, modulation)
         block.register_forward_pre_hook(modulation.hook, with_kwargs=True)

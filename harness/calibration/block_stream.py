@@ -241,17 +241,24 @@ class BlockStream:
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden_BTC, rest = self.block_call.enter(module, by_name(module, args, kwargs))
-            found.append((hidden_BTC.detach(), rest))
+            found.append((hidden_BTC.detach(), rest | beside))
             raise _Entered
 
+        beside: dict[str, Any] = {}
         first = self.model.get_submodule(self.blocks[0])
-        handle = first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)  # before any fold at its input
+        handles = [
+            first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        ]  # before any fold at its input
+        for argument, module in getattr(self.block_call, "beside", {}).items():
+            maker = self.model.get_submodule(module)
+            handles.append(maker.register_forward_hook(lambda _, args, y, name=argument: beside.update({name: y})))
         try:
             self.calibration.call(self.model, step, inputs)
         except _Entered:
             pass
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return found[0]
 
 

@@ -5,7 +5,7 @@ It is written while it is recorded and read by step and rows: neither holds more
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,13 @@ BATCH = "batch.json"  # what a recording was drawn with
 MOST = 32  # samples of a batch that is found
 MOST_ROWS = 64  # of a batch that is read
 MEASURED = 1  # samples are recorded in any case: layers, kernels and what the sampler reaches are looked at on them
+
+
+class Behind(NamedTuple):
+    """A transformer that samples in the float model's place while it is recorded. made: a hash of all that makes it."""
+
+    made: str
+    build: Callable[[], nn.Module]
 
 
 class Estimate(NamedTuple):
@@ -148,22 +155,24 @@ def calibrate(
     device: torch.device | str = "cpu",
     prompts: Sequence[Prompt] = (),
     memory: str = RESIDENT,
+    behind: Behind | None = None,
 ) -> Calibration:
     """Record n samples with classes drawn at random (or with the model's calibration prompts), or find the recording of
     the same arguments in the cache. Without a cache it lies in a temporary folder for as long as it is used.
 
     n = 0 records one sample, for what is measured on recorded calls; methods then get `without_data` of it.
-    batch_size: or "auto" (`batch_of`, MOST at most). What does not fit into memory is halved; `Calibration.batch` says what was used.
+    behind: what samples instead of the float model. batch_size: or "auto" (`batch_of`, MOST at most). What does not fit into memory is halved; `Calibration.batch` says what was used.
 
     Raises:
         UserError: n < 0, one sample does not fit into memory, or the model produces NaN.
     """
-    key = key_of(model, sampler, n, seed, batch_size=batch_size, device=device, prompts=prompts)
+    made = behind and behind.made
+    key = key_of(model, sampler, n, seed, batch_size=batch_size, device=device, prompts=prompts, behind=made)
     device = torch.device(device)
 
     def fill(folder: Path) -> None:
         wanted = conditions_for_calibration(model, max(n, MEASURED), seed, prompts)
-        _record(model, sampler, wanted, batch_size, device, folder, memory, cache)
+        _record(model, sampler, wanted, batch_size, device, folder, memory, cache, behind and behind.build)
 
     if cache is None:
         scratch = Scratch(None)
@@ -185,8 +194,9 @@ def key_of(
     batch_size: int | str = 64,
     device: torch.device | str = "cpu",
     prompts: Sequence[Prompt] = (),
+    behind: str | None = None,
 ) -> str:
-    """The key of what `calibrate` makes of the same arguments; nothing is made.
+    """The key of what `calibrate` makes of the same arguments (behind: `Behind.made`); nothing is made.
 
     Raises:
         UserError: n < 0, or a model that is told by prompts has none.
@@ -194,7 +204,7 @@ def key_of(
     if n < 0:
         raise UserError(f"calibration.n must be at least 0, got {n}")
     wanted = conditions_for_calibration(model, max(n, MEASURED), seed, prompts)
-    return canonical_sha256(
+    key = canonical_sha256(
         {
             "model": model.fingerprint,
             "size": model.spec.size,
@@ -208,6 +218,7 @@ def key_of(
             "code": code_identity(*RECORDING),
         }
     )
+    return key if behind is None else canonical_sha256({"of": key, "behind": behind})
 
 
 def _record(
@@ -219,14 +230,18 @@ def _record(
     folder: Path,
     memory: str,
     cache: Path | None,
+    behind: Callable[[], nn.Module] | None,
 ) -> None:
-    """Sample in float, and write the transformer's calls into the folder."""
+    """Sample in float (or with what stands in its place), and write the transformer's calls into the folder."""
     recorder = Recorder(
         sampler.steps,
         row_dims(model.step_inputs(FEW, device), model.step_inputs(MORE, device), model.adapter.ROWS),
         TensorFiles(folder),
     )
-    transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device, memory=memory)
+    if behind is None:
+        transformer = float_copy(model.target(), dtype=getattr(torch, model.spec.dtype), device=device, memory=memory)
+    else:
+        transformer = behind()
     batch = batch_of(batch_size, model, transformer, most=MOST)
     rows_at_once = rows_by_tokens(tokens_of_row(model, transformer), MOST_ROWS)
     bar = progress_bar(total=sampler.steps * len(wanted), desc="calibrate", unit="img·step")
@@ -278,6 +293,18 @@ def selected(calibration: Calibration, rows_of_step: list[Tensor], chosen: str) 
     rows = tensors_sha256({str(step): rows for step, rows in enumerate(rows_of_step)})
     key = canonical_sha256({"of": calibration.key, "chosen": chosen, "rows": rows})
     return replace(calibration, steps=steps, key=key, whole=calibration.whole or calibration.key)
+
+
+def of_steps(calibration: Calibration, steps: range, chosen: str) -> Calibration:
+    """Some steps, counted from 0, as the recording of a sampler that makes no others; `chosen` says whose they are."""
+    kept = tuple(calibration.steps[step] for step in steps)
+    key = key_of_steps(calibration.key, steps, chosen)
+    return replace(calibration, steps=kept, key=key, whole=calibration.whole or calibration.key)
+
+
+def key_of_steps(key: str, steps: range, chosen: str) -> str:
+    """The key of what `of_steps` makes of a recording with this key."""
+    return canonical_sha256({"of": key, "chosen": chosen, "steps": [steps.start, steps.stop]})
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ditbench.harness.models.lora import loras
 from ditbench.harness.models.macs import count_macs
 from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.quant.blocks import BlockCall
+from ditbench.harness.quant.experts import Experts, experts_of
 from ditbench.harness.quant.layer_names import carries_adapters, fused_layers, linear_names
 from ditbench.harness.quant.target import Site, Target, is_linear_map
 from ditbench.harness.samples.conditions import Conditions
@@ -94,6 +95,7 @@ class Sampler:
     kind: str  # one of the family's SAMPLERS
     steps: int
     guidance: float
+    guidance_2: float | None = None  # of the second of two experts (Wan 2.2); None: the same
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -190,14 +192,26 @@ class LoadedModel:
 
     @property
     def macs(self) -> dict[str, int]:
-        """Multiply-accumulates of one call on one row, by layer name, "" for the whole call (see `count_macs`)."""
+        """Multiply-accumulates of one call on one row, by layer name, "" for the whole call (see `count_macs`); of experts by
+        noise level, of one call of each,
+        which the expert's name has in all.
+        """
         return self.macs_on(CPU)
 
     def macs_on(self, device: torch.device) -> dict[str, int]:
         """The same. device: where text encoders run for it; counted once, whatever the device."""
         if self._macs is None:
-            self._macs = count_macs(self.transformer, self.step_inputs(1, device))
+            self._macs = self._counted(self.step_inputs(1, device))
         return self._macs
+
+    def _counted(self, inputs: dict[str, Any]) -> dict[str, int]:
+        """Of experts by noise level, one call of each."""
+        found = {name: count_macs(each, inputs) for name, each in experts_of(self.transformer).items()}
+        if not isinstance(self.transformer, Experts):
+            return found[""]
+        macs = {f"{name}.{layer}": count for name, each in found.items() for layer, count in each.items() if layer}
+        whole = {name: each[""] for name, each in found.items()}
+        return macs | whole | {"": sum(whole.values())}
 
     def step_inputs(self, batch: int, device: torch.device = CPU) -> dict[str, Any]:
         """Arguments of one transformer call on `batch` rows; one denoising step with guidance has twice the samples.
@@ -232,7 +246,12 @@ class LoadedModel:
                 "unload them first (pipe.fuse_lora(), pipe.unload_lora_weights()), or set model.lora"
             )
         names = [n for n in linear_names(self.transformer) if is_linear_map(self.transformer.get_submodule(n))]
-        names = [n for n in names if not read.search(n)]
+        experts = [f"{name}." for name in experts_of(self.transformer) if name]
+
+        def within_expert(name: str) -> str:
+            return next((name.removeprefix(expert) for expert in experts if name.startswith(expert)), name)
+
+        names = [n for n in names if not read.search(within_expert(n))]
         if scope == "blocks":
             places = [(n, next((f"{b}." for b in blocks if n.startswith(f"{b}.")), None)) for n in names]
             names = [n for n, block in places if block and not in_float.search(n.removeprefix(block))]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -110,6 +111,18 @@ def _without_values(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_meta
 
 
+class Padding(TorchFunctionMode):
+    """Sequences without values side by side: torch would copy them into a table that `ValuesStay` gives values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._C._nn.pad_sequence or not any(each.is_meta for each in args[0]):
+            return func(*args, **(kwargs or {}))
+        sequences, batch_first = args[0], kwargs["batch_first"] if kwargs and "batch_first" in kwargs else args[1]
+        longest, rest = max(map(len, sequences)), sequences[0].shape[1:]
+        both = (len(sequences), longest) if batch_first else (longest, len(sequences))
+        return next(each for each in sequences if each.is_meta).new_empty((*both, *rest))
+
+
 class Live(TorchDispatchMode):
     """The most bytes that tensors made inside hold at a time, weights apart; those without values count as if they had some."""
 
@@ -158,7 +171,7 @@ def counting(pipe: Any) -> Iterator[tuple[Tally, Attention, Live]]:
 
     parts = module_parts(pipe).values()
     products = FlopCounterMode(display=False)
-    with torch.no_grad(), ValuesStay(), Live(parts) as live, products, Attention(products) as attention:
+    with torch.no_grad(), ValuesStay(), Live(parts) as live, products, Padding(), Attention(products) as attention:
         yield Tally(products, attention), attention, live
 
 

@@ -45,7 +45,7 @@ KEPT_BYTES = 2 * 2**30  # in memory, where there is no cache; what does not fit 
 PAIR = ("a red circle", "a small green square above a large blue triangle, drawn by hand on white paper")
 CLOSE = {2: 2e-2, 4: 1e-4, 8: 1e-4}  # by bytes of a number: a row encoded alone against the same beside another
 ROOM = 0.8  # of free memory that encoders may fill
-READ_NOTHING = ("transformer", "vae", "scheduler", "image_encoder", "feature_extractor", "safety_checker")
+READ_NOTHING = ("transformer", "vae", "scheduler", "image_encoder", "feature_extractor", "safety_checker", "guider")
 PACKAGES = ("torch", "transformers", "diffusers", "tokenizers")
 
 Arguments = dict[str, Any]
@@ -139,7 +139,7 @@ class _Asked:
         if not isinstance(texts, list) or not texts:
             return self.kept(given)
         by_row = [name for name, value in given.items() if isinstance(value, list) and len(value) == len(texts)]
-        rows = [given | {name: [given[name][row]] for name in by_row} for row in range(len(texts))]
+        rows = [given | _counted(given, 1) | {name: [given[name][row]] for name in by_row} for row in range(len(texts))]
         if len(rows) == 1:
             self.encode_missing(given, rows)
             return self.kept(given)
@@ -216,11 +216,12 @@ class _Asked:
         """Of each tensor that comes, whether it has a row per prompt; None if it depends on what else is in the call."""
         texts = given["prompt"]
         tried = {name: list(PAIR) if given[name] == texts else [given[name][0]] * len(PAIR) for name in by_row}
-        pair = given | tried
+        pair = given | tried | _counted(given, len(PAIR))
         key = self.key(pair)
         if key not in self.shelf.splits:
             together = self.kept(pair)
-            alone = [self.kept(pair | {name: [pair[name][row]] for name in by_row}) for row in range(len(PAIR))]
+            one = pair | _counted(given, 1)
+            alone = [self.kept(one | {name: [pair[name][row]] for name in by_row}) for row in range(len(PAIR))]
             self.shelf.splits[key] = _lie_by_row(together, alone)
         return self.shelf.splits[key]
 
@@ -232,6 +233,11 @@ class _Asked:
         device = self.device.type
         arguments = tree_map_only((torch.device, torch.dtype), lambda each: getattr(each, "type", str(each)), given)
         return canonical_sha256(self.shelf.made_by | {"arguments": arguments, "own": own, "device": device})
+
+
+def _counted(given: Arguments, prompts: int) -> Arguments:
+    """How many prompts there are, for pipelines that say so (HunyuanVideo-1.5)."""
+    return {"batch_size": prompts} if given.get("batch_size") == len(given["prompt"]) else {}
 
 
 def _reading(pipe: Any) -> list[tuple[str, Any]]:

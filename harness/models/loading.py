@@ -25,7 +25,9 @@ from ditbench.harness.models.identity import parts_of, parts_of_adapters, parts_
 from ditbench.harness.models.known_families import family, family_part
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.lora import files, fuse, loras
+from ditbench.harness.models.transformer_only import TransformerOnly
 from ditbench.harness.models.zoo import WEIGHTS
+from ditbench.harness.quant.experts import FIRST, SECOND, experts_in
 
 # What a transformer's class raises for arguments that it was not written for.
 NOT_MADE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
@@ -53,9 +55,14 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             pipe = _load_pipeline(adapter, spec, checkpoint)
             extras = beside(checkpoint)
             check_pipeline(pipe, adapter.CONDITION)
+            if wanted and getattr(pipe, SECOND, None) is not None:
+                raise UserError(
+                    "model.lora would be fused into one of its two transformers; fuse both yourself and save them"
+                )
             for lora, file in adapters:
                 fuse(pipe, lora, file)
             parts = _parts(spec, adapter, checkpoint, [file for _, file in adapters])
+        prepare(adapter, pipe)
         if spec.fuse_qkv:
             fuse_qkv(pipe.transformer)
         check_only_one_denoises(pipe)
@@ -201,8 +208,27 @@ def _lone_model(place: Place) -> str:
     return f"; if it is a transformer's, set model.transformer={place.where} and model.source to the pipeline"
 
 
+def prepare(adapter: Adapter, pipe: Any) -> None:
+    """What is done to a pipeline once it is there, in place: the family's own, and one transformer of the two that share the steps of
+    one with `boundary_ratio`.
+    """
+    if hasattr(adapter, "prepare"):
+        adapter.prepare(pipe)
+    experts = None if isinstance(pipe, TransformerOnly) or not hasattr(pipe, "config") else experts_in(pipe)
+    if experts is None:
+        return
+    kinds = {type(each).__name__ for each in (experts.transformer, experts.transformer_2)}
+    if len(kinds) > 1:
+        raise UserError(
+            f"its experts are of different classes, {' and '.join(sorted(kinds))}; expected two of one class"
+        )
+    pipe.register_modules(**{FIRST: experts, SECOND: None})
+
+
 def check_only_one_denoises(pipe: Any) -> None:
-    """Raise UserError if the pipeline denoises with more networks than the one that would be quantized (Wan 2.2, Ideogram 4)."""
+    """Raise UserError if the pipeline denoises with more networks than the one that would be quantized (Ideogram 4);
+    those that take turns are one by now (`prepare`).
+    """
     parts = pipe.components.items()
     others = [
         name for name, part in parts if "transformer" in name and isinstance(part, nn.Module) and name != "transformer"

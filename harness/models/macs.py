@@ -8,6 +8,7 @@ Attention is counted where it is called, whatever backend would compute it.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,11 @@ def _count(transformer: nn.Module, arguments: dict[str, Any]) -> dict[str, int]:
     return macs | {"": (products.get_total_flops() - attention.seen_flops) // 2 + attention.macs}
 
 
+READ_AT_MOST = (
+    2**26
+)  # elements of what is repeated; a larger table is a mask of all tokens by all, which decides no shape
+
+
 class KnownValues(TorchDispatchMode):
     """Tensors on `meta` have no values, and what is computed from one has none, whatever device the rest is on. Operations
     among others are carried out.
@@ -88,7 +94,9 @@ class KnownValues(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if all(not operand.is_meta for operand in operands):
+        if func is torch.ops.aten.repeat.default and args[0].numel() * math.prod(args[1]) > READ_AT_MOST:
+            args = _to_meta(args)
+        elif all(not operand.is_meta for operand in operands):
             return func(*args, **kwargs)
         if func._schema.is_mutable and not args[0].is_meta:
             raise RuntimeError(f"{func}: what had values would have none")

@@ -26,6 +26,7 @@ from ditbench.harness.models.parts import replaced, running_on
 from ditbench.harness.models.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
 from ditbench.harness.models.transformer_only import TransformerOnly, random_transformer
 from ditbench.harness.quant.blocks import BlockCall, OneStream, by_name
+from ditbench.harness.quant.experts import FIRST, SECOND, Experts, of_each
 from ditbench.harness.quant.target import Site
 from ditbench.harness.samples.conditions import PROMPTS, Conditions
 
@@ -72,6 +73,9 @@ class PipelineFamily:
         self._check(pipe)
         return pipe
 
+    def prepare(self, pipe: Any) -> None:
+        """Called once the pipeline is there, with or without its weights: what has to be done to it in place."""
+
     def _check(self, pipe: Any) -> None:
         if type(pipe).__name__ in self.pipelines and pipe.transformer is None:
             raise UserError(f"its transformer is empty, and a {type(pipe).__name__} draws nothing without it")
@@ -86,6 +90,9 @@ class PipelineFamily:
         return random_transformer(self.transformer, arguments, dtype)
 
     def blocks(self, transformer: nn.Module) -> list[str]:
+        return of_each(transformer, self._blocks)
+
+    def _blocks(self, transformer: nn.Module) -> list[str]:
         lists = [[f"{name}.{index}" for index in range(len(getattr(transformer, name)))] for name in self.lists]
         return list(chain(*zip(*lists, strict=True))) if self.in_turn else list(chain(*lists))
 
@@ -117,11 +124,19 @@ class PipelineFamily:
         """
         if isinstance(pipe, TransformerOnly):
             raise UserError("random weights alone draw nothing; this model is for `ditbench bench` with method=rtn")
+        if sampler.guidance_2 is not None and not isinstance(transformer, Experts):
+            raise UserError("protocol.guidance_2 is of a second transformer, and this model has one; set it to null")
         scheduler, device = self._scheduler(pipe, sampler), clock_of(transformer).step.device
         generators = [torch.Generator().manual_seed(seed) for seed in conditions.seeds]
         pixel_space = getattr(pipe, "vae", None) is None
         with (
-            running_on(pipe, device, transformer=transformer, scheduler=scheduler) as running,
+            running_on(
+                pipe,
+                device,
+                **denoising_with(transformer),
+                **self.parts(pipe, sampler.guidance),
+                scheduler=scheduler,
+            ) as running,
             watched(transformer, scheduler, sampler, on_call, correct) as seen,
             decoding_in_its_dtype(pipe),
         ):
@@ -133,6 +148,7 @@ class PipelineFamily:
                 output_type="pt" if decode and not pixel_space else "latent",
                 return_dict=False,
                 **self.settings(pipe, sampler.guidance, len(conditions)),
+                **({} if sampler.guidance_2 is None else {"guidance_scale_2": sampler.guidance_2}),
             )[0]
         if seen.step != sampler.steps:
             raise UserError(
@@ -160,7 +176,8 @@ class PipelineFamily:
         scheduler = self._scheduler(pipe, Sampler(self.SAMPLERS[0], 2, 1.0))
         handle = pipe.transformer.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
         try:
-            with running_on(pipe, device, scheduler=scheduler) as running:
+            parts = denoising_with(pipe.transformer) | self.parts(pipe, self.unguided)
+            with running_on(pipe, device, **parts, scheduler=scheduler) as running:
                 running.set_progress_bar_config(disable=True)
                 running(
                     prompt=[prompt.text for prompt in conditions.prompts],
@@ -179,6 +196,16 @@ class PipelineFamily:
         """What the pipeline's `__call__` gets beside prompts, steps and generators."""
         return {self.guidance: guidance} | self.call(pipe) | self.size
 
+    def parts(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        """What takes the place of the pipeline's own parts while it draws, beside transformer and scheduler."""
+        return {}
+
+    def timesteps(self, pipe: Any, sampler: Sampler) -> list[float]:
+        """The noise level of each step, in sampling order, by the scheduler alone."""
+        scheduler = self._scheduler(pipe, sampler)
+        scheduler.set_timesteps(sampler.steps)
+        return scheduler.timesteps.tolist()
+
     @staticmethod
     def _any_prompts(count: int):
         from ditbench.harness.samples.samples import Prompt
@@ -192,6 +219,11 @@ class PipelineFamily:
         if sampler.steps > most:
             raise UserError(f"protocol.steps must be at most {most}, the model's training steps; got {sampler.steps}")
         return scheduler
+
+
+def denoising_with(transformer: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a pipeline that a transformer stands for: of experts both, since they choose by themselves."""
+    return dict.fromkeys((FIRST, SECOND) if isinstance(transformer, Experts) else (FIRST,), transformer)
 
 
 class _Taken(Exception):

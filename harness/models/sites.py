@@ -17,6 +17,11 @@ def table(block: str, argument: str, shift: int, scale: int) -> TableRows:
     return TableRows(block, "scale_shift_table", argument, shift, scale)
 
 
+def shared(block: str, argument: str, shift: int, scale: int) -> TableRows:
+    """Rows of an argument of the block, of which all blocks get the same: rewritten at the input of each."""
+    return TableRows(block, "", argument, shift, scale)
+
+
 def reads(name: str, block: str, layers: tuple[str, ...], *producers: Producer) -> Site:
     """One tensor of a block and the layers that read it, named within the block."""
     return Site(f"{block}.{name}", tuple(f"{block}.{layer}" for layer in layers), producers)

@@ -29,6 +29,7 @@ from ditbench.harness.models.loading import (
     load_model,
     of_model,
     parts_on_disk,
+    prepare,
     quiet_libraries,
     random_parts,
     random_pipeline,
@@ -62,6 +63,7 @@ def _bare(spec: ModelSpec) -> LoadedModel:
         if checkpoint.base.kind == FOLDER and not (Path(checkpoint.base.where) / INDEX).exists():
             return _loaded(spec, checkpoint)
         pipe = _pipeline(checkpoint, dtype)
+    prepare(adapter, pipe)
     check_only_one_denoises(pipe)
     if spec.fuse_qkv:
         fuse_qkv(pipe.transformer)

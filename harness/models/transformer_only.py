@@ -2,7 +2,8 @@
 
 `random` of such a model (conf/model/*-random.yaml) has the transformer's arguments and, under `inputs`, one entry per
 argument of its call: a list is a row's shape, drawn from a normal distribution; `{shape, value}` is constant; with
-`shared: true` it has no row per sample; null is None.
+`shared: true` it has no row per sample; `{each: shape}` is a list of one tensor per sample; `{as_is: …}` is what stands there;
+null is None.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ditbench.harness.common.errors import UserError
 
@@ -54,9 +55,13 @@ def random_transformer(name: str, arguments: Mapping[str, Any], dtype: torch.dty
         torch.set_default_dtype(before)
 
 
-def _argument(wanted: Any, batch: int, generator: torch.Generator) -> Tensor | None:
+def _argument(wanted: Any, batch: int, generator: torch.Generator) -> Any:
     if wanted is None:
         return None
+    if isinstance(wanted, Mapping) and "as_is" in wanted:
+        return wanted["as_is"]
+    if isinstance(wanted, Mapping) and "each" in wanted:
+        return list(torch.randn(batch, *wanted["each"], generator=generator))
     if isinstance(wanted, Mapping):
         rows = [] if wanted.get("shared") else [batch]
         return torch.full([*rows, *wanted["shape"]], wanted["value"], dtype=torch.float32)

@@ -7,8 +7,10 @@ two streams the state is text and image tokens side by side, so these methods se
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,12 @@ TEXT_TOKENS = "text_tokens"  # of a two-stream state: how many come first
 
 
 class BlockCall(Protocol):
+    """beside (may be missing): {argument: the module of the transformer that makes it} of what later blocks get and the first does
+    not; these modules run before the first block.
+    """
+
+    beside: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
     def enter(self, block: nn.Module, arguments: Arguments) -> tuple[Tensor, Arguments]:
         """A block's arguments by name → the state, with samples as rows, and what else all blocks get."""
 
@@ -28,7 +36,7 @@ class BlockCall(Protocol):
 
 
 @dataclass(frozen=True)
-class OneStream:
+class OneStream(BlockCall):
     """The state is the block's first argument, and its only output."""
 
     def enter(self, block: nn.Module, arguments: Arguments) -> tuple[Tensor, Arguments]:
@@ -46,7 +54,7 @@ class OneStream:
 
 
 @dataclass(frozen=True)
-class TwoStreams:
+class TwoStreams(BlockCall):
     """Text and image (or video) tokens are two arguments and two outputs, the latter in the order of `outputs`.
 
     A last block that gives no text (None) leaves a state of image tokens alone. by_place: the other arguments go by their
@@ -75,7 +83,7 @@ class TwoStreams:
 
 
 @dataclass(frozen=True)
-class NotInLine:
+class NotInLine(BlockCall):
     """Blocks that also read what others gave long before: no state goes from block to block. Block-wise methods are refused."""
 
     why: str

@@ -21,6 +21,8 @@ from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import TableRows, Target
 from ditbench.harness.quant.transforms import Transform
 
+OF_ARGUMENT = ":"
+
 
 @dataclass(frozen=True)
 class RowFold:
@@ -48,21 +50,39 @@ class BlockFolds:
 def block_folds(
     target: Target, recipe: ModelRecipe, transforms: dict[str, Transform], dtype: torch.dtype
 ) -> dict[str, BlockFolds]:
-    """What is folded into adaLN-single, by block; buffers in dtype."""
-    by_block: dict[str, list[tuple[TableRows, Transform]]] = {}
+    """What is folded into adaLN-single, by block; buffers in dtype. Of a block that gets e in several arguments (those of image and
+    text), the further ones are at `<block>:<argument>`.
+    """
+    by_block: dict[str, dict[str, list[tuple[TableRows, Transform]]]] = {}
     for site in target.sites:
         for producer in site.producers if site.name in recipe.folded else ():
             if isinstance(producer, TableRows):
                 shared = to_device(shared_transform(site, transforms), target.device)
-                by_block.setdefault(producer.block, []).append((producer, shared))
+                folds = by_block.setdefault(producer.block, {})
+                folds.setdefault(producer.argument, []).append((producer, shared))
     found = {}
-    for name, folds in by_block.items():
-        first = folds[0][0]
-        table = getattr(target.transformer.get_submodule(name), first.table).detach().to(target.device)
-        table_RC = table.reshape(-1, table.shape[-1]).double()
-        rows = tuple(_row_fold(producer, table_RC, transform, dtype) for producer, transform in folds)
-        found[name] = BlockFolds(first.argument, table_RC.shape[-1], rows)
+    for name, by_argument in by_block.items():
+        for place, (argument, rows_of) in enumerate(by_argument.items()):
+            table_RC = _table(target, rows_of)
+            rows = tuple(_row_fold(producer, table_RC, transform, dtype) for producer, transform in rows_of)
+            found[f"{name}{OF_ARGUMENT}{argument}" if place else name] = BlockFolds(argument, table_RC.shape[-1], rows)
     return found
+
+
+def block_of(name: str) -> str:
+    """The block of a name that `block_folds` gives."""
+    return name.partition(OF_ARGUMENT)[0]
+
+
+def _table(target: Target, rows_of: list[tuple[TableRows, Transform]]) -> Tensor:
+    """What the block adds to e, (R, C), float64 on the target's device; zeros where it adds nothing."""
+    first, transform = rows_of[0]
+    if first.table:
+        table = getattr(target.transformer.get_submodule(first.block), first.table).detach().to(target.device)
+        return table.reshape(-1, table.shape[-1]).double()
+    width = transform.shift.rows.shape[-1] if transform.scale_C is None else len(transform.scale_C)  # type: ignore[union-attr]
+    rows = 1 + max(max(each.shift_row, each.scale_row) for each, _ in rows_of)
+    return torch.zeros(rows, width, dtype=torch.float64, device=target.device)
 
 
 def _row_fold(rows: TableRows, table_RC: Tensor, transform: Transform, dtype: torch.dtype) -> RowFold:

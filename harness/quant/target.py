@@ -38,7 +38,7 @@ class TableRows:
     """
 
     block: str
-    table: str  # attribute of the block: parameter (rows, C), leading ones allowed
+    table: str  # attribute of the block: parameter (rows, C), leading ones allowed; "": the block adds nothing to e (FLUX.2)
     argument: str  # of the block's forward
     shift_row: int
     scale_row: int

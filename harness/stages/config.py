@@ -128,7 +128,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
             scope=protocol["scope"],
             skip=tuple(protocol["skip"]),
             attention=protocol["attention"],
-            sampler=Sampler(protocol["sampler"], protocol["steps"], protocol["guidance"]),
+            sampler=Sampler(protocol["sampler"], protocol["steps"], protocol["guidance"], protocol.get("guidance_2")),
             n=protocol["n"],
             labels=protocol["labels"],
             prompts=protocol_prompts,

@@ -17,10 +17,12 @@ from ditbench.harness.common.memory import PeakMemory
 from ditbench.harness.fitting import mixed_precision, registry
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.accounting import account as account_of
+from ditbench.harness.quant.experts import Experts
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.stages.config import RunConfig
+from ditbench.harness.stages.experts import by_steps, fitted_in_turn
 from ditbench.harness.stages.states import fitted
 
 
@@ -71,6 +73,8 @@ def planned(
     Raises:
         UserError: the method refuses; bits=mixed without data, or of a method that corrects the sampler for one uniform model's error.
     """
+    if isinstance(target.transformer, Experts):
+        return *fitted_in_turn(config, model, target, recording), {}
     if not isinstance(config.bits, MixedBits):
         return *fitted(config, target, recording, config.bits), {}
     if config.section("calibration")["n"] == 0:
@@ -93,7 +97,10 @@ def account(
     config: RunConfig, model: LoadedModel, target: Target, recipe: ModelRecipe
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The record's `bits`, and the byte counts of its `efficiency`."""
-    bits, size = account_of(target, recipe, model.macs_on(config.device), config.bits.label)
+    macs = model.macs_on(config.device)
+    if isinstance(target.transformer, Experts):
+        macs = by_steps(macs, model, config.protocol.sampler)
+    bits, size = account_of(target, recipe, macs, config.bits.label)
     return bits | formats_told(config.bits), size
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ditbench.harness.calibration.lazy import LazyCalibration
 from ditbench.harness.calibration.recording import Calibration, without_data
 from ditbench.harness.common.artifacts import obtain
 from ditbench.harness.common.code_identity import STATE, code_identity
@@ -88,6 +89,8 @@ def _fit(config: RunConfig, target: Target, recording: Calibration, bits: Bits) 
     if config.section("calibration")["n"] == 0:
         recording = without_data(recording, _who(config, bits))
     select = getattr(method, "select_calibration", None)
+    if select is not None and isinstance(recording, LazyCalibration):
+        recording = recording.recorded
     calibration = recording if select is None else select(recording, config.params, config.seed)
     with torch.random.fork_rng(devices=[]), peak_memory(config.device) as memory:
         torch.manual_seed(config.seed)

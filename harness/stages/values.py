@@ -69,8 +69,9 @@ CHOICES = {
     "tracker.kind": known_trackers(),
     "tracker.mode": ("auto", "online", "offline", "disabled"),
 }
-GUIDANCE, METRICS, SKIP, LABEL, BACKEND, SAMPLER = (
+GUIDANCE, GUIDANCE_2, METRICS, SKIP, LABEL, BACKEND, SAMPLER = (
     "protocol.guidance",
+    "protocol.guidance_2",
     "metrics.names",
     "protocol.skip",
     "bits.label",
@@ -79,7 +80,7 @@ GUIDANCE, METRICS, SKIP, LABEL, BACKEND, SAMPLER = (
 )
 # Every setting but those of models, methods and bits, which their dataclasses know.
 SETTINGS = (*COUNTS, *SEEDS, *BATCHES, *FLAGS, *TEXTS, *TEXTS_OR_NULL, *CHOICES)
-SETTINGS += (GUIDANCE, METRICS, SKIP, LABEL, BACKEND, SAMPLER)
+SETTINGS += (GUIDANCE, GUIDANCE_2, METRICS, SKIP, LABEL, BACKEND, SAMPLER)
 SECTIONS = ("model", "method", "bits", "bits.weight", "bits.act", "protocol", "calibration", "generate")
 SECTIONS += ("measure", "metrics", "tracker")
 STRESS = {"channels": (1, MOST), "log2_factor": (1, 16), "seed": (0, MOST_SEED)}  # of model.stress, from … to
@@ -115,6 +116,9 @@ def check_values(raw: dict[str, Any]) -> None:
         raise UserError(f"{GUIDANCE} must be a number such as 1.5, got {guidance!r}")
     if guidance < 1:
         raise UserError(f"{GUIDANCE} must be at least 1 (1 is no guidance), got {guidance}")
+    second = raw["protocol"].get("guidance_2")  # records from before there were experts have none
+    if second is not None and (not isinstance(second, int | float) or isinstance(second, bool) or second < 1):
+        raise UserError(f"{GUIDANCE_2} must be null or a number of at least 1, got {second!r}")
     if not isinstance(value_of(raw, LABEL), str):
         raise UserError(f"{LABEL} must be text such as w4a8, got {value_of(raw, LABEL)!r}")
     _check_lists(value_of(raw, METRICS), value_of(raw, SKIP))

@@ -21,6 +21,7 @@ from ditbench.harness.models import batch_sizes
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.counts import Counts, bytes_of
 from ditbench.harness.models.transformer_only import TransformerOnly
+from ditbench.harness.quant.experts import Experts
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.sweep import kept
 from ditbench.harness.sweep.rates import Earlier, Rates
@@ -121,7 +122,8 @@ class Estimate:
         """Rounding and building, and for methods with statistics one pass over the recording."""
         n = self.config.section("calibration")["n"]
         learns = self.config.method not in NO_STATISTICS
-        macs = n * self._steps * self.counts.step_macs if learns else 0.0
+        passes = 2 if isinstance(self.model.transformer, Experts) else 1  # the second is calibrated behind the first
+        macs = passes * n * self._steps * self.counts.step_macs if learns else 0.0
         known = self.earlier.get("fit", *self._what)
         seconds = self.rates.build_s + OBSERVING * macs / self.rates.float_macs_s["float32"]
         if known is not None:

@@ -11,14 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from device_chain import FAMILIES, METHODS, REFUSED, STAGES, Recordings, chain, config_of, judges_at
+from device_chain import CHAINS, REFUSED, STAGES, TWO, Recordings, chain, config_of, judges_at
+from newer_pipelines import NEWER
 from operations import counted
 
 from ditbench.harness.common.errors import UserError
 
-RELOADED = ("rtn", "svdquant")  # exported and loaded: plain codes; folds and a low-rank branch
+RELOADED = (
+    "rtn",
+    "svdquant",
+)  # exported and loaded: plain codes; folds and a low-rank branch; the newer families' folds
 # Of a stage's floating-point operations, what has to run on the second device. Nothing counts that only moves or draws.
 LEAST = dict.fromkeys(STAGES, 0.99)
+# Of two experts twice the weights are looked through on the CPU, and their scheduler is asked, for as many calls.
+OF_TWO = LEAST | {"reload": 0.98, "quantize": 0.95}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,7 @@ def recordings() -> Recordings:
     return {}
 
 
-@pytest.mark.parametrize(("family", "method"), [(family, method) for family in FAMILIES for method in METHODS])
+@pytest.mark.parametrize(("family", "method"), CHAINS)
 def test_a_family_with_a_method_runs_on_the_device_with_the_cpus_numbers(
     family, method, second, folder, recordings, tmp_path
 ):
@@ -44,7 +50,7 @@ def test_a_family_with_a_method_runs_on_the_device_with_the_cpus_numbers(
         return
     near = chain(config_of(family, method, "cpu", folder), recordings, counted())
     with counted() as ops:
-        far = chain(far_config, recordings, ops, tmp_path / "export" if method in RELOADED else None)
+        far = chain(far_config, recordings, ops, tmp_path / "export" if method in RELOADED or family in NEWER else None)
 
     assert near.codes and near.codes.keys() == far.codes.keys()
     assert all(torch.equal(codes, far.codes[name]) for name, codes in near.codes.items())
@@ -58,5 +64,6 @@ def test_a_family_with_a_method_runs_on_the_device_with_the_cpus_numbers(
     assert far.efficiency["kind"] == "simulated"
     assert (far.efficiency["device"], far.efficiency["threads"]) == ("a second device made of the CPU", None)
     for stage in ops.stages():
-        assert ops.share_on_second_device(stage) >= LEAST.get(stage, 0.0), f"{stage}\n{ops.report()}"
+        least = (OF_TWO if family == TWO else LEAST).get(stage, 0.0)
+        assert ops.share_on_second_device(stage) >= least, f"{stage}\n{ops.report()}"
     assert ops.stages() >= {"quantize", "generate", "evaluate", "layer errors"}

@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 from generic_pipelines import GENERIC, GENERIC_SIZES
-from small_pipelines import SMALL
+from small_pipelines import wan_of_two_experts
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import build, float_copy
@@ -188,18 +188,10 @@ def test_samples_are_those_of_the_diffusers_pipeline(model, transformer):
     torch.testing.assert_close((ours.pixels + 1) / 2, theirs.float(), rtol=0, atol=1e-4)
 
 
-def wan_of_two_experts() -> diffusers.WanPipeline:
-    """As Wan 2.2 A14B is saved: one transformer for high noise, one for low."""
-    first, second = SMALL["wan"](), SMALL["wan"]()
-    parts = first.components | {"transformer_2": second.transformer}
-    return diffusers.WanPipeline(**parts, boundary_ratio=0.9)
-
-
-@pytest.mark.parametrize("family", ["wan", "generic"])
-def test_a_pipeline_with_two_denoising_networks_is_refused_and_not_quantized_by_half(family, tmp_path):
+def test_two_denoising_networks_that_share_the_steps_are_one_model_of_two_experts(tmp_path):
     wan_of_two_experts().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="two denoising networks, transformer and transformer_2"):
-        load_model(ModelSpec("wan2.2", family, source=str(tmp_path)))
+    model = load_model(ModelSpec("wan2.2", "generic", source=str(tmp_path)))
+    assert {name.partition(".")[0] for name in model.target().layers} == {"transformer", "transformer_2"}
 
 
 def test_videos_smaller_than_a_tile_of_their_vae_are_refused(tmp_path):

@@ -21,6 +21,10 @@ SIDE = 1024  # pixels, where the checkpoint does not say
 
 
 def sites(transformer: nn.Module) -> list[Site]:
+    return double_sites(transformer) + single_sites(transformer)
+
+
+def double_sites(transformer: nn.Module) -> list[Site]:
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     found = []
     for index in range(len(transformer.transformer_blocks)):
@@ -37,6 +41,12 @@ def sites(transformer: nn.Module) -> list[Site]:
             reads("text_ff_in", block, ("ff_context.net.0.proj",), chunk(text, width, *FEED_FORWARD)),
             reads("text_ff_mid", block, ("ff_context.net.2",)),
         ]
+    return found
+
+
+def single_sites(transformer: nn.Module) -> list[Site]:
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    found = []
     for index in range(len(transformer.single_transformer_blocks)):
         block = f"single_transformer_blocks.{index}"
         layers = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")

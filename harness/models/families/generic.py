@@ -67,7 +67,7 @@ class GenericFamily(PipelineFamily):
                 "(experts) that belong to no linear layer; they would stay in float, so it is refused"
             )
 
-    def blocks(self, transformer: nn.Module) -> list[str]:
+    def _blocks(self, transformer: nn.Module) -> list[str]:
         lists = [(name, child) for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)]
         return [f"{name}.{index}" for name, child in lists for index, each in enumerate(child) if is_block(each)]
 
