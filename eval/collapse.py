@@ -289,7 +289,9 @@ ALARMS = {
         SAME_OF_FLOAT,
         low=True,
         among=nearest,
-        of_float=lambda ours_N, theirs_N: ours_N / theirs_N,  # no number, and no alarm, where the float model repeats itself
+        of_float=lambda ours_N, theirs_N: (
+            ours_N / theirs_N
+        ),  # no number, and no alarm, where the float model repeats itself
     ),
     "alike": Alarm(
         "below: distance of thumbnails to all other samples, levels (beside the float model: of its distance)",
@@ -298,7 +300,9 @@ ALARMS = {
         ALIKE_OF_FLOAT,
         low=True,
         among=to_the_others,
-        of_float=lambda ours_N, theirs_N: ours_N / theirs_N,  # no number, and no alarm, where the float model repeats itself
+        of_float=lambda ours_N, theirs_N: (
+            ours_N / theirs_N
+        ),  # no number, and no alarm, where the float model repeats itself
     ),
     NON_FINITE: Alarm(
         "above: share of latent values that are not finite",

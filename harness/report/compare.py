@@ -29,7 +29,12 @@ _TELLS_NOTHING = ("model.note", "model.usual", "weights")  # of how a group came
 _SHORT_HASH = 8
 A_SHORT_LIST = 8  # metrics
 _BITS = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
-PLAIN = {"overall": "follows the prompt", "direction": "moves as asked", "object": "right object", "speed": "right speed"}
+PLAIN = {
+    "overall": "follows the prompt",
+    "direction": "moves as asked",
+    "object": "right object",
+    "speed": "right speed",
+}
 PLAIN |= {"accuracy": "right class", "collapse": "collapsed samples"}
 
 

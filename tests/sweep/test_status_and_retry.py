@@ -64,7 +64,8 @@ def test_who_is_killed_is_not_running_whatever_it_said(sweep, quick, home, tmp_p
 
 
 @pytest.mark.parametrize(
-    "said", [{"done": "many"}, {"started": None}, {"total": [1]}, {"updated": 1e400}, {"title": 7}, {"more": 1}, "[]", "{"]
+    "said",
+    [{"done": "many"}, {"started": None}, {"total": [1]}, {"updated": 1e400}, {"title": 7}, {"more": 1}, "[]", "{"],
 )
 def test_a_status_file_that_no_run_wrote_is_as_good_as_none(said, sweep, quick, home, tmp_path, capsys):
     def happens(config):
