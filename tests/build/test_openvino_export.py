@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from ditbench.harness.build import openvino_export
 from ditbench.harness.build.build import build
@@ -119,6 +120,14 @@ def test_a_pipeline_draws_with_the_exported_transformer(tmp_path, made, examples
     example = dict(leaves(examples[1]))
     assert relative_error(model(**example).sample, output_of(simulated(**example))) < 2e-2
     assert relative_error(model(*example.values(), return_dict=False)[0], output_of(simulated(**example))) < 2e-2
+    pipe.register_modules(
+        vae=AutoencoderKL(
+            latent_channels=pipe.transformer.config.in_channels,
+            sample_size=8,
+            norm_num_groups=2,
+            block_out_channels=(4,),
+        )
+    )
     image = pipe(class_labels=[1], num_inference_steps=2, guidance_scale=1.0, output_type="np").images[0]
     assert image.shape[-1] == 3
 
