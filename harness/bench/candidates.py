@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
+from ditbench.harness.build.flat_calls import output_of
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.measurement.latency import backends_of, kind_of, resident_bytes
 from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.models.calls import placed
 from ditbench.harness.quant.target import Target
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.quantize import calibrate, quantize, recording_key
@@ -27,15 +29,13 @@ BASELINE = "bf16"
 
 @dataclass(frozen=True)
 class Candidate:
-    """backend: of the quantized layers, "torch" where there are none. held_bytes: of all tensors of the model, None where
-    another library's tensors do not say.
-    """
+    """backend: of the quantized layers, "torch" where there are none. held_bytes: of all tensors of the model."""
 
     label: str
     mode: str
     model: nn.Module
     backend: str
-    held_bytes: int | None
+    held_bytes: int
 
 
 class LazyCalibration:
@@ -80,6 +80,12 @@ def in_modes(label: str, model: nn.Module, target: Target, modes: tuple[str, ...
     size, backend = resident_bytes(model), backends_of(model)
     for mode in modes:
         yield Candidate(label, mode, model if mode == EAGER else compiled(model, target.blocks), backend, size)
+
+
+@torch.no_grad()
+def called(model: nn.Module, device: torch.device, arguments: dict[str, Any]) -> Tensor:
+    """The prediction of a model in bf16 for the arguments that the family makes."""
+    return output_of(model(**placed(arguments, torch.bfloat16, device)))
 
 
 def compiled(model: nn.Module, names: Sequence[str]) -> nn.Module:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ditbench.harness.backends.few_rows import SteadyLinear
 from ditbench.harness.backends.simulate import SimulatedKernel
 from ditbench.harness.build.build import build, set_submodule
 from ditbench.harness.build.export import architecture
+from ditbench.harness.build.flat_calls import FlatCall, leaves, output_of, relative_error
 from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.build.openvino_run import (
     FORMAT,
@@ -37,9 +37,6 @@ from ditbench.harness.build.openvino_run import (
     VERSION,
     WEIGHTS,
     Runner,
-    leaves,
-    output_of,
-    relative_error,
 )
 from ditbench.harness.common.artifacts import write_manifest
 from ditbench.harness.common.errors import UserError
@@ -160,7 +157,7 @@ def converted(model: nn.Module, examples: tuple[dict[str, Any], dict[str, Any]])
     openvino = needed("openvino", "openvino", "OpenVINO")
     expressible(model)
     first, second = (dict(leaves(example)) for example in examples)
-    flat = _Flat(model, examples[0], list(first))
+    flat = FlatCall(model, examples[0], list(first))
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's tracer, of every Python number that it takes for a constant
@@ -241,28 +238,6 @@ class ExpressedLinear(nn.Module):
         zero_point = 0 if self.act.zero_point is None else int(self.act.zero_point.at(self.step))
         spec = self.act.spec
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, spec.quant_min, spec.quant_max)
-
-
-class _Flat(nn.Module):
-    """The transformer with its tensors as places, as a tracer wants them; what is no tensor stays what it was in the example."""
-
-    def __init__(self, model: nn.Module, example: dict[str, Any], names: list[str]) -> None:
-        super().__init__()
-        self.model, self.example, self.names = model, example, names
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        values = dict(zip(self.names, tensors, strict=True))
-        return output_of(self.model(**_with_leaves(self.example, values)))
-
-
-def _with_leaves(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    if isinstance(value, Tensor):
-        return tensors[path]
-    if isinstance(value, Mapping):
-        return {key: _with_leaves(each, tensors, f"{path}.{key}" if path else str(key)) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_leaves(each, tensors, f"{path}.{index}") for index, each in enumerate(value))
-    return value
 
 
 def _pack_four_bits(model: Any) -> None:

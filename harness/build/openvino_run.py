@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.export import architecture
+from ditbench.harness.build.flat_calls import leaves
 from ditbench.harness.common.artifacts import Damaged, check, read_manifest
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.extras import needed
@@ -97,33 +98,3 @@ def load_openvino(
         Runner(folder / MODEL, precision=precision, threads=threads), pipeline.transformer
     )
     return pipeline.transformer
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested arguments with their names, "a.b" of what lies in a."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping | list | tuple):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, each in items:
-            yield from leaves(each, f"{path}.{key}" if path else str(key))
-
-
-def output_of(returned: Any) -> Tensor:
-    """The prediction in what a transformer returned.
-
-    Raises:
-        UserError: it is no single tensor.
-    """
-    found = returned if isinstance(returned, Tensor) else returned[0]
-    if not isinstance(found, Tensor):
-        raise UserError(f"OpenVINO's models return tensors, this transformer a {type(found).__name__} of them")
-    return found
-
-
-def relative_error(y: Tensor, expected: Tensor) -> float:
-    """‖y − expected‖ / ‖expected‖, infinite where shapes differ."""
-    if y.shape != expected.shape:
-        return float("inf")
-    expected = expected.double().cpu()
-    return float((y.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30))

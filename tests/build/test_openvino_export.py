@@ -9,18 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ditbench.harness.build import openvino_export
 from ditbench.harness.build.build import build
+from ditbench.harness.build.flat_calls import leaves, output_of, relative_error, with_leaves
 from ditbench.harness.build.openvino_export import expressible, save_openvino, why_not, without_activations
-from ditbench.harness.build.openvino_run import (
-    ROUNDS_BY_ITSELF,
-    OpenVINOTransformer,
-    Runner,
-    leaves,
-    load_openvino,
-    output_of,
-    relative_error,
-)
+from ditbench.harness.build.openvino_run import ROUNDS_BY_ITSELF, OpenVINOTransformer, Runner, load_openvino
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.extras import installed
 from ditbench.harness.fitting import registry
@@ -222,7 +214,7 @@ def test_nested_arguments_have_names_and_come_back_where_they_were():
     arguments = {"x": a, "more": {"y": b, "list": [c, None]}, "guidance": 2.0}
     named = dict(leaves(arguments))
     assert list(named) == ["x", "more.y", "more.list.0"]
-    back = openvino_export._with_leaves(arguments, {name: each + 1 for name, each in named.items()})
+    back = with_leaves(arguments, {name: each + 1 for name, each in named.items()})
     assert back["guidance"] == 2.0 and back["more"]["list"][1] is None
     assert torch.equal(back["more"]["y"], b + 1) and torch.equal(back["x"], a + 1)
 

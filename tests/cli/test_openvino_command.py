@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from ditbench.harness.build.openvino_run import load_openvino, relative_error
+from ditbench.harness.build.flat_calls import relative_error
+from ditbench.harness.build.openvino_run import load_openvino
 from ditbench.harness.common.extras import installed
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.loaded import forget_models, model_of
