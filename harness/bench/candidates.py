@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
+from ditbench.harness.build.compiled import compiled
 from ditbench.harness.build.flat_calls import output_of
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
@@ -86,13 +86,3 @@ def in_modes(label: str, model: nn.Module, target: Target, modes: tuple[str, ...
 def called(model: nn.Module, device: torch.device, arguments: dict[str, Any]) -> Tensor:
     """The prediction of a model in bf16 for the arguments that the family makes."""
     return output_of(model(**placed(arguments, torch.bfloat16, device)))
-
-
-def compiled(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A copy on the same tensors, of which the named modules are compiled; the rest runs eagerly."""
-    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    shared = {id(tensor): tensor for tensor in [*tensors, *model.parameters(), *model.buffers()]}
-    copied = copy.deepcopy(model, memo=shared)
-    for name in names:
-        copied.get_submodule(name).compile(dynamic=False)
-    return copied

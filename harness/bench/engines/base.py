@@ -59,11 +59,9 @@ class Engine(Protocol):
 @cache
 def known_engines() -> dict[str, Engine]:
     """Every engine module of this folder, by name."""
-    import ditbench.harness.bench.engines as package
-
-    modules = [
-        importlib.import_module(f"{package.__name__}.{each.name}") for each in pkgutil.iter_modules(package.__path__)
-    ]
+    package = importlib.import_module(__name__.rpartition(".")[0])
+    names = [each.name for each in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
     return {module.NAME: module for module in modules if hasattr(module, "rivals")}  # type: ignore[misc]
 
 

@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 
-from ditbench.harness.bench.candidates import COMPILED, called, compiled, in_modes
+from ditbench.harness.bench.candidates import COMPILED, called, in_modes
 from ditbench.harness.bench.engines.base import Rival, Work, lacks
 from ditbench.harness.build.build import float_copy
+from ditbench.harness.build.compiled import compiled
 
 NAME = "torchao"
 
