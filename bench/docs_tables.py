@@ -147,16 +147,19 @@ def fit_cost() -> str:
 
 def step_times(name: str) -> str:
     record = json.loads((BENCH / f"{name}.json").read_text())
+    errs = any("error" in row for row in record["rows"])  # to float32; records of schema 1 have none
     lines = [
-        "| format | backend | mode | step, ms | against bf16 | transformer held, MiB |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+        f"| format | backend | mode | step, ms | against bf16 | {'error | ' if errs else ''}transformer held, MiB |",
+        f"| --- | --- | --- | ---: | ---: | {'---: | ' if errs else ''}---: |",
     ]
     for row in record["rows"]:
         held = "–" if row["held_bytes"] is None else f"{row['held_bytes'] / 2**20:.0f}"
-        median, speedup = row["latency_ms"]["median"], row["speedup"]
-        lines.append(
-            f"| {row['format']} | `{row['backend']}` | {row['mode']} | {median:.0f} | {speedup:.2f}× | {held} |"
-        )
+        speedup = "–" if row["speedup"] is None else f"{row['speedup']:.2f}×"
+        if errs:
+            held = f"{row['error']:.3f} | {held}"
+            speedup += f" {row['baseline'].removeprefix('bf16 ')}" if row["baseline"] else ""
+        median = row["latency_ms"]["median"]
+        lines.append(f"| {row['format']} | `{row['backend']}` | {row['mode']} | {median:.0f} | {speedup} | {held} |")
     lines += [
         "",
         f"{record['model']}, {record['rows'][0]['rows']} rows, {record['env']['device']}, medians; `results/bench/{name}.json`.",

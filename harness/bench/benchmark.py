@@ -6,37 +6,40 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ditbench.harness.bench.candidates import BASELINE, COMPILED, EAGER, Candidate, baseline, quantized
-from ditbench.harness.bench.others import OTHERS
 from ditbench.harness.bench.parts import by_component, shares
 from ditbench.harness.bench.roofline import roofline
-from ditbench.harness.build.build import quant_layers
+from ditbench.harness.bench.workers import Job, Remote, workers
+from ditbench.harness.build.build import float_copy, quant_layers
+from ditbench.harness.build.flat_calls import output_of, relative_error
 from ditbench.harness.common.errors import UserError, reason
 from ditbench.harness.common.files import write_json
 from ditbench.harness.common.watch import say
 from ditbench.harness.generation.generate import conditions
 from ditbench.harness.measurement.latency import peak_memory_bytes, quantiles
-from ditbench.harness.measurement.timing import interleaved
+from ditbench.harness.measurement.timing import in_turns, timed
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
+from ditbench.harness.quant.target import Target
 from ditbench.harness.records.environment import environment
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.quantize import target_of
 from ditbench.harness.sweep.compose import composed
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no error and no baseline
 FLAGS = {"bits": "--formats", "measure.repeats": "--repeats"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """formats: labels such as w8a8. batches: rows of one call of the transformer. others: of OTHERS."""
+    """formats: labels such as w8a8. batches: rows of one call of the transformer. others: engines of `engines/`."""
 
     formats: tuple[str, ...] = ("w8a8", "w4a8")
     modes: tuple[str, ...] = (EAGER, COMPILED)
@@ -60,23 +63,37 @@ def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], P
     candidates = list(baseline(target, config.device, options.modes))
     for each in configs:
         candidates += quantized(each, model, target, options.modes)
-    for other in options.others:
-        candidates += OTHERS[other](target, config.device, options.modes)
     inputs, refused = inputs_of(model, config, options.batches[0]), Refused()
     candidates = usable(candidates, inputs, refused)
-    say(f"bench: {model.spec.name} on {config.device}, {len(candidates)} candidates take turns")
+    jobs = [
+        Job(other, config.raw, quantized_layers(candidates), options.modes, torch.get_num_threads())
+        for other in options.others
+    ]
+    with workers(jobs, config.device, refused) as remotes:
+        say(f"bench: {model.spec.name} on {config.device}, {len(candidates) + len(remotes)} candidates take turns")
+        rows = []
+        for batch in options.batches:
+            rows += Round(candidates, remotes, model, target, config, batch).rows(options, refused)
     record = {
         "schema": SCHEMA,
         "model": model.spec.name,
         "method": config.method,
         "env": environment(config.device, config.seed),
-        "rows": [row for batch in options.batches for row in latencies(candidates, model, config, batch, options)],
+        "rows": rows,
         "shares": refused.unless("shares", lambda: layer_shares(candidates, inputs, config.device)),
         "components": refused.unless("components", lambda: components(candidates, model, config)),
         "roofline": refused.unless("roofline", lambda: roofline(config.device, options.repeats)),
         "refused": refused,
     }
     return record, written(record, config)
+
+
+def quantized_layers(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """The layers of the first format that round anything, which are what others quantize."""
+    for candidate in candidates:
+        if found := tuple(name for name, layer in quant_layers(candidate.model).items() if layer.rounds):
+            return found
+    return ()
 
 
 def _refuse_flags_of_others(overrides: Sequence[str]) -> None:
@@ -114,29 +131,72 @@ def usable(candidates: Sequence[Candidate], inputs: dict[str, Any], refused: Ref
     return able
 
 
-def latencies(
-    candidates: Sequence[Candidate], model: LoadedModel, config: RunConfig, batch: int, options: Options
-) -> list[dict[str, Any]]:
-    """One row per candidate: its latency, against bf16 in the same mode, and its memory."""
-    inputs = inputs_of(model, config, batch)
-    calls = {f"{c.label} {c.mode}": (lambda c=c: c.model(**inputs)) for c in candidates}
-    times = interleaved(calls, config.device, repeats=options.repeats, warmup=options.warmup)
-    medians = {name: quantiles(found) for name, found in times.items()}
-    return [
-        {
-            "format": c.label,
-            "mode": c.mode,
-            "backend": c.backend,
-            "rows": batch,
-            "latency_ms": medians[f"{c.label} {c.mode}"],
-            "speedup": medians[f"{BASELINE} {c.mode}"]["median"] / medians[f"{c.label} {c.mode}"]["median"],
-            "held_bytes": c.held_bytes,
-            "peak_bytes": peak_memory_bytes(c.model, inputs, config.device)
-            if c.mode == EAGER and c.held_bytes
-            else None,
-        }
-        for c in candidates
-    ]
+@dataclass(frozen=True)
+class Round:
+    """All that take turns, at one number of rows."""
+
+    candidates: Sequence[Candidate]
+    remotes: Sequence[Remote]
+    model: LoadedModel
+    target: Target
+    config: RunConfig
+    batch: int
+
+    @torch.no_grad()
+    def rows(self, options: Options, refused: dict[str, str]) -> list[dict[str, Any]]:
+        """One row per candidate: its latency, against bf16 and which; its error to float32; its memory."""
+        device, inputs = self.config.device, inputs_of(self.model, self.config, self.batch)
+        errors = self.errors(inputs)
+        remotes = {_key(each): each for each in self.remotes if each.why is None}
+        calls = {_key(c): timed(lambda c=c: c.model(**inputs), device) for c in self.candidates}
+        calls |= {key: partial(each.seconds, self.batch) for key, each in remotes.items()}
+        times = in_turns(calls, repeats=options.repeats, warmup=options.warmup, title="bench")
+        refused |= {_key(each): each.why for each in self.remotes if each.why is not None}
+        medians = {key: quantiles(found) for key, found in times.items() if key not in refused}
+        found = []
+        for each in [*self.candidates, *remotes.values()]:
+            if (key := _key(each)) not in medians:
+                continue
+            ours = isinstance(each, Candidate)
+            against = baseline_of(each.mode, options.modes)
+            theirs = medians.get(f"{BASELINE} {against}")
+            found.append(
+                {
+                    "format": each.label,
+                    "mode": each.mode,
+                    "backend": each.backend if ours else each.engine,
+                    "rows": self.batch,
+                    "latency_ms": medians[key],
+                    "baseline": f"{BASELINE} {against}" if theirs else None,
+                    "speedup": theirs["median"] / medians[key]["median"] if theirs else None,
+                    "error": errors[key],
+                    "held_bytes": each.held_bytes,
+                    "peak_bytes": peak_memory_bytes(each.model, inputs, device)
+                    if ours and each.mode == EAGER
+                    else None,
+                }
+            )
+        return found
+
+    def errors(self, inputs: dict[str, Any]) -> dict[str, float | None]:
+        """{candidate: ‖y − ŷ‖ / ‖ŷ‖} of its prediction y, ŷ being that of the float model in float32."""
+        device = self.config.device
+        arguments = self.model.step_inputs(self.batch, device)
+        float_model = float_copy(self.target, dtype=torch.float32, device=device)
+        expected = output_of(float_model(**placed(arguments, torch.float32, device))).cpu()
+        del float_model
+        outputs = {_key(c): output_of(c.model(**inputs)).float().cpu() for c in self.candidates}
+        outputs |= {_key(each): y for each in self.remotes if (y := each.output(self.batch)) is not None}
+        return {key: relative_error(y, expected) for key, y in outputs.items()}
+
+
+def _key(each: Candidate | Remote) -> str:
+    return f"{each.label} {each.mode}"
+
+
+def baseline_of(mode: str, modes: Sequence[str]) -> str:
+    """The mode of the bf16 that a row is compared with: its own; eager where it has a mode of its own."""
+    return mode if mode in modes else EAGER if EAGER in modes else modes[0]
 
 
 def inputs_of(model: LoadedModel, config: RunConfig, batch: int) -> dict[str, Any]:

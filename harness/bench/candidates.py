@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ditbench.harness.build.build import float_copy
+from ditbench.harness.build.compiled import compiled
+from ditbench.harness.build.flat_calls import output_of
 from ditbench.harness.calibration.lazy import LazyCalibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.measurement.latency import backends_of, kind_of, resident_bytes
 from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.models.calls import placed
 from ditbench.harness.quant.target import Target
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.quantize import calibrate, quantize, recording_key
@@ -24,15 +27,13 @@ BASELINE = "bf16"
 
 @dataclass(frozen=True)
 class Candidate:
-    """backend: of the quantized layers, "torch" where there are none. held_bytes: of all tensors of the model, None where
-    another library's tensors do not say.
-    """
+    """backend: of the quantized layers, "torch" where there are none. held_bytes: of all tensors of the model."""
 
     label: str
     mode: str
     model: nn.Module
     backend: str
-    held_bytes: int | None
+    held_bytes: int
 
 
 def baseline(target: Target, device: torch.device, modes: tuple[str, ...]) -> Iterator[Candidate]:
@@ -59,11 +60,7 @@ def in_modes(label: str, model: nn.Module, target: Target, modes: tuple[str, ...
         yield Candidate(label, mode, model if mode == EAGER else compiled(model, target.blocks), backend, size)
 
 
-def compiled(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A copy on the same tensors, of which the named modules are compiled; the rest runs eagerly."""
-    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    shared = {id(tensor): tensor for tensor in [*tensors, *model.parameters(), *model.buffers()]}
-    copied = copy.deepcopy(model, memo=shared)
-    for name in names:
-        copied.get_submodule(name).compile(dynamic=False)
-    return copied
+@torch.no_grad()
+def called(model: nn.Module, device: torch.device, arguments: dict[str, Any]) -> Tensor:
+    """The prediction of a model in bf16 for the arguments that the family makes."""
+    return output_of(model(**placed(arguments, torch.bfloat16, device)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ditbench.harness.common.text_table import table
 
-COLORS = {"eager": "#0072B2", "compiled": "#D55E00"}  # Okabe and Ito's, as in the report
+COLORS = {"eager": "#0072B2", "compiled": "#D55E00", "graph": "#009E73"}  # Okabe and Ito's, as in the report
 
 
 def shown(record: dict[str, Any]) -> str:
@@ -18,14 +18,16 @@ def shown(record: dict[str, Any]) -> str:
         (
             *(row["format"], row["mode"], row["backend"], str(row["rows"])),
             "{median:.1f} ({p10:.1f}–{p90:.1f})".format(**row["latency_ms"]),
-            f"{row['speedup']:.2f}×",
+            f"{row['speedup']:.2f}× {row['baseline'].removeprefix('bf16 ')}" if row["speedup"] else "–",
+            f"{row['error']:.4f}",
             _mib(row["held_bytes"]),
             _mib(row["peak_bytes"]),
         )
         for row in record["rows"]
     ]
-    header = ("format", "mode", "backend", "rows", "step [ms] median (p10–p90)", "vs bf16, same mode", "held", "peak")
+    header = ("format", "mode", "by", "rows", "step [ms] median (p10–p90)", "vs bf16", "error", "held", "peak")
     parts.append(table(header, rows))
+    parts.append("vs bf16: which bf16 of the same turns. error: of the prediction to float32, relative.")
     parts += [f"{name} did not run: {why}" for name, why in record["refused"].items()]
     for label, found in record["shares"].items():
         parts.append(f"{label} eager: " + ", ".join(f"{name} {share:.0%}" for name, share in found.items()))
@@ -46,16 +48,18 @@ def plot(record: dict[str, Any], path: Path) -> None:
     for column, batch in enumerate(batches, 1):
         for mode, color in COLORS.items():
             rows = [row for row in record["rows"] if (row["rows"], row["mode"]) == (batch, mode)]
+            if not rows:
+                continue
             bars = Bar(
                 x=[row["format"] for row in rows],
                 y=[row["latency_ms"]["median"] for row in rows],
-                text=[f"{row['speedup']:.2f}×" for row in rows],
+                text=[f"{row['speedup']:.2f}×" if row["speedup"] else "" for row in rows],
                 name=mode,
                 marker_color=color,
                 showlegend=column == 1,
             )
             figure.add_trace(bars, row=1, col=column)
-    title = f"{record['model']}: one denoising step [ms] on {record['env']['device']}; numbers: against bf16 in the same mode"
+    title = f"{record['model']}: one denoising step [ms] on {record['env']['device']}; numbers: against bf16, eager for graphs"
     figure.update_layout(title=title, barmode="group", template="plotly_white")
     figure.write_html(path, include_plotlyjs=True)
 

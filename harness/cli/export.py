@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.build.export import save_quantized
+from ditbench.harness.build.openvino_export import save_openvino
+from ditbench.harness.build.openvino_run import WEIGHTS
 from ditbench.harness.cli.flags import Parser, folder
 from ditbench.harness.common.artifacts import Damaged
 from ditbench.harness.common.errors import UserError
@@ -50,8 +52,14 @@ class Exported:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-def export(wanted: list[str], out: Path, results_dir: Path) -> list[Exported]:
+DIFFUSERS, OPENVINO, OPENVINO_WEIGHTS = "diffusers", "openvino", "openvino-weights"
+FORMATS = (DIFFUSERS, OPENVINO, OPENVINO_WEIGHTS)
+
+
+def export(wanted: list[str], out: Path, results_dir: Path, form: str = DIFFUSERS) -> list[Exported]:
     """What is asked for, written.
+
+    form: one of FORMATS.
 
     wanted: names of runs (a run id, or a run's folder) and experiments; or overrides such as method=rtn bits=w4a8. One run
     or configuration becomes `out` itself; experiments and several runs become its subfolders.
@@ -63,24 +71,24 @@ def export(wanted: list[str], out: Path, results_dir: Path) -> list[Exported]:
     if overrides and len(overrides) < len(wanted):
         raise UserError(f"export: either runs or overrides, got both: {' '.join(wanted)}")
     if overrides:
-        return [export_config(parse(composed([overrides])[0]), out)]
+        return [export_config(parse(composed([overrides])[0]), out, form)]
     found = [_named(name, results_dir) for name in wanted]
     if len(found) == 1 and isinstance(found[0], Record):
-        return [export_run(found[0], out)]
+        return [export_run(found[0], out, form)]
     runs = [run for each in found for run in ([each] if isinstance(each, Record) else each)]
-    return [export_run(run, out / folder_name(run)) for run in runs]
+    return [export_run(run, out / folder_name(run), form) for run in runs]
 
 
-def export_config(config: RunConfig, out: Path) -> Exported:
+def export_config(config: RunConfig, out: Path, form: str = DIFFUSERS) -> Exported:
     """Calibrate, quantize, write; nothing is drawn or recorded."""
     model, target = _model_and_target(config)
     recording = calibrate(config, model)
     target = target.without(recording.unreached)
     recipe, _, plan = planned(config, model, target, recording)
-    return _written(config, model, target, recipe, out, run_id=None, plan=plan | unreached_layers(recording))
+    return _written(config, model, target, recipe, out, form, run_id=None, plan=plan | unreached_layers(recording))
 
 
-def export_run(run: Record, out: Path) -> Exported:
+def export_run(run: Record, out: Path, form: str = DIFFUSERS) -> Exported:
     """Write what a recorded run had quantized, from the state that it saved."""
     where = f"run {run.run_id} ({run.method}, {run.model})"
     with _of_a_record(run):
@@ -96,7 +104,7 @@ def export_run(run: Record, out: Path) -> Exported:
         recipe = recipe_of(config, target, state_of(run), run.bits.get("mixed"))
     plan = {key: run.bits[key] for key in ("label", "mixed") if "mixed" in run.bits}
     plan |= {key: run.bits[key] for key in ("unreached_layers",) if key in run.bits}
-    return replace(_written(config, model, target, recipe, out, run_id=run.run_id, plan=plan), run=run)
+    return replace(_written(config, model, target, recipe, out, form, run_id=run.run_id, plan=plan), run=run)
 
 
 def state_of(run: Record) -> dict[str, Tensor]:
@@ -142,6 +150,7 @@ def _written(
     target: Target,
     recipe: ModelRecipe,
     out: Path,
+    form: str,
     *,
     run_id: str | None,
     plan: dict[str, Any],
@@ -162,11 +171,24 @@ def _written(
         "notes": notes,
         "sampler": asdict(config.protocol.sampler),
     }
+    title = f"{config.model.name} {config.method} {bits['label']}"
+    if form != DIFFUSERS:
+        weights_only = form == OPENVINO_WEIGHTS
+        examples = model.step_inputs(2), model.step_inputs(3)
+        described = save_openvino(out, target, recipe, examples, about=about, weights_only=weights_only)
+        stored = described["files"][WEIGHTS]["bytes"]
+        error = f"{described['error_to_simulate']:.1e}"
+        notes += [
+            "what is not quantized is kept in float32",
+            f"in float32 OpenVINO is {error} from simulate (relative)",
+        ]
+        if weights_only and any(layer.act for layer in recipe.layers.values()):
+            notes.append("activations are float: what the record says of rounded ones does not hold")
+        return Exported(out, f"{title}, {form}", stored, size["baseline_model_bytes"] / stored, tuple(notes))
     schedule = None if recipe.num_steps is None else schedule_of(model, config.protocol.sampler)
     dtype = getattr(torch, config.section("generate")["dtype"])
     described = save_quantized(out, target, recipe, dtype=dtype, about=about, schedule=schedule)
     stored = described["tensors"]["bytes"]
-    title = f"{config.model.name} {config.method} {bits['label']}"
     return Exported(out, title, stored, size["baseline_model_bytes"] / stored, tuple(notes))
 
 
@@ -231,7 +253,7 @@ def _of_a_record(run: Record) -> Iterator[None]:
 def command(arguments: list[str]) -> int:
     parser = Parser(
         prog="ditbench export",
-        description="A quantized transformer as safetensors, for plain diffusers (see docs/export.md).",
+        description="A quantized transformer as safetensors for plain diffusers, or as an OpenVINO model (see docs/export.md).",
     )
     parser.add_argument(
         "wanted",
@@ -245,11 +267,17 @@ def command(arguments: list[str]) -> int:
     parser.add_argument(
         "--track", action="store_true", help="also keep it as an artifact of the run in the run's tracker"
     )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=DIFFUSERS,
+        help="of the folder: for plain diffusers (default); for OpenVINO's CPU, whole or weights alone",
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.track and any("=" in each for each in options.wanted):
         raise UserError("export --track: a configuration has no run in a tracker; name a run or an experiment")
 
-    for exported in export(options.wanted, options.out, options.results_dir):
+    for exported in export(options.wanted, options.out, options.results_dir, options.format):
         print(exported)
         if options.track and exported.run is not None:
             keep(exported.run, exported.folder, folder_name(exported.run), "quantized-model")

@@ -17,16 +17,23 @@ from torch import Tensor, nn
 
 from ditbench.harness.backends.base import AUTO
 from ditbench.harness.build.build import clock_of, float_copy
+from ditbench.harness.build.compiled import compiled
 from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.build.offload import away, offloaded
 from ditbench.harness.common.devices import device_name, memory_of, synchronize
+from ditbench.harness.common.errors import reason
 from ditbench.harness.measurement.timing import in_turns
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
 from ditbench.harness.quant.target import Target
 
+Timed = tuple[str, nn.Module, dict[str, Any]]  # the prefix of its names in the record, a model, what it is called with
 NOT_TIMED = "not timed"  # the kind of what could run here, and was not measured
 INTERLEAVED = "the same transformer in bf16, eager, interleaved in the same process"
+COMPILED = (
+    "the same transformer in bf16, its blocks compiled as the quantized one's are, interleaved in the same process"
+)
+ALONE = "none: what is compiled takes turns with what is not, and in bf16 the transformer does not fit beside the quantized one"
 AFTERWARDS = (
     "the same transformer in bf16, eager, afterwards in the same process: both do not fit on the device at once"
 )
@@ -60,6 +67,7 @@ def measure(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
     memory: str = AUTO,
+    compile: bool = False,
 ) -> dict[str, Any]:
     """The record's `efficiency` field without the byte counts. dtype: of what is not quantized in `quantized`.
 
@@ -68,6 +76,9 @@ def measure(
     memory: its arithmetic is not the one it stands for. Nor does one whose blocks do not fit on the device (memory=offload, or
     auto): its time would be that of the bus; the record then says `not_timed`, and is of that kind. Where the baseline does not fit
     beside it, the two are timed one after the other; where it does not fit at all, there is no speed-up. `baseline` says which.
+
+    compile: both are also timed with compiled blocks, all four taking turns; `compiled_speedup` is that of the compiled ones, against
+        `compiled_baseline`, which says why there is none where something was in the way.
     """
     found: dict[str, Any] = {
         "kind": kind,
@@ -91,8 +102,14 @@ def measure(
     ours = ("", quantized, placed(step_inputs, dtype, device))
     theirs = "baseline_", placed(step_inputs, torch.bfloat16, device)
     baseline = float_copy(target, dtype=torch.bfloat16, device=device, memory=memory)
+    if compile:
+        found |= {"compiled_baseline": ALONE, "compiled_speedup": None}
     if not offloaded(baseline):
-        found |= turns.of(ours, (theirs[0], baseline, theirs[1]))
+        also = _compiled(found, target, ours, (theirs[0], baseline, theirs[1])) if compile else ()
+        found |= turns.of(ours, (theirs[0], baseline, theirs[1]), *also)
+        if also:
+            medians = [found[f"compiled_{name}"]["median"] for name in ("baseline_latency_ms", "latency_ms")]
+            found |= {"compiled_baseline": COMPILED, "compiled_speedup": medians[0] / medians[1]}
     else:
         del baseline
         found |= turns.of(ours) | {"baseline": AFTERWARDS}
@@ -105,6 +122,19 @@ def measure(
     return found
 
 
+def _compiled(found: dict[str, Any], target: Target, *models: Timed) -> tuple[Timed, ...]:
+    """The same models with compiled blocks, once called; none where torch cannot compile them here, and `found` says why."""
+    made = tuple((f"compiled_{prefix}", compiled(model, target.blocks), inputs) for prefix, model, inputs in models)
+    try:
+        for _, model, inputs in made:
+            for _ in _each_range(model):
+                model(**inputs)
+    except Exception as error:  # whatever a compiler stumbles over costs the comparison, not the run
+        found["compiled_baseline"] = f"none: torch cannot compile it here ({reason(error)[:200]})"
+        return ()
+    return made
+
+
 @dataclass(frozen=True)
 class _Turns:
     """Latency and peak memory of models that take turns."""
@@ -113,13 +143,15 @@ class _Turns:
     warmup: int
     device: torch.device
 
-    def of(self, *models: tuple[str, nn.Module, dict[str, Tensor]]) -> dict[str, Any]:
+    def of(self, *models: Timed) -> dict[str, Any]:
         """models: (prefix of the names in the record, a model, what it is called with)."""
         calls = {prefix: partial(_mean_call, model, inputs, self.device) for prefix, model, inputs in models}
         found: dict[str, Any] = {}
         for prefix, times in in_turns(calls, repeats=self.repeats, warmup=self.warmup, title="measure").items():
             found[f"{prefix}latency_ms"] = quantiles(times)
         for prefix, model, inputs in models:
+            if prefix.startswith("compiled_"):
+                continue  # on the tensors of the eager one
             peaks = [peak_memory_bytes(model, inputs, self.device) for _ in _each_range(model)]
             known = [peak for peak in peaks if peak is not None]
             found[f"{prefix}peak_memory_bytes"] = max(known) if len(known) == len(peaks) else None

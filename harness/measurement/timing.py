@@ -15,18 +15,21 @@ def interleaved(
     calls: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int, warmup: int
 ) -> dict[str, list[float]]:
     """{name: milliseconds of each counted call}. Warm-up calls, compilation among them, are not counted."""
+    each = {name: timed(call, device) for name, call in calls.items()}
+    return in_turns(each, repeats=repeats, warmup=warmup, title="bench")
 
-    def timed(call: Callable[[], object]) -> Callable[[], float]:
-        def seconds() -> float:
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            return time.perf_counter() - start
 
-        return seconds
+def timed(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """The call as one that says how many seconds it took."""
 
-    return in_turns({name: timed(call) for name, call in calls.items()}, repeats=repeats, warmup=warmup, title="bench")
+    def seconds() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return seconds
 
 
 @torch.no_grad()

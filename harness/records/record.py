@@ -38,7 +38,8 @@ class Record:
 
     metrics: {name: {value, ci95, n, better, paired, noise_floor, status, reason, passport}}; `value` is None when
         `status` is "skipped" (it cannot run here) or "failed" (it broke).
-    efficiency: {kind, backend, device, latency_ms{median, p10, p90}, baseline_latency_ms{…}, speedup, model_bytes,
+    efficiency: {kind, backend, device, latency_ms{median, p10, p90}, baseline_latency_ms{…}, speedup, baseline (what it is of),
+        compiled_speedup and its like (measure.compile=true), model_bytes,
         baseline_model_bytes, compression, peak_memory_bytes, …}; `kind` is "measured" (an integer kernel, or the
         16-bit reference, was timed on this device), "simulated" or "not timed" (then latency, speedup and peak memory are None).
     bits: {label, weight_bits_effective, act_bits_effective, mac_share_quantized, float_layers, …}.

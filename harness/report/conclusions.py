@@ -190,14 +190,14 @@ def _collapsed(group: Group) -> str:
 
 
 def _priced(group: Group, metric: str, place: int, reference: int, lost: Difference) -> str:
-    """svdquant W4A8: 0.55 × its bytes, −0.42 dB [−0.50, −0.35], 1.13 × as fast as bf16."""
+    """svdquant W4A8: 0.55 × its bytes, −0.42 dB [−0.50, −0.35], 1.13 × as fast as eager bf16."""
     record, decimals = group.records[place], decimals_for(group, metric)
     ratio = float(stored(record) or 0.0) / float(stored(group.records[reference]) or 1.0)
     low, high = (_signed(end, decimals) for end in lost.ci95)
     said = [f"{number(ratio)} × its bytes", f"{_signed(lost.value, decimals)} dB [{low}, {high}]"]
     times = speedup(record)
     if times and not record.efficiency.get("timed_beside"):
-        said.append(f"{number(times)} × as fast as bf16")
+        said.append(f"{number(times)} × as fast as eager bf16")
     return f"{called(group, place)}: {', '.join(said)}"
 
 

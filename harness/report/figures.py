@@ -57,7 +57,7 @@ def front_figure(group: Group, metric: str, front: Front) -> dict[str, Any]:
     if front.knee is not None:
         data.append(_ring(records[front.knee], metric, x_of))
     unit = f" [{entry['unit']}]" if entry.get("unit") else ""
-    x_title = "stored model [MiB], all counted" if front.against == SIZE else "times as fast as bf16, measured"
+    x_title = "stored model [MiB], all counted" if front.against == SIZE else "times as fast as eager bf16, measured"
     title = f"{short_names(group.metrics)[metric]}{unit}{compare.ARROWS[entry['better']]}"
     layout: dict[str, Any] = {
         "xaxis": {"title": {"text": x_title}} | ({"rangemode": "tozero"} if front.against == SIZE else {}),

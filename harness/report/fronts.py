@@ -63,7 +63,7 @@ def stored(record: Record) -> float | None:
 
 
 def speedup(record: Record) -> float | None:
-    """Times as fast as bf16, where a kernel was timed."""
+    """Times as fast as eager bf16, where a kernel was timed."""
     return measured(record).get("speedup")
 
 
@@ -162,7 +162,7 @@ def _described(group: Group, metric: str, against: str, place: int) -> str:
         cost = f"{number(mib(stored(record)))} MiB" + (f", {number(ratio, 1)} × smaller than bf16" if ratio else "")
     else:
         times = float(speedup(record) or 0.0)
-        cost = f"{number(times)} × as fast as bf16" + (", slower than bf16" if times < 1 else "")
+        cost = f"{number(times)} × as fast as eager bf16" + (", slower than bf16" if times < 1 else "")
     above = contests.above_label(record)
     flag = f"; ▲ {number(above)} bits a weight, more than its label says" if above else ""
     return f"{called(group, place)} ({cost}; {name} {number(entry['value'], decimals)}{band}{unit}{flag})"

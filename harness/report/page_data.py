@@ -23,7 +23,8 @@ HEADS = {  # what newcomers read, for the short heads of a terminal
     "eff. W/A": "bits stored, W/A",
     "compr.": "smaller than bf16",
     "stored": "stored",
-    "speed-up": "speed-up over bf16",
+    "speed-up": "speed-up over eager bf16",
+    "compiled": "speed-up over compiled bf16, compiled",
     "fit": "time to quantize",
     "fit peak": "memory to quantize",
 }

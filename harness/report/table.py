@@ -24,13 +24,14 @@ CLOSENESS_NOTE = (
     "Quality: how good the samples are, and how the set resembles the reference. Closeness to float: how near a run stays to the float "
     "model's samples of the same noise, which says nothing of how good either is. The float row is the reference and has no rank."
 )
+COMPILED = "compiled"
 EFFECTIVE = "eff. W/A"
 EFFECTIVE_NOTE = (
     f"{EFFECTIVE}: bits per weight of the whole transformer, all that is stored counted (scales, and layers left in float at 16); bits per "
     "activation, weighted with MACs."
 )
 BASELINE_NOTE = (
-    "Baseline of compression, speed-up and latency: the same model in bf16, on the same device, in the same process. "
+    "Baseline of compression, speed-up and latency: the same model in bf16, eager, on the same device, in the same process. "
     "“simulated”: quantization was computed in floating point, no low-bit kernel ran, so there is no latency and no "
     "speed-up to report."
 )
@@ -102,12 +103,21 @@ def table(group: Group, metrics: Sequence[str], behind: Sequence[str] = (), at: 
     columns += [
         Column("compr.", "×", "bytes of the bf16 model / bytes stored", descending_first=True),
         Column("stored", "MiB", "codes, scales and transforms, all counted"),
-        Column("speed-up", "×", "bf16 latency / latency, interleaved", descending_first=True),
+        Column(
+            "speed-up",
+            "×",
+            "bf16 latency / latency, both eager, interleaved; on hover the baseline",
+            descending_first=True,
+        ),
         Column("latency", "ms", "median; on hover p10 – p90 and the baseline"),
         Column("fit", "s", "calibrate + quantize"),
         Column("fit peak", "MiB", "most memory held during calibrate + quantize: of the process, or of the GPU"),
     ]
     by_column += [[_efficiency_cells(record)[place] for record in group.records] for place in range(6)]
+    if any(compiled_baseline(record) for record in group.records):  # asked for: measure.compile=true
+        tip = "compiled bf16 latency / compiled latency, interleaved; on hover the baseline"
+        columns.append(Column(COMPILED, "×", tip, descending_first=True))
+        by_column.append([_compiled_cell(record) for record in group.records])
     for name in behind:
         columns.append(_metric_column(group, name))
         by_column.append(_metric_cells(group, name, at))
@@ -242,14 +252,26 @@ def _efficiency_cells(record: Record) -> list[Cell]:
     tip += f"; bf16 {number(baseline)} ms" if baseline else ""
     speedup = clock.get("speedup")
     simulated = efficiency.get("kind") == SIMULATED
+    backend, against = efficiency.get("backend") or "", clock.get("baseline")
+    backend += f"; against {compare.printable(str(against))}" if against else ""
     return [
         Cell(number(efficiency.get("compression")), sort=efficiency.get("compression")),
         Cell(number(mib(size)), sort=size),
-        Cell(SIMULATED if simulated else number(speedup), sort=speedup, tip=efficiency.get("backend") or ""),
+        Cell(SIMULATED if simulated else number(speedup), sort=speedup, tip=backend),
         Cell(number(latency.get("median"), 1), sort=latency.get("median"), tip=tip),
         Cell(number(fit_s(record), 1), sort=fit_s(record)),
         Cell(number(mib(record.cost.get("peak_memory_bytes")), 0), sort=record.cost.get("peak_memory_bytes")),
     ]
+
+
+def compiled_baseline(record: Record) -> str:
+    """What a run's compiled blocks were compared with, or why with nothing; empty if nobody asked."""
+    return str(measured(record).get("compiled_baseline") or "")
+
+
+def _compiled_cell(record: Record) -> Cell:
+    times = measured(record).get("compiled_speedup")
+    return Cell(number(times), sort=times, tip=compare.printable(compiled_baseline(record), 400))
 
 
 def _devices(group: Group) -> list[str]:

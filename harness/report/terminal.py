@@ -24,7 +24,7 @@ from ditbench.harness.report.table import (
 SIGNS = {"best": " ●", "second": " ○", "": "  "}
 GAP = "  "
 # After method and bits; two metrics stand before these, the others behind the effective bits.
-FIRST = ("speed-up", "compr.", "seeds", "experiment", "device", EFFECTIVE)
+FIRST = ("speed-up", "compiled", "compr.", "seeds", "experiment", "device", EFFECTIVE)
 LAST = ("stored", "latency", "fit", "fit peak", "status")
 
 

@@ -95,6 +95,8 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         UserError: a value that no part of ditbench can use; says which and what to do.
     """
     raw = {"memory": AUTO} | raw  # records from before there was a choice have none
+    if isinstance(raw.get("measure"), dict):
+        raw["measure"] = {"compile": False} | raw["measure"]
     sweep, _ = raw.pop("sweep", {}), raw.pop("launcher", None)  # no part of what a run is
     check_sweep(sweep)
     check_values(raw)

@@ -39,6 +39,7 @@ def measure(config: RunConfig, model: LoadedModel, target: Target, quantized: Qu
         device=config.device,
         dtype=getattr(torch, config.section("generate")["dtype"]),
         memory=config.memory,
+        compile=section["compile"],
     )
 
 

@@ -40,6 +40,7 @@ FLAGS = (
     "bits.act.symmetric",
     "bits.act.dynamic",
     "measure.layer_errors",
+    "measure.compile",
     "generate.keep_latents",
     "force",
     "strict",

@@ -47,6 +47,7 @@ def test_every_candidate_is_timed_at_every_batch_against_bf16_in_its_mode(benche
     for (label, mode, batch), row in rows.items():
         baseline = rows["bf16", mode, batch]["latency_ms"]["median"]
         assert row["speedup"] == baseline / row["latency_ms"]["median"]
+        assert row["baseline"] == f"bf16 {mode}" and 0 < row["error"] < 0.1
         assert row["backend"] == ("torch" if label == "bf16" else choose(example_recipe("w8a8"), CPU).NAME)
     assert rows["W8A8", "eager", 1]["held_bytes"] < rows["bf16", "eager", 1]["held_bytes"]
     assert record["refused"] == {}
@@ -93,9 +94,12 @@ def test_a_simulated_format_has_no_speed_to_measure(ditbench, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_second_opinion_that_needs_cuda_says_so(ditbench, tmp_path):
-    outcome = ditbench("bench", *SMALL, f"results_dir={tmp_path}", "--formats", "w8a8", "--others", "gemlite")
-    assert outcome.code == 2 and "gemlite runs on CUDA, the device is cpu" in outcome.err
+@needs_real
+def test_a_second_opinion_that_needs_cuda_says_so_and_costs_no_row_of_ours(ditbench, tmp_path):
+    few = ("--formats", "w8a8", "--modes", "eager", "--repeats", "1", "--others", "gemlite")
+    outcome = ditbench("bench", *SMALL, f"results_dir={tmp_path}", *few)
+    assert outcome.code == 0 and "gemlite did not run: gemlite runs on CUDA, the device is cpu" in outcome.out
+    assert len(json.loads(next(tmp_path.glob("bench/*.json")).read_text())["rows"]) == 2
 
 
 def test_calls_take_turns_and_warm_up_is_not_counted():

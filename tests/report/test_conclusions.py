@@ -123,7 +123,7 @@ def test_the_smallest_within_a_decibel_of_plain_rounding_is_named_with_what_it_c
     assert smallest.startswith(
         "The smallest model within 1 dB of rtn W8A8 (PSNR 32.00 dB) is good W4A8: 0.60 × its bytes, −0.20 dB ["
     )
-    assert smallest.endswith("], 1.25 × as fast as bf16.")
+    assert smallest.endswith("], 1.25 × as fast as eager bf16.")
 
 
 def test_without_plain_rounding_the_best_at_the_most_bits_is_the_measure_and_none_may_be_near(say):

@@ -75,9 +75,9 @@ def test_by_size_the_knee_is_named_with_its_interval_and_what_the_next_ones_give
 def test_speed_is_what_was_measured_and_slower_than_bf16_is_called_so(group):
     _, by_speed = fronts.fronts(group, "psnr")
     assert [group.run_names[place] for place in by_speed.front] == ["rtn", "quarot", "eight"]
-    assert group.run_names[by_speed.knee] == "quarot" and "1.40 × as fast as bf16" in by_speed.sentences[0]
+    assert group.run_names[by_speed.knee] == "quarot" and "1.40 × as fast as eager bf16" in by_speed.sentences[0]
     eight = next(place for place, name in enumerate(group.run_names) if name == "eight")
-    assert "0.80 × as fast as bf16, slower than bf16" in fronts._described(group, "psnr", fronts.SPEED, eight)
+    assert "0.80 × as fast as eager bf16, slower than bf16" in fronts._described(group, "psnr", fronts.SPEED, eight)
 
 
 def test_runs_that_failed_or_collapsed_are_left_out_and_named(group):

@@ -1,0 +1,26 @@
+"""Packages that few users need: extras of ours, imported where they are used."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from typing import Any
+
+from ditbench.harness.common.errors import UserError
+
+
+def needed(package: str, extra: str, by: str) -> Any:
+    """The package, imported. by: what asks for it, as a user writes it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{by}: {package} is not installed; pip install 'ditbench[{extra}]'") from error
+
+
+def installed(package: str) -> bool:
+    """Whether it can be found; nothing of it is imported."""
+    return find_spec(package) is not None
