@@ -53,7 +53,12 @@ METRICS = {  # of images, of videos, of the digits: each with one that a network
 }
 METHODS = ("rtn", "smoothquant", "quarot", "svdquant", "gptq")
 FEW = ("smoothquant",)  # for families that are made of what the others are made of: folds
-CHAINS = [(family, method) for family in FAMILIES for method in (FEW if family in NEWER else METHODS)]
+OF_TWO = ("svdquant", "gptq")  # of experts, each of which is quantized as Wan is: data, folds, blocks
+CHAINS = [
+    (family, method)
+    for family in FAMILIES
+    for method in (FEW if family in NEWER else OF_TWO if family == TWO else METHODS)
+]
 QUICK = {"svdquant": ("method.num_grids=2",)}  # it searches what it searches, among fewer
 REFUSED = {  # what no device makes work: block by block needs blocks in line
     ("generic", "gptq"): "does not know how its blocks are called",

@@ -44,7 +44,7 @@ from ditbench.harness.common.extras import needed
 from ditbench.harness.common.files import atomic_path, file_sha256
 from ditbench.harness.quant.quantizers import QuantizedWeight
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
-from ditbench.harness.quant.spec import E4M3
+from ditbench.harness.quant.spec import INT, QuantSpec
 from ditbench.harness.quant.target import Target
 
 FAR = 0.1  # a relative error that no rounding explains: the model was written wrong
@@ -68,12 +68,12 @@ def why_not(recipe: ModelRecipe, *, weights_only: bool = False) -> str | None:
 def _why_not(layer: LayerRecipe, weights_only: bool) -> str | None:
     if layer.weight is not None and not isinstance(layer.weight, QuantizedWeight):
         return "its weight is looked up in a table, and OpenVINO's codes are evenly spaced"
-    if layer.weight is not None and layer.weight.spec.number == E4M3:
-        return "its weight is FP8, for which OpenVINO's CPU has no product"
+    if layer.weight is not None and (why := _not_integers(layer.weight.spec, "its weight is")):
+        return why
     if layer.act is None or weights_only:
         return None
-    if layer.act.spec.number == E4M3:
-        return "its activations are FP8, for which OpenVINO's CPU has no product"
+    if why := _not_integers(layer.act.spec, "its activations are"):
+        return why
     if layer.act.spec.dynamic:
         return (
             "its activations find their range in each call, and FakeQuantize has one that was found before; quantize with "
@@ -82,6 +82,12 @@ def _why_not(layer: LayerRecipe, weights_only: bool) -> str | None:
     if layer.act.spec.granularity != "per_tensor":
         return f"its activations have a range {layer.act.spec.granularity}, and an int8 product takes one of the tensor; quantize with {STATIC}"
     return None
+
+
+def _not_integers(spec: QuantSpec, subject: str) -> str | None:
+    if spec.number == INT and not spec.in_blocks:
+        return None
+    return f"{subject} {spec.told}, for which OpenVINO's CPU has no product"
 
 
 def without_activations(recipe: ModelRecipe) -> ModelRecipe:
