@@ -184,9 +184,12 @@ class Estimate:
         rows, calls = 2 * section["samples"], section["repeats"] + section["warmup"] + 2
         macs = rows * calls * self.counts.call_macs
         each = (1 / self.rates.quantized_macs_s, 1 / self.rates.float_macs_s["bfloat16"])
-        stage = Stage("measure", "", 2 * macs, macs * sum(each))
+        pairs = (
+            2 if section["compile"] else 1
+        )  # eager, and compiled beside it; what compiling itself takes nobody knows
+        stage = Stage("measure", "", 2 * pairs * macs, pairs * macs * sum(each))
         known = self.earlier.get("measure", *self._what)
-        stage.seconds = stage.seconds if known is None else known * section["repeats"] * section["samples"]
+        stage.seconds = stage.seconds if known is None else known * pairs * section["repeats"] * section["samples"]
         self._hold(
             stage,
             self._quantized_bytes + self._weights("bfloat16"),
