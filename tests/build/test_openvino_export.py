@@ -181,7 +181,7 @@ def test_what_openvino_has_no_form_for_is_refused_with_the_reason(made):
     assert "find their range in each call" in refused(LayerRecipe(act=ActQuant(DYNAMIC.act)))
     assert "bits.act.dynamic=false" in refused(LayerRecipe(act=ActQuant(DYNAMIC.act)))
     assert "a range per_token" in refused(LayerRecipe(act=ActQuant(QuantSpec(8, "per_token"))))
-    assert "FP8" in refused(made("rtn", bits_of("fp8"))[1].layers["transformer_blocks.0.attn1.to_q"])
+    assert "e4m3" in refused(made("rtn", bits_of("fp8"))[1].layers["transformer_blocks.0.attn1.to_q"])
     looked_up = made("lrq_dit", DYNAMIC)[1]
     assert "looked up in a table" in (why_not(looked_up) or "")
     plain = ModelRecipe(layers={})
@@ -195,7 +195,8 @@ def test_what_openvino_has_no_form_for_is_refused_with_the_reason(made):
 def test_weights_alone_are_refused_for_their_own_sake_only(made):
     _, recipe = made("rtn", DYNAMIC.with_widths(8, 8))
     assert why_not(recipe) is not None and why_not(recipe, weights_only=True) is None
-    assert "FP8" in (why_not(made("rtn", bits_of("fp8"))[1], weights_only=True) or "")
+    assert "e4m3" in (why_not(made("rtn", bits_of("fp8"))[1], weights_only=True) or "")
+    assert "blocks" in (why_not(made("rtn", bits_of("int4_g64"))[1], weights_only=True) or "")
     assert all(layer.act is None and layer.weight for layer in without_activations(recipe).layers.values())
 
 
