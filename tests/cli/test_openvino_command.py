@@ -35,6 +35,7 @@ def test_an_exported_run_computes_in_openvino_nearly_what_the_float_model_comput
     described = json.loads((out / "recipe.json").read_text())
     assert described["run_id"] == folder.name and described["error_to_simulate"] < 2e-2
     assert f"{described['files']['model.bin']['bytes']:,} bytes" in done.out
+    assert "× larger than in 16 bits" in done.out, "tiny-dit's adaLN stays in float32"
 
     forget_models()
     model = model_of(parse(json.loads((folder / "record.json").read_text())["config"]).model)
