@@ -48,7 +48,9 @@ class Exported:
     run: Record | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: {self.title}, {self.bytes:,} bytes, {self.compression:.2f}× smaller than in 16 bits"]
+        smaller = self.compression >= 1  # floats of 32 bits beside the codes may take more than they save
+        size = f"{self.compression:.2f}× smaller" if smaller else f"{1 / self.compression:.2f}× larger"
+        lines = [f"{self.folder}: {self.title}, {self.bytes:,} bytes, {size} than in 16 bits"]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 

@@ -92,7 +92,8 @@ def _add(found: Earlier, record: Record, raw: dict[str, Any]) -> None:
     found.add(record.cost.get("fit_s"), raw["calibration"]["n"] * steps, "fit", *what)
     found.add(seconds.get("evaluate"), n, "evaluate", tuple(raw["metrics"]["names"]))
     found.add(seconds.get("layer_errors"), 1, "layer_errors", *what, steps)
-    found.add(seconds.get("measure"), raw["measure"]["repeats"] * raw["measure"]["samples"], "measure", *what)
+    measured = None if raw["measure"].get("compile") else seconds.get("measure")  # minutes of a compiler are no rate
+    found.add(measured, raw["measure"]["repeats"] * raw["measure"]["samples"], "measure", *what)
 
 
 def probed(config: RunConfig, skeleton: LoadedModel, counts: Counts) -> Rates:

@@ -20,16 +20,8 @@ from ditbench.harness.common.extras import installed
 from ditbench.harness.measurement.timing import in_turns
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-SMALL = (
-    "model=tiny-dit",
-    "protocol.steps=2",
-    "calibration.n=2",
-    "tracker=none",
-    "--formats",
-    "w8a8",
-    "--modes",
-    "eager",
-)
+SMALL = ("model=tiny-dit", "protocol.steps=2", "calibration.n=2", "tracker=none")
+SHORT = ("--formats", "w8a8", "--modes", "eager", "--repeats", "1")
 
 
 class Pipe:
@@ -183,7 +175,7 @@ def test_an_engine_that_is_there_has_rows_with_their_error(ditbench, tmp_path, e
     packages = {"openvino": ["openvino"], "onnxruntime": ["onnxruntime", "onnx"]}[engine]
     if missing := [package for package in packages if not installed(package)]:
         pytest.skip(f"{', '.join(missing)} not installed: the extra ditbench[{engine}]")
-    outcome = ditbench("bench", *SMALL, f"results_dir={tmp_path}", "--repeats", "1", "--others", engine)
+    outcome = ditbench("bench", *SMALL, f"results_dir={tmp_path}", *SHORT, "--others", engine)
     assert outcome.code == 0
     record = json.loads(next(tmp_path.glob("bench/*.json")).read_text())
     assert record["refused"] == {}

@@ -2,7 +2,7 @@
 
 An engine module has NAME; `unavailable(device) -> str | None`, why it cannot run here (with what to install); and
 `rivals(work) -> Iterator[Rival]`, each of which is the transformer of the benchmark with `work.layers` in the engine's arithmetic.
-It runs in a process of its own (`bench/workers.py`), where nothing but its library and torch is loaded. What goes wrong in it
+It runs in a process of its own (`harness/bench/workers.py`), where nothing but its library and torch is loaded. What goes wrong in it
 costs its own rows only.
 """
 
