@@ -25,7 +25,7 @@ from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.checkpoint_files import CONFIG, TRANSFORMER, read_object
 from ditbench.harness.models.heard import listening, refuse_made_up
 
-GGUF = "gguf"
+GGUF, QUANTO = "gguf", "quanto"
 PACKAGES = {
     "quanto": "optimum.quanto",
     "auto-round": "auto_round",
@@ -86,6 +86,10 @@ def load(model: LoadedModel, params: Params, dtype: torch.dtype, device: torch.d
     place = place_of(params)
     library = library_of(place)
     _check_installed(place, library)
+    if library == QUANTO and dtype == torch.bfloat16 and device.type == "cpu":
+        raise UserError(
+            f"method.path={place}: quanto's product in bfloat16 ends the process on a CPU; set generate.dtype=float32"
+        )
     kind = type(model.transformer)
     if place.is_dir():
         _check_class(place, kind)

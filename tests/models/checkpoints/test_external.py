@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from checkpoint_cases import edit, load
 from torch import nn
 
+from ditbench.harness.cli.export import export_run
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.plain_tensors import held_bytes, plain_tensors
 from ditbench.harness.measurement.stored import IN_FLOAT, StoredLayer, label_of
@@ -131,7 +133,7 @@ def test_a_checkpoint_of_quanto_is_a_row(folders, tmp_path):
         folders["flux"] / "transformer", quantization_config=diffusers.QuantoConfig(weights_dtype="int8")
     )
     made.save_pretrained(tmp_path / "quanto")
-    found = run(external(folders, tmp_path, tmp_path / "quanto", "generate.dtype=bfloat16"))
+    found = run(external(folders, tmp_path, tmp_path / "quanto"))
     assert found.status == "ok", found.error
     assert found.bits["label"] == "int8 (quanto)" and 8 < found.bits["weight_bits_effective"] < 11
     assert found.bits["act_bits_effective"] == 16
@@ -156,6 +158,36 @@ def test_a_gguf_file_is_a_row_named_by_its_own_formats(folders, tmp_path):
     assert found.bits["label"] == "Q8_0 (gguf)"
     assert found.bits["weight_bits_quantized_layers"] == 8.5  # 32 codes and a float16 scale
     assert "x_embedder" in found.bits["float_layers"]
+
+
+def test_a_checkpoint_of_sdnq_is_a_row(folders, tmp_path):
+    sdnq = pytest.importorskip("sdnq", reason="sdnq is not installed")
+    import diffusers
+
+    quantizer = sdnq.SDNQConfig(weights_dtype="int8", minimum_allowed_numel=1, modules_to_not_convert=["x_embedder"])
+    made = diffusers.FluxTransformer2DModel.from_pretrained(
+        folders["flux"] / "transformer", quantization_config=quantizer, torch_dtype=torch.float32
+    )
+    made.save_pretrained(tmp_path / "sdnq")
+    found = run(external(folders, tmp_path, tmp_path / "sdnq"))
+    assert found.status == "ok", found.error
+    assert found.bits["label"] == "int8 (sdnq)" and "x_embedder" in found.bits["float_layers"]
+    assert 8 < found.bits["weight_bits_quantized_layers"] < 11
+    assert found.bits["act_bits_effective"] is None  # its tensors do not say
+
+
+def test_what_has_no_recipe_is_not_exported(folders, done, tmp_path):
+    with pytest.raises(UserError, match="it has no recipe"):
+        export_run(done, tmp_path / "x")
+
+
+def test_what_would_end_the_process_is_refused(folders, tmp_path):
+    """optimum-quanto 0.2.7: its int8 product in bfloat16 is a segmentation fault of torch's CPU kernel."""
+    pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    config = altered(folders, tmp_path, quantization_config={"quant_method": "quanto", "weights_dtype": "int8"})
+    model = model_of(config.model)
+    with pytest.raises(UserError, match="set generate.dtype=float32"):
+        loaded(replace(config, raw=config.raw | {"generate": config.raw["generate"] | {"dtype": "bfloat16"}}), model)
 
 
 @pytest.mark.parametrize(
