@@ -33,7 +33,7 @@ def configuration(flux: Path, results: Path, *more: str) -> RunConfig:
     (raw,) = composed([[
         "model=flux.1-dev", f"model.source={flux}", "model.revision=null", "model.size={height:16,width:16}",
         "model.dtype=float32", "protocol.n=2", "protocol.steps=2", "protocol.prompts=shapes", "calibration.n=2",
-        "calibration.prompts=shapes-calibration", "generate.noise_floor_seeds=0", "generate.dtype=float32",
+        "calibration.prompts=shapes-calibration", "generate.noise_floor_seeds=0", "generate.dtype=float32", "generate.reference_dtype=float32",
         "metrics.names=[psnr,sqnr]", "metrics.resamples=5", "measure.samples=1", "measure.repeats=1", "measure.warmup=0",
         "tracker=none", "device=cpu", f"results_dir={results}", *more,
     ]])  # fmt: skip
@@ -84,7 +84,8 @@ def test_a_checkpoint_of_torchao_is_a_row_whose_label_and_bits_are_read_from_its
 
 
 def test_it_is_drawn_with_the_noise_of_the_float_model_and_timed_as_it_runs(done):
-    assert 20 < done.metrics["psnr"]["value"] < 90
+    """Other noise would be at 10 dB, the float model itself at infinity."""
+    assert 30 < done.metrics["psnr"]["value"] < 90
     assert done.efficiency["kind"] == "measured" and done.efficiency["backend"] == "torchao"
     assert done.efficiency["latency_ms"]["median"] > 0 and done.efficiency["speedup"] > 0
 
