@@ -19,6 +19,7 @@ from ditbench.harness.records.environment import environment, now
 from ditbench.harness.records.record import Record, failed_metrics
 from ditbench.harness.records.status import reported
 from ditbench.harness.records.tracking import Tracked
+from ditbench.harness.stages import external
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.evaluate import add_noise_floor, evaluate, refuse_skipped_metrics
 from ditbench.harness.stages.generate import drawing_cost, float_samples, generate, save_artifacts
@@ -65,7 +66,7 @@ def run(config: RunConfig) -> Record:
         watch.begins(its_id, title(config), attempt.folder)
         try:
             with reported(attempt.folder, its_id, title(config), values.env["device"]):
-                carry_out(config, model, values, attempt)
+                (score_theirs if config.method == registry.EXTERNAL else carry_out)(config, model, values, attempt)
             values.status = "ok"
         except attempts.PublishedElsewhere as done:
             say(f"{title(config)}: {done}")
@@ -118,3 +119,27 @@ def carry_out(config: RunConfig, model: LoadedModel, values: Record, attempt: at
         values.layers = layer_table(quantized.model, atlas)
     values.cost = fit_cost(values.timings_s, recording, memory) | drawing_cost(quantized, recording, samples)
     values.artifacts = save_artifacts(samples, float_model, per_sample, atlas, quantized.state, attempt.folder)
+
+
+def score_theirs(config: RunConfig, model: LoadedModel, values: Record, attempt: attempts.Attempt) -> None:
+    """The same of a model that somebody else quantized: it is loaded where ours are calibrated and quantized, and it has no recipe
+    that kernels or layers could be held against.
+    """
+    timer = Timer(values.timings_s)
+    with timer("reference"):
+        float_model = float_samples(config, model, seed=config.seed)
+    with timer("load"):
+        theirs = external.loaded(config, model)
+    values.bits, size = external.account(config, model, theirs)
+    with timer("generate"):
+        samples = external.generate(config, model, theirs)
+    values.made_from = {"samples": samples.key, "float_samples": float_model.key}
+    with timer("evaluate"):
+        values.metrics, per_sample = evaluate(config, model, samples, float_model)
+    with timer("noise_floor"):
+        values.made_from["noise_samples"] = add_noise_floor(config, model, values.metrics)
+    attempt.take_turn()
+    with timer("measure"):
+        values.efficiency = external.measure(config, model, theirs) | size
+    values.cost = external.cost(samples)
+    values.artifacts = save_artifacts(samples, float_model, per_sample, None, {}, attempt.folder)

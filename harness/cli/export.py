@@ -197,6 +197,10 @@ def _written(
 def _model_and_target(config: RunConfig) -> tuple[LoadedModel, Target]:
     if config.method == registry.FLOAT:
         raise UserError("export: method fp quantizes nothing; save the pipeline itself (pipe.save_pretrained)")
+    if config.method == registry.EXTERNAL:
+        raise UserError(
+            "export: method external is somebody else's checkpoint: it has no recipe, and is a file already"
+        )
     model = model_of(config.model)
     return model, target_of(config, model)
 

@@ -7,6 +7,8 @@ Optional: `FORMS`, {name: Form}: other sets of parameters that it comes in, "pub
 `select_calibration(calibration, params, seed) -> Calibration` chooses what it is calibrated on (PTQ4DM, Q-Diffusion);
 `correct_step(state, params, step, noise) -> noise` corrects the sampler's guided noise estimate, and
 `correct_variance(state, params, step, variance, weight) -> variance` what an ancestral sampler adds (PTQD).
+
+One row is no method: `EXTERNAL`, what somebody else quantized. Its module has `Params` and `load`; stages/external.py calls it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from ditbench.harness.quant.target import Target
 
 ENTRY_POINTS = "ditbench.methods"
 FLOAT = "fp"  # the 16-bit reference: it ignores bits
+EXTERNAL = "external"  # what somebody else quantized: its bits are read from its tensors
 
 
 _broken = Broken()
@@ -53,6 +56,8 @@ def known_methods() -> dict[str, ModuleType]:
         found[name] = module
 
     for module in pkgutil.iter_modules(package.__path__):
+        if module.name == EXTERNAL:
+            continue
         take(module.name, importlib.import_module(f"ditbench.methods.{module.name}"))
     _broken.clear()
     load_plugins(ENTRY_POINTS, "method", take, _broken)
@@ -70,7 +75,15 @@ def correction(name: str, state: dict[str, Tensor], params: Any) -> Correction |
     )
 
 
+def choices() -> list[str]:
+    """All that `method=` may be: the methods, and what somebody else quantized."""
+    return sorted([*known_methods(), EXTERNAL])
+
+
 def method(name: str) -> ModuleType:
+    """The module of one of `choices`."""
+    if name == EXTERNAL:
+        return importlib.import_module(f"ditbench.methods.{EXTERNAL}")
     known = known_methods()
     if name not in known:
         raise no_method(name)

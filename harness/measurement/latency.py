@@ -22,6 +22,7 @@ from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.build.offload import away, offloaded
 from ditbench.harness.common.devices import device_name, memory_of, synchronize
 from ditbench.harness.common.errors import reason
+from ditbench.harness.common.plain_tensors import held_bytes
 from ditbench.harness.measurement.timing import in_turns
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
@@ -190,7 +191,7 @@ def resident_bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
-    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+    return sum({id(t): held_bytes(t) for t in tensors}.values())
 
 
 @contextmanager

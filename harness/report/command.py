@@ -106,7 +106,7 @@ def _defaults(config: Mapping[str, Any], model: Mapping[str, Any], method: str) 
     if label in all_labels():  # a format in blocks says more than the file
         found |= _leaves({"bits": parse_label(label).sides()})
     found |= _leaves({"model": _of_file("model", str(model.get("name")))})
-    if method in registry.known_methods():
+    if method in registry.choices():
         found |= _leaves({"method": registry.defaults(method)})
     defaults = {name: _resolved(setting, usual, config) for name, setting in found.items()}
     if _section(config, "method").get("form", DEFAULT) != DEFAULT:  # which says some of it in its own way

@@ -39,6 +39,7 @@ from ditbench.harness.stages.values import check_sweep, check_values
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
+AS_STORED = "as stored"  # bits.label of what somebody else quantized, until its tensors are read
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """Without what only says where files lie: what lies there is hashed, however its place is spelled."""
         chosen = {name: self.raw[name] for name in IDENTITY}
-        for section, places in (("model", PLACES), ("protocol", ("prompts",)), ("calibration", ("prompts",))):
+        of_method = ("path",) if self.method == registry.EXTERNAL else ()
+        only_places = {"model": PLACES, "method": of_method, "protocol": ("prompts",), "calibration": ("prompts",)}
+        for section, places in only_places.items():
             chosen[section] = {key: value for key, value in chosen[section].items() if key not in places}
         return chosen
 
@@ -100,16 +103,20 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     sweep, _ = raw.pop("sweep", {}), raw.pop("launcher", None)  # no part of what a run is
     check_sweep(sweep)
     check_values(raw)
-    if raw["method"]["name"] == registry.FLOAT:  # the 16-bit reference is one run, whatever bits a sweep is at
+    if raw["method"]["name"] in (registry.FLOAT, registry.EXTERNAL):  # one run, whatever bits a sweep is at
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
         for side in ("weight", "act"):
             raw["bits"][side] = _in_float(raw["bits"][side], side)
     bits = _mixed(raw["bits"], raw["protocol"]["steps"]) if raw["bits"]["label"] == MIXED else _bits(raw["bits"])
     raw["bits"] = raw["bits"] | {"label": bits.label.lower()}  # of the widths, wherever they were set
+    if raw["method"]["name"] == registry.EXTERNAL:
+        raw["bits"]["label"] = AS_STORED
     for each in bits.candidates if isinstance(bits, MixedBits) else (bits,):
         registry.check_bits(raw["method"]["name"], each)
         _check_attention(raw["protocol"]["attention"], each)
     params = registry.params_of(raw["method"])
+    if raw["method"]["name"] == registry.EXTERNAL:
+        registry.method(registry.EXTERNAL).place_of(params)
     protocol = raw["protocol"]
     model = {key: value for key, value in raw["model"].items() if key != "usual"}
     check_types(ModelSpec, model, "model")

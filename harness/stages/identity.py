@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ditbench.eval.base import plugin_sources
 from ditbench.harness.common.code_identity import code_identity
+from ditbench.harness.common.file_hashes import files_sha256
 from ditbench.harness.common.files import canonical_sha256
 from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import LoadedModel
@@ -20,14 +22,18 @@ def run_id(config: RunConfig, model: LoadedModel) -> str:
 
 def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
     """Everything that can change a number of this run. Of the device its kind, not its place among its equals."""
-    return config.identity() | {
-        "weights": model.fingerprint,
-        "prompts": [asdict(p) for p in (*config.protocol.prompts, *config.calibration_prompts)],
-        "evaluator": evaluator_identity(config, model),
-        "device": config.device.type,
-        "code": code_identity(),
-        "method_source": registry.source_sha256(config.method),
-    }
+    return (
+        config.identity()
+        | {
+            "weights": model.fingerprint,
+            "prompts": [asdict(p) for p in (*config.protocol.prompts, *config.calibration_prompts)],
+            "evaluator": evaluator_identity(config, model),
+            "device": config.device.type,
+            "code": code_identity(),
+            "method_source": registry.source_sha256(config.method),
+        }
+        | ({"files": files_of(config)} if config.method == registry.EXTERNAL else {})
+    )
 
 
 def evaluator_identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
@@ -43,4 +49,13 @@ def evaluator_identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
 
 
 def title(config: RunConfig) -> str:
+    if config.method == registry.EXTERNAL:
+        return f"{config.model.name} {config.method} {Path(config.params.path).name}"
     return f"{config.model.name} {config.method} {config.bits.label}"
+
+
+def files_of(config: RunConfig) -> str:
+    """SHA-256 of all that method=external loads, wherever it lies."""
+    place = registry.method(config.method).place_of(config.params)
+    files = [place] if place.is_file() else sorted(path for path in place.iterdir() if path.is_file())
+    return canonical_sha256({path.name: sha256 for path, sha256 in files_sha256(files).items()})

@@ -17,6 +17,7 @@ from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.samples import store
 from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.stages.config import RunConfig
+from ditbench.harness.stages.identity import title
 from ditbench.harness.stages.loaded import judge_in, reference_of
 
 SHORT = 32  # hex digits of a key: folders are made of them
@@ -57,7 +58,7 @@ def samples_address(
     config: RunConfig, model: LoadedModel, *, seed: int, dtype: str, of: str | None = None, recording: str | None = None
 ) -> Address:
     """Of the float model's samples, or of those of a quantized one (of: its key)."""
-    whose = f"{model.spec.name} {dtype}" if of is None else f"{model.spec.name} {config.method} {config.bits.label}"
+    whose = f"{model.spec.name} {dtype}" if of is None else title(config)
     key = _hash(
         {
             "model": model.fingerprint,

@@ -25,10 +25,9 @@ PARITY_ROWS = 2
 
 
 def measure(config: RunConfig, model: LoadedModel, target: Target, quantized: Quantized) -> dict[str, Any]:
-    """The record's `efficiency` without bytes and parity. timed_beside: how many other workers of the sweep used this processor."""
+    """The record's `efficiency` without bytes and parity."""
     section = config.section("measure")
-    beside = int(os.environ.get(BESIDE, "0")) if config.device.type == "cpu" else 0
-    return {"timed_beside": beside} | latency.measure(
+    return {"timed_beside": beside(config)} | latency.measure(
         model,
         target,
         quantized.model,
@@ -41,6 +40,11 @@ def measure(config: RunConfig, model: LoadedModel, target: Target, quantized: Qu
         memory=config.memory,
         compile=section["compile"],
     )
+
+
+def beside(config: RunConfig) -> int:
+    """How many other workers of the sweep used this processor."""
+    return int(os.environ.get(BESIDE, "0")) if config.device.type == "cpu" else 0
 
 
 def parity(target: Target, quantized: Quantized, calibration: Calibration) -> dict[str, Any] | None:

@@ -71,8 +71,12 @@ def planned(
     """Recipe, state and plan (see `Quantized`), with one format for all layers or one per layer (bits=mixed).
 
     Raises:
-        UserError: the method refuses; bits=mixed without data, or of a method that corrects the sampler for one uniform model's error.
+        UserError: the method refuses, or is none (external); bits=mixed without data, or of a method that corrects the sampler for one uniform model's error.
     """
+    if config.method == registry.EXTERNAL:
+        raise UserError(
+            "method=external is loaded as somebody else quantized it: it has no recipe; `ditbench run` scores it"
+        )
     if isinstance(target.transformer, Experts):
         return *fitted_in_turn(config, model, target, recording), {}
     if not isinstance(config.bits, MixedBits):

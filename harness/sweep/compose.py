@@ -69,7 +69,7 @@ def register() -> None:
             ConfigStore.instance().store(group=group, name=name, node=node)
             _registered[group, name] = node
 
-    for name in registry.known_methods():
+    for name in registry.choices():
         store("method", f"{name}_defaults", _node(name))
         if not (CONF / "method" / f"{name}.yaml").exists():  # a plugin's method needs no file here
             store("method", name, _node(name))
@@ -101,7 +101,7 @@ def groups(beside: Iterable[Path] = ()) -> dict[str, list[str]]:
     """{configuration group: its options}. beside: folders of configurations that Hydra was told of."""
     names = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
     found = {name: [path.stem for path in options(name, beside)] for name in names}
-    found["method"] = sorted(registry.known_methods())
+    found["method"] = registry.choices()
     found["bits"] = [*all_labels(), MIXED]
     return found
 

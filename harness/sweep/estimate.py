@@ -92,9 +92,16 @@ class Estimate:
 
     def stages(self, made: set[Path]) -> list[Stage]:
         """made: artifacts that earlier runs of the plan will have made; those of this run are added."""
-        found = [self._load(), self._calibrate(made), self._quantize(), self._generate(made), self._reference(made)]
-        found += [self._evaluate(), *self._noise_floor(made), *self._measure(), *self._layer_errors()]
-        return found
+        ours = self.config.method != registry.EXTERNAL
+        found = [self._load(), *((self._calibrate(made), self._quantize()) if ours else ())]
+        found += [
+            self._generate(made),
+            self._reference(made),
+            self._evaluate(),
+            *self._noise_floor(made),
+            *self._measure(),
+        ]
+        return [*found, *(self._layer_errors() if ours else ())]
 
     # stages
 

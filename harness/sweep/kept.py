@@ -10,6 +10,7 @@ from pathlib import Path
 from ditbench.harness.calibration import recording
 from ditbench.harness.common.artifacts import Damaged
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.spec import MixedBits
 from ditbench.harness.samples.store import INDEX, found_store
@@ -32,9 +33,10 @@ def float_samples_at(config: RunConfig, model: LoadedModel, seed: int, dtype: st
 
 
 def samples_at(config: RunConfig, model: LoadedModel) -> Path | None:
-    """Of the quantized model; None: its key rests on what is not known yet (mixed precision's plan)."""
+    """Of the quantized model; None: its key rests on what is not known yet (mixed precision's plan, the files
+    of what somebody else quantized)."""
     key = _recording_key(config, model)
-    if key is None or isinstance(config.bits, MixedBits):
+    if key is None or isinstance(config.bits, MixedBits) or config.method == registry.EXTERNAL:
         return None
     of = quantized_key(config, model, key, {})
     dtype = config.section("generate")["dtype"]

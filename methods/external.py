@@ -1,0 +1,165 @@
+"""External: a transformer that somebody else quantized, read from a diffusers folder or a GGUF file (a row, not a method).
+
+It has `load` in the place of `fit` and `apply`: nothing is calibrated and no recipe is made. diffusers' own quantizers load what was
+saved with them, and the layers run as their library runs them. What is stored is read from the tensors (`measurement/stored.py`).
+
+Departs from the paper: nothing; there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditbench.harness.common.errors import UserError, first_words
+from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.models.checkpoint_files import CONFIG, TRANSFORMER, read_object
+from ditbench.harness.models.heard import listening, refuse_made_up
+
+GGUF, QUANTO = "gguf", "quanto"
+PACKAGES = {
+    "quanto": "optimum.quanto",
+    "auto-round": "auto_round",
+}  # what is imported, where it is not called as its format
+PIP = {"quanto": "optimum-quanto"}
+ONLY_REGISTERED_BY_IMPORT = ("sdnq",)  # quantizers that diffusers has not of its own
+FREE = ("quantization_config", "dtype", "torch_dtype")  # what may differ between two configurations of one architecture
+UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, LookupError)
+
+
+@dataclass(frozen=True)
+class Params:
+    """path: a transformer's folder, a pipeline's folder (its transformer is taken), or a .gguf file."""
+
+    path: str | None = None
+
+
+def place_of(params: Params) -> Path:
+    """The transformer's own folder, or the file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if params.path is None:
+        raise UserError(
+            "method=external needs method.path=…: a folder of a quantized diffusers transformer or pipeline, or a .gguf file"
+        )
+    path = Path(params.path).expanduser()
+    if path.is_file() and path.suffix == f".{GGUF}":
+        return path
+    if path.is_file():
+        raise UserError(
+            f"method.path={path}: expected a diffusers folder or a .gguf file; give the folder of a single file"
+        )
+    if not path.is_dir():
+        raise UserError(f"method.path={path}: no such folder or file")
+    for folder in (path, path / TRANSFORMER):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise UserError(f"method.path={path}: no folder of a diffusers transformer or pipeline (no {CONFIG} in it)")
+
+
+def library_of(place: Path) -> str | None:
+    """Who quantized it, by its configuration: torchao, quanto, bitsandbytes, …; None: it does not say, its weights are floats."""
+    if place.is_file():
+        return GGUF
+    found = read_object(place / CONFIG).get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    return None if method is None else str(method)
+
+
+def load(model: LoadedModel, params: Params, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The transformer as its library runs it; what is not quantized in dtype.
+
+    Raises:
+        UserError: not there, unreadable, of another architecture than the model's, or its library is not installed or refuses.
+    """
+    place = place_of(params)
+    library = library_of(place)
+    _check_installed(place, library)
+    if library == QUANTO and dtype == torch.bfloat16 and device.type == "cpu":
+        raise UserError(
+            f"method.path={place}: quanto's product in bfloat16 ends the process on a CPU; set generate.dtype=float32"
+        )
+    kind = type(model.transformer)
+    if place.is_dir():
+        _check_class(place, kind)
+    with _explained(place), listening() as said:
+        theirs = _of_gguf(model, place, dtype) if place.is_file() else kind.from_pretrained(  # type: ignore[attr-defined]
+            place, torch_dtype=dtype, local_files_only=True
+        )  # fmt: skip
+        refuse_made_up(said, f"method.path={place}")
+    _check_same(place, theirs, model.transformer)
+    with _explained(place):
+        return theirs.to(device).eval().requires_grad_(False)
+
+
+def _check_installed(place: Path, library: str | None) -> None:
+    if library is None:
+        return
+    package = PACKAGES.get(library, library)
+    try:
+        found = find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise UserError(
+            f"method.path={place} was quantized with {library}, which is not installed; pip install {PIP.get(library, library)}"
+        )
+    if library in ONLY_REGISTERED_BY_IMPORT:
+        import_module(package)
+
+
+def _check_class(place: Path, kind: type) -> None:
+    found = read_object(place / CONFIG).get("_class_name")
+    if found != kind.__name__:
+        raise UserError(
+            f"method.path={place} is a {found}, the model has a {kind.__name__}; choose the matching model="
+        )
+
+
+def _check_same(place: Path, theirs: Any, ours: Any) -> None:
+    """By the configurations, with the class's defaults filled in."""
+    for name, wanted in dict(ours.config).items():
+        found = dict(theirs.config).get(name)
+        if not name.startswith("_") and name not in FREE and _plain(found) != _plain(wanted):
+            raise UserError(f"method.path={place} has {name}={found}, the model has {wanted}; it is of another model")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _of_gguf(model: LoadedModel, file: Path, dtype: torch.dtype) -> nn.Module:
+    """A file of weights alone: its configuration is the model's."""
+    from diffusers import GGUFQuantizationConfig
+    from diffusers.loaders import FromOriginalModelMixin
+
+    ours: Any = model.transformer
+    if not isinstance(ours, FromOriginalModelMixin):
+        raise UserError(f"method.path={file}: diffusers reads no {type(ours).__name__} from a .gguf file")
+    with TemporaryDirectory() as folder:
+        ours.save_config(folder)
+        return type(ours).from_single_file(
+            str(file), config=folder, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype), torch_dtype=dtype
+        )
+
+
+@contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    """What the libraries refuse, in a line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"method.path={place} cannot be loaded: {first_words(error).rstrip('.')}") from error
