@@ -16,6 +16,7 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.measurement import latency
 from ditbench.harness.measurement.stored import stored
 from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.quant.experts import Experts
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.stages.config import RunConfig
@@ -46,6 +47,8 @@ def loaded(config: RunConfig, model: LoadedModel) -> Theirs:
             raise UserError(
                 f"method=external has its weights from its own files, which model.{setting} does not reach; leave it out"
             )
+    if isinstance(model.transformer, Experts):
+        raise UserError(f"method=external loads one transformer, and {model.name} has two, one for high and one for low noise")
     module, dtype = registry.method(config.method), getattr(torch, config.section("generate")["dtype"])
     theirs = module.load(model, config.params, dtype, config.device)
     recipe = ModelRecipe(layers={})
