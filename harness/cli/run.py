@@ -73,7 +73,7 @@ def run_help(overrides: Sequence[str] = ()) -> str:
 
 
 def _few(options: list[str]) -> list[str]:
-    return options if len(options) <= 40 else [*options[:6], f"… ({len(options)} in all)"]
+    return options if len(options) <= 80 else [*options[:6], f"… ({len(options)} in all)"]
 
 
 def _settings(config: dict[str, Any]) -> list[str]:

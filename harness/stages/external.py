@@ -48,7 +48,9 @@ def loaded(config: RunConfig, model: LoadedModel) -> Theirs:
                 f"method=external has its weights from its own files, which model.{setting} does not reach; leave it out"
             )
     if isinstance(model.transformer, Experts):
-        raise UserError(f"method=external loads one transformer, and {model.name} has two, one for high and one for low noise")
+        raise UserError(
+            f"method=external loads one transformer, and {model.name} has two, one for high and one for low noise"
+        )
     module, dtype = registry.method(config.method), getattr(torch, config.section("generate")["dtype"])
     theirs = module.load(model, config.params, dtype, config.device)
     recipe = ModelRecipe(layers={})

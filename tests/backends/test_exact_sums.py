@@ -11,7 +11,13 @@ from torch import Tensor
 from ditbench.harness.backends import exact_sums
 from ditbench.harness.backends.exact_sums import EXACT, LARGEST, STEP, WholeWeight, largest_code, slice_width
 from ditbench.harness.backends.simulate import SimulatedKernel
-from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, quantize_weight, static_quant
+from ditbench.harness.quant.quantizers import (
+    ActQuant,
+    QuantizedWeight,
+    fake_quantize_activation,
+    quantize_weight,
+    static_quant,
+)
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.spec import E4M3, QuantSpec
 from ditbench.harness.quant.steps import StepTable
@@ -268,3 +274,19 @@ def test_a_gpu_gives_the_cpus_bits(case):
     exact = layer(x, step)
     assert exact_sums.available(torch.device("cuda", torch.cuda.current_device()))
     assert torch.equal(layer.to("cuda")(x.to("cuda"), step.to("cuda")).cpu(), exact)
+
+
+@pytest.mark.parametrize("of_weight, of_act", [(8, 24), (24, 8), (16, 24), (8, None), (None, 8)])
+def test_groups_of_different_sizes_on_the_two_sides_each_have_their_own_scales(of_weight, of_act):
+    random = torch.Generator().manual_seed(2)
+    x_TC = torch.randn(5, 48, generator=random) * torch.logspace(-2, 1, 48)
+    weight_OC = torch.randn(7, 48, generator=random) * torch.logspace(1, -2, 48)
+    weight_spec = QuantSpec(4, "per_group", group_size=of_weight) if of_weight else QuantSpec(4, "per_channel")
+    dynamic = {"symmetric": False, "dynamic": True}
+    act_spec = (
+        QuantSpec(4, "per_group", group_size=of_act, **dynamic) if of_act else QuantSpec(4, "per_token", **dynamic)
+    )
+    weight, act = quantize_weight(weight_OC, weight_spec), ActQuant(act_spec)
+    kernel = SimulatedKernel(LayerRecipe(weight=weight, act=act), weight_OC)
+    expected = fake_quantize_activation(x_TC, act) @ weight.dequantize().T
+    torch.testing.assert_close(kernel(x_TC, None), expected, rtol=1e-5, atol=1e-5)

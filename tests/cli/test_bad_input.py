@@ -89,7 +89,7 @@ REFUSALS = [
     ("metrics.reference=5", "metrics.reference must be text or null, got 5"),
     ("name=../elsewhere", "name='../elsewhere'", "must not"),
     ("results_dir=", "results_dir is empty", "results_dir=./results"),
-    ("model.family=unet", "no model family 'unet'", "known: cogvideox, dit, flux"),
+    ("model.family=unet", "no model family 'unet'", "known: chroma, cogvideox, dit, flux"),
     ("model.source=123", "model.source must be text or null, got 123"),
     ("model.source=null", "model.source is null", "model.random"),
     ("model.seed=abc", "model.seed must be a whole number, got 'abc'"),

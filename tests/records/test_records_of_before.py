@@ -2,7 +2,8 @@
 
 `553773a/` was made by that commit, the last one before the package was called `ditbench`:
     runs/      ditbench run -m model=tiny-dit method=fp,rtn,htg bits=w4a8 name=old, tiny; without the images
-    exports/   `save_quantized` of a random DiT of one block, 24 wide, and in expected.safetensors what it answered there
+    exports/   `save_quantized` of a random DiT of one block, 24 wide, and in expected.safetensors what it answered there; but
+               svdquant-w4a4 has the right answer: there simulation took groups' scales in turn where sides had groups of other sizes
 """
 
 from __future__ import annotations
