@@ -283,7 +283,7 @@ OTHERS = [
     ("bench --formats w9a9", "w9a9"),
     ("bench --modes fast", "--modes", "'fast'"),
     ("bench --formats w8a8 n=3", "protocol.n"),
-    ("bench --others foo", "--others", "'foo'"),
+    ("bench --others foo", "no engine", "'foo'"),
     ("bench n=3", "protocol.n"),
     ("bench -m method=rtn,quarot", "unrecognized arguments: -m"),
     ("bench method=rtn,quarot", "'method=rtn,quarot'"),

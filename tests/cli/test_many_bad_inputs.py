@@ -93,6 +93,7 @@ TAKEN = {  # what one setting may be, though no other may
     "model.random": ({"a": 1},),  # the transformer's class knows better, once it is made
     "model.note": ("\x07", "\ud800", "x" * 5000),
     "protocol.guidance": (10**30, 1.5e300),
+    "protocol.guidance_2": (10**30, 1.5e300),
 }
 SAID_AS = {"launcher.engine": "launcher", "metrics.names": "metric", "method.name": "method", "model.family": "family"}
 

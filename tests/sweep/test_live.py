@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def test_piped_there_is_a_line_per_stage_that_lasts_and_one_per_run(monkeypatch,
         "[2/2] second: ok in 0 s",
     ]
     stages = [line for line in lines if "noise floor" in line]
-    assert len(stages) == 2 and stages[0].startswith("[1/2] first: noise floor 1/4 img, ")
+    assert len(stages) == 2 and re.match(r"\[1/2\] first: noise floor \d/4 img", stages[0]), (
+        "how many, a busy machine decides"
+    )
     assert not any("calibrate" in line for line in lines), "what takes no time is not said"
 
 
