@@ -20,7 +20,7 @@ from ditbench.harness.quant.target import weight_matrix
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 IN_FLOAT = "float"
-GGUF, BITSANDBYTES = "gguf", "bitsandbytes"
+GGUF = "gguf"
 
 
 @dataclass(frozen=True)

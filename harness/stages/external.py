@@ -13,7 +13,6 @@ from ditbench.harness.common.code_identity import STATE, code_identity, package_
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import canonical_sha256
 from ditbench.harness.fitting import registry
-from ditbench.harness.measurement import latency
 from ditbench.harness.measurement.stored import stored
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.experts import Experts
@@ -23,7 +22,7 @@ from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.generate import Drawn, drawn
 from ditbench.harness.stages.identity import files_of
 from ditbench.harness.stages.keys import SHORT, samples_address
-from ditbench.harness.stages.measure import beside
+from ditbench.harness.stages.measure import timed
 from ditbench.harness.stages.quantize import target_of
 
 
@@ -78,20 +77,8 @@ def generate(config: RunConfig, model: LoadedModel, theirs: Theirs) -> Drawn:
 
 def measure(config: RunConfig, model: LoadedModel, theirs: Theirs) -> dict[str, Any]:
     """The record's `efficiency` without bytes: the layers as their library runs them, the float model in bf16 beside them."""
-    section = config.section("measure")
-    found = latency.measure(
-        model,
-        target_of(config, model),
-        theirs.model,
-        kind="measured",
-        samples=section["samples"],
-        repeats=section["repeats"],
-        warmup=section["warmup"],
-        device=config.device,
-        dtype=getattr(torch, config.section("generate")["dtype"]),
-        memory=config.memory,
-    )
-    return {"timed_beside": beside(config)} | found | {"backend": theirs.library or "torch"}
+    found = timed(config, model, target_of(config, model), theirs.model, "measured")
+    return found | {"backend": theirs.library or "torch"}
 
 
 def cost(samples: Drawn) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ditbench.harness.build.build import clock_of
 from ditbench.harness.calibration.recording import Calibration
@@ -26,12 +27,19 @@ PARITY_ROWS = 2
 
 def measure(config: RunConfig, model: LoadedModel, target: Target, quantized: Quantized) -> dict[str, Any]:
     """The record's `efficiency` without bytes and parity."""
+    kind = latency.kind_of(quantized.model, bool(quantized.recipe.attention))
+    return timed(config, model, target, quantized.model, kind)
+
+
+def timed(config: RunConfig, model: LoadedModel, target: Target, transformer: nn.Module, kind: str) -> dict[str, Any]:
+    """A transformer beside the float one, as `measure.…` says. timed_beside: how many other workers of the sweep used this processor."""
     section = config.section("measure")
-    return {"timed_beside": beside(config)} | latency.measure(
+    beside = int(os.environ.get(BESIDE, "0")) if config.device.type == "cpu" else 0
+    return {"timed_beside": beside} | latency.measure(
         model,
         target,
-        quantized.model,
-        kind=latency.kind_of(quantized.model, bool(quantized.recipe.attention)),
+        transformer,
+        kind=kind,
         samples=section["samples"],
         repeats=section["repeats"],
         warmup=section["warmup"],
@@ -40,11 +48,6 @@ def measure(config: RunConfig, model: LoadedModel, target: Target, quantized: Qu
         memory=config.memory,
         compile=section["compile"],
     )
-
-
-def beside(config: RunConfig) -> int:
-    """How many other workers of the sweep used this processor."""
-    return int(os.environ.get(BESIDE, "0")) if config.device.type == "cpu" else 0
 
 
 def parity(target: Target, quantized: Quantized, calibration: Calibration) -> dict[str, Any] | None:
