@@ -157,7 +157,7 @@ def test_the_shapes_that_stand_in_for_weights_make_a_model(model):
     spec = {key: value for key, value in raw["model"].items() if key != "usual"}
     bare = skeleton(ModelSpec(**spec))
     assert counted(bare, Sampler("pipeline", 2, 1.0)).call_macs > 1e10
-    billions = {"flux.1-schnell": 11.9, "hunyuan-video": 12.8, "cogvideox-5b": 5.6, "sana-1600m-1024": 1.6}
+    billions = {"flux.1-schnell": 11.9, "hunyuan-video": 12.8, "cogvideox-5b": 5.6, "sana-1600m-1024": 1.6, "z-image-turbo": 6.2}
     parameters = sum(each.numel() for each in bare.transformer.parameters()) / 1e9
     assert parameters == pytest.approx(billions.get(model, 0.65), rel=0.2)
 
@@ -189,7 +189,7 @@ def test_a_method_is_found_here_as_soon_as_it_is_installed(ditbench, monkeypatch
     ("arguments", "words"),
     [
         (("svdquant-speed",), ("svdquant-speed", "cannot be run here: speeds of kernels", "ditbench bench")),
-        (("adatsq-table1-z-image",), ("cannot be run here: Z-Image is no model of ditbench yet",)),
+        (("clq-efficiency",), ("cannot be run here: neither hardware nor kernel is stated",)),
         (("ptq4dit-table1", "model=tiny-dit"), ("model=", "--model")),
         (("ptq4dit-table1", "bits=w4a4"), ("bits=", "the table says it")),
         (("ptq4dit-table1", "--model", "tinydit"), ("no model 'tinydit'", "did you mean 'tiny-dit'")),

@@ -39,6 +39,7 @@ SAME_SHAPES: dict[str, tuple[str, ...]] = {
     "flux.1-schnell": (
         "model=flux.1-dev-random", "model.random.guidance_embeds=false", "model.random.inputs.guidance=null",
     ),
+    "z-image-turbo": ("model=z-image-random",),
     "cogvideox-5b": (  # without its rotations of q and k, which are no products of matrices
         "model=cogvideox-2b-random", "model.random.num_attention_heads=48", "model.random.num_layers=42",
     ),
