@@ -109,6 +109,10 @@ def need_reference(evidence: Evidence) -> Reference:
 def need_float_model(evidence: Evidence) -> Samples:
     if evidence.float_model is None:
         raise MetricSkipped("no samples of the float model to compare with")
+    if None in evidence.generated.seeds:
+        raise MetricSkipped(
+            "the noise that these samples came from is not known: they cannot be held against the float model's"
+        )
     return evidence.float_model
 
 

@@ -1,7 +1,8 @@
-"""External: a transformer that somebody else quantized, read from a diffusers folder or a GGUF file (a row, not a method).
+"""External: what somebody else quantized, a transformer (a diffusers folder or a GGUF file) or samples of one (a row, not a method).
 
 It has `load` in the place of `fit` and `apply`: nothing is calibrated and no recipe is made. diffusers' own quantizers load what was
-saved with them, and the layers run as their library runs them. What is stored is read from the tensors (`measurement/stored.py`).
+saved with them, and the layers run as their library runs them. What is stored is read from the tensors (`measurement/stored.py`). Of a
+folder of images or videos nothing is loaded; the run scores them (`stages/others_samples.py`).
 
 Departs from the paper: nothing; there is none.
 """
@@ -24,6 +25,7 @@ from ditbench.harness.common.errors import UserError, first_words
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.checkpoint_files import CONFIG, TRANSFORMER, read_object
 from ditbench.harness.models.heard import listening, refuse_made_up
+from ditbench.harness.samples.others import files_in
 
 GGUF, QUANTO = "gguf", "quanto"
 PACKAGES = {
@@ -38,20 +40,21 @@ UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, AttributeError, Ty
 
 @dataclass(frozen=True)
 class Params:
-    """path: a transformer's folder, a pipeline's folder (its transformer is taken), or a .gguf file."""
+    """path: a transformer's folder, a pipeline's folder (its transformer is taken), a .gguf file, or a folder of images or videos."""
 
     path: str | None = None
 
 
 def place_of(params: Params) -> Path:
-    """The transformer's own folder, or the file.
+    """The transformer's own folder, the file, or the folder of samples.
 
     Raises:
         UserError: there is none.
     """
     if params.path is None:
         raise UserError(
-            "method=external needs method.path=…: a folder of a quantized diffusers transformer or pipeline, or a .gguf file"
+            "method=external needs method.path=…: a folder of a quantized diffusers transformer or pipeline, a .gguf file, or a "
+            "folder of samples"
         )
     path = Path(params.path).expanduser()
     if path.is_file() and path.suffix == f".{GGUF}":
@@ -65,13 +68,26 @@ def place_of(params: Params) -> Path:
     for folder in (path, path / TRANSFORMER):
         if (folder / CONFIG).is_file():
             return folder
-    raise UserError(f"method.path={path}: no folder of a diffusers transformer or pipeline (no {CONFIG} in it)")
+    if holds_samples(path):
+        return path
+    raise UserError(
+        f"method.path={path}: no folder of a diffusers transformer or pipeline (no {CONFIG} in it), nor of images or videos"
+    )
+
+
+def holds_samples(place: Path) -> bool:
+    """Whether it is a folder of images or videos, not of a model."""
+    return place.is_dir() and not (place / CONFIG).is_file() and bool(files_in(place))
 
 
 def library_of(place: Path) -> str | None:
-    """Who quantized it, by its configuration: torchao, quanto, bitsandbytes, …; None: it does not say, its weights are floats."""
+    """Who quantized it, by its configuration: torchao, quanto, bitsandbytes, …; None: it does not say, its weights are floats, or
+    it is a folder of samples.
+    """
     if place.is_file():
         return GGUF
+    if not (place / CONFIG).is_file():
+        return None
     found = read_object(place / CONFIG).get("quantization_config")
     method = found.get("quant_method") if isinstance(found, dict) else None
     return None if method is None else str(method)

@@ -33,7 +33,7 @@ def list_methods() -> str:
     return "\n\n".join(
         [
             table(("method", "formats", "forms", "what"), rows),
-            f"method={registry.EXTERNAL} method.path=FOLDER: a transformer that somebody else quantized (docs/external.md)",
+            f"method={registry.EXTERNAL} method.path=FOLDER: a transformer that somebody else quantized, or samples of one (docs/external.md)",
             "parameters: method.NAME=VALUE sets one",
             table(("method", "parameters and their defaults"), parameters),
             "forms: method.form=NAME sets these; what is set by hand is stronger",

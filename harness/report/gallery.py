@@ -132,7 +132,7 @@ def _said(line: dict[str, Any], row: int) -> dict[str, Any]:
         about = prompt["text"] + (f" [{tag}]" if tag else "")
     else:
         about = f"class {line['label']}" if line.get("label") is not None else ""
-    return {"row": row, "about": about, "seed": str(line.get("seed"))}
+    return {"row": row, "about": about, "seed": "not known" if line.get("seed") is None else str(line["seed"])}
 
 
 def _of_run(

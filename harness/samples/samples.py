@@ -50,7 +50,8 @@ class Samples:
     """What was generated, in memory or on disk: whoever reads them takes batches of rows, never the set.
 
     pixels: uint8 0–255, images (N, H, W, 3) or videos (N, F, H, W, 3). labels_N: int64. latents: float32 (N, …).
-    prompts: one per sample, or none. fps: frames per second of videos.
+    prompts: one per sample, or none. fps: frames per second of videos. seeds: of each sample's noise, None where it is not known; () if
+    nobody noted them.
     """
 
     pixels: Rows
@@ -58,6 +59,7 @@ class Samples:
     latents: Rows | None = None
     prompts: tuple[Prompt, ...] = ()
     fps: float = FPS
+    seeds: tuple[int | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pixels)

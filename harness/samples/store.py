@@ -185,6 +185,7 @@ class SampleStore:
             else None,
             tuple(Prompt(**line["prompt"]) for line in lines) if lines[0]["prompt"] is not None else (),
             first["fps"],
+            tuple(line["seed"] for line in lines),
         )
 
     def of(self, piece: Piece) -> Samples:
@@ -253,8 +254,16 @@ class StoredRows(RowsOnDisk):
         super().__init__((len(store), *shape), dtype, read, at_once=size)
 
 
-def open_store(address: Address, wanted: Conditions, piece: Callable[[], int], latents: bool) -> SampleStore:
+def open_store(
+    address: Address,
+    wanted: Conditions,
+    piece: Callable[[], int],
+    latents: bool,
+    seeds: Sequence[int | None] | None = None,
+) -> SampleStore:
     """The store at that address, made if it is not there, in pieces of so many rows; one that is there keeps the size of its own.
+
+    seeds: of the noise, if it is not all as wanted; None where it is not known.
 
     Raises:
         UserError: it is not there and the cache cannot be written.
@@ -264,7 +273,9 @@ def open_store(address: Address, wanted: Conditions, piece: Callable[[], int], l
         with claimed(address):
             if not _whole(index):
                 address.folder.mkdir(parents=True, exist_ok=True)
-                lines = "".join(json.dumps(line) + "\n" for line in _described(wanted))
+                lines = "".join(
+                    json.dumps(line) + "\n" for line in _described(wanted, wanted.seeds if seeds is None else seeds)
+                )
                 values = {"format": FORMAT, "kind": KIND, "key": address.key, "title": address.title, "n": len(wanted)}
                 values |= {"made_from": dict(address.made_from), "piece": piece(), "latents": latents}
                 values |= {"lines": write_bytes(address.folder / LINES, lines.encode())}
@@ -302,8 +313,8 @@ def _whole(index: Path) -> bool:
         return False
 
 
-def _described(wanted: Conditions) -> Iterator[dict[str, Any]]:
-    for row, seed in enumerate(wanted.seeds):
+def _described(wanted: Conditions, seeds: Sequence[int | None]) -> Iterator[dict[str, Any]]:
+    for row, seed in enumerate(seeds):
         label = None if wanted.labels_N is None else int(wanted.labels_N[row])
         prompt = asdict(wanted.prompts[row]) if wanted.prompts else None
         yield {"sample": row, "label": label, "prompt": prompt, "seed": seed}

@@ -1,4 +1,4 @@
-"""A row that somebody else quantized: their transformer in the run's protocol. The other stages are those of every row."""
+"""A row that somebody else quantized: their transformer in the run's protocol, or their samples. The other stages are those of every row."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.experts import Experts
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.steps import StepClock
+from ditbench.harness.stages import others_samples
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.generate import Drawn, drawn
 from ditbench.harness.stages.identity import files_of
@@ -28,15 +29,15 @@ from ditbench.harness.stages.quantize import target_of
 
 @dataclass(frozen=True)
 class Theirs:
-    """library: who quantized it, None where it does not say. sha256: of the files that it was loaded from."""
+    """model: None where there are samples only. library: who quantized it, None where it does not say. sha256: of all files."""
 
-    model: nn.Module
+    model: nn.Module | None
     library: str | None
     sha256: str
 
 
 def loaded(config: RunConfig, model: LoadedModel) -> Theirs:
-    """Their transformer, on the run's device, with a clock as every model has that is drawn with.
+    """Their transformer, on the run's device, with a clock as every model has that is drawn with; nothing of a folder of samples.
 
     Raises:
         UserError: it cannot be loaded, or is of another model (`methods/external.py`).
@@ -51,6 +52,8 @@ def loaded(config: RunConfig, model: LoadedModel) -> Theirs:
             f"method=external loads one transformer, and {model.name} has two, one for high and one for low noise"
         )
     module, dtype = registry.method(config.method), getattr(torch, config.section("generate")["dtype"])
+    if module.holds_samples(module.place_of(config.params)):
+        return Theirs(None, None, files_of(config))
     theirs = module.load(model, config.params, dtype, config.device)
     recipe = ModelRecipe(layers={})
     theirs.clock = StepClock(recipe.num_steps, recipe.starts).to(config.device)
@@ -59,6 +62,8 @@ def loaded(config: RunConfig, model: LoadedModel) -> Theirs:
 
 def account(config: RunConfig, model: LoadedModel, theirs: Theirs) -> tuple[dict[str, Any], dict[str, Any]]:
     """The record's `bits`, and the byte counts of its `efficiency`, from their tensors."""
+    if theirs.model is None:
+        return others_samples.account(), {}
     return stored(theirs.model, model.transformer, model.macs_on(config.device), theirs.library)
 
 
@@ -72,11 +77,15 @@ def generate(config: RunConfig, model: LoadedModel, theirs: Theirs) -> Drawn:
     )
     key = canonical_sha256(of)[:SHORT]
     address = samples_address(config, model, seed=config.seed, dtype=dtype, of=key)
+    if theirs.model is None:
+        return others_samples.take_in(config, model, registry.method(config.method).place_of(config.params), address)
     return drawn(config, model, cache(lambda: theirs.model), address, seed=config.seed)
 
 
 def measure(config: RunConfig, model: LoadedModel, theirs: Theirs) -> dict[str, Any]:
     """The record's `efficiency` without bytes: the layers as their library runs them, the float model in bf16 beside them."""
+    if theirs.model is None:
+        return {}
     found = timed(config, model, target_of(config, model), theirs.model, "measured")
     return found | {"backend": theirs.library or "torch"}
 

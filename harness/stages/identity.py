@@ -12,6 +12,7 @@ from ditbench.harness.common.file_hashes import files_sha256
 from ditbench.harness.common.files import canonical_sha256
 from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import LoadedModel
+from ditbench.harness.samples.others import LINES, files_in
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.loaded import judge_in, reference_of
 
@@ -56,6 +57,13 @@ def title(config: RunConfig) -> str:
 
 def files_of(config: RunConfig) -> str:
     """SHA-256 of all that method=external loads, wherever it lies."""
-    place = registry.method(config.method).place_of(config.params)
-    files = [place] if place.is_file() else sorted(path for path in place.iterdir() if path.is_file())
-    return canonical_sha256({path.name: sha256 for path, sha256 in files_sha256(files).items()})
+    module = registry.method(config.method)
+    place = module.place_of(config.params)
+    if place.is_file():
+        files = [place]
+    elif module.holds_samples(place):
+        files = [*files_in(place), *place.glob(LINES)]
+    else:
+        files = sorted(path for path in place.iterdir() if path.is_file())
+    folder = place.parent if place.is_file() else place
+    return canonical_sha256({str(path.relative_to(folder)): sha256 for path, sha256 in files_sha256(files).items()})

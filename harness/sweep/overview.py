@@ -151,7 +151,12 @@ def as_text(found: Overview) -> str:
     ]
     lines = [head, "", table(("run", "id", "state", ""), rows)] if rows else [head]
     if found.others:
-        lines.append(f"{found.others} other runs of this experiment belong to no job of this sweep")
+        runs = (
+            "1 other run of this experiment belongs"
+            if found.others == 1
+            else f"{found.others} other runs of this experiment belong"
+        )
+        lines.append(f"{runs} to no job of this sweep")
     if found.sweep and not found.count(RUNNING) and (found.count(FAILED) or found.count(MISSING)):
         lines.append(f"`ditbench retry {found.experiment}` runs again what failed or is not there")
     return "\n".join(lines)

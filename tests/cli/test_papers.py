@@ -157,7 +157,13 @@ def test_the_shapes_that_stand_in_for_weights_make_a_model(model):
     spec = {key: value for key, value in raw["model"].items() if key != "usual"}
     bare = skeleton(ModelSpec(**spec))
     assert counted(bare, Sampler("pipeline", 2, 1.0)).call_macs > 1e10
-    billions = {"flux.1-schnell": 11.9, "hunyuan-video": 12.8, "cogvideox-5b": 5.6, "sana-1600m-1024": 1.6, "z-image-turbo": 6.2}
+    billions = {
+        "flux.1-schnell": 11.9,
+        "hunyuan-video": 12.8,
+        "cogvideox-5b": 5.6,
+        "sana-1600m-1024": 1.6,
+        "z-image-turbo": 6.2,
+    }
     parameters = sum(each.numel() for each in bare.transformer.parameters()) / 1e9
     assert parameters == pytest.approx(billions.get(model, 0.65), rel=0.2)
 
