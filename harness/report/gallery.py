@@ -63,8 +63,8 @@ def gallery(group: Group, files: PageFiles) -> dict[str, Any] | None:
     found["first"] = labels[-1] if labels else None  # the fewest bits: where most is to be seen
     found["better"] = {title: compare.better(group, name) for name, title in short_names(group.metrics).items()}
     if stores:
-        one = next(iter(stores.values()))[0]
-        rows, about = _rows(group, list(stores), closeness, len(one), _is_video(one)), one.about()
+        one, of_float = next(iter(stores.values()))
+        rows, about = _rows(group, list(stores), closeness, len(one), _is_video(one)), of_float.about()
         found |= {"of": len(one), "video": _frames(one), "samples": [_said(about[row], row) for row in rows]}
         for place, (own, reference) in stores.items():
             if len(own) == len(one):
@@ -132,7 +132,7 @@ def _said(line: dict[str, Any], row: int) -> dict[str, Any]:
         about = prompt["text"] + (f" [{tag}]" if tag else "")
     else:
         about = f"class {line['label']}" if line.get("label") is not None else ""
-    return {"row": row, "about": about, "seed": "not known" if line.get("seed") is None else str(line["seed"])}
+    return {"row": row, "about": about, "seed": str(line.get("seed"))}
 
 
 def _of_run(

@@ -22,7 +22,7 @@ views.samples = {
         pick("zoom", [["0.5", "½ ×"], ["1", "1 ×"], ["2", "2 ×"], ["4", "4 ×"], ["8", "8 ×"]], zoom(gallery), value => again({zoom: value}), "zoom"),
         el("label", {}, el("input", {type: "checkbox", id: "difference", checked: state.difference === "on", onchange: event => again({difference: event.target.checked ? "on" : null})}), " difference to float, brightness × 4"));
       if (gallery.video) controls.append(player(gallery.video));
-      section.append(el("p", {class: "hint"}, `${gallery.samples.length} of ${gallery.of} samples: the first few, and of every run those with the worst ${gallery.by || "values"}. Same prompt, noise and seed in a row. ✗: the metrics of yes or no that went against a sample. A click shows one at full size.`));
+      section.append(el("p", {class: "hint"}, `${gallery.samples.length} of ${gallery.of} samples: the first few, and of every run those with the worst ${gallery.by || "values"}. Same prompt, noise and seed in a row (samples that somebody else drew: the same prompt). ✗: the metrics of yes or no that went against a sample. A click shows one at full size.`));
       section.append(...order(gallery, worstOf, by).map(index => sampleRow(gallery, index, withSamples)));
     }
     for (const id of chosen.filter(each => !gallery.runs[each].pictures)) section.append(overviewOf(id, gallery.runs[id]));
