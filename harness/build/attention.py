@@ -32,7 +32,9 @@ def quantize_attention(
 ) -> None:
     """In place, in the module of that name; device: where the model computes."""
     attend = (
-        Sage(recipe) if isinstance(recipe, SageRecipe) else QuantAttention(to_device(recipe, torch.device(device)), clock)
+        Sage(recipe)
+        if isinstance(recipe, SageRecipe)
+        else QuantAttention(to_device(recipe, torch.device(device)), clock)
     )
     set_attention(model, name, attend)
 
@@ -44,7 +46,7 @@ def set_attention(model: nn.Module, name: str, attend: Callable[..., Tensor] | N
     if attend is None:
         module.__dict__.pop("attend", None)
         return
-    module.__class__ = attending(type(module))
+    module.__class__ = attending(type(module))  # type: ignore[arg-type]
     module.attend, module.attention_name = attend, name  # type: ignore[assignment]
 
 

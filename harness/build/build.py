@@ -185,7 +185,12 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 def _check_steps(model: nn.Module, recipe: ModelRecipe) -> None:
     """Raise ValueError if a table was made for other steps than the clock will check: its rows would be mixed up."""
     tables = [module for module in model.modules() if isinstance(module, StepTable)]
-    tables += [table for quant in recipe.attention_quantizers() for table in (quant.scale, quant.zero_point) if table is not None]
+    tables += [
+        table
+        for quant in recipe.attention_quantizers()
+        for table in (quant.scale, quant.zero_point)
+        if table is not None
+    ]
     for steps in {table.num_steps for table in tables} - {None, recipe.num_steps}:
         raise ValueError(f"the recipe has tables for {steps} denoising steps and says num_steps={recipe.num_steps}")
 

@@ -103,7 +103,8 @@ def account(
 def _attention_bits(recipe: ModelRecipe, macs: dict[str, int], of_attention: int) -> float:
     """The mean of q's, k's, the map's and v's bits over the products that no layer makes; 16 where they stay in float."""
     saved = sum(
-        macs.get(name, 0) * (FLOAT_BITS - sum(each.operand_bits) / len(each.operand_bits)) for name, each in recipe.attention.items()
+        macs.get(name, 0) * (FLOAT_BITS - sum(each.operand_bits) / len(each.operand_bits))
+        for name, each in recipe.attention.items()
     )
     return FLOAT_BITS - saved / of_attention
 

@@ -197,6 +197,7 @@ def _map(weights: Tensor, number: str | None) -> Tensor:
 def _micro(x: Tensor) -> Tensor:
     """e2m1 in blocks of 16 along the last dimension, each with a scale in e4m3; as values."""
     spec = SPECS[E2M1]
+    assert spec.group_size is not None
     blocks = in_blocks(x, spec.group_size)
     scales = scales_of(blocks.abs().amax(-1), spec, torch.ones((), device=x.device))
     return (block_codes(blocks, scales, spec) * scales.whole()[..., None]).flatten(-2)[..., : x.shape[-1]]

@@ -143,7 +143,10 @@ def test_a_form_holds_in_bfloat16_where_another_kernel_would_compute_attention(s
     monkeypatch.setattr(module, "sage_attention", lambda *a, **k: seen.append(a[1].dtype) or sage_attention(*a, **k))
     target = small_model.target(attention="int8")
     built = build(target, with_attention_given(target, nearest(target, bits_of("w8a8"), {})), dtype=torch.bfloat16)
-    inputs = {n: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in small_model.step_inputs(2).items()}
+    inputs = {
+        n: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x
+        for n, x in small_model.step_inputs(2).items()
+    }
     with torch.no_grad():
         built(**inputs)
     assert seen == [torch.bfloat16] * len(target.blocks)
