@@ -136,7 +136,12 @@ def test_a_run_with_attention_in_four_bits_says_so_and_its_float_row_stays_float
 
 def test_a_mix_of_formats_keeps_the_protocols_attention(run, tmp_path, read_records):
     """It is put on what was chosen: no candidate has it, so that no unit is tied by it."""
-    mix = ("bits=mixed", "bits.candidates=[w4a8,w8a8]", "bits.budget.average_weight_bits=6", "generate.noise_floor_seeds=0")
+    mix = (
+        "bits=mixed",
+        "bits.candidates=[w4a8,w8a8]",
+        "bits.budget.average_weight_bits=6",
+        "generate.noise_floor_seeds=0",
+    )
     assert run("method=rtn", *mix, "protocol.attention=int8") == 0
     (only,) = read_records(tmp_path).values()
     assert len(only["bits"]["attention_operands_quantized"]) == 5 and only["bits"]["attention_bits_effective"] == 8
