@@ -1,56 +1,154 @@
-"""Attention with quantized operands (PTQ4DiT, RepQ-ViT): q, k, v and the softmax map pass a quantizer each.
+"""Attention with quantized operands: inside of the attention modules that a recipe names, `F.scaled_dot_product_attention` is ours.
 
-Only protocols that ask for it install this processor; the default keeps diffusers' fused attention untouched.
+Whatever processor a family has ends in that function (its own, or through diffusers' dispatch), with q, k and v as they are multiplied: normed,
+turned, text and image tokens side by side, of fused projections or not. So one place quantizes self-, cross-, joint and masked attention
+of every family. What does not end there (linear attention) is refused when it runs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from ditbench.harness.build.variants import plain, variant
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.quant.quantizers import ActQuant, fake_quantize_activation
+from ditbench.harness.quant.recipe import AttentionRecipe, to_device
+from ditbench.harness.quant.sage import SageRecipe, sage_attention
+from ditbench.harness.quant.softmax_maps import for_each_head, masked, reads_nothing
 from ditbench.harness.quant.steps import StepClock
-
-if TYPE_CHECKING:
-    from ditbench.harness.quant.recipe import AttentionRecipe
 
 OPERANDS = ("query", "key", "value", "probabilities")
 
 
-def set_processor(model: nn.Module, attention: str, processor: QuantAttnProcessor) -> None:
-    """Install the processor in the named diffusers `Attention` module of model."""
-    model.get_submodule(attention).set_processor(processor)  # type: ignore[operator]
+def quantize_attention(
+    model: nn.Module, name: str, recipe: AttentionRecipe | SageRecipe, clock: StepClock, device: torch.device | str
+) -> None:
+    """In place, in the module of that name; device: where the model computes."""
+    attend = (
+        Sage(recipe)
+        if isinstance(recipe, SageRecipe)
+        else QuantAttention(to_device(recipe, torch.device(device)), clock)
+    )
+    set_attention(model, name, attend)
 
 
-class QuantAttnProcessor:
-    """Self-attention written out: softmax(Q̂ K̂ᵀ) V̂ with Q̂ = quantize(q / √d).
+def set_attention(model: nn.Module, name: str, attend: Callable[..., Tensor] | None) -> None:
+    """What the module of that name calls instead of `F.scaled_dot_product_attention`; None puts that back."""
+    module = model.get_submodule(name)
+    module.__class__ = plain(type(module))  # whose attention another kernel may have computed (`fusion`)
+    if attend is None:
+        module.__dict__.pop("attend", None)
+        return
+    module.__class__ = attending(type(module))  # type: ignore[arg-type]
+    module.attend, module.attention_name = attend, name  # type: ignore[assignment]
+
+
+class Instead(TorchFunctionMode):
+    """Hands what `F.scaled_dot_product_attention` gets to another function. calls: how often."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.attend, self.calls = attend, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self.attend(*args, **(kwargs or {}))
+
+
+@cache
+def attending(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same kind of module, whose forward calls its `attend`."""
+    original = kind.forward  # by its own name: a compiler does not follow `kind.forward`
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        instead = Instead(self.attend)
+        with instead:
+            output = original(self, *args, **kwargs)
+        if not torch.compiler.is_compiling() and not instead.calls:
+            raise UserError(
+                f"{self.attention_name}: its attention ({type(getattr(self, 'processor', self)).__name__}) is no softmax(q kᵀ) v "
+                "that torch computes, so its operands cannot be quantized; set protocol.attention=false"
+            )
+        return output
+
+    return variant(kind, forward, attending, (kind,))
+
+
+class QuantAttention:
+    """softmax(Q̂ K̂ᵀ) V̂ written out, with Q̂ = quantize(q / √d) (PTQ4DiT, RepQ-ViT): q, k, v and the map pass a quantizer each.
 
     `observe(operand, tensor)`, if given, sees each operand before it is quantized (calibration uses it).
     """
 
-    def __init__(self, recipe: AttentionRecipe, clock: StepClock, observe=None) -> None:
+    def __init__(
+        self, recipe: AttentionRecipe, clock: StepClock, observe: Callable[[str, Tensor], None] | None = None
+    ) -> None:
         self.quant: dict[str, ActQuant | None] = {name: getattr(recipe, name) for name in OPERANDS}
         self.clock, self.observe = clock, observe
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **unused) -> Tensor:
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise NotImplementedError("operand quantization is defined for plain self-attention")
-        heads = (attn.heads, -1)
-        query, key, value = (
-            linear(hidden_states).unflatten(-1, heads).transpose(1, 2) for linear in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        dtype = query.dtype
-        query = self._operand("query", query * query.shape[-1] ** -0.5)
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """As `F.scaled_dot_product_attention`: q (B, N, T, D), k and v (B, M, S, D) → (B, N, T, D) in the dtype of q."""
+        _without_dropout(dropout_p)
+        dtype, heads = query.dtype, query.shape[1]
+        query = self._operand("query", query * (query.shape[-1] ** -0.5 if scale is None else scale))
         key, value = self._operand("key", key), self._operand("value", value)
+        key, value = (for_each_head(x, heads) for x in (key, value))
         scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(dtype, torch.float32))
-        probabilities = self._operand("probabilities", scores.softmax(-1))
-        output = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2).to(dtype)
-        return attn.to_out[1](attn.to_out[0](output))
+        if attn_mask is None and not is_causal:
+            probabilities = scores.softmax(-1)
+        else:
+            scores = masked(scores, attn_mask, 0 if is_causal else None)
+            probabilities = scores.softmax(-1).masked_fill(reads_nothing(scores), 0)
+        probabilities = self._operand("probabilities", probabilities)
+        return (probabilities.to(value.dtype) @ value).to(dtype)
 
     def _operand(self, name: str, tensor: Tensor) -> Tensor:
         if self.observe is not None:
             self.observe(name, tensor)
         quant = self.quant[name]
         return tensor if quant is None else fake_quantize_activation(tensor, quant, self.clock.step).to(tensor.dtype)
+
+
+class Sage:
+    """`sage_attention` with the arguments of `F.scaled_dot_product_attention`."""
+
+    def __init__(self, recipe: SageRecipe) -> None:
+        self.recipe = recipe
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        _without_dropout(dropout_p)
+        return sage_attention(self.recipe, query, key, value, attn_mask, causal=is_causal, scale=scale)
+
+
+def _without_dropout(dropout_p: float) -> None:
+    if dropout_p:
+        raise NotImplementedError(f"quantized attention is for inference; got dropout_p {dropout_p}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ditbench.harness.backends.base import AUTO
 from ditbench.harness.backends.few_rows import steady
-from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
+from ditbench.harness.build.attention import quantize_attention
 from ditbench.harness.build.fusion import fuse
 from ditbench.harness.build.layer import QuantLinear, QuantPatchEmbed, RangedLinear
 from ditbench.harness.build.modulation import hang
@@ -59,7 +59,7 @@ def build(
     fuse(model, device, dtype)
     hang(model, block_folds(target, recipe, _transforms(recipe), dtype), clock, device)
     for name, attention in recipe.attention.items():
-        set_processor(model, name, QuantAttnProcessor(to_device(attention, device), clock))
+        quantize_attention(model, name, attention, clock, device)
     model.clock = clock  # type: ignore[assignment]
     _check_steps(model, recipe)
     if placement["memory"] == OFFLOAD:
@@ -184,9 +184,13 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _check_steps(model: nn.Module, recipe: ModelRecipe) -> None:
     """Raise ValueError if a table was made for other steps than the clock will check: its rows would be mixed up."""
-    quantizers = [quant for each in recipe.attention.values() for quant in vars(each).values() if quant is not None]
     tables = [module for module in model.modules() if isinstance(module, StepTable)]
-    tables += [table for quant in quantizers for table in (quant.scale, quant.zero_point) if table is not None]
+    tables += [
+        table
+        for quant in recipe.attention_quantizers()
+        for table in (quant.scale, quant.zero_point)
+        if table is not None
+    ]
     for steps in {table.num_steps for table in tables} - {None, recipe.num_steps}:
         raise ValueError(f"the recipe has tables for {steps} denoising steps and says num_steps={recipe.num_steps}")
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import ditbench
 from ditbench.harness.backends.base import AUTO
 from ditbench.harness.backends.few_rows import steady
-from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
+from ditbench.harness.build.attention import quantize_attention
 from ditbench.harness.build.build import cast, clock_of, copy_without, dtype_of, set_submodule
 from ditbench.harness.build.export_checks import (
     ABOUT,
@@ -58,7 +58,7 @@ from ditbench.harness.quant.effective import effective_linear, touched_layers
 from ditbench.harness.quant.experts import experts_in
 from ditbench.harness.quant.folds import block_folds, block_of
 from ditbench.harness.quant.layer_names import aliases, carries_adapters, fused_layers
-from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe, to_device
+from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.serialize import content_sha256, decode, encode
 from ditbench.harness.quant.steps import StepClock
 from ditbench.harness.quant.target import Target
@@ -317,7 +317,7 @@ def _assembled(
         attention = decode(each, tensors, f"attention/{name}")
         check_attention(f"attention/{name}", attention, clock.num_steps)
         find(f"attention/{name}", transformer, name)
-        set_processor(model, name, QuantAttnProcessor(to_device(attention, device), clock))
+        quantize_attention(model, name, attention, clock, device)
     model.clock = clock  # type: ignore[assignment]
     return model.eval().requires_grad_(False)
 

@@ -22,6 +22,7 @@ from ditbench.harness.backends.activations import GELU_TANH, SILU
 from ditbench.harness.backends.attention import attention, lacks
 from ditbench.harness.backends.few_rows import SteadyLinear
 from ditbench.harness.build.layer import QuantLinear, RangedLinear
+from ditbench.harness.build.variants import variant
 
 
 def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -51,7 +52,7 @@ def with_our_attention(kind: type[nn.Module]) -> type[nn.Module]:
         with OurAttention():
             return original(self, *args, **kwargs)
 
-    return _variant(kind, forward, with_our_attention, (kind,))
+    return variant(kind, forward, with_our_attention, (kind,))
 
 
 def fuse_attention(model: nn.Module) -> None:
@@ -85,7 +86,7 @@ def ending_in(kind: type[Any], activation: str) -> type[Any]:
     def forward(self: Any, hidden_states: Tensor) -> Any:
         return self.proj(hidden_states, activation)
 
-    return _variant(kind, forward, ending_in, (kind, activation))
+    return variant(kind, forward, ending_in, (kind, activation))
 
 
 def fuse_activations(model: nn.Module) -> None:
@@ -99,18 +100,3 @@ def fuse_activations(model: nn.Module) -> None:
             module.__class__ = ending_in(GELU, GELU_TANH)
         elif type(module) is LinearActivation and isinstance(module.activation, nn.SiLU):
             module.__class__ = ending_in(LinearActivation, SILU)
-
-
-def _variant(kind: type[Any], forward: Any, made_by: Any, arguments: tuple[Any, ...]) -> type[Any]:
-    """The same kind with another forward; pickled by who makes it, since its module has no such name."""
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _bare, (made_by, arguments), self.__getstate__()
-
-    named = {"__doc__": kind.__doc__, "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), {"forward": forward, "__reduce_ex__": reduce, **named})
-
-
-def _bare(made_by: Any, arguments: tuple[Any, ...]) -> Any:
-    kind = made_by(*arguments)
-    return kind.__new__(kind)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ditbench.harness.backends import simulate
 from ditbench.harness.backends.base import AUTO
-from ditbench.harness.build.attention import QuantAttnProcessor, set_processor
+from ditbench.harness.build.attention import quantize_attention, set_attention
 from ditbench.harness.build.build import build, build_module, clock_of, quant_layers, set_submodule
 from ditbench.harness.calibration.recording import Calibration, spread
 from ditbench.harness.common.artifacts import obtain
@@ -195,19 +195,19 @@ def sensitivities(
             errors.append([0.0] * len(steps_R))
             continue
         before = {n: exact.get_submodule(n) for n in unit if n in recipe.layers}
-        processors = {n: exact.get_submodule(n).processor for n in unit if n in recipe.attention}
+        operands = [name for name in unit if name in recipe.attention]
         for name in before:
             set_submodule(exact, name, build_module(target, recipe, name, **settings).eval().requires_grad_(False))
-        for name in processors:
-            set_processor(exact, name, QuantAttnProcessor(recipe.attention[name], clock_of(exact)))
+        for name in operands:
+            quantize_attention(exact, name, recipe.attention[name], clock_of(exact), calibration.device)
         found = {}
         for step in outputs:
             noise = (_output(exact, calibration, step) - outputs[step]).square().sum()
             found[step] = float(noise / outputs[step].square().sum())
         for name, module in before.items():
             set_submodule(exact, name, module)
-        for name, processor in processors.items():
-            set_processor(exact, name, processor)  # type: ignore[arg-type]
+        for name in operands:
+            set_attention(exact, name, None)
         errors.append([float(np.mean([found[step] for step in steps])) for steps in steps_R])
     return errors
 

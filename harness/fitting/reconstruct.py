@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ditbench.harness.backends import simulate
 from ditbench.harness.backends.base import Kernel
-from ditbench.harness.build.attention import OPERANDS, QuantAttnProcessor, set_processor
+from ditbench.harness.build.attention import OPERANDS, QuantAttention, quantize_attention, set_attention
 from ditbench.harness.build.build import build, clock_of, quant_layers
 from ditbench.harness.calibration.block_stream import MAX_BYTES, BlockInput, BlockStream
 from ditbench.harness.calibration.on_disk import StoredTensor
@@ -153,10 +153,10 @@ class LearnedKernel(Kernel):
         return F.linear(x, self.weight_OC if self.rounding is None else self.rounding.soft_OC())
 
 
-class _LearnedAttnProcessor(QuantAttnProcessor):
+class _LearnedAttention(QuantAttention):
     """Attention with operand quantizers that gradients pass through."""
 
-    def __init__(self, acts: dict[str, Callable | None], base: QuantAttnProcessor) -> None:
+    def __init__(self, acts: dict[str, Callable | None], base: QuantAttention) -> None:
         self.acts, self.clock, self.observe = acts, base.clock, None
 
     def _operand(self, name: str, tensor: Tensor) -> Tensor:
@@ -191,8 +191,8 @@ class _BlockLearner:
             layer.kernel = LearnedKernel(weight_OC, self.roundings.get(name), self._act(name, recipe.layers[name].act))
         for name in self.attention:
             acts = {o: self._act(f"{name}.{o}", getattr(recipe.attention[name], o)) for o in OPERANDS}
-            base = QuantAttnProcessor(recipe.attention[name], clock_of(model))
-            set_processor(model, name, _LearnedAttnProcessor(acts, base))
+            base = QuantAttention(recipe.attention[name], clock_of(model))
+            set_attention(model, name, _LearnedAttention(acts, base))
 
     def learn(self, block: nn.Module, samples: _Samples) -> None:
         settings = self.settings
@@ -230,8 +230,7 @@ class _BlockLearner:
             layer.kernel = simulate.make_kernel(ready, layer.kernel.weight_OC)
         for name in self.attention:
             operands = {o: quantizer(f"{name}.{o}", getattr(recipe.attention[name], o)) for o in OPERANDS}
-            ready = to_device(AttentionRecipe(**operands), device)
-            set_processor(self.model, name, QuantAttnProcessor(ready, clock_of(self.model)))
+            quantize_attention(self.model, name, AttentionRecipe(**operands), clock_of(self.model), device)
         return state
 
     def _act(self, name: str, quant: ActQuant | None) -> Callable | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ditbench.harness.build.attention import OPERANDS, QuantAttnProcessor, set_processor
+from ditbench.harness.build.attention import OPERANDS, QuantAttention, set_attention
 from ditbench.harness.build.build import build, clock_of, quant_layers
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.memory import trim
@@ -127,7 +127,7 @@ def static_ranges(
             layer.kernel.register_forward_pre_hook(lambda _, inputs, name=name: watch.see(name, inputs[0]))
     for name in target.attention:
         observe = lambda operand, x, name=name: watch.see(f"{name}.{operand}", x)  # noqa: E731
-        set_processor(model, name, QuantAttnProcessor(AttentionRecipe(), clock_of(model), observe))
+        set_attention(model, name, QuantAttention(AttentionRecipe(), clock_of(model), observe))
 
     from ditbench.harness.calibration.channel_statistics import run_calibration
 

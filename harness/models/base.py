@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ditbench.harness.common.devices import CPU
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import canonical_sha256, tensors_sha256
+from ditbench.harness.models.attention_modules import attention_modules
 from ditbench.harness.models.calls import RowDims
 from ditbench.harness.models.checkpoint import Checkpoint
 from ditbench.harness.models.layers import as_run
@@ -27,7 +28,8 @@ from ditbench.harness.models.macs import count_macs
 from ditbench.harness.models.stress import inject_outliers
 from ditbench.harness.quant.blocks import BlockCall
 from ditbench.harness.quant.experts import Experts, experts_of
-from ditbench.harness.quant.layer_names import carries_adapters, fused_layers, linear_names
+from ditbench.harness.quant.layer_names import carries_adapters, linear_names
+from ditbench.harness.quant.sage import FORMS
 from ditbench.harness.quant.target import Site, Target, is_linear_map
 from ditbench.harness.samples.conditions import Conditions
 
@@ -228,12 +230,13 @@ class LoadedModel:
         """The family's, by the layers that run."""
         return as_run(self.transformer, self.adapter.sites(self.transformer))
 
-    def target(self, scope: str = "blocks", skip: Iterable[str] = (), attention: bool = False) -> Target:
+    def target(self, scope: str = "blocks", skip: Iterable[str] = (), attention: bool | str = False) -> Target:
         """What a protocol quantizes.
 
         scope: "blocks" (linears inside the blocks, without embedders and adaLN) or "all" (every Linear and Conv2d but the
             family's `ALWAYS_FLOAT`).
         skip: regular expressions of layer names to leave in float.
+        attention: whether methods quantize its operands, or one of `quant.sage.FORMS`, which all methods get.
         """
         if scope not in ("blocks", "all"):
             raise UserError(f"protocol.scope={scope!r}; expected blocks or all")
@@ -264,16 +267,37 @@ class LoadedModel:
         sites = self.sites()
         known = {consumer for site in sites for consumer in site.consumers}
         sites += [Site(name, (name,)) for name in names if name not in known]
-        operands = tuple(self.adapter.attention(self.transformer)) if attention else ()
-        if operands and fused_layers(self.transformer):
-            raise UserError(
-                f"model {self.spec.name}: attention operands of fused projections cannot be quantized; set model.fuse_qkv=false"
-            )
-        if attention and not operands:
-            raise UserError(
-                f"model {self.spec.name}: attention operands of family {self.spec.family} cannot be quantized; "
-                "set protocol.attention=false"
-            )
+        operands = self._attention(scope, blocks, skip, attention) if attention else ()
         return Target(
-            self.transformer, tuple(names), tuple(sites), operands, blocks, self.adapter.block_call(self.transformer)
+            self.transformer,
+            tuple(names),
+            tuple(sites),
+            operands if attention is True else (),
+            blocks,
+            self.adapter.block_call(self.transformer),
+            attention_given=dict.fromkeys(operands, FORMS[attention]) if isinstance(attention, str) else {},
         )
+
+    def _attention(
+        self, scope: str, blocks: tuple[str, ...], skip: Iterable[str], attention: bool | str
+    ) -> tuple[str, ...]:
+        """Names of the modules whose operands are quantized. A family may say which `attention=true` means; a form means all.
+
+        Raises:
+            UserError: there is none.
+        """
+        told = self.adapter.attention(self.transformer)
+        found = attention_modules(
+            self.transformer,
+            blocks=blocks if scope == "blocks" else None,
+            told=told,
+            linear=getattr(self.adapter, "LINEAR_ATTENTION", ""),
+            skip=skip,
+        )
+        names = tuple(told) if attention is True and told else tuple(found)
+        if not names:
+            raise UserError(
+                f"model {self.spec.name}: family {self.spec.family} has no softmax attention that protocol.scope={scope} and "
+                "protocol.skip leave to quantize; set protocol.attention=false"
+            )
+        return names

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def count_macs(transformer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, int]:
-    """Multiply-accumulates of one call, by layer name (0 for a layer that does not run); "" is the whole call, attention
-    included.
+    """Multiply-accumulates of one call, by layer name (0 for a layer that does not run), and by the name of each module that calls
+    attention, of its two products; "" is the whole call, attention included.
 
     inputs: the call's arguments by name, nested as the model takes them. All their rows are counted: give it one row to
     know one sample. The parameters may lie on `meta` already; nothing of the transformer is changed.
@@ -73,12 +75,37 @@ def _count(transformer: nn.Module, arguments: dict[str, Any]) -> dict[str, int]:
 
     handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
     try:
-        with FlopCounterMode(display=False) as products, Attention(products) as attention:
+        with (
+            inside(transformer) as running,
+            FlopCounterMode(display=False) as products,
+            Attention(products, running) as attention,
+        ):
             transformer(**arguments)
     finally:
         for handle in handles:
             handle.remove()
-    return macs | {"": (products.get_total_flops() - attention.seen_flops) // 2 + attention.macs}
+    return macs | dict(attention.of) | {"": (products.get_total_flops() - attention.seen_flops) // 2 + attention.macs}
+
+
+@contextmanager
+def inside(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules that are running, the innermost last; the model's own is ""."""
+    running: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda module, args: running.append(name)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop()
+
+    handles = []
+    for name, module in model.named_modules():
+        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 READ_AT_MOST = (
@@ -120,11 +147,13 @@ class Attention(TorchFunctionMode):
     """Counts both products of every softmax(q kᵀ) v; without values it computes nothing.
 
     seen_flops: what of it the counter of all products has counted as well (which depends on torch's version and backend).
+    of: by the module that calls it, the last of `running` (see `inside`), if that is told.
     """
 
-    def __init__(self, products: FlopCounterMode) -> None:
+    def __init__(self, products: FlopCounterMode, running: list[str] | None = None) -> None:
         super().__init__()
         self.products, self.macs, self.seen_flops = products, 0, 0
+        self.running, self.of = running, Counter[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,7 +161,10 @@ class Attention(TorchFunctionMode):
             return func(*args, **kwargs)
         query, key, value = chain(args, (kwargs[name] for name in ("query", "key", "value")[len(args) :]))
         keys, width = value.shape[-2:]
-        self.macs += query.numel() * keys + query.shape[:-1].numel() * keys * width
+        macs = query.numel() * keys + query.shape[:-1].numel() * keys * width
+        self.macs += macs
+        if self.running and self.running[-1]:
+            self.of[self.running[-1]] += macs
         if query.is_meta:
             return query.new_empty(*query.shape[:-1], width)
         before = self.products.get_total_flops()

@@ -47,6 +47,8 @@ class PipelineFamily:
     has its rows, if that cannot be seen from calls on two and on three samples. SAMPLERS: schedulers it can run.
     pixels: latents of a pipeline without a VAE → pixels (B, 3, H, W) or (B, F, 3, H, W). size: height, width and
     num_frames, where a model says other ones than `call`. INDEX: the file by which a local folder is known.
+    attention_modules: of a block, attention that has no processor of diffusers', or the only one that `protocol.attention=true` means.
+    LINEAR_ATTENTION: a regular expression of attention modules that are no softmax(q kᵀ) v; they stay in float.
     """
 
     pipelines: tuple[str, ...]
@@ -61,6 +63,7 @@ class PipelineFamily:
     CONDITION: str = PROMPTS
     sites: Callable[[nn.Module], list[Site]] = no_sites
     attention_modules: tuple[str, ...] = ()
+    LINEAR_ATTENTION: str = ""
     call: Callable[[Any], dict[str, Any]] = lambda pipe: {}
     guidance: str = "guidance_scale"
     unguided: float = 1.0

@@ -34,7 +34,7 @@ def account(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The record's `bits` field and the byte counts of its `efficiency` field.
 
-    macs: multiply-accumulates per layer name for one sample, "" for the whole transformer (`LoadedModel.macs`).
+    macs: multiply-accumulates per layer and attention module for one sample, "" for the whole transformer (`LoadedModel.macs`).
     """
     shares = {name: recipe.shares(name) for name in recipe.layers}
     quantized = {name for name, share in shares.items() if any(layer.weight or layer.act for layer, _ in share)}
@@ -57,7 +57,7 @@ def account(
             stored["kept"][id(parameter)] = parameter.numel()
     baseline_bytes, model_bytes = (sum(stored[which].values()) * FLOAT_BYTES for which in ("all", "kept"))
     model_bytes += sum(weight + other for weight, other in bytes_of.values())
-    model_bytes += sum(_range_bytes(quant) for each in recipe.attention.values() for quant in vars(each).values())
+    model_bytes += sum(_range_bytes(quant) for quant in recipe.attention_quantizers())
     float_bytes_quantized = sum(
         sum(p.numel() for p in target.module(name).parameters()) * FLOAT_BYTES for name in quantized
     )
@@ -77,8 +77,7 @@ def account(
         )
 
     linear_macs = sum(macs[name] for name in layers)
-    # What is not in a linear layer is the two products of attention, the same in every block.
-    attention_macs = (macs[""] - linear_macs) * len(recipe.attention) / max(1, len(target.blocks))
+    attention_macs = sum(macs.get(name, 0) for name in recipe.attention)
     bits = {
         "label": label,
         "weight_bits_effective": weight_bits(layers),
@@ -90,6 +89,8 @@ def account(
         "attention_operands_quantized": sorted(recipe.attention),
         "float_layers": [n for n in layers if n not in quantized],
     }
+    if recipe.attention:
+        bits["attention_bits_effective"] = _attention_bits(recipe, macs, macs[""] - linear_macs)
     size = {
         "model_bytes": model_bytes,
         "baseline_model_bytes": baseline_bytes,
@@ -97,6 +98,15 @@ def account(
         "compression_quantized_layers": float_bytes_quantized / stored_bytes_quantized if quantized else None,
     }
     return bits, size
+
+
+def _attention_bits(recipe: ModelRecipe, macs: dict[str, int], of_attention: int) -> float:
+    """The mean of q's, k's, the map's and v's bits over the products that no layer makes; 16 where they stay in float."""
+    saved = sum(
+        macs.get(name, 0) * (FLOAT_BITS - sum(each.operand_bits) / len(each.operand_bits))
+        for name, each in recipe.attention.items()
+    )
+    return FLOAT_BITS - saved / of_attention
 
 
 def stored_bytes(layer: LayerRecipe, folded: bool) -> int:

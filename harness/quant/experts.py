@@ -129,6 +129,7 @@ def within(target: Target, expert: str) -> Target:
         sites=tuple(renamed(site, lambda name: name.removeprefix(prefix)) for site in sites),
         attention=own(target.attention),
         blocks=own(target.blocks),
+        attention_given={name: target.attention_given[prefix + name] for name in own(target.attention_given)},
     )
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
+from ditbench.harness.quant.sage import SageRecipe
+from ditbench.harness.quant.spec import FLOAT_BITS
 from ditbench.harness.quant.steps import step_ranges
 from ditbench.harness.quant.transforms import Transform
 
@@ -52,10 +54,19 @@ class AttentionRecipe:
     value: ActQuant | None = None
     probabilities: ActQuant | None = None
 
+    @property
+    def operand_bits(self) -> tuple[float, float, float, float]:
+        """Of q, k, the map and v."""
+        q, k, p, v = (
+            FLOAT_BITS if quant is None else quant.spec.stored_bits
+            for quant in (self.query, self.key, self.probabilities, self.value)
+        )
+        return q, k, p, v
+
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """layers and attention by module name; folded: names of the sites whose shift and scale are folded.
+    """layers and attention by module name (quantizers that a method found, or a form of the protocol's); folded: names of the sites whose shift and scale are folded.
 
     num_steps: the number of denoising steps that step-dependent tables were made for; None if there are none.
     variants: of a layer that changes with the range of steps, its recipe in each range (one object where it is the same in
@@ -65,7 +76,7 @@ class ModelRecipe:
 
     layers: dict[str, LayerRecipe]
     folded: frozenset[str] = frozenset()
-    attention: dict[str, AttentionRecipe] = field(default_factory=dict)
+    attention: dict[str, AttentionRecipe | SageRecipe] = field(default_factory=dict)
     num_steps: int | None = None
     variants: dict[str, tuple[LayerRecipe, ...]] = field(default_factory=dict)
     starts: tuple[int, ...] = (0,)
@@ -74,6 +85,11 @@ class ModelRecipe:
         """The recipe that holds in one range of steps, as one of all steps."""
         own = {name: variants[index] for name, variants in self.variants.items()}
         return replace(self, layers=self.layers | own, variants={}, starts=(0,))
+
+    def attention_quantizers(self) -> list[ActQuant]:
+        """All that a method found for the operands of attention."""
+        found = [vars(each).values() for each in self.attention.values() if isinstance(each, AttentionRecipe)]
+        return [quant for quants in found for quant in quants if quant is not None]
 
     def distinct(self, name: str) -> tuple[list[int], list[int]]:
         """(the range in which each recipe of a layer is met first, which of these recipes each range has)."""

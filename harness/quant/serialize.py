@@ -25,6 +25,7 @@ from ditbench.harness.quant.packing import CODES_PER_WORD, pack, unpack
 from ditbench.harness.quant.quantizers import ActQuant, Levels, LogSqrt2Quant, LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank
 from ditbench.harness.quant.rotations import BlockRotation
+from ditbench.harness.quant.sage import SageRecipe
 from ditbench.harness.quant.spec import FLOAT8, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.tlq import TwinLogLevels
@@ -33,7 +34,7 @@ from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform
 CLASSES: dict[str, type] = {
     each.__name__: each
     for each in (
-        *(LayerRecipe, AttentionRecipe, LowRank, QuantSpec, StepTable, BlockFolds, RowFold),
+        *(LayerRecipe, AttentionRecipe, SageRecipe, LowRank, QuantSpec, StepTable, BlockFolds, RowFold),
         *(Transform, Hadamard, Permutation, BlockRotation),
         *(QuantizedWeight, LookupWeight, Levels, TwinLogLevels, ActQuant, LogSqrt2Quant),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ditbench.harness.common.devices import float64_device
 from ditbench.harness.quant.blocks import BlockCall, OneStream
+from ditbench.harness.quant.sage import SageRecipe
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
 
@@ -119,7 +120,8 @@ class Target:
     sites: the inputs of these layers; every layer in `layers` is a consumer of exactly one site. A site's consumers
         may include layers that stay in float; they follow its transform as well. All of them share a transform, but only
         those of one of its `groups` read the same numbers.
-    attention: names of the attention modules whose operands the protocol quantizes.
+    attention: names of the attention modules whose operands methods quantize.
+    attention_given: what the protocol itself puts on attention modules, whatever the method; methods see float attention.
     blocks: names of the transformer blocks, in the order of execution; block_call: how one is called.
     device: where the algebra of weights is done, one layer at a time. The transformer itself stays on the CPU, and so do
         statistics, states and recipes; what has a layer's weight in it (`weight`, `effective_linear`) is made on the device.
@@ -132,6 +134,7 @@ class Target:
     blocks: tuple[str, ...] = ()
     block_call: BlockCall = field(default_factory=OneStream)
     device: torch.device = torch.device("cpu")
+    attention_given: Mapping[str, SageRecipe] = field(default_factory=dict)
 
     def on(self, device: torch.device | str) -> Target:
         """The same with its algebra on the device, or on the CPU where the device has no float64."""

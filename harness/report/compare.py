@@ -258,6 +258,8 @@ def group_label(record: Record) -> str:
         settings.pop("labels", None)  # a model that is told by prompts draws none
     if record.members:
         words["seed"] = "seeds {}"
+    if isinstance(settings.get("attention"), str):
+        words["attention"] = "attention in {}"
     known = {key: printable(str(value), 40) for key, value in settings.items() if value is not None}
     said = [text.format(known[key]) for key, text in words.items() if key in known]
     return " · ".join([model_label(record), f"protocol {known.get('name', '?')}", *said])

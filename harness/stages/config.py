@@ -18,6 +18,7 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.models.base import ModelSpec, Sampler
 from ditbench.harness.models.known_families import family
 from ditbench.harness.models.lora import loras
+from ditbench.harness.quant.sage import FORMS
 from ditbench.harness.quant.spec import (
     BUDGETS,
     FLOAT_BITS,
@@ -49,7 +50,7 @@ class Protocol:
     name: str
     scope: str
     skip: tuple[str, ...]
-    attention: bool
+    attention: bool | str  # or one of `sage.FORMS`
     sampler: Sampler
     n: int
     labels: str
@@ -114,6 +115,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     for each in bits.candidates if isinstance(bits, MixedBits) else (bits,):
         registry.check_bits(raw["method"]["name"], each)
         _check_attention(raw["protocol"]["attention"], each)
+    _check_given(raw, bits)
     params = registry.params_of(raw["method"])
     if raw["method"]["name"] == registry.EXTERNAL:
         registry.method(registry.EXTERNAL).place_of(params)
@@ -210,11 +212,30 @@ def _in_float(node: dict[str, Any], side: str) -> dict[str, Any]:
     return kept
 
 
-def _check_attention(attention: bool, bits: Bits) -> None:
-    if attention and bits.act is not None and bits.act.in_blocks:
+def _check_attention(attention: bool | str, bits: Bits) -> None:
+    """Of attention that methods quantize; a form (int8, …) goes with any bits."""
+    if attention is True and bits.act is not None and bits.act.in_blocks:
         raise UserError(
             f"protocol.attention=true quantizes q, k, v and the softmax map per tensor, and bits={bits.label.lower()} has "
-            "activations in blocks; set protocol.attention=false, or take bits=fp8 or integers"
+            f"activations in blocks; set protocol.attention to {', '.join(FORMS)} (with scales of their own) or false, or take "
+            "bits=fp8 or integers"
+        )
+
+
+def _check_given(raw: dict[str, Any], bits: Bits | MixedBits) -> None:
+    """Raise UserError where a form of attention has nothing to act on, or its time is not known."""
+    attention = raw["protocol"]["attention"]
+    if not isinstance(attention, str):
+        return
+    if raw["method"]["name"] == registry.EXTERNAL:
+        raise UserError(
+            f"method=external runs as somebody else quantized it, and protocol.attention={attention} would change that; set "
+            "protocol.attention=false"
+        )
+    if isinstance(bits, MixedBits) and bits.budget == "latency_ms":
+        raise UserError(
+            f"bits.budget.latency_ms: protocol.attention={attention} is simulated, so latency is not known; take another "
+            "budget, or protocol.attention=false"
         )
 
 

@@ -24,7 +24,7 @@ from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.spec import MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.stages.config import RunConfig
-from ditbench.harness.stages.states import fitted, key_of
+from ditbench.harness.stages.states import fitted, key_of, with_attention_given
 
 
 def steps_of(model: LoadedModel, sampler: Sampler) -> dict[str, range]:
@@ -64,7 +64,7 @@ def fitted_in_turn(
         else:
             own = of_steps(recording, steps, expert)
         recipe, learned = fitted(config, part, own, config.bits)
-        recipes.append(placed(recipe, expert, steps, sampler.steps))
+        recipes.append(placed(with_attention_given(part, recipe), expert, steps, sampler.steps))
         made.append(key_of(config, part, own, config.bits))
         state |= {f"{expert}/{name}": tensor for name, tensor in learned.items()}
     return side_by_side(recipes), state
@@ -91,8 +91,9 @@ def _behind(
 
     recipe: of those before it. made: what that is made of. before: the recording which hears what the cache saves.
     """
+    form = config.protocol.attention
     behind = recordings.Behind(
-        canonical_sha256([made, config.backend]),
+        canonical_sha256([made, config.backend, *([form] if isinstance(form, str) else [])]),
         lambda: build(
             target,
             recipe,

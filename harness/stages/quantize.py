@@ -23,7 +23,7 @@ from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.experts import by_steps, fitted_in_turn
-from ditbench.harness.stages.states import fitted
+from ditbench.harness.stages.states import fitted, with_attention_given
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class Quantized:
 
 def target_of(config: RunConfig, model: LoadedModel) -> Target:
     """What the protocol quantizes, with the algebra of weights on the run's device."""
-    target = model.target(config.protocol.scope, config.protocol.skip, config.protocol.attention)
+    attention = config.protocol.attention
+    if config.method == registry.FLOAT and isinstance(attention, str):
+        attention = False  # what the others are compared with stays in float
+    target = model.target(config.protocol.scope, config.protocol.skip, attention)
     return target.on(config.device)
 
 
@@ -79,6 +82,14 @@ def planned(
         )
     if isinstance(target.transformer, Experts):
         return *fitted_in_turn(config, model, target, recording), {}
+    recipe, state, plan = _of_one(config, model, target, recording)
+    return with_attention_given(target, recipe), state, plan
+
+
+def _of_one(
+    config: RunConfig, model: LoadedModel, target: Target, recording: Calibration
+) -> tuple[ModelRecipe, dict[str, Tensor], dict[str, Any]]:
+    """Of a model that is one transformer; without what the protocol puts on its attention."""
     if not isinstance(config.bits, MixedBits):
         return *fitted(config, target, recording, config.bits), {}
     if config.section("calibration")["n"] == 0:
@@ -105,7 +116,9 @@ def account(
     if isinstance(target.transformer, Experts):
         macs = by_steps(macs, model, config.protocol.sampler)
     bits, size = account_of(target, recipe, macs, config.bits.label)
-    return bits | formats_told(config.bits), size
+    forms = dict.fromkeys(each.told for each in target.attention_given.values())
+    given = {"attention_format": "; ".join(forms)} if forms and recipe.attention else {}
+    return bits | formats_told(config.bits) | given, size
 
 
 def formats_told(bits: Bits | MixedBits) -> dict[str, str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -63,6 +63,11 @@ def fitted(
             recipe = method.apply(target, state, bits, config.params)
         registry.check_recipe(config.method, recipe, target)
     return recipe, state
+
+
+def with_attention_given(target: Target, recipe: ModelRecipe) -> ModelRecipe:
+    """The method's recipe, and what the protocol itself puts on attention."""
+    return replace(recipe, attention={**recipe.attention, **target.attention_given})
 
 
 def key_of(config: RunConfig, target: Target, recording: Calibration, bits: Bits) -> str:

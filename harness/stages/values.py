@@ -16,6 +16,7 @@ from ditbench.harness.common.errors import UserError, shortened, unknown_name
 from ditbench.harness.common.paths import no_folder
 from ditbench.harness.models.base import OUTLIERS
 from ditbench.harness.models.known_families import family
+from ditbench.harness.quant.sage import FORMS
 from ditbench.harness.records.sweeps import STAMP
 from ditbench.harness.records.trackers import known_trackers
 
@@ -35,7 +36,6 @@ SEEDS = ("seed", "model.seed")
 MOST_SEED = 2**63 - 1  # that generators of torch and NumPy take
 BATCHES = ("calibration.batch_size", "generate.batch_size")  # counts, or "auto"
 FLAGS = (
-    "protocol.attention",
     "bits.weight.symmetric",
     "bits.act.symmetric",
     "bits.act.dynamic",
@@ -70,7 +70,8 @@ CHOICES = {
     "tracker.kind": known_trackers(),
     "tracker.mode": ("auto", "online", "offline", "disabled"),
 }
-GUIDANCE, GUIDANCE_2, METRICS, SKIP, LABEL, BACKEND, SAMPLER = (
+ATTENTION, GUIDANCE, GUIDANCE_2, METRICS, SKIP, LABEL, BACKEND, SAMPLER = (
+    "protocol.attention",
     "protocol.guidance",
     "protocol.guidance_2",
     "metrics.names",
@@ -81,7 +82,7 @@ GUIDANCE, GUIDANCE_2, METRICS, SKIP, LABEL, BACKEND, SAMPLER = (
 )
 # Every setting but those of models, methods and bits, which their dataclasses know.
 SETTINGS = (*COUNTS, *SEEDS, *BATCHES, *FLAGS, *TEXTS, *TEXTS_OR_NULL, *CHOICES)
-SETTINGS += (GUIDANCE, GUIDANCE_2, METRICS, SKIP, LABEL, BACKEND, SAMPLER)
+SETTINGS += (ATTENTION, GUIDANCE, GUIDANCE_2, METRICS, SKIP, LABEL, BACKEND, SAMPLER)
 SECTIONS = ("model", "method", "bits", "bits.weight", "bits.act", "protocol", "calibration", "generate")
 SECTIONS += ("measure", "metrics", "tracker")
 STRESS = {"channels": (1, MOST), "log2_factor": (1, 16), "seed": (0, MOST_SEED)}  # of model.stress, from … to
@@ -102,6 +103,9 @@ def check_values(raw: dict[str, Any]) -> None:
     for name in FLAGS:
         if not isinstance(value_of(raw, name), bool):
             raise UserError(f"{name} must be true or false, got {value_of(raw, name)!r}")
+    attention = value_of(raw, ATTENTION)
+    if not isinstance(attention, bool) and attention not in FORMS:
+        raise UserError(f"{ATTENTION} must be true, false or one of {', '.join(FORMS)}, got {attention!r}")
     for name in (*TEXTS, *TEXTS_OR_NULL):
         _check_text(name, value_of(raw, name))
     _check_leaves(raw)

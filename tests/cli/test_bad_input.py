@@ -29,7 +29,7 @@ REFUSALS = [
     (
         "bits=nvfp4 protocol.attention=true",
         "protocol.attention=true quantizes q, k, v",
-        "bits=nvfp4 has activations in blocks",
+        "bits=nvfp4 has activations in blocks; set protocol.attention to int8, int8_all, fp8, nvfp4",
     ),
     ("bits=wnvfp5_a8", "weights cannot be 'nvfp5'", "nvfp4"),
     ("protocol=ptq4dt", "no protocol 'ptq4dt'", "did you mean 'ptq4dit'?"),
@@ -67,7 +67,21 @@ REFUSALS = [
     ("seed=one", "seed must be a whole number", "got 'one'"),
     ("protocol.guidance=much", "protocol.guidance must be a number", "got 'much'"),
     ("protocol.guidance=inf", "protocol.guidance must be finite, got inf"),
-    ("protocol.attention=maybe", "protocol.attention must be true or false, got 'maybe'"),
+    (
+        "protocol.attention=maybe",
+        "protocol.attention must be true, false or one of int8, int8_all, fp8, nvfp4, got 'maybe'",
+    ),
+    ("protocol.attention=8", "protocol.attention must be true, false or one of int8", "got 8"),
+    (
+        "method=external method.path=. protocol.attention=int8",
+        "method=external runs as somebody else quantized it",
+        "set protocol.attention=false",
+    ),
+    (
+        "bits=mixed bits.budget.latency_ms=1 protocol.attention=fp8",
+        "bits.budget.latency_ms: protocol.attention=fp8 is simulated",
+        "take another budget",
+    ),
     ("bits.act.dynamic=no", "bits.act.dynamic must be true or false, got 'no'"),
     ("protocol.sampler=euler", "protocol.sampler 'euler'", "known: ddim, ddpm"),
     ("protocol.scope=everything", "protocol.scope 'everything'", "known: all, blocks"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditbench.harness.build.attention import QuantAttnProcessor
+from ditbench.harness.build.attention import QuantAttention
 from ditbench.harness.build.build import build, quant_layers
 from ditbench.harness.calibration.block_stream import BlockStream
 from ditbench.harness.fitting import reconstruct as module
@@ -191,9 +191,9 @@ def test_attention_operands_are_learned_too_and_put_back_as_plain_quantizers(
             assert float(new[f"{name}.{operand}/act_high"]) != pytest.approx(
                 float(old[f"{name}.{operand}/act_high"]), rel=1e-5
             )
-        assert type(models[1].get_submodule(name).processor) is QuantAttnProcessor
+        assert type(models[1].get_submodule(name).attend) is QuantAttention
         torch.testing.assert_close(
-            models[1].get_submodule(name).processor.quant["key"].scale.rows, after.attention[name].key.scale.rows
+            models[1].get_submodule(name).attend.quant["key"].scale.rows, after.attention[name].key.scale.rows
         )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_pipelines import SIZES, wan_of_two_experts
 
+from ditbench.harness.build.attention import Sage
 from ditbench.harness.build.build import build, clock_of, float_copy
 from ditbench.harness.build.export import load_quantized, save_quantized
 from ditbench.harness.calibration import recording as recordings
@@ -204,6 +205,20 @@ def test_the_second_expert_is_calibrated_behind_the_quantized_first(run, monkeyp
     assert all(any(name.startswith(f"{each}.") for name in done.record["layers"]) for each in (FIRST, SECOND))
     assert all(entry["sqnr_db"] > 0 for entry in done.record["layers"].values())
     assert 0.5 < bits["mac_share_quantized"] < 1 and bits["weight_bits_effective"] < 16
+
+
+def test_the_second_expert_is_calibrated_behind_the_first_ones_attention_too(run, monkeypatch):
+    seen, original = [], recordings.calibrate
+    monkeypatch.setattr(
+        recordings, "calibrate", lambda *args, **more: seen.append(more.get("behind")) or original(*args, **more)
+    )
+    done = run("name=attention", "method=smoothquant", "bits=w8a8", "protocol.attention=int8")
+    assert done.code == 0 and done.record["status"] == "ok", done.record["error"]
+    given = {
+        name for name, module in seen[1].build().named_modules() if isinstance(getattr(module, "attend", None), Sage)
+    }
+    every = set(done.record["bits"]["attention_operands_quantized"])
+    assert given == {name for name in every if name.startswith(f"{FIRST}.")} and len(every) == 2 * len(given) > 0
 
 
 @pytest.mark.parametrize(("method", "bits"), [("gptq", "w4a8"), ("ptq4dm", "w8a8"), ("fp", "w16a16")])

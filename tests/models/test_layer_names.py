@@ -128,11 +128,11 @@ def test_bytes_of_fused_projections_are_those_of_the_layers_that_were_fused(plai
     assert bits["mac_share_quantized"] == pytest.approx(fused_bits["mac_share_quantized"])
 
 
-def test_operands_of_fused_attention_are_refused():
+def test_operands_of_fused_attention_are_quantized_behind_the_fused_layer():
     model = small("pixart")
+    before = model.target(attention=True).attention
     fuse_qkv(model.transformer)
-    with pytest.raises(UserError, match="operands of fused projections cannot be quantized"):
-        model.target(attention=True)
+    assert model.target(attention=True).attention == before != ()
 
 
 @pytest.mark.parametrize("name, words", [("sana", "fuses no projections"), ("sd3", "cannot run .*attn2")])

@@ -11,9 +11,11 @@ from ditbench.harness.build.build import build
 from ditbench.harness.fitting.rounding import nearest
 from ditbench.harness.quant.accounting import _act_bits, _fold_bytes, account, stored_bytes
 from ditbench.harness.quant.folds import _row_fold
+from ditbench.harness.quant.layer_names import linear_names
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight, static_quant
 from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank, ModelRecipe
-from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.sage import FORMS, SageRecipe
+from ditbench.harness.quant.spec import INT, Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Site, TableRows, Target
 from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform, random_signs
@@ -192,19 +194,25 @@ def test_the_share_of_quantized_macs_leaves_attention_and_adaln_out(small_target
     quantized = 2 * 16 * (4 * 48 * 48 + 2 * 4 * 48 * 48)
     assert bits["mac_share_quantized"] == pytest.approx(quantized / macs[""])
     assert 0.8 < bits["mac_share_quantized"] < 1
-    assert set(bits["float_layers"]) == set(macs) - {""} - set(small_target.layers)
+    assert set(bits["float_layers"]) == set(linear_names(small_target.transformer)) - set(small_target.layers)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_products_of_attention_count_for_the_blocks_whose_operands_are_quantized(blocks, small_model):
-    """A protocol may quantize the operands of some blocks only: theirs are an equal share of what is no linear layer."""
+    """A protocol may quantize the operands of some blocks only."""
     target, macs = small_model.target(attention=True), small_model.macs
     target = replace(target, attention=target.attention[:blocks])
     recipe = ModelRecipe({}, attention=dict.fromkeys(target.attention, AttentionRecipe()))
     bits, _ = account(target, recipe, macs, "")
-    outside_linear = macs[""] - sum(count for name, count in macs.items() if name)
-    assert len(target.blocks) == 2 and outside_linear > 0
+    outside_linear = macs[""] - sum(macs[name] for name in linear_names(target.transformer))
+    assert len(target.blocks) == 2 and outside_linear == 2 * macs[target.attention[0]] > 0
     assert bits["mac_share_quantized"] == pytest.approx(outside_linear * blocks / 2 / macs[""])
+    assert bits["attention_bits_effective"] == 16  # no operand has a quantizer
+    eight = AttentionRecipe(*[ActQuant(QuantSpec(8, "per_tensor", dynamic=True))] * 4)
+    for each, expected in ((eight, 8), (FORMS["int8"], 8), (FORMS["nvfp4"], 4.5), (SageRecipe(INT, None), 12)):
+        recipe = ModelRecipe({}, attention=dict.fromkeys(target.attention, each))
+        found = account(target, recipe, macs, "")[0]["attention_bits_effective"]
+        assert found == pytest.approx(16 - (16 - expected) * blocks / 2)
 
 
 @pytest.mark.parametrize("groups", [None, [0, 0, 1, 2]], ids=["scale", "scale and shift by step"])

@@ -120,6 +120,33 @@ def test_a_record_says_the_rule_of_its_scales_and_that_the_format_is_simulated(r
     assert only["efficiency"]["kind"] == "simulated" and only["efficiency"]["backend"] == "simulate"
 
 
+def test_a_run_with_attention_in_four_bits_says_so_and_its_float_row_stays_float(run, tmp_path, read_records):
+    """On top of weights and activations in float, so that attention is all that is rounded."""
+    settings = ("protocol.attention=nvfp4", "generate.noise_floor_seeds=0")
+    assert run("method=rtn", "bits=w16a16", *settings) == 0 and run("method=fp", *settings) == 0
+    rounded, exact = sorted(read_records(tmp_path).values(), key=lambda record: record["method"], reverse=True)
+    bits = rounded["bits"]
+    assert bits["attention_format"].startswith("q and k e2m1") and bits["attention_bits_effective"] == 4.5
+    assert len(bits["attention_operands_quantized"]) == 5 and 0 < bits["mac_share_quantized"] < 0.2
+    assert bits["act_bits_effective"] == bits["weight_bits_effective"] == 16
+    assert rounded["efficiency"]["kind"] == "simulated" and 15 < rounded["metrics"]["psnr"]["value"] < 60
+    assert exact["method"] == "fp" and exact["bits"]["attention_operands_quantized"] == []
+    assert exact["bits"]["mac_share_quantized"] == 0 and "attention_format" not in exact["bits"]
+
+
+def test_a_mix_of_formats_keeps_the_protocols_attention(run, tmp_path, read_records):
+    """It is put on what was chosen: no candidate has it, so that no unit is tied by it."""
+    mix = (
+        "bits=mixed",
+        "bits.candidates=[w4a8,w8a8]",
+        "bits.budget.average_weight_bits=6",
+        "generate.noise_floor_seeds=0",
+    )
+    assert run("method=rtn", *mix, "protocol.attention=int8") == 0
+    (only,) = read_records(tmp_path).values()
+    assert len(only["bits"]["attention_operands_quantized"]) == 5 and only["bits"]["attention_bits_effective"] == 8
+
+
 def test_a_run_in_fp8_says_so_and_is_close_to_the_float_model(run, tmp_path, read_records):
     assert run("bits=fp8", "generate.noise_floor_seeds=0") == 0
     (only,) = read_records(tmp_path).values()

@@ -41,6 +41,7 @@ CHANGES = {
     "method.strength=0.6": QUANTIZED,
     "bits=w4a4": QUANTIZED,
     "protocol.skip=[proj]": QUANTIZED,
+    "protocol.attention=int8": QUANTIZED,
     "backend=simulate": QUANTIZED,
     "protocol.n=8": {"samples", "float", "values", "psnr"},
     "generate.batch_size=3": {"samples", "float", "values", "psnr"},

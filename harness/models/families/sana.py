@@ -46,6 +46,7 @@ def call(pipe: Any) -> dict[str, Any]:
 FAMILY = PipelineFamily(
     pipelines=("SanaPipeline",),
     transformer="SanaTransformer2DModel",
+    LINEAR_ATTENTION=r"attn1$",
     FLOAT_IN_BLOCKS=r"norm|conv_depth",
     sites=sites,
     call=call,

@@ -43,6 +43,7 @@ class SanaVideoFamily(PipelineFamily):
 FAMILY = SanaVideoFamily(
     pipelines=("SanaVideoPipeline",),
     transformer="SanaVideoTransformer3DModel",
+    LINEAR_ATTENTION=r"attn1$",
     FLOAT_IN_BLOCKS=r"norm|conv_depth|conv_temp",
     sites=sites,
     call=call,

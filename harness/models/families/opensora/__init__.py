@@ -116,6 +116,7 @@ FAMILY = OpenSoraFamily(
     transformer="STDiT3",
     lists=("spatial_blocks", "temporal_blocks"),
     in_turn=True,
+    attention_modules=("attn", "cross_attn"),
     INDEX=f"transformer/{CONFIG}",
     sites=sites,
     call=call,
