@@ -18,7 +18,18 @@ from test_fvd import SmallI3D
 from test_inception import StandIn
 from torch import Tensor, nn
 
-from ditbench.eval import clip, geneval_detector, image_reward, lpips, vbench_style, video_judges, video_motion
+from ditbench.eval import (
+    clip,
+    dino_similarity,
+    geneval_detector,
+    hpsv2,
+    image_reward,
+    lpips,
+    pick_score,
+    vbench_style,
+    video_judges,
+    video_motion,
+)
 from ditbench.eval.base import Evidence, FeatureModel, Reference, known_metrics
 from ditbench.eval.data import find_data
 from ditbench.eval.flow import Flow
@@ -153,7 +164,7 @@ def every_network(judges, network_files, tmp_path, monkeypatch):
         lpips, "backbone_upstream", lambda kind: Upstream(f"https://example.invalid/{files[kind].name}", network_files)
     )
     monkeypatch.setitem(clip.HUB, "l14_336", CLIP_LARGE)
-    for loaded in (clip.load_clip, video_judges._load):
+    for loaded in (clip.load_clip, video_judges._load, pick_score.load, hpsv2.load, dino_similarity.load_dinov2):
         loaded.cache_clear()
 
     reader = Reader()
