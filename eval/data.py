@@ -1,6 +1,6 @@
 """What others publish and a benchmark needs: prompt sets, reference batches, judges' weights (eval/data.yaml).
 
-Files go below `$DITBENCH_DATA` (default `~/.cache/ditbench`): prompts/, reference/, and weights/ where metrics look for
+Files go below `$DITBENCH_DATA` (default `~/.cache/ditbench`): prompts/, reference/, noise/, and weights/ where metrics look for
 them. Models of the Hugging Face hub stay in its own cache. Nothing is fetched unless it is asked for by name.
 """
 
@@ -19,7 +19,7 @@ from ditbench.eval.weights import data_folder, stored_sha256, weights_folder
 from ditbench.harness.common.errors import UserError, unknown_name
 
 REGISTRY = Path(__file__).with_name("data.yaml")
-PROMPTS, REFERENCE, WEIGHTS = KINDS = ("prompts", "reference", "weights")
+PROMPTS, REFERENCE, WEIGHTS, NOISE = KINDS = ("prompts", "reference", "weights", "noise")
 
 
 @dataclass(frozen=True)

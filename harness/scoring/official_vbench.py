@@ -39,6 +39,7 @@ from ditbench.harness.common.files import file_sha256
 from ditbench.harness.records.attempts import named
 from ditbench.harness.records.record import Record, add_metric, read
 from ditbench.harness.samples.samples import Samples
+from ditbench.harness.scoring import mlperf
 
 VBENCH = "0.1.5"
 REQUIREMENTS = Path(__file__).with_name("vbench_requirements.txt")
@@ -118,8 +119,9 @@ def score_dimensions(
 
 
 def file_totals(folder: Path) -> dict[str, dict[str, Any]]:
-    """VBench's totals of what the run has by now, filed in the place of those of before."""
-    found = totals(read(folder / "record.json").metrics)
+    """VBench's totals of what the run has by now, and MLPerf's score under its protocol, filed in the place of those of before."""
+    record = read(folder / "record.json")
+    found = totals(record.metrics) | mlperf.scores_of(record)
     for name, entry in found.items():
         add_metric(folder, name, entry, again=True)
     return found

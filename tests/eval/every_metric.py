@@ -25,6 +25,7 @@ from ditbench.eval import (
     hpsv2,
     image_reward,
     lpips,
+    mlperf,
     pick_score,
     vbench_style,
     video_judges,
@@ -147,6 +148,7 @@ def network_files(tmp_path_factory) -> Path:
     torch.save(head, folder / vbench_style.AESTHETIC_FILE)
     for backbone in lpips.SMALLEST:
         backbone_file(backbone, folder)
+    np.savez(folder / mlperf.MOMENTS_FILE, mu=np.full(3, 0.5), sigma=0.01 * np.eye(3))
     return folder
 
 
@@ -166,6 +168,8 @@ def every_network(judges, network_files, tmp_path, monkeypatch):
     monkeypatch.setitem(clip.HUB, "l14_336", CLIP_LARGE)
     for loaded in (clip.load_clip, video_judges._load, pick_score.load, hpsv2.load, dino_similarity.load_dinov2):
         loaded.cache_clear()
+
+    monkeypatch.setattr(mlperf, "load_network", lambda *_: MEANS)
 
     reader = Reader()
     monkeypatch.setattr(geneval_detector, "load_detector", lambda *_: reader)
@@ -190,6 +194,14 @@ def steps_of(before_PHWC: Tensor, after_PHWC: Tensor) -> Tensor:
     return torch.cat([change_P1, -change_P1], dim=1)[..., None, None].expand(-1, -1, *before_PHWC.shape[1:3])
 
 
+class Means(nn.Module):
+    """In pytorch-fid's Inception's place: the mean of each colour."""
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        return images_B3HW.float().mean(dim=(2, 3)) / 255
+
+
+MEANS = Means()
 STEPS = Flow("ditbench", steps_of, {"flow": "steps"})
 
 

@@ -8,7 +8,7 @@ from urllib.error import HTTPError, URLError
 import pytest
 import torch
 
-from ditbench.eval import clip_h14, data, fetch, hpsv2, pick_score
+from ditbench.eval import clip_h14, data, fetch, hpsv2, mlperf, pick_score
 from ditbench.eval.clip import HUB as CLIP_HUB
 from ditbench.eval.data import Data, find_data, known_data, verify
 from ditbench.eval.dino_similarity import DINOV2
@@ -78,6 +78,7 @@ def test_addresses_are_those_that_the_libraries_use():
     assert find_data("pick-score").repo == pick_score.HUB and find_data("dinov2-base").repo == DINOV2
     assert find_data("hpsv2.1").repo == hpsv2.HUB and find_data("hpsv2.1").files == (hpsv2.FILE,)
     assert find_data("clip-h14").repo == clip_h14.NAME and find_data("clip-h14").files == clip_h14.TOKENIZER_FILES
+    assert find_data(mlperf.MOMENTS).path.name == mlperf.MOMENTS_FILE
     assert find_data("raft-large").url == RAFT_URL
     assert find_data("dino-b16").repo == DINO and find_data("mask2former-coco").repo == DETECTOR
     assert find_data("laion-aesthetic").path.name == AESTHETIC_FILE
@@ -86,7 +87,7 @@ def test_addresses_are_those_that_the_libraries_use():
 def test_weights_are_listed_only_if_a_metric_reads_them():
     read = {"inception-fid", "inception-clean-fid", "lpips-alex", "lpips-vgg", "clip-b32", "clip-l14", "clip-l14-336"}
     read |= {"mask2former-coco", "i3d-kinetics400", "image-reward", "raft-large", "dino-b16", "laion-aesthetic"}
-    read |= {"pick-score", "hpsv2.1", "clip-h14", "dinov2-base"}
+    read |= {"pick-score", "hpsv2.1", "clip-h14", "dinov2-base", mlperf.MOMENTS}
     assert set(data.names_of(data.WEIGHTS)) == read, "see the test above: what is fetched has to be what is looked for"
 
 
