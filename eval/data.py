@@ -1,6 +1,6 @@
 """What others publish and a benchmark needs: prompt sets, reference batches, judges' weights (eval/data.yaml).
 
-Files go below `$DITBENCH_DATA` (default `~/.cache/ditbench`): prompts/, reference/, and weights/ where metrics look for
+Files go below `$DITBENCH_DATA` (default `~/.cache/ditbench`): prompts/, reference/, noise/, and weights/ where metrics look for
 them. Models of the Hugging Face hub stay in its own cache. Nothing is fetched unless it is asked for by name.
 """
 
@@ -19,12 +19,15 @@ from ditbench.eval.weights import data_folder, stored_sha256, weights_folder
 from ditbench.harness.common.errors import UserError, unknown_name
 
 REGISTRY = Path(__file__).with_name("data.yaml")
-PROMPTS, REFERENCE, WEIGHTS = KINDS = ("prompts", "reference", "weights")
+PROMPTS, REFERENCE, WEIGHTS, NOISE = KINDS = ("prompts", "reference", "weights", "noise")
 
 
 @dataclass(frozen=True)
 class Data:
-    """One entry of data.yaml: a file at `url`, or a model `repo` on the hub whose weight file is any of `files`."""
+    """One entry of data.yaml: a file at `url`, or a model `repo` on the hub whose weight file is any of `files`.
+
+    only: the files of a repo that are fetched; all, where there are none.
+    """
 
     name: str
     kind: str
@@ -33,6 +36,7 @@ class Data:
     url: str | None = None
     repo: str | None = None
     files: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     file: str | None = None
     size_bytes: int | None = None
     sha256: str | None = None
@@ -61,7 +65,9 @@ class Data:
     @property
     def by_hand(self) -> str:
         """The command that fetches it without ditbench."""
-        return f"hf download {self.repo}" if self.repo else f"curl -L --create-dirs -o {self.path} {self.url}"
+        if self.repo:
+            return " ".join(("hf download", self.repo, *self.only))
+        return f"curl -L --create-dirs -o {self.path} {self.url}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,11 @@ class Verdict:
 @cache
 def known_data() -> Mapping[str, Data]:
     entries: dict[str, dict[str, Any]] = yaml.safe_load(REGISTRY.read_text(encoding="utf-8"))
-    return {name: Data(name, **fields | {"files": tuple(fields.get("files", ()))}) for name, fields in entries.items()}
+    lists = ("files", "only")
+    return {
+        name: Data(name, **fields | {each: tuple(fields.get(each, ())) for each in lists})
+        for name, fields in entries.items()
+    }
 
 
 def find_data(name: str) -> Data:

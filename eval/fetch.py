@@ -67,7 +67,7 @@ def _fetch_repository(data: Data) -> None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        snapshot_download(str(data.repo), ignore_patterns=OTHER_FRAMEWORKS)
+        snapshot_download(str(data.repo), allow_patterns=list(data.only) or None, ignore_patterns=OTHER_FRAMEWORKS)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise URLError(str(error).splitlines()[0][:200]) from error
 

@@ -51,6 +51,17 @@ def _distance(generated_NF: np.ndarray, reference: Moments) -> Distance:
     return of_rows
 
 
+def moments_of(mean_F: np.ndarray, cov_FF: np.ndarray) -> Moments:
+    """Of a reference whose mean and covariance are known, and no rows."""
+    eigenvalues_F, vectors_FF = np.linalg.eigh(cov_FF)
+    return mean_F, vectors_FF * np.sqrt(eigenvalues_F.clip(min=0)), float(np.trace(cov_FF))
+
+
+def distance_to(generated_NF: np.ndarray, reference: Moments) -> float:
+    """Of all rows to such a reference."""
+    return _distance(generated_NF.astype(np.float64), reference)(np.arange(len(generated_NF)))
+
+
 def distance_of_moments(mean_F: np.ndarray, cov_FF: np.ndarray, reference_MF: np.ndarray) -> float:
     """Of a distribution whose mean and covariance are known."""
     mean_ref_F, root_FR, trace_ref = _moments(reference_MF)
@@ -61,7 +72,12 @@ def distance_of_moments(mean_F: np.ndarray, cov_FF: np.ndarray, reference_MF: np
 
 def influence(generated_NF: np.ndarray, reference_MF: np.ndarray) -> Influence:
     """Of the generated rows; the reference stays as it is."""
-    first_N, whitened_NK, singular_K = _first(generated_NF.astype(np.float64), _moments(reference_MF))
+    return influence_to(generated_NF, _moments(reference_MF))
+
+
+def influence_to(generated_NF: np.ndarray, reference: Moments) -> Influence:
+    """The same, of a reference by its moments."""
+    first_N, whitened_NK, singular_K = _first(generated_NF.astype(np.float64), reference)
     rows = rows_of_pairs(len(generated_NF))
     return Influence(first_N, _second(whitened_NK[rows], singular_K), rows)
 
@@ -145,9 +161,7 @@ def _moments(reference_MF: np.ndarray, ddof: int = 1) -> Moments:
         _, singular_M, rows_MF = np.linalg.svd(reference_MF - mean_F, full_matrices=False)
         root_FM = rows_MF.T * singular_M / np.sqrt(m - ddof)
         return mean_F, root_FM, float((root_FM**2).sum())
-    cov_FF = np.cov(reference_MF, rowvar=False, ddof=ddof)
-    eigenvalues_F, vectors_FF = np.linalg.eigh(cov_FF)
-    return mean_F, vectors_FF * np.sqrt(eigenvalues_F.clip(min=0)), float(np.trace(cov_FF))
+    return moments_of(mean_F, np.cov(reference_MF, rowvar=False, ddof=ddof))
 
 
 def _first(generated_NF: np.ndarray, reference: Moments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -92,10 +92,13 @@ def list_protocols() -> str:
 
 def list_prompts() -> str:
     """The sets shipped here, and those that `ditbench data fetch` gets."""
-    from ditbench.eval.data import PROMPTS, known_data
+    from ditbench.eval.data import PROMPTS, find_data, known_data
     from ditbench.harness.stages.prompt_sets import SETS
 
-    rows = [(name, "here", each.what) for name, each in SETS.items()]
+    rows = [
+        (name, "here" if each.needs is None or find_data(each.needs).is_here else "–", each.what)
+        for name, each in SETS.items()
+    ]
     rows += [(d.name, "here" if d.is_here else "–", d.what) for d in known_data().values() if d.kind == PROMPTS]
     text = table(("prompts", "here", "what"), rows)
     return f"{text}\n\nor a file of your own: .txt, .jsonl, .json, .yaml or .tsv (protocol.prompts=FILE)"

@@ -23,6 +23,7 @@ from ditbench.harness.common.progress import progress as progress_bar
 from ditbench.harness.models.base import Correction, LoadedModel, Sampler
 from ditbench.harness.models.decoding import decoded
 from ditbench.harness.samples.conditions import PROMPTS, Conditions
+from ditbench.harness.samples.noise import EACH_ITS_OWN, OWN, Noise
 from ditbench.harness.samples.samples import FPS, Prompt, Samples
 from ditbench.harness.samples.seeds import sample_seeds
 from ditbench.harness.samples.store import Piece, SampleStore
@@ -31,24 +32,30 @@ WAIT_S = 0.5  # between looks at what others draw
 
 
 def conditions(
-    model: LoadedModel, n: int, seed: int, labels: str = "balanced", prompts: Sequence[Prompt] = ()
+    model: LoadedModel,
+    n: int,
+    seed: int,
+    labels: str = "balanced",
+    prompts: Sequence[Prompt] = (),
+    noise: Noise = EACH_ITS_OWN,
 ) -> Conditions:
     """n labels or prompts, and seeds. labels: "balanced" (0, 1, 2, … in turn) or "random" (drawn with the seed).
 
-    Prompts are taken in turn; a second round over them has other seeds.
+    Prompts are taken in turn; a second round over them has other seeds. Where all samples share one noise, that of `seed` itself, or given
+    latents, they have one seed.
 
     Raises:
         UserError: n < 1, or a model that is told by prompts got none.
     """
     if n < 1:
         raise UserError(f"protocol.n must be at least 1 image, got {n}")
-    seeds = sample_seeds(seed, n, stream="generate")
+    seeds = sample_seeds(seed, n, stream="generate") if noise.kind == OWN else (seed,) * n
     if model.adapter.CONDITION == PROMPTS:
         if not prompts:
             raise UserError(
                 f"model {model.spec.name} is told by prompts what to draw; set protocol.prompts to a set or file"
             )
-        return Conditions(seeds, prompts=tuple(prompts[index % len(prompts)] for index in range(n)))
+        return Conditions(seeds, prompts=tuple(prompts[index % len(prompts)] for index in range(n)), noise=noise)
     classes = model.adapter.num_classes(model.transformer)
     if labels == "balanced":
         drawn = torch.arange(n) % classes

@@ -98,6 +98,7 @@ class Sampler:
     steps: int
     guidance: float
     guidance_2: float | None = None  # of the second of two experts (Wan 2.2); None: the same
+    negative_prompt: str | None = None  # what guidance leads away from; None: the family's own
 
     def __post_init__(self) -> None:
         if self.steps < 1:

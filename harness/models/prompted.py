@@ -8,6 +8,7 @@ arguments to whoever records them, and let a method correct what the scheduler g
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.base import Correction, Drawn, OnCall, Sampler
 from ditbench.harness.models.calls import RowDims, float_dtype, placed
 from ditbench.harness.models.checkpoint import AnotherFamily, Checkpoint
+from ditbench.harness.models.given_noise import beginning_with
 from ditbench.harness.models.parts import replaced, running_on
 from ditbench.harness.models.samplers import PIPELINE, SCHEDULERS, CorrectedDDPM
 from ditbench.harness.models.transformer_only import TransformerOnly, random_transformer
@@ -140,6 +142,7 @@ class PipelineFamily:
                 **self.parts(pipe, sampler.guidance),
                 scheduler=scheduler,
             ) as running,
+            beginning_with(running, conditions.noise),
             watched(transformer, scheduler, sampler, on_call, correct) as seen,
             decoding_in_its_dtype(pipe),
         ):
@@ -150,7 +153,7 @@ class PipelineFamily:
                 generator=generators,
                 output_type="pt" if decode and not pixel_space else "latent",
                 return_dict=False,
-                **self.settings(pipe, sampler.guidance, len(conditions)),
+                **self.settings(pipe, sampler.guidance, len(conditions)) | _negative(pipe, sampler, len(conditions)),
                 **({} if sampler.guidance_2 is None else {"guidance_scale_2": sampler.guidance_2}),
             )[0]
         if seen.step != sampler.steps:
@@ -222,6 +225,14 @@ class PipelineFamily:
         if sampler.steps > most:
             raise UserError(f"protocol.steps must be at most {most}, the model's training steps; got {sampler.steps}")
         return scheduler
+
+
+def _negative(pipe: Any, sampler: Sampler, samples: int) -> dict[str, Any]:
+    if sampler.negative_prompt is None:
+        return {}
+    if "negative_prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise UserError(f"a {type(pipe).__name__} takes no negative prompt; set protocol.negative_prompt=null")
+    return {"negative_prompt": [sampler.negative_prompt] * samples}
 
 
 def denoising_with(transformer: nn.Module) -> dict[str, nn.Module]:

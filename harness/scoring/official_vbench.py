@@ -4,7 +4,8 @@
     1. makes, once, a virtual environment with the old packages that PyPI's vbench needs (transformers 4.33.2, numpy < 2);
     2. writes a run's videos as `<prompt>-<index>.mp4`, the names vbench looks for: H.264 in RGB, without loss;
     3. runs vbench there, a dimension at a time (`vbench evaluate` itself would lose the exit code of what it starts);
-    4. files each score beside the record (`harness.records.record.add_metric`) as `vbench/<dimension>`.
+    4. files each score beside the record (`harness.records.record.add_metric`) as `vbench/<dimension>`, and VBench's totals of all
+       that the record has by then (eval/vbench_totals.py).
 
 Of VBench's own prompts (they carry `dimension`) each dimension takes those that list it; other prompts are judged in
 vbench's mode `custom_input`. What it does not do: VBench's static filter before temporal_flickering.
@@ -31,12 +32,14 @@ import numpy as np
 from ditbench.eval.batches import one_by_one
 from ditbench.eval.passport import passport
 from ditbench.eval.statistics import OF_ONE, STUDENT, WILSON, Interval, mean_with_ci, share_with_ci
+from ditbench.eval.vbench_totals import STANDARD, totals
 from ditbench.eval.weights import data_folder, offline, weights_folder
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.files import file_sha256
 from ditbench.harness.records.attempts import named
-from ditbench.harness.records.record import Record, add_metric
+from ditbench.harness.records.record import Record, add_metric, read
 from ditbench.harness.samples.samples import Samples
+from ditbench.harness.scoring import mlperf
 
 VBENCH = "0.1.5"
 REQUIREMENTS = Path(__file__).with_name("vbench_requirements.txt")
@@ -58,10 +61,10 @@ class Outcome:
 
 
 def score(target: str, dimensions: Sequence[str] | None, results_dir: Path) -> Outcome:
-    """Every asked dimension of one run or of an experiment's; None: those that its prompts are for.
+    """Every asked dimension of one run or of an experiment's, and the totals; None: the dimensions that its prompts are for.
 
     Raises:
-        UserError: no such run, no videos, an unknown dimension, no CUDA device, no environment.
+        UserError: no such run, no videos, an unknown dimension; no CUDA device or no environment, where a dimension has to be scored.
     """
     import torch
 
@@ -70,29 +73,58 @@ def score(target: str, dimensions: Sequence[str] | None, results_dir: Path) -> O
     for name in dimensions or ():
         if name not in DIMENSIONS:
             raise unknown_name("dimension of vbench", name, DIMENSIONS)
-    records = video_runs(target, results_dir)
-    if not torch.cuda.is_available():
-        raise UserError("vbench runs on CUDA devices only, and there is none here")
-    python = side_python()
-    lines, failed = [], False
-    for record in records:
-        assert record.folder is not None, "it was read from a folder"
+    todo = []
+    for record in video_runs(target, results_dir):
         samples = samples_of(record)
-        with tempfile.TemporaryDirectory() as scratch:
-            videos = Path(scratch) / "videos"
-            export_videos(samples, videos)
-            for name in dimensions or usual_dimensions(samples):
-                if f"vbench/{name}" in record.metrics:
-                    lines.append(f"{record.folder.name} vbench/{name}: scored already")
-                    continue
-                try:
-                    entry = run_dimension(python, videos, name, samples, record)
-                    add_metric(record.folder, f"vbench/{name}", entry)
-                    lines.append(f"{record.folder.name} vbench/{name}: {entry['value']:.4f} (n = {entry['n']})")
-                except VBenchFailed as error:
-                    failed = True
-                    lines.append(f"{record.folder.name} vbench/{name}: FAILED: {error}")
+        asked = dimensions or usual_dimensions(samples)
+        todo.append((record, samples, asked, [name for name in asked if f"vbench/{name}" not in record.metrics]))
+    python = None
+    if any(lacking for _, _, _, lacking in todo):
+        if not torch.cuda.is_available():
+            raise UserError("vbench runs on CUDA devices only, and there is none here")
+        python = side_python()
+    lines, failed = [], False
+    for record, samples, asked, lacking in todo:
+        assert record.folder is not None, "it was read from a folder"
+        at = record.folder.name
+        lines += [f"{at} vbench/{name}: scored already" for name in asked if name not in lacking]
+        if lacking and python is not None:
+            said, one_failed = score_dimensions(python, record, samples, lacking)
+            lines += said
+            failed |= one_failed
+        for name, entry in file_totals(record.folder).items():
+            found = f"skipped: {entry['reason']}" if entry["value"] is None else f"{entry['value']:.4f}"
+            lines.append(f"{at} {name}: {found}")
     return Outcome("\n".join(lines), failed)
+
+
+def score_dimensions(
+    python: Path, record: Record, samples: Samples, dimensions: Sequence[str]
+) -> tuple[list[str], bool]:
+    """Score and file them, one after the other: a line for each, and whether one failed."""
+    assert record.folder is not None, "it was read from a folder"
+    lines, failed = [], False
+    with tempfile.TemporaryDirectory() as scratch:
+        videos = Path(scratch) / "videos"
+        export_videos(samples, videos)
+        for name in dimensions:
+            try:
+                entry = run_dimension(python, videos, name, samples, record)
+                add_metric(record.folder, f"vbench/{name}", entry)
+                lines.append(f"{record.folder.name} vbench/{name}: {entry['value']:.4f} (n = {entry['n']})")
+            except VBenchFailed as error:
+                failed = True
+                lines.append(f"{record.folder.name} vbench/{name}: FAILED: {error}")
+    return lines, failed
+
+
+def file_totals(folder: Path) -> dict[str, dict[str, Any]]:
+    """VBench's totals of what the run has by now, and MLPerf's score under its protocol, filed in the place of those of before."""
+    record = read(folder / "record.json")
+    found = totals(record.metrics) | mlperf.scores_of(record)
+    for name, entry in found.items():
+        add_metric(folder, name, entry, again=True)
+    return found
 
 
 class VBenchFailed(Exception):
@@ -117,7 +149,7 @@ def usual_dimensions(samples: Samples) -> list[str]:
 
 def mode_of(samples: Samples) -> str:
     """vbench's name for where the prompts are from: its own suite (then each says its dimensions), or elsewhere."""
-    return "vbench_standard" if all(prompt.about.get("dimension") for prompt in samples.prompts) else "custom_input"
+    return STANDARD if all(prompt.about.get("dimension") for prompt in samples.prompts) else "custom_input"
 
 
 def export_videos(samples: Samples, folder: Path) -> list[Path]:

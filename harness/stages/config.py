@@ -34,7 +34,9 @@ from ditbench.harness.quant.spec import (
 from ditbench.harness.records.attempts import experiment_folder
 from ditbench.harness.records.record import PLACES
 from ditbench.harness.samples.conditions import PROMPTS
+from ditbench.harness.samples.noise import OWN, Noise
 from ditbench.harness.samples.samples import Prompt
+from ditbench.harness.stages.noise import load_noise
 from ditbench.harness.stages.prompt_sets import load_prompts
 from ditbench.harness.stages.values import check_sweep, check_values
 
@@ -55,6 +57,7 @@ class Protocol:
     n: int
     labels: str
     prompts: tuple[Prompt, ...]
+    noise: Noise
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,12 @@ class RunConfig:
         """Without what only says where files lie: what lies there is hashed, however its place is spelled."""
         chosen = {name: self.raw[name] for name in IDENTITY}
         of_method = ("path",) if self.method == registry.EXTERNAL else ()
-        only_places = {"model": PLACES, "method": of_method, "protocol": ("prompts",), "calibration": ("prompts",)}
+        only_places = {
+            "model": PLACES,
+            "method": of_method,
+            "protocol": ("prompts", "noise"),
+            "calibration": ("prompts",),
+        }
         for section, places in only_places.items():
             chosen[section] = {key: value for key, value in chosen[section].items() if key not in places}
         return chosen
@@ -127,6 +135,8 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         raise UserError("model.source is null; name a folder or a hub id, or set model.random for random weights")
     _refuse_borrowed_name(model)
     protocol_prompts, calibration_prompts = _prompts(raw)
+    noise = load_noise(protocol.get("noise", OWN))
+    _refuse_without_prompts(raw, noise)
     return RunConfig(
         raw=raw,
         name=experiment_folder(Path(raw["results_dir"]), raw["name"]).name,
@@ -139,10 +149,17 @@ def parse(raw: dict[str, Any]) -> RunConfig:
             scope=protocol["scope"],
             skip=tuple(protocol["skip"]),
             attention=protocol["attention"],
-            sampler=Sampler(protocol["sampler"], protocol["steps"], protocol["guidance"], protocol.get("guidance_2")),
+            sampler=Sampler(
+                protocol["sampler"],
+                protocol["steps"],
+                protocol["guidance"],
+                protocol.get("guidance_2"),
+                protocol.get("negative_prompt"),
+            ),
             n=protocol["n"],
             labels=protocol["labels"],
             prompts=protocol_prompts,
+            noise=noise,
         ),
         calibration_prompts=calibration_prompts,
         seed=raw["seed"],
@@ -166,6 +183,14 @@ def _refuse_borrowed_name(model: dict[str, Any]) -> None:
             f"model.name={model['name']} is a shipped model of family {theirs}, and this one is of family {model['family']}; set "
             "model.name=… to a name of your own"
         )
+
+
+def _refuse_without_prompts(raw: dict[str, Any], noise: Noise) -> None:
+    """Raise UserError for what only pipelines that are told by prompts take."""
+    told = family(raw["model"]["family"]).CONDITION == PROMPTS
+    if not told and (raw["protocol"].get("negative_prompt") is not None or noise.latents is not None):
+        name, usual = ("noise", OWN) if noise.latents is not None else ("negative_prompt", "null")
+        raise UserError(f"protocol.{name} is of models that are told by prompts; set protocol.{name}={usual}")
 
 
 def _prompts(raw: dict[str, Any]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:

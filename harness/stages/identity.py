@@ -28,6 +28,7 @@ def identity(config: RunConfig, model: LoadedModel) -> dict[str, Any]:
         | {
             "weights": model.fingerprint,
             "prompts": [asdict(p) for p in (*config.protocol.prompts, *config.calibration_prompts)],
+            "noise": config.protocol.noise.sha256 or config.protocol.noise.kind,
             "evaluator": evaluator_identity(config, model),
             "device": config.device.type,
             "code": code_identity(),

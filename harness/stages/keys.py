@@ -25,7 +25,8 @@ SHORT = 32  # hex digits of a key: folders are made of them
 
 def wanted(config: RunConfig, model: LoadedModel, seed: int) -> Conditions:
     """What the protocol asks to be drawn: labels or prompts, and the seed of each sample."""
-    return conditions(model, config.protocol.n, seed, config.protocol.labels, config.protocol.prompts)
+    asked = config.protocol
+    return conditions(model, asked.n, seed, asked.labels, asked.prompts, asked.noise)
 
 
 def quantized_key(config: RunConfig, model: LoadedModel, recording: str, plan: Mapping[str, Any]) -> str | None:
@@ -119,7 +120,8 @@ def values_address(config: RunConfig, model: LoadedModel, metric: str, samples: 
 
 def described(wanted: Conditions) -> dict[str, Any]:
     labels = None if wanted.labels_N is None else wanted.labels_N.tolist()
-    return {"seeds": list(wanted.seeds), "labels": labels, "prompts": [asdict(prompt) for prompt in wanted.prompts]}
+    prompts = [asdict(prompt) for prompt in wanted.prompts]
+    return {"seeds": list(wanted.seeds), "labels": labels, "prompts": prompts, "noise": wanted.noise.sha256}
 
 
 def _hash(values: dict[str, Any]) -> str:

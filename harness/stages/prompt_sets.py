@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ditbench.harness.common.errors import unknown_name
+from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.models.zoo import shapes
 from ditbench.harness.samples.samples import Prompt
 
@@ -17,8 +17,11 @@ MANY = 240
 
 @dataclass(frozen=True)
 class Set:
+    """needs: the entry of `ditbench data` that it is taken from; None: it is made here."""
+
     what: str
     make: Callable[[], tuple[Prompt, ...]]
+    needs: str | None = None
 
 
 SETS = {
@@ -26,6 +29,9 @@ SETS = {
     "shapes-calibration": Set("the same, drawn anew for calibration", lambda: _captions(CALIBRATION_SEED)),
     "shapes-video": Set("one moving object of the shapes world, four directions in turn", lambda: _motions(seed=0)),
     "shapes-video-calibration": Set("the same, drawn anew for calibration", lambda: _motions(CALIBRATION_SEED)),
+    "vbench-mlperf": Set(
+        "the 248 of VBench's prompts that MLPerf's Wan 2.2 is drawn from", lambda: _mlperf(), "vbench"
+    ),
 }
 
 
@@ -45,6 +51,21 @@ def load_prompts(name: str, most: int | None = None) -> tuple[Prompt, ...]:
     if name not in others and path.name == name and not path.suffix and not path.is_file():
         raise unknown_name("prompt set", name, (*SETS, *others))
     return prompts.load_prompts(name, most)
+
+
+def _mlperf() -> tuple[Prompt, ...]:
+    """Those that VBench made for one of the six dimensions.
+
+    Raises:
+        UserError: VBench's file is not here, or is another one.
+    """
+    from ditbench.eval import prompts
+    from ditbench.eval.mlperf_wan import DIMENSIONS, PROMPTS
+
+    found = [each for each in prompts.load_prompts("vbench") if set(each.about.get("dimension", ())) & set(DIMENSIONS)]
+    if len(found) != PROMPTS:
+        raise UserError(f"vbench-mlperf: expected {PROMPTS} of VBench's prompts, came {len(found)}; fetch vbench again")
+    return tuple(found)
 
 
 def _captions(seed: int) -> tuple[Prompt, ...]:

@@ -80,9 +80,10 @@ ATTENTION, GUIDANCE, GUIDANCE_2, METRICS, SKIP, LABEL, BACKEND, SAMPLER = (
     "backend",
     "protocol.sampler",
 )
+NEGATIVE_PROMPT, NOISE = "protocol.negative_prompt", "protocol.noise"
 # Every setting but those of models, methods and bits, which their dataclasses know.
 SETTINGS = (*COUNTS, *SEEDS, *BATCHES, *FLAGS, *TEXTS, *TEXTS_OR_NULL, *CHOICES)
-SETTINGS += (ATTENTION, GUIDANCE, GUIDANCE_2, METRICS, SKIP, LABEL, BACKEND, SAMPLER)
+SETTINGS += (ATTENTION, GUIDANCE, GUIDANCE_2, METRICS, SKIP, LABEL, BACKEND, SAMPLER, NEGATIVE_PROMPT, NOISE)
 SECTIONS = ("model", "method", "bits", "bits.weight", "bits.act", "protocol", "calibration", "generate")
 SECTIONS += ("measure", "metrics", "tracker")
 STRESS = {"channels": (1, MOST), "log2_factor": (1, 16), "seed": (0, MOST_SEED)}  # of model.stress, from … to
@@ -124,6 +125,7 @@ def check_values(raw: dict[str, Any]) -> None:
     second = raw["protocol"].get("guidance_2")  # records from before there were experts have none
     if second is not None and (not isinstance(second, int | float) or isinstance(second, bool) or second < 1):
         raise UserError(f"{GUIDANCE_2} must be null or a number of at least 1, got {second!r}")
+    _check_noise(raw["protocol"])
     if not isinstance(value_of(raw, LABEL), str):
         raise UserError(f"{LABEL} must be text such as w4a8, got {value_of(raw, LABEL)!r}")
     _check_lists(value_of(raw, METRICS), value_of(raw, SKIP))
@@ -200,6 +202,15 @@ def _check_text(name: str, value: Any) -> None:
             name, f"write {name}=null for none" if or_null else "give it a value"
         )
         raise UserError(f"{name} is empty; {advice}")
+
+
+def _check_noise(protocol: dict[str, Any]) -> None:
+    """Records from before either could be chosen have neither."""
+    negative, noise = protocol.get("negative_prompt"), protocol.get("noise", "own")
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f"{NEGATIVE_PROMPT} must be text or null, got {negative!r}")
+    if not isinstance(noise, str) or not noise.strip():
+        raise UserError(f"{NOISE} must be own, shared, or a file of latents, got {noise!r}")
 
 
 def _check_leaves(raw: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ LISTED = {
     "metrics": ("psnr", "higher is better", "per sample", "torchmetrics/fid", "lower is better", "per set"),
     "backends": ("simulate", "onednn_int8", "real", "simulated", "W4A4", "cpu", "why not"),
     "prompts": ("shapes-calibration", "geneval", "vbench", "protocol.prompts=FILE"),
-    "protocols": ("default", "ptq4dit", "10,000 images"),
+    "protocols": ("default", "ptq4dit", "10,000 images", "mlperf_wan22", "mlperf_sdxl"),
     "bits": ("w8a8", "w4a4", "w3a4", "w8a16", "granularity=per_channel", "granularity=per_token"),
 }
 

@@ -66,7 +66,13 @@ def test_tables_by_step_are_exported_with_the_timesteps_of_their_run(ditbench, r
     described = read_recipe(out)
     assert described["num_steps"] == 2
     assert described["schedule"] == {"argument": "timestep", "timesteps": [500.0, 0.0]}
-    assert described["sampler"] == {"kind": "ddim", "steps": 2, "guidance": 1.5, "guidance_2": None}
+    assert described["sampler"] == {
+        "kind": "ddim",
+        "steps": 2,
+        "guidance": 1.5,
+        "guidance_2": None,
+        "negative_prompt": None,
+    }
     assert drawn_again(out, folder).pixels.shape[0] == 4
 
 

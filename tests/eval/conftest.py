@@ -6,11 +6,14 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import open_clip_cases
 import pytest
 import torch
 from torch import nn
 
+from ditbench.eval import clip_h14, hpsv2, pick_score
 from ditbench.eval.base import Evidence, FeatureModel, Reference
+from ditbench.eval.dino_similarity import DINOV2
 from ditbench.eval.video_judges import CLIP, CLIP_LARGE, DINO
 from ditbench.harness.models.zoo.judge import FEATURE_WIDTH, Judge
 from ditbench.harness.samples.samples import Samples
@@ -89,7 +92,7 @@ def photos() -> Evidence:
 @pytest.fixture(scope="session")
 def judge_folders(tmp_path_factory):
     """Small random networks of the same classes, saved as `hf download` would leave them."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
     root = tmp_path_factory.mktemp("judges")
     sizes: dict[str, Any] = {
@@ -105,16 +108,31 @@ def judge_folders(tmp_path_factory):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ViTModel(ViTConfig(**sizes, image_size=24, patch_size=8)).save_pretrained(root / DINO)
-        for name, width in ((CLIP, 16), (CLIP_LARGE, 12)):
+        for name, width in ((CLIP, 16), (CLIP_LARGE, 12), (pick_score.HUB, 14)):
             vision = sizes | {"image_size": 24, "patch_size": 8}
             config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
-            clip, generator = CLIPModel(config), torch.Generator().manual_seed(width)
-            for parameter in clip.parameters():
-                if parameter.ndim > 1:  # large enough that texts differ, and not transformers' own start
-                    parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+            clip = CLIPModel(config)
+            _spread(clip, seed=width)
+            clip.logit_scale.data.fill_(np.log(50.0))  # trained ones are near 100
             clip.save_pretrained(root / name)
-            tokenizer.save_pretrained(root / name)
+            if name != pick_score.HUB:  # its tokenizer is another folder's
+                tokenizer.save_pretrained(root / name)
+        dino = Dinov2Model(Dinov2Config(**sizes, image_size=70, patch_size=14, mlp_ratio=2))
+        _spread(dino, seed=1)
+        dino.save_pretrained(root / DINOV2)
+    open_clip_cases.config().save_pretrained(root / clip_h14.NAME)
+    tokenizer.save_pretrained(root / clip_h14.NAME)
+    (root / hpsv2.HUB).mkdir(parents=True)
+    torch.save({"state_dict": open_clip_cases.random_state()}, root / hpsv2.HUB / hpsv2.FILE)
     return root
+
+
+def _spread(network: nn.Module, seed: int) -> None:
+    """Weights large enough that texts and pictures differ, and not transformers' own start."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.fixture

@@ -18,7 +18,19 @@ from test_fvd import SmallI3D
 from test_inception import StandIn
 from torch import Tensor, nn
 
-from ditbench.eval import clip, geneval_detector, image_reward, lpips, vbench_style, video_judges, video_motion
+from ditbench.eval import (
+    clip,
+    dino_similarity,
+    geneval_detector,
+    hpsv2,
+    image_reward,
+    lpips,
+    mlperf,
+    pick_score,
+    vbench_style,
+    video_judges,
+    video_motion,
+)
 from ditbench.eval.base import Evidence, FeatureModel, Reference, known_metrics
 from ditbench.eval.data import find_data
 from ditbench.eval.flow import Flow
@@ -136,6 +148,7 @@ def network_files(tmp_path_factory) -> Path:
     torch.save(head, folder / vbench_style.AESTHETIC_FILE)
     for backbone in lpips.SMALLEST:
         backbone_file(backbone, folder)
+    np.savez(folder / mlperf.MOMENTS_FILE, mu=np.full(3, 0.5), sigma=0.01 * np.eye(3))
     return folder
 
 
@@ -153,8 +166,10 @@ def every_network(judges, network_files, tmp_path, monkeypatch):
         lpips, "backbone_upstream", lambda kind: Upstream(f"https://example.invalid/{files[kind].name}", network_files)
     )
     monkeypatch.setitem(clip.HUB, "l14_336", CLIP_LARGE)
-    for loaded in (clip.load_clip, video_judges._load):
+    for loaded in (clip.load_clip, video_judges._load, pick_score.load, hpsv2.load, dino_similarity.load_dinov2):
         loaded.cache_clear()
+
+    monkeypatch.setattr(mlperf, "load_network", lambda *_: MEANS)
 
     reader = Reader()
     monkeypatch.setattr(geneval_detector, "load_detector", lambda *_: reader)
@@ -179,6 +194,14 @@ def steps_of(before_PHWC: Tensor, after_PHWC: Tensor) -> Tensor:
     return torch.cat([change_P1, -change_P1], dim=1)[..., None, None].expand(-1, -1, *before_PHWC.shape[1:3])
 
 
+class Means(nn.Module):
+    """In pytorch-fid's Inception's place: the mean of each colour."""
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        return images_B3HW.float().mean(dim=(2, 3)) / 255
+
+
+MEANS = Means()
 STEPS = Flow("ditbench", steps_of, {"flow": "steps"})
 
 

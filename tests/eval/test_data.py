@@ -8,9 +8,10 @@ from urllib.error import HTTPError, URLError
 import pytest
 import torch
 
-from ditbench.eval import data, fetch
+from ditbench.eval import clip_h14, data, fetch, hpsv2, mlperf, pick_score
 from ditbench.eval.clip import HUB as CLIP_HUB
 from ditbench.eval.data import Data, find_data, known_data, verify
+from ditbench.eval.dino_similarity import DINOV2
 from ditbench.eval.flow import RAFT_URL
 from ditbench.eval.geneval_detector import DETECTOR
 from ditbench.eval.image_reward import HUB as REWARD_HUB
@@ -74,6 +75,10 @@ def test_addresses_are_those_that_the_libraries_use():
         assert find_data(f"lpips-{backbone}").url == backbone_upstream(backbone).url
     assert {find_data(f"clip-{name.replace('_', '-')}").repo for name in CLIP_HUB} == set(CLIP_HUB.values())
     assert find_data("image-reward").repo == REWARD_HUB
+    assert find_data("pick-score").repo == pick_score.HUB and find_data("dinov2-base").repo == DINOV2
+    assert find_data("hpsv2.1").repo == hpsv2.HUB and find_data("hpsv2.1").files == (hpsv2.FILE,)
+    assert find_data("clip-h14").repo == clip_h14.NAME and find_data("clip-h14").files == clip_h14.TOKENIZER_FILES
+    assert find_data(mlperf.MOMENTS).path.name == mlperf.MOMENTS_FILE
     assert find_data("raft-large").url == RAFT_URL
     assert find_data("dino-b16").repo == DINO and find_data("mask2former-coco").repo == DETECTOR
     assert find_data("laion-aesthetic").path.name == AESTHETIC_FILE
@@ -82,6 +87,7 @@ def test_addresses_are_those_that_the_libraries_use():
 def test_weights_are_listed_only_if_a_metric_reads_them():
     read = {"inception-fid", "inception-clean-fid", "lpips-alex", "lpips-vgg", "clip-b32", "clip-l14", "clip-l14-336"}
     read |= {"mask2former-coco", "i3d-kinetics400", "image-reward", "raft-large", "dino-b16", "laion-aesthetic"}
+    read |= {"pick-score", "hpsv2.1", "clip-h14", "dinov2-base", mlperf.MOMENTS}
     assert set(data.names_of(data.WEIGHTS)) == read, "see the test above: what is fetched has to be what is looked for"
 
 
@@ -171,6 +177,20 @@ def test_a_hub_model_without_a_network_names_the_hubs_own_command(online, monkey
     monkeypatch.setattr(Data, "is_here", False)
     with pytest.raises(UserError, match="no network .*\n.*hf download openai/clip-vit-large-patch14$"):
         fetch.fetch(find_data("clip-l14"))
+
+
+def test_of_a_repository_that_holds_more_only_what_is_read_is_fetched(online, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **how: asked.update({repo: how["allow_patterns"]})
+    )
+    monkeypatch.setattr(Data, "is_here", False)
+    for name in ("hpsv2.1", "pick-score"):
+        fetch.fetch(find_data(name))
+    assert asked == {hpsv2.HUB: [hpsv2.FILE], pick_score.HUB: None}
+    assert find_data("hpsv2.1").by_hand == f"hf download {hpsv2.HUB} {hpsv2.FILE}"
+    for entry in known_data().values():
+        assert not entry.only or set(entry.files) & set(entry.only), "what it is known by is among what is fetched"
 
 
 def test_with_downloads_switched_off_nothing_is_asked(monkeypatch):

@@ -23,7 +23,8 @@ from ditbench.harness.models.zoo import judge as judges_of_the_zoo
 from ditbench.harness.samples.samples import Samples
 
 BY_PIXELS = ["psnr", "ssim", "sqnr", "collapse"]
-IMAGES = ["clipscore_b32", "clipscore_l14", "clip_iqa"]
+IMAGES = ["clipscore_b32", "clipscore_l14", "clip_iqa", "pick_score", "hpsv2.1"]
+CLOSENESS = ["dinov2_similarity", "dino_similarity"]
 FRAMES = [
     "vbench_style/subject_consistency", "vbench_style/background_consistency", "vbench_style/overall_consistency", "clipsim",
     "clip_temp",
@@ -42,6 +43,11 @@ def test_clip_looks_at_pictures_there(second, no_hub_cache, judges):
     given = video_cases.evidence()
     images = Samples(given.generated.pixels[:, 0].contiguous(), prompts=given.generated.prompts)
     same_there(IMAGES, replace(given, generated=images), second)
+
+
+def test_dino_compares_pictures_there(second, no_hub_cache, judges):
+    ours, theirs = (Samples(video_cases.evidence(speed).generated.pixels[:2, 3].contiguous()) for speed in (2, 1))
+    same_there(CLOSENESS, Evidence(ours, theirs), second)
 
 
 def test_networks_look_at_frames_there(second, no_hub_cache, judges):

@@ -12,6 +12,7 @@ import torch
 from old_samples import save_samples
 
 from ditbench.eval.statistics import WILSON
+from ditbench.eval.vbench_totals import NAMES, QUALITY
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.records.record import Record, add_metric, read, write
 from ditbench.harness.samples.samples import Prompt, Samples
@@ -201,8 +202,31 @@ def test_a_dimension_that_fails_says_why_and_keeps_the_others(vbench, tmp_path):
     folder = run_folder(tmp_path, given=samples(dimensions=("scene", "dynamic_degree", "object_class")))
     outcome = official_vbench.score(str(folder), None, tmp_path / "results")
     assert outcome.failed and "vbench/scene: FAILED: KeyError: 'no weights'" in outcome.text
-    assert set(read(folder / "record.json").metrics) == {"psnr", "vbench/dynamic_degree"}
+    assert set(read(folder / "record.json").metrics) == {"psnr", "vbench/dynamic_degree", *NAMES}
     assert {mode for _, mode, _, _ in vbench} == {"vbench_standard"}
+
+
+def test_totals_are_filed_from_what_a_run_has_and_again_when_it_has_more(vbench, tmp_path, monkeypatch):
+    of_quality = [name for name in official_vbench.DIMENSIONS if name in QUALITY]
+    folder = run_folder(tmp_path, given=samples(dimensions=official_vbench.DIMENSIONS))
+    first = official_vbench.score(str(folder), of_quality[:-1], tmp_path / "results")
+    assert (
+        f"vbench/quality_score: skipped: of VBench's dimensions, on its own prompts, these are missing: {of_quality[-1]};"
+        in first.text
+    )
+    assert read(folder / "record.json").metrics["vbench/quality_score"]["status"] == "skipped"
+    official_vbench.score(str(folder), of_quality[-1:], tmp_path / "results")
+    metrics = read(folder / "record.json").metrics
+    values = {name: metrics[f"vbench/{name}"]["value"] for name in QUALITY}
+    parts = [weight * (values[name] - low) / (high - low) for name, (low, high, weight) in QUALITY.items()]
+    assert metrics["vbench/quality_score"]["value"] == pytest.approx(sum(parts) / 6.5)
+    assert (
+        metrics["vbench/total_score"]["status"] == "skipped"
+        and "object_class" in metrics["vbench/total_score"]["reason"]
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    again = official_vbench.score(str(folder), of_quality, tmp_path / "results")
+    assert "scored already" in again.text and "vbench/quality_score: " in again.text, "totals alone need no device"
 
 
 def test_the_report_holds_scores_that_were_filed_later(tmp_path):

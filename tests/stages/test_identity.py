@@ -45,6 +45,7 @@ CHANGES = [
     "protocol.steps=3",
     "protocol.guidance=2.0",
     "protocol.sampler=ddpm",
+    "protocol.noise=shared",
     "protocol.skip=[proj]",
     "calibration.n=8",
     "generate.dtype=float32",

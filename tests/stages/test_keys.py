@@ -44,6 +44,7 @@ CHANGES = {
     "protocol.attention=int8": QUANTIZED,
     "backend=simulate": QUANTIZED,
     "protocol.n=8": {"samples", "float", "values", "psnr"},
+    "protocol.noise=shared": {"samples", "float", "values", "psnr"},
     "generate.batch_size=3": {"samples", "float", "values", "psnr"},
     "metrics.resamples=5": {"values", "psnr"},
     "metrics.reference=null": {"values", "psnr"},
