@@ -10,15 +10,16 @@ import second_device
 import torch
 from torch import Tensor
 
+if not torch.cuda.is_available():
+    # Read when triton is first imported, which diffusers does where sageattention is installed: kernels then run on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.common.files import tensors_sha256
 from ditbench.harness.fitting.conformance import SMALL_DIT
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
 from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.target import Target
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: kernels then run on the CPU
 
 SMALL = ModelSpec("small-random-dit", "dit", random=SMALL_DIT)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib import import_module
 from itertools import product
 
 import pytest
@@ -234,14 +235,29 @@ def test_a_record_is_told_what_is_rounded_how():
     ]
 
 
-def test_the_packages_kernel_computes_the_first_form():
-    """sageattention 1 from PyPI: int8 q and k per block with the mean of K removed, P and V in float16; on CUDA only."""
-    package = pytest.importorskip("sageattention", reason="the package sageattention is not installed")
-    if not torch.cuda.is_available():
-        pytest.skip("sageattention's kernels run on a CUDA device, and there is none")
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernels_of_sageattention_make_the_same_codes_and_outputs(causal):
+    """Package sageattention 1 (Triton; on the CPU in Triton's interpreter): int8 q and k per block, P and V in float16.
+
+    Whole blocks of 64 keys: without a causal mask its kernel counts what it fills a last one up with.
+    """
+    reason = "sageattention is not installed, or finds no Triton here: pip install 'ditbench[oracles]'"
+    package = pytest.importorskip("sageattention", reason=reason, exc_type=ImportError)
+    kernel = import_module(f"{package.__name__}.attn_qk_int8_per_block{'_causal' if causal else ''}").forward
+    quantize = import_module(f"{package.__name__}.quant_per_block").per_block_int8
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 300, 64, generator=generator).half().cuda() for _ in range(3))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (torch.randn(1, 2, 192, 64, generator=generator).half().to(device) for _ in range(3))
     k[..., 3] += 20
-    theirs = package.sageattn(q, k, v, tensor_layout="HND", is_causal=False)
-    ours = sage_attention(SageRecipe("int", None, PER_BLOCK), q, k, v)
-    assert error(ours.float(), theirs.float()) < 5e-3
+    smooth = k - k.mean(-2, keepdim=True)
+    q_codes, q_scales, k_codes, k_scales = quantize(q, smooth)
+    theirs = kernel(q_codes, k_codes, v, q_scales, k_scales, output_dtype=torch.float16)
+
+    recipe = SageRecipe("int", None, PER_BLOCK)
+    ours = sage._tokens(smooth.float(), "int", sage.SHARES[PER_BLOCK][1])
+    assert torch.equal(ours.codes, k_codes.float()) and torch.equal(ours.scales[:, :, ::64], k_scales)
+    found, exact = (
+        sage_attention(recipe, q, k, v, causal=causal),
+        sage_attention(replace(recipe, smooth_k=False), q, k, v, causal=causal),
+    )
+    assert error(found.float(), theirs.float()) < 5e-3 < error(exact.float(), theirs.float())
