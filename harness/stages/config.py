@@ -136,7 +136,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     _refuse_borrowed_name(model)
     protocol_prompts, calibration_prompts = _prompts(raw)
     noise = load_noise(protocol.get("noise", OWN))
-    _refuse_without_prompts(raw, noise)
+    _check_noise(raw, noise, protocol_prompts)
     return RunConfig(
         raw=raw,
         name=experiment_folder(Path(raw["results_dir"]), raw["name"]).name,
@@ -185,12 +185,17 @@ def _refuse_borrowed_name(model: dict[str, Any]) -> None:
         )
 
 
-def _refuse_without_prompts(raw: dict[str, Any], noise: Noise) -> None:
-    """Raise UserError for what only pipelines that are told by prompts take."""
-    told = family(raw["model"]["family"]).CONDITION == PROMPTS
-    if not told and (raw["protocol"].get("negative_prompt") is not None or noise.latents is not None):
-        name, usual = ("noise", OWN) if noise.latents is not None else ("negative_prompt", "null")
+def _check_noise(raw: dict[str, Any], noise: Noise, prompts: tuple[Prompt, ...]) -> None:
+    """Raise UserError for what only pipelines that are told by prompts take, and for one noise where prompts are drawn twice."""
+    protocol, told = raw["protocol"], family(raw["model"]["family"]).CONDITION == PROMPTS
+    if not told and (protocol.get("negative_prompt") is not None or noise.kind != OWN):
+        name, usual = ("noise", OWN) if noise.kind != OWN else ("negative_prompt", "null")
         raise UserError(f"protocol.{name} is of models that are told by prompts; set protocol.{name}={usual}")
+    if noise.kind != OWN and prompts and protocol["n"] > len(prompts):
+        raise UserError(
+            f"protocol.noise={protocol['noise']}: all samples begin with one noise, so a prompt that is drawn twice gives one sample twice; set "
+            f"protocol.n to at most {len(prompts)}, the number of prompts"
+        )
 
 
 def _prompts(raw: dict[str, Any]) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:

@@ -45,7 +45,6 @@ CHANGES = [
     "protocol.steps=3",
     "protocol.guidance=2.0",
     "protocol.sampler=ddpm",
-    "protocol.noise=shared",
     "protocol.skip=[proj]",
     "calibration.n=8",
     "generate.dtype=float32",

@@ -44,7 +44,6 @@ CHANGES = {
     "protocol.attention=int8": QUANTIZED,
     "backend=simulate": QUANTIZED,
     "protocol.n=8": {"samples", "float", "values", "psnr"},
-    "protocol.noise=shared": {"samples", "float", "values", "psnr"},
     "generate.batch_size=3": {"samples", "float", "values", "psnr"},
     "metrics.resamples=5": {"values", "psnr"},
     "metrics.reference=null": {"values", "psnr"},
@@ -77,3 +76,8 @@ def test_latents_are_kept_where_a_metric_computes_with_them_or_somebody_asks():
     without = keys("metrics.names=[psnr]")
     assert without["samples"] != keys()["samples"], "sqnr is among the default metrics"
     assert without["samples"] != keys("metrics.names=[psnr]", "generate.keep_latents=true")["samples"]
+
+
+def test_one_noise_for_all_changes_what_is_drawn_and_nothing_that_is_learned():
+    before, after = (keys("model=tiny-t2i", f"protocol.noise={noise}") for noise in ("own", "shared"))
+    assert {name for name in before if before[name] != after[name]} == {"samples", "float", "values", "psnr"}

@@ -107,11 +107,19 @@ def test_a_latent_is_known_by_what_is_in_it_and_not_by_its_place(tmp_path):
     assert a == b != c and len({a, c, known_as(OWN), known_as(SHARED)}) == 4
 
 
-@pytest.mark.parametrize("override", ["protocol.noise=FILE", "protocol.negative_prompt=ugly"])
-def test_models_of_labels_take_neither_a_latent_nor_a_negative_prompt(override, tmp_path):
+@pytest.mark.parametrize("override", ["protocol.noise=FILE", "protocol.noise=shared", "protocol.negative_prompt=ugly"])
+def test_models_of_labels_take_neither_one_noise_nor_a_negative_prompt(override, tmp_path):
     torch.save(torch.zeros(1, 4, 4, 4), tmp_path / "a.pt")
     with pytest.raises(UserError, match="is of models that are told by prompts; set protocol."):
         parse(composed([["model=tiny-dit", override.replace("FILE", str(tmp_path / "a.pt"))]])[0])
+
+
+def test_with_one_noise_no_prompt_is_drawn_twice(tmp_path):
+    (tmp_path / "two.txt").write_text("a red circle\ntwo blue squares\n")
+    asked = ["model=tiny-t2i", f"protocol.prompts={tmp_path}/two.txt", "protocol.noise=shared"]
+    with pytest.raises(UserError, match="gives one sample twice; set protocol.n to at most 2"):
+        parse(composed([[*asked, "protocol.n=3"]])[0])
+    assert parse(composed([[*asked, "protocol.n=2"]])[0]).protocol.n == 2
 
 
 def test_records_of_before_are_parsed_as_what_they_were():
