@@ -1,8 +1,8 @@
 """What stands around the products of a quantized model is computed by kernels of ours, where the device has them.
 
 Attention: whatever processor a family has ends in `F.scaled_dot_product_attention`; inside of attention modules, and nowhere else,
-that name means our kernel. Activations behind a quantized layer become the end of its product. Float layers that have one row per
-sample (of timesteps, labels, modulations) read their weights once, as they lie.
+that name means our kernel. Activations behind a quantized layer become the end of its product. Norms, modulations and gates of
+blocks: `blocks.py`. Float layers that have one row per sample (of timesteps, labels, modulations) read their weights once, as they lie.
 
 The float model is left as it is: it is what speed and samples are compared with.
 """
@@ -21,7 +21,9 @@ from ditbench.harness.backends import vnni
 from ditbench.harness.backends.activations import GELU_TANH, SILU
 from ditbench.harness.backends.attention import attention, lacks
 from ditbench.harness.backends.few_rows import SteadyLinear
+from ditbench.harness.build.blocks import fuse_blocks
 from ditbench.harness.build.layer import QuantLinear, RangedLinear
+from ditbench.harness.build.variants import variant
 
 
 def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -34,6 +36,7 @@ def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         fuse_few_rows(model)
     if vnni.cpu_lacks() is None:
         fuse_activations(model)
+        fuse_blocks(model)
 
 
 class OurAttention(TorchFunctionMode):
@@ -51,7 +54,7 @@ def with_our_attention(kind: type[nn.Module]) -> type[nn.Module]:
         with OurAttention():
             return original(self, *args, **kwargs)
 
-    return _variant(kind, forward, with_our_attention, (kind,))
+    return variant(kind, forward, with_our_attention, (kind,))
 
 
 def fuse_attention(model: nn.Module) -> None:
@@ -85,7 +88,7 @@ def ending_in(kind: type[Any], activation: str) -> type[Any]:
     def forward(self: Any, hidden_states: Tensor) -> Any:
         return self.proj(hidden_states, activation)
 
-    return _variant(kind, forward, ending_in, (kind, activation))
+    return variant(kind, forward, ending_in, (kind, activation))
 
 
 def fuse_activations(model: nn.Module) -> None:
@@ -99,18 +102,3 @@ def fuse_activations(model: nn.Module) -> None:
             module.__class__ = ending_in(GELU, GELU_TANH)
         elif type(module) is LinearActivation and isinstance(module.activation, nn.SiLU):
             module.__class__ = ending_in(LinearActivation, SILU)
-
-
-def _variant(kind: type[Any], forward: Any, made_by: Any, arguments: tuple[Any, ...]) -> type[Any]:
-    """The same kind with another forward; pickled by who makes it, since its module has no such name."""
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _bare, (made_by, arguments), self.__getstate__()
-
-    named = {"__doc__": kind.__doc__, "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), {"forward": forward, "__reduce_ex__": reduce, **named})
-
-
-def _bare(made_by: Any, arguments: tuple[Any, ...]) -> Any:
-    kind = made_by(*arguments)
-    return kind.__new__(kind)
