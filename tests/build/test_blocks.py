@@ -196,3 +196,21 @@ def test_a_copy_and_what_was_pickled_are_whole(small_model):
         for again in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
             assert torch.equal(called(again, x), expected)
             assert isinstance(again, BasicTransformerBlock) and isinstance(again.attn1.to_q, QuantLinear)
+
+
+def test_a_block_with_adaln_single_and_text_computes_what_diffusers_does():
+    settings = {"cross_attention_dim": 32, "activation_fn": "gelu-approximate", "attention_bias": True}
+    torch.manual_seed(0)
+    ours = BasicTransformerBlock(
+        WIDTH, 2, 24, norm_type="ada_norm_single", norm_elementwise_affine=False, **settings
+    ).bfloat16()
+    exact = copy.deepcopy(ours).double()
+    blocks.fuse_blocks(ours)
+    assert type(ours) is not BasicTransformerBlock
+    x, text, rows = drawn(2, TOKENS, WIDTH), drawn(2, 7, 32, seed=1), drawn(2, 6 * WIDTH, seed=2)
+    mask = torch.zeros(2, 1, 7).index_fill(2, torch.tensor([5, 6]), -1e4)
+    given = {"encoder_hidden_states": text, "encoder_attention_mask": mask.bfloat16(), "timestep": rows}
+    with torch.no_grad():
+        found = ours(x, **given)
+        expected = exact(x.double(), **{name: tensor.double() for name, tensor in given.items()})
+    assert (found - expected).norm() < 0.004 * expected.norm()
