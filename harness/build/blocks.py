@@ -64,13 +64,13 @@ def modulated_by_us(kind: type[Any]) -> type[Any]:
             return original(
                 self,
                 hidden_states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                timestep,
-                cross_attention_kwargs,
-                class_labels,
-                added_cond_kwargs,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                timestep=timestep,
+                cross_attention_kwargs=cross_attention_kwargs,
+                class_labels=class_labels,
+                added_cond_kwargs=added_cond_kwargs,
             )
         norms = _norms(self)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(self, x, timestep, class_labels)
@@ -119,11 +119,11 @@ def modulated(x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float, reader:
     """LayerNorm(x) · (1 + scale) + shift of x (B, T, C); with codes left on it, if the reader takes them as they are."""
     layer = reader.of_range(reader.clock.range) if isinstance(reader, RangedLinear) else reader
     if _takes_codes(layer) and layer.treatment is not None and lasts(x, layer.clock.step):
-        step = layer.clock.step
-        made = layer.kernel.modulated(x, scale_BC, shift_BC, eps, step)
+        assert isinstance(layer.kernel, FusedKernel)
+        made = layer.kernel.modulated(x, scale_BC, shift_BC, eps, layer.clock.step)
         if made is not None:
             y, rows = made
-            layer.treatment.leave(y, step, rows)
+            layer.treatment.leave(y, layer.clock.step, rows)
             return y
     return torch.ops.ditbench_vnni.modulated(x, scale_BC, shift_BC, eps)
 
