@@ -72,9 +72,9 @@ def modulated_by_us(kind: type[Any]) -> type[Any]:
                 class_labels=class_labels,
                 added_cond_kwargs=added_cond_kwargs,
             )
-        norms = _norms(self)
+        x, norms = x.contiguous(), _norms(self)  # behind a patch embedding channels are not side by side
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(self, x, timestep, class_labels)
-        normed = modulated(x.contiguous(), scale_1, shift_1, norms[0].eps, _reader(self.attn1))
+        normed = modulated(x, scale_1, shift_1, norms[0].eps, _reader(self.attn1))
         text = encoder_hidden_states if self.only_cross_attention else None
         x = gated(x, gate_1, self.attn1(normed, encoder_hidden_states=text, attention_mask=attention_mask))
         if self.attn2 is not None:

@@ -51,26 +51,38 @@ def with_our_attention(kind: type[nn.Module]) -> type[nn.Module]:
     original = kind.forward  # by its own name: a compiler does not follow `kind.forward`
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and _only_attends(self, *args, **kwargs):
-            return _attended(self, *args, **kwargs)
         with OurAttention():
             return original(self, *args, **kwargs)
 
-    return variant(kind, forward, with_our_attention, (kind,))
+    def directly(
+        self: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, **more}
+        if not torch.compiler.is_compiling() and _only_attends(self, hidden_states, **given):
+            return _attended(self, hidden_states, encoder_hidden_states)
+        with OurAttention():
+            return original(self, hidden_states, **given)
+
+    return variant(kind, directly if kind is _plain()[0] else forward, with_our_attention, (kind,))
 
 
 @cache
-def _plain() -> type[Any]:
-    from diffusers.models.attention_processor import AttnProcessor2_0
+def _plain() -> tuple[type[Any], type[Any]]:
+    """diffusers' own attention and processor, of which many families' are no subclasses."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-    return AttnProcessor2_0
+    return Attention, AttnProcessor2_0
 
 
 def _only_attends(
-    attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any
+    attn: Any, x: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None, **more: Any
 ) -> bool:
     """Whether diffusers' processor would project, attend and project, and nothing else."""
-    if type(getattr(attn, "processor", None)) is not _plain() or attention_mask is not None or more or x.dim() != 3:
+    if type(attn.processor) is not _plain()[1] or attention_mask is not None or more or x.dim() != 3:
         return False
     norms = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k)
     crosses = encoder_hidden_states is not None and attn.norm_cross
@@ -78,9 +90,7 @@ def _only_attends(
     return not crosses and not adds and all(norm is None for norm in norms)
 
 
-def _attended(
-    attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None
-) -> Tensor:
+def _attended(attn: Any, x: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
     """What the processor does, without looking at its signature, a mode, and a division by one."""
     seen = x if encoder_hidden_states is None else encoder_hidden_states
     projected = (attn.to_q(x), attn.to_k(seen), attn.to_v(seen))

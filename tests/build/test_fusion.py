@@ -104,6 +104,25 @@ def test_it_does_what_diffusers_processor_does(differs):
         torch.testing.assert_close(ours(x, **given), theirs(x, **given), rtol=2**-6, atol=4e-3)
 
 
+class Other(nn.Module):
+    """An attention module of a family's own: other arguments, and given by name."""
+
+    processor = None
+
+    def set_processor(self, processor) -> None: ...
+
+    def forward(self, hidden_states, text, mask, rotary) -> torch.Tensor:
+        return F.scaled_dot_product_attention(hidden_states, text, rotary)
+
+
+@needs_kernel
+def test_attention_modules_of_other_classes_are_called_as_they_are(calls):
+    module, x = Other(), torch.randn(1, 2, 16, 24).bfloat16()
+    fusion.fuse_attention(module)
+    assert torch.equal(module(x, x, None, x), module(hidden_states=x, text=x, mask=None, rotary=x))
+    assert len(calls) == 2
+
+
 @needs_kernel
 def test_it_is_still_an_attention_module_and_a_copy_is_whole(small_model):
     module = attentions(quantized(small_model))[0]
