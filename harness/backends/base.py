@@ -67,6 +67,12 @@ class FusedKernel(Kernel):
         """x (…, C), transformed and quantized. keep: with x', for a low-rank branch; where that is x itself, without it."""
         raise NotImplementedError
 
+    def modulated(
+        self, x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float, step: Tensor | None
+    ) -> tuple[Tensor, Any] | None:
+        """LayerNorm of x (B, T, C) with modulation, in one pass with what `rows` makes of it without a transform → both, or None."""
+        return None
+
     def layer(
         self,
         x: Tensor,

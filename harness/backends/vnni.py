@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -145,18 +145,24 @@ class VnniKernel(FusedKernel):
         y = y + linear(linear(moved.to(down_rC.dtype), down_rC), up_Or)
         return activate(y if bias is None else y + bias.at(step), activation).to(x.dtype)
 
+    def modulated(
+        self, x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float, step: Tensor | None
+    ) -> tuple[Tensor, Rows] | None:
+        if self.act.spec.dynamic and self.act.spec.granularity == "per_tensor":
+            return None  # which range a row has is known when all of them are
+        y, *codes = torch.ops.ditbench_vnni.modulated_rows(x, scale_BC, shift_BC, eps, *self.quantizer(x, step))
+        return y, Rows(tuple(codes), None)  # type: ignore[arg-type]
+
     def quantized(self, x: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x' (…, C) → codes, scales, offsets and sums of codes of its rows."""
         x_MC = x.reshape(-1, x.shape[-1]).contiguous()
-        return torch.ops.ditbench_vnni.quantize_rows(
-            x_MC if x_MC.dtype == torch.bfloat16 else x_MC.float(),
-            *self.given_affine(x, step),
-            self.act_groups,
-            self.sum_GO.shape[0],
-            self.act.spec.quant_max,
-            self.act.spec.symmetric,
-            self.act.clip,
-        )
+        x_MC = x_MC if x_MC.dtype == torch.bfloat16 else x_MC.float()
+        return torch.ops.ditbench_vnni.quantize_rows(x_MC, *self.quantizer(x, step))
+
+    def quantizer(self, x: Tensor, step: Tensor | None) -> tuple[Any, ...]:
+        """What the operators have to know of the quantizer of x (…, C)."""
+        spec, groups = self.act.spec, (self.act_groups, self.sum_GO.shape[0])
+        return *self.given_affine(x, step), *groups, spec.quant_max, spec.symmetric, self.act.clip
 
     def product(
         self,
@@ -177,7 +183,7 @@ class VnniKernel(FusedKernel):
         """scale and zero_point per row where the input's own rows do not say: static ranges, and those of a whole sample."""
         if self.act.spec.dynamic and self.act.spec.granularity != "per_tensor":
             return None, None
-        affine = activation_affine(x.float(), self.act, step)
+        affine = activation_affine(x.float() if self.act.spec.dynamic else x, self.act, step)
         rows = (*x.shape[:-1], 1)
         scale, zero_point = (None if a is None else a.float().expand(rows).reshape(-1).contiguous() for a in affine)
         return scale, zero_point
@@ -223,6 +229,9 @@ def load_extension() -> None:
     torch.library.register_fake(f"{LIBRARY}::linear", _fake_linear)
     torch.library.register_fake(f"{LIBRARY}::dequantize", _fake_dequantize)
     torch.library.register_fake(f"{LIBRARY}::attention", _fake_attention)
+    torch.library.register_fake(f"{LIBRARY}::modulated", lambda x, scale, shift, eps: torch.empty_like(x))
+    torch.library.register_fake(f"{LIBRARY}::modulated_rows", _fake_modulated_rows)
+    torch.library.register_fake(f"{LIBRARY}::gated", lambda x, gate, y: torch.empty_like(x))
     torch.library.register_fake(f"{LIBRARY}::few_rows", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
     torch.library.register_fake(f"{LIBRARY}::activate", lambda x, activation: torch.empty_like(x))
 
@@ -235,6 +244,10 @@ def _fake_quantize_rows(x, scale, zero_point, groups, sum_groups, quant_max, sym
         x.new_empty(rows, groups, dtype=torch.int32),
         x.new_empty(rows, sum_groups, dtype=torch.int32),
     )
+
+
+def _fake_modulated_rows(x, scale, shift, eps, *quantizer):
+    return torch.empty_like(x), *_fake_quantize_rows(x.flatten(0, 1), *quantizer)
 
 
 def _fake_linear(

@@ -1,8 +1,8 @@
 """What stands around the products of a quantized model is computed by kernels of ours, where the device has them.
 
 Attention: whatever processor a family has ends in `F.scaled_dot_product_attention`; inside of attention modules, and nowhere else,
-that name means our kernel. Activations behind a quantized layer become the end of its product. Float layers that have one row per
-sample (of timesteps, labels, modulations) read their weights once, as they lie.
+that name means our kernel. Activations behind a quantized layer become the end of its product. Norms, modulations and gates of
+blocks: `blocks.py`. Float layers that have one row per sample (of timesteps, labels, modulations) read their weights once, as they lie.
 
 The float model is left as it is: it is what speed and samples are compared with.
 """
@@ -21,6 +21,7 @@ from ditbench.harness.backends import vnni
 from ditbench.harness.backends.activations import GELU_TANH, SILU
 from ditbench.harness.backends.attention import attention, lacks
 from ditbench.harness.backends.few_rows import SteadyLinear
+from ditbench.harness.build.blocks import fuse_blocks
 from ditbench.harness.build.layer import QuantLinear, RangedLinear
 from ditbench.harness.build.variants import variant
 
@@ -35,6 +36,7 @@ def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         fuse_few_rows(model)
     if vnni.cpu_lacks() is None:
         fuse_activations(model)
+        fuse_blocks(model)
 
 
 class OurAttention(TorchFunctionMode):
@@ -52,7 +54,48 @@ def with_our_attention(kind: type[nn.Module]) -> type[nn.Module]:
         with OurAttention():
             return original(self, *args, **kwargs)
 
-    return variant(kind, forward, with_our_attention, (kind,))
+    def directly(
+        self: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, **more}
+        if not torch.compiler.is_compiling() and _only_attends(self, hidden_states, **given):
+            return _attended(self, hidden_states, encoder_hidden_states)
+        with OurAttention():
+            return original(self, hidden_states, **given)
+
+    return variant(kind, directly if kind is _plain()[0] else forward, with_our_attention, (kind,))
+
+
+@cache
+def _plain() -> tuple[type[Any], type[Any]]:
+    """diffusers' own attention and processor, of which many families' are no subclasses."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    return Attention, AttnProcessor2_0
+
+
+def _only_attends(
+    attn: Any, x: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None, **more: Any
+) -> bool:
+    """Whether diffusers' processor would project, attend and project, and nothing else."""
+    if type(attn.processor) is not _plain()[1] or attention_mask is not None or more or x.dim() != 3:
+        return False
+    norms = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k)
+    crosses = encoder_hidden_states is not None and attn.norm_cross
+    adds = attn.residual_connection or attn.rescale_output_factor != 1 or attn.training
+    return not crosses and not adds and all(norm is None for norm in norms)
+
+
+def _attended(attn: Any, x: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
+    """What the processor does, without looking at its signature, a mode, and a division by one."""
+    seen = x if encoder_hidden_states is None else encoder_hidden_states
+    projected = (attn.to_q(x), attn.to_k(seen), attn.to_v(seen))
+    q, k, v = (y.view(*y.shape[:2], attn.heads, -1).transpose(1, 2) for y in projected)
+    return attn.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def fuse_attention(model: nn.Module) -> None:

@@ -20,18 +20,31 @@ class Treatment:
 
         keep: whether x' is needed beside its codes. Nothing that make() gives may hold x itself, which would then never go.
         """
-        if torch.compiler.is_compiling() or x.is_inference() or (step is not None and step.is_inference()):
-            return make()  # these do not tell whether they have changed
-        if torch.is_grad_enabled() and x.requires_grad:
-            return make()  # a graph is gone through once, and would hold x
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return make()  # a replay changes x and tells nobody
-        versions = (x._version, None if step is None else (id(step), step._version))
+        if not lasts(x, step):
+            return make()
+        versions = _versions(x, step)
         left: Left | None = getattr(x, NAME, None)
         if left is None or left.treatment is not self or left.versions != versions or (keep and not left.keeps):
             left = Left(self, versions, keep, make())
             setattr(x, NAME, left)
         return left.rows
+
+    def leave(self, x: Tensor, step: Tensor | None, rows: Any) -> None:
+        """On x, what `of` would make of it; of an x that `lasts`, and that is no more than its rows (no transform)."""
+        setattr(x, NAME, Left(self, _versions(x, step), True, rows))
+
+
+def lasts(x: Tensor, step: Tensor | None) -> bool:
+    """Whether something may be left on x: it will tell whether it has changed, and lives no longer than it should."""
+    if torch.compiler.is_compiling() or x.is_inference() or (step is not None and step.is_inference()):
+        return False  # these do not tell whether they have changed
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False  # a graph is gone through once, and would hold x
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay changes x and tells nobody
+
+
+def _versions(x: Tensor, step: Tensor | None) -> tuple[Any, ...]:
+    return x._version, None if step is None else (id(step), step._version)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,48 @@ def test_outside_of_attention_modules_the_name_means_torchs(small_model, calls):
 
 
 @needs_kernel
+@pytest.mark.parametrize(
+    "differs", ["text", "mask", "norm_q", "norm_cross", "residual_connection", "rescale_output_factor"]
+)
+def test_it_does_what_diffusers_processor_does(differs):
+    torch.manual_seed(0)
+    settings = {"cross_attention_dim": 32} if differs in ("text", "norm_cross") else {}
+    settings |= {"cross_attention_norm": "layer_norm"} if differs == "norm_cross" else {}
+    theirs = Attention(48, heads=2, dim_head=24, **settings).bfloat16().eval()
+    if differs == "norm_q":
+        theirs.norm_q = nn.LayerNorm(24).bfloat16()
+    elif hasattr(theirs, differs) and differs != "norm_cross":
+        setattr(theirs, differs, 2)
+    ours = copy.deepcopy(theirs)
+    fusion.fuse_attention(ours)
+    given = {"encoder_hidden_states": torch.randn(1, 7, 32).bfloat16()} if settings else {}
+    if differs == "mask":
+        given["attention_mask"] = torch.zeros(1, 1, 16).index_fill(2, torch.arange(9, 16), -1e4).bfloat16()
+    x = torch.randn(1, 16, 48).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, **given), theirs(x, **given), rtol=2**-6, atol=4e-3)
+
+
+class Other(nn.Module):
+    """An attention module of a family's own: other arguments, and given by name."""
+
+    processor = None
+
+    def set_processor(self, processor) -> None: ...
+
+    def forward(self, hidden_states, text, mask, rotary) -> torch.Tensor:
+        return F.scaled_dot_product_attention(hidden_states, text, rotary)
+
+
+@needs_kernel
+def test_attention_modules_of_other_classes_are_called_as_they_are(calls):
+    module, x = Other(), torch.randn(1, 2, 16, 24).bfloat16()
+    fusion.fuse_attention(module)
+    assert torch.equal(module(x, x, None, x), module(hidden_states=x, text=x, mask=None, rotary=x))
+    assert len(calls) == 2
+
+
+@needs_kernel
 def test_it_is_still_an_attention_module_and_a_copy_is_whole(small_model):
     module = attentions(quantized(small_model))[0]
     copied, x = copy.deepcopy(module), torch.randn(1, 16, 48).bfloat16()

@@ -15,6 +15,7 @@ using Half = at::BFloat16;
 
 constexpr int64_t CHANNELS = 32;        // of a register
 constexpr int64_t ROWS = 4, OUTPUTS = 4; // multiplied together: 16 sums stay in registers
+constexpr int64_t AHEAD = 2;            // weights are fetched so many groups of outputs before they are multiplied
 
 __m512i load32(const Half* p, int64_t count) {
   const __mmask32 mask = count >= CHANNELS ? 0xFFFFFFFF : (1u << count) - 1;
@@ -66,6 +67,9 @@ Tensor few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   at::parallel_for(0, ceil_div(outputs, OUTPUTS), 16, [&](int64_t begin, int64_t end) {
     float sums[ROWS][OUTPUTS];
     for (int64_t o = begin * OUTPUTS; o < std::min(end * OUTPUTS, outputs); o += OUTPUTS) {
+      const Half *soon = w_at + (o + AHEAD * OUTPUTS) * channels, *last = w_at + outputs * channels;
+      for (const Half* line = soon; line < std::min(last, soon + OUTPUTS * channels); line += CHANNELS)
+        _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
       const int64_t together = std::min(OUTPUTS, outputs - o);
       for (int64_t m = 0; m < rows; m += ROWS) {
         const int64_t few = std::min(ROWS, rows - m);

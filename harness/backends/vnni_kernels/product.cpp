@@ -163,17 +163,33 @@ void linear_rows(
   }
 }
 
+// Brings bytes that are wanted soon into the second-level cache, a share with every call.
+class Ahead {
+ public:
+  Ahead(const uint8_t* from, int64_t bytes, int64_t calls) : at_(from), end_(from + bytes), share_(ceil_div(bytes, calls)) {}
+
+  void fetch() {
+    const uint8_t* stop = std::min(end_, at_ + share_);
+    for (; at_ < stop; at_ += LINE) _mm_prefetch(reinterpret_cast<const char*>(at_), _MM_HINT_T1);
+  }
+
+ private:
+  static constexpr int64_t LINE = 64;
+  const uint8_t *at_, *end_;
+  int64_t share_;
+};
+
 template <typename T>
 void linear_all(const Activations& x, const Weight& w, const float* bias, Activation activation, T* y) {
   const int64_t pairs = ceil_div(w.channels, 2 * DEPTH), panels = ceil_div(w.outputs, LANES);
   const int64_t strips = ceil_div(panels, STRIP), chunks = ceil_div(x.rows, ROWS_PER_TASK);
-  const int64_t strip_stride = pairs * 2 * PANEL;
+  const int64_t strip_stride = pairs * 2 * PANEL, panel_bytes = pairs * (w.bits == 8 ? 2 * PANEL : PANEL);
   at::parallel_for(0, strips * chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<int8_t> buffer(w.bits == 4 ? STRIP * strip_stride : 0);
     int64_t unpacked = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t panel = task / chunks * STRIP, here = std::min(STRIP, panels - panel);
-      const uint8_t* stored = w.packed + panel * pairs * (w.bits == 8 ? 2 * PANEL : PANEL);
+      const uint8_t* stored = w.packed + panel * panel_bytes;
       const int8_t* strip = reinterpret_cast<const int8_t*>(stored);
       if (w.bits == 4) {
         if (unpacked != panel) unpack_strip(stored, here * pairs, w.is_signed, buffer.data());
@@ -181,8 +197,12 @@ void linear_all(const Activations& x, const Weight& w, const float* bias, Activa
         strip = buffer.data();
       }
       const int64_t start = task % chunks * ROWS_PER_TASK, stop = std::min(x.rows, start + ROWS_PER_TASK);
-      for (int64_t row = start; row < stop; row += ROWS)
+      const int64_t next_bytes = std::min(STRIP, panels - panel - here) * panel_bytes;
+      Ahead ahead(stored + here * panel_bytes, next_bytes, ceil_div(stop - start, ROWS));
+      for (int64_t row = start; row < stop; row += ROWS) {
+        ahead.fetch();
         linear_rows(x, w, bias, activation, strip, strip_stride, panel, here, row, std::min(ROWS, stop - row), y);
+      }
     }
   });
 }

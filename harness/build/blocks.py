@@ -1,0 +1,137 @@
+"""Transformer blocks of a quantized model whose norms, modulations and gates are computed by kernels of ours.
+
+Of diffusers' `BasicTransformerBlock` those with modulation: adaLN-zero (DiT) and adaLN-single (PixArt, Latte). Between two products
+there are then two passes over the tokens: gate and residual; norm and modulation, whose result is handed to the layers that read it
+together with their codes. Both round once, at their end. A block that is called as these are not, or in another dtype, on another
+device, with gradients, or by a compiler, does what diffusers does.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ditbench.harness.backends.base import FusedKernel
+from ditbench.harness.build.layer import QuantLinear, RangedLinear
+from ditbench.harness.build.treatment import Treatment, lasts
+from ditbench.harness.build.variants import variant
+
+ZERO, SINGLE = "ada_norm_zero", "ada_norm_single"
+
+
+def fuse_blocks(model: nn.Module) -> None:
+    """In place; the layers that read a norm's result are given a treatment, so that codes can be left for them."""
+    from diffusers.models.attention import BasicTransformerBlock  # seconds; and triton, which must not come first
+
+    for block in model.modules():
+        if type(block) is BasicTransformerBlock and _has_our_form(block):
+            for reader in (_reader(block.attn1), _reader(block.ff)):
+                for layer in reader.variants if isinstance(reader, RangedLinear) else [reader]:
+                    if _takes_codes(layer) and layer.treatment is None:
+                        layer.treatment = Treatment()
+            block.__class__ = modulated_by_us(BasicTransformerBlock)
+
+
+def _has_our_form(block: Any) -> bool:
+    if block.norm_type not in (ZERO, SINGLE) or block.pos_embed is not None or hasattr(block, "fuser"):
+        return False
+    if block.norm_type == ZERO and block.attn2 is not None:
+        return False
+    return all(type(norm) is nn.LayerNorm and norm.weight is None for norm in _norms(block))
+
+
+@cache
+def modulated_by_us(kind: type[Any]) -> type[Any]:
+    """The same kind of block; its parts are called in diffusers' order."""
+    original = kind.forward  # by its own name: a compiler does not follow `kind.forward`
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        x = hidden_states
+        if cross_attention_kwargs or self._chunk_size is not None or not _ours(x):
+            return original(
+                self,
+                hidden_states,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                timestep=timestep,
+                cross_attention_kwargs=cross_attention_kwargs,
+                class_labels=class_labels,
+                added_cond_kwargs=added_cond_kwargs,
+            )
+        x, norms = x.contiguous(), _norms(self)  # behind a patch embedding channels are not side by side
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(self, x, timestep, class_labels)
+        normed = modulated(x, scale_1, shift_1, norms[0].eps, _reader(self.attn1))
+        text = encoder_hidden_states if self.only_cross_attention else None
+        x = gated(x, gate_1, self.attn1(normed, encoder_hidden_states=text, attention_mask=attention_mask))
+        if self.attn2 is not None:
+            seen = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
+            x = self.attn2(x, **seen) + x
+        normed = modulated(x, scale_2, shift_2, norms[1].eps, _reader(self.ff))
+        return gated(x, gate_2, self.ff(normed))
+
+    return variant(kind, forward, modulated_by_us, (kind,))
+
+
+def _ours(x: Tensor) -> bool:
+    """Whether tokens (B, T, C) are what our kernels take."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    return x.dim() == 3 and x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _norms(block: Any) -> tuple[Any, Any]:
+    """Before the attention and before the feed-forward network."""
+    return (block.norm1.norm, block.norm3) if block.norm_type == ZERO else (block.norm1, block.norm2)
+
+
+def _modulation(block: Any, x: Tensor, timestep: Any, class_labels: Any) -> tuple[Tensor, ...]:
+    """Shift, scale and gate (B, C), of the attention and of the feed-forward network."""
+    if block.norm_type == SINGLE:
+        rows = block.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)
+        return tuple(row.to(x.dtype) for row in rows.unbind(1))
+    norm = block.norm1
+    emb = timestep if norm.emb is None else norm.emb(timestep, class_labels, hidden_dtype=x.dtype)
+    return tuple(row.to(x.dtype) for row in norm.linear(norm.silu(emb)).chunk(6, dim=1))
+
+
+def _reader(part: Any) -> nn.Module | None:
+    """The first layer that reads what comes into an attention or a feed-forward module; those beside it share its treatment."""
+    places = ("to_qkv", "to_q") if hasattr(part, "to_q") else ("proj",)
+    owner = part if hasattr(part, "to_q") else part.net[0]
+    return next((layer for place in places if (layer := getattr(owner, place, None)) is not None), None)
+
+
+def modulated(x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float, reader: nn.Module | None) -> Tensor:
+    """LayerNorm(x) · (1 + scale) + shift of x (B, T, C); with codes left on it, if the reader takes them as they are."""
+    layer = reader.of_range(reader.clock.range) if isinstance(reader, RangedLinear) else reader
+    if _takes_codes(layer) and layer.treatment is not None and lasts(x, layer.clock.step):
+        assert isinstance(layer.kernel, FusedKernel)
+        made = layer.kernel.modulated(x, scale_BC, shift_BC, eps, layer.clock.step)
+        if made is not None:
+            y, rows = made
+            layer.treatment.leave(y, layer.clock.step, rows)
+            return y
+    return torch.ops.ditbench_vnni.modulated(x, scale_BC, shift_BC, eps)
+
+
+def _takes_codes(layer: Any) -> TypeGuard[QuantLinear]:
+    return isinstance(layer, QuantLinear) and isinstance(layer.kernel, FusedKernel) and layer.transform is None
+
+
+def gated(x: Tensor, gate_BC: Tensor, y: Tensor) -> Tensor:
+    """x + gate · y of tokens (B, T, C)."""
+    return torch.ops.ditbench_vnni.gated(x.contiguous(), gate_BC, y.contiguous())
