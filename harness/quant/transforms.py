@@ -72,10 +72,41 @@ class Hadamard(Rotation):
     def forward(self, x: Tensor) -> Tensor:
         if self.signs_C is not None:
             x = x * self.signs_C.to(x.dtype)
-        shape = x.shape
-        left, right = self.left_aa.to(x.dtype), self.right_bb.to(x.dtype)
-        x = x.reshape(*shape[:-1], -1, len(left), len(right))
-        return (left.T @ (x @ right)).reshape(shape)
+        return _in_blocks(x, self.left_aa, self.right_bb)
+
+
+class RegularHadamard(Rotation):
+    """x · H / √m in blocks of m channels, H a regular Hadamard matrix: all its rows and columns have the sum √m, so that what is the
+    same in all channels stays spread (ConvRot, arXiv:2512.03673). A class of its own, since kernels build Sylvester's and Paley's.
+
+    Raises:
+        ValueError: block_size is no power of four, or does not divide the size.
+    """
+
+    left_aa: Tensor
+    right_bb: Tensor
+
+    def __init__(self, size: int, block_size: int) -> None:
+        super().__init__()
+        if block_size < 1 or size % block_size or orders.largest_power_of_four(block_size, block_size) != block_size:
+            usable = orders.largest_power_of_four(size, size)
+            raise ValueError(
+                f"regular Hadamard blocks of {block_size} do not fit C={size}; powers of four up to {usable} do"
+            )
+        self.size, self.block_size = size, block_size
+        a = orders.largest_power_of_four(block_size, int(block_size**0.5))
+        for name, order in (("left_aa", a), ("right_bb", block_size // a)):
+            self.register_buffer(name, orders.regular(order) / order**0.5, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _in_blocks(x, self.left_aa, self.right_bb)
+
+
+def _in_blocks(x: Tensor, left_aa: Tensor, right_bb: Tensor) -> Tensor:
+    """x · (left ⊗ right) in blocks of a · b channels."""
+    left, right = left_aa.to(x.dtype), right_bb.to(x.dtype)
+    blocks = x.reshape(*x.shape[:-1], -1, len(left), len(right))
+    return (left.T @ (blocks @ right)).reshape(x.shape)
 
 
 class Transform(nn.Module):
