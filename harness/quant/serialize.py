@@ -29,7 +29,7 @@ from ditbench.harness.quant.spec import FLOAT8, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.tlq import TwinLogLevels
 from ditbench.harness.quant.transforms import Hadamard, Permutation, RegularHadamard, Transform
-from ditbench.harness.quant.uneven import ChannelScaledQuant, DualScaleQuant, LogSqrt2Quant
+from ditbench.harness.quant.uneven import ChannelScaledQuant, DualScaleQuant, LeadingQuant, LogSqrt2Quant
 
 CLASSES: dict[str, type] = {
     each.__name__: each
@@ -37,7 +37,7 @@ CLASSES: dict[str, type] = {
         *(LayerRecipe, AttentionRecipe, LowRank, QuantSpec, StepTable, BlockFolds, RowFold),
         *(Transform, Hadamard, RegularHadamard, Permutation, BlockRotation),
         *(QuantizedWeight, LookupWeight, Levels, TwinLogLevels),
-        *(ActQuant, LogSqrt2Quant, DualScaleQuant, ChannelScaledQuant),
+        *(ActQuant, LogSqrt2Quant, DualScaleQuant, ChannelScaledQuant, LeadingQuant),
     )
 }
 NARROW = (torch.int16, torch.int32)

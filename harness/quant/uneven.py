@@ -111,6 +111,22 @@ class ChannelScaledQuant(UnevenQuant):
         return fake_quantize_activation(x / scale, inner, step) * scale
 
 
+@dataclass(frozen=True)
+class LeadingQuant(UnevenQuant):
+    """Only the first `channels` are rounded, as the spec says; the others count as zero here, since a branch in high precision takes
+    them (DiRotQ, arXiv:2605.16732).
+
+    scale, zero_point: as of an `ActQuant`, of the leading channels.
+    """
+
+    channels: int = 0
+
+    def rounded(self, x: Tensor, step: Tensor | None) -> Tensor:
+        inner = ActQuant(self.spec, self.scale, self.zero_point, self.clip)
+        leading = torch.arange(x.shape[-1], device=x.device) < self.channels
+        return fake_quantize_activation(x * leading, inner, step)  # zeros widen no range, and stay zeros
+
+
 def channel_absmax(x: Tensor, channels: int) -> Tensor:
     """x (B, …, C) → Λ (B, 1, …, C); 1 where a channel is zero."""
     absmax = x.abs().amax(tuple(range(1, x.ndim - 1)), keepdim=True)
