@@ -28,14 +28,14 @@ from ditbench.harness.quant.rotations import BlockRotation
 from ditbench.harness.quant.spec import FLOAT8, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.tlq import TwinLogLevels
-from ditbench.harness.quant.transforms import Hadamard, Permutation, RegularHadamard, Transform
+from ditbench.harness.quant.transforms import Hadamard, KroneckerMap, Permutation, RegularHadamard, Transform
 from ditbench.harness.quant.uneven import ChannelScaledQuant, DualScaleQuant, LeadingQuant, LogSqrt2Quant
 
 CLASSES: dict[str, type] = {
     each.__name__: each
     for each in (
         *(LayerRecipe, AttentionRecipe, LowRank, QuantSpec, StepTable, BlockFolds, RowFold),
-        *(Transform, Hadamard, RegularHadamard, Permutation, BlockRotation),
+        *(Transform, Hadamard, RegularHadamard, Permutation, BlockRotation, KroneckerMap),
         *(QuantizedWeight, LookupWeight, Levels, TwinLogLevels),
         *(ActQuant, LogSqrt2Quant, DualScaleQuant, ChannelScaledQuant, LeadingQuant),
     )
