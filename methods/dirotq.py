@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -157,7 +158,7 @@ def rotations(target: Target, state: dict[str, Tensor]) -> dict[str, Transform]:
 def bases(target: Target, calibration: Calibration, params: Params) -> dict[str, Tensor]:
     """{site: V, float64 (C, C)}: the principal axes of what its layers read, the largest last."""
     return {
-        name: basis(moment_CC, params)
+        name: basis(moment_CC.to(target.device), params)
         for sites in in_passes(target, params.max_bytes)
         for name, moment_CC in moments(target, calibration, sites).items()
     }
@@ -189,17 +190,24 @@ def in_passes(target: Target, max_bytes: int) -> Iterator[list[Site]]:
 
 
 def basis(moment_CC: Tensor, params: Params) -> Tensor:
-    """V = [U_low R, U_high], float64 on the CPU: a factorization's signs are its library's."""
-    moment_CC = moment_CC.cpu().double()
+    """V = [U_low R, U_high], float64 on the CPU."""
+    moment_CC = moment_CC.double()
     width = len(moment_CC)
-    damped_CC = moment_CC + params.damp * moment_CC.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    damped_CC = moment_CC.clone()
+    damped_CC.diagonal().add_(params.damp * moment_CC.diagonal().mean())
     axes_CC = torch.linalg.eigh(damped_CC).eigenvectors  # by rising eigenvalue
     low = low_channels(width, params)
     if params.residual == "random":
-        generator = torch.Generator().manual_seed(params.seed)
-        drawn = torch.randn(low, low, generator=generator, dtype=torch.float64)
-        axes_CC = torch.cat([axes_CC[:, :low] @ torch.linalg.qr(drawn).Q, axes_CC[:, low:]], 1)
-    return axes_CC.contiguous()
+        turned = axes_CC[:, :low] @ random_rotation(low, params.seed).to(axes_CC.device)
+        axes_CC = torch.cat([turned, axes_CC[:, low:]], 1)
+    return axes_CC.cpu().contiguous()
+
+
+@cache
+def random_rotation(size: int, seed: int) -> Tensor:
+    """R, the same for all inputs of a width; made on the CPU: a factorization's signs are its library's."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
 
 
 def branch_of(target: Target, name: str, rotated: dict[str, Transform], params: Params) -> LowRank:
