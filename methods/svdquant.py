@@ -63,6 +63,7 @@ from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Site, Target, weight_matrix
 from ditbench.harness.quant.transforms import Transform
 
+DATA_FREE = "data_free"  # the form that weights alone decide: branch and residual, λ = 1
 OWN_FORMAT_BELOW = 8  # bits
 GOLDEN = 0.6180339887498949  # steps through the unit interval without ever repeating
 
@@ -97,7 +98,10 @@ class Params:
             raise ValueError(f"svdquant: gelu_shift must be at least 0, got {self.gelu_shift}")
 
 
-FORMS = {PUBLISHED: Form({"num_grids": 20, "iterations": 100}, {"calibration.n": 128})}
+FORMS = {
+    PUBLISHED: Form({"num_grids": 20, "iterations": 100}, {"calibration.n": 128}),
+    DATA_FREE: Form({"smooth": "off", "gelu_shift": 0.0}, {"calibration.n": 0}),
+}
 
 
 def check_bits(bits: Bits) -> None:

@@ -20,7 +20,7 @@ from ditbench.harness.backends.base import Kernel, MachineLacks
 from ditbench.harness.backends.block_layouts import of_square_blocks, rows_first, swizzled
 from ditbench.harness.quant.block_scales import Scales, stored
 from ditbench.harness.quant.packing import pack
-from ditbench.harness.quant.quantizers import ActQuant, LogSqrt2Quant, QuantizedWeight, blocked_activation
+from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, UnevenQuant, blocked_activation
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.spec import E2M1, E4M3, QuantSpec
 
@@ -35,7 +35,7 @@ ROWS = 16  # so many tokens at a time; fewer are filled up with zeros
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
     weight, act = recipe.weight, recipe.act
-    if not isinstance(weight, QuantizedWeight) or act is None or isinstance(act, LogSqrt2Quant):
+    if not isinstance(weight, QuantizedWeight) or act is None or isinstance(act, UnevenQuant):
         return f"{NAME} takes weights and activations in blocks"
     if not (weight.spec.in_blocks and act.spec.in_blocks and weight.spec.name == act.spec.name):
         return f"{NAME} takes both sides in one format in blocks; these are {weight.spec.name} and {act.spec.name}"

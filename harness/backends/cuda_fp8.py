@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditbench.harness.backends.base import Kernel
 from ditbench.harness.backends.triton_kernels.limits import device_lacks, rows_lack
-from ditbench.harness.quant.quantizers import LogSqrt2Quant, QuantizedWeight
+from ditbench.harness.quant.quantizers import QuantizedWeight, UnevenQuant
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.spec import E4M3
 
@@ -27,7 +27,7 @@ MULTIPLE = 16  # of both widths: torch's product takes no others
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
     weight, act = recipe.weight, recipe.act
-    if not isinstance(weight, QuantizedWeight) or act is None or isinstance(act, LogSqrt2Quant):
+    if not isinstance(weight, QuantizedWeight) or act is None or isinstance(act, UnevenQuant):
         return f"{NAME} takes e4m3 weights and activations"
     if not weight.spec.number == act.spec.number == E4M3:
         return f"{NAME} takes e4m3 weights and activations; these are {weight.spec.number} and {act.spec.number}"

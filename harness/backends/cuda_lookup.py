@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.backends.base import Kernel
-from ditbench.harness.backends.integers import not_even
+from ditbench.harness.backends.integers import not_even, uneven
 from ditbench.harness.backends.triton_kernels.limits import device_lacks, rows_lack
 from ditbench.harness.quant.quantizers import LookupWeight
 from ditbench.harness.quant.recipe import LayerRecipe
@@ -28,7 +28,9 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
         return f"{NAME} takes weights that are looked up in a table"
     if recipe.weight.code_bits > 8:
         return f"{NAME} stores a code in a byte at most, these have {recipe.weight.code_bits} bits"
-    return None if recipe.act is None else not_even(NAME, recipe.act.spec) or rows_lack(NAME, recipe.act)
+    if recipe.act is None:
+        return None
+    return uneven(NAME, recipe.act) or not_even(NAME, recipe.act.spec) or rows_lack(NAME, recipe.act)
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditbench.harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight
+from ditbench.harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, UnevenQuant
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.spec import INT, QuantSpec
 
@@ -18,9 +18,16 @@ def not_integers(name: str, recipe: LayerRecipe) -> str | None:
         return f"{name} needs weights and activations quantized, one of them stays in float"
     if isinstance(recipe.weight, LookupWeight):
         return f"{name} multiplies integers; these weights are looked up in a table of uneven levels"
-    if isinstance(recipe.act, LogSqrt2Quant):
-        return f"{name} multiplies integers; these activations are rounded in their logarithm"
+    if problem := uneven(name, recipe.act):
+        return problem
     return not_even(name, recipe.weight.spec) or not_even(name, recipe.act.spec)
+
+
+def uneven(name: str, act: ActQuant | None) -> str | None:
+    """Why these activations are not codes × one scale."""
+    if not isinstance(act, UnevenQuant):
+        return None
+    return f"{name} takes activations that are codes times one scale; these are of a {type(act).__name__}"
 
 
 def not_even(name: str, spec: QuantSpec) -> str | None:

@@ -16,7 +16,7 @@ from math import gcd
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditbench.harness.backends.base import Kernel
 from ditbench.harness.backends.exact_sums import WholeWeight
@@ -25,9 +25,9 @@ from ditbench.harness.quant.block_scales import by_channel, by_row, keeps_float3
 from ditbench.harness.quant.packing import pack, unpack
 from ditbench.harness.quant.quantizers import (
     ActQuant,
-    LogSqrt2Quant,
     LookupWeight,
     QuantizedWeight,
+    UnevenQuant,
     activation_affine,
     blocked_activation,
     fake_quantize_activation,
@@ -80,8 +80,8 @@ class SimulatedKernel(Kernel):
             self.register_buffer("scale_OG", recipe.weight.scale_OG)
             self.register_buffer("zero_point_OG", recipe.weight.zero_point_OG)
             self.register_buffer("tensor_scale", recipe.weight.tensor_scale)
-        if recipe.act is not None and recipe.act.scale is not None:
-            self.act_scale, self.act_zero_point = recipe.act.scale, recipe.act.zero_point  # counted, and moved with us
+        if recipe.act is not None and recipe.act.tables:
+            self.act_tables = nn.ModuleList(recipe.act.tables)  # counted, and moved with us
         self._unpacked: Tensor | None = None
         self._whole: WholeWeight | None = None
         self._decided_on: torch.device | None = None
@@ -103,7 +103,7 @@ class SimulatedKernel(Kernel):
     def multiplies_codes(self) -> bool:
         """Both sides are codes × scale."""
         evenly = self.quantized and not hasattr(self, "levels")
-        return evenly and self.act is not None and not isinstance(self.act, LogSqrt2Quant)
+        return evenly and self.act is not None and not isinstance(self.act, UnevenQuant)
 
     def unpacked(self) -> Tensor:
         """weight_OC in float32: codes less their zero points, or values where no codes are multiplied."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.quant.folds import BlockFolds
-from ditbench.harness.quant.quantizers import ActQuant, LogSqrt2Quant, LookupWeight, QuantizedWeight
+from ditbench.harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe
 from ditbench.harness.quant.rotations import BlockRotation
 from ditbench.harness.quant.sage import SageRecipe
@@ -23,6 +23,7 @@ from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import is_linear_map, weight_matrix
 from ditbench.harness.quant.tlq import TwinLogLevels
 from ditbench.harness.quant.transforms import Hadamard, Transform
+from ditbench.harness.quant.uneven import DualScaleQuant, LogSqrt2Quant
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 FIELDS = {
@@ -188,6 +189,8 @@ def check_transform(where: str, transform: Transform, width: int, num_steps: int
 def check_act(where: str, act: ActQuant, width: int | None, num_steps: int | None) -> None:
     """width: of what it quantizes, where that is known."""
     spec, tables = act.spec, {"scale": act.scale, "zero_point": act.zero_point}
+    if isinstance(act, DualScaleQuant):
+        tables["negative_scale"] = act.negative_scale
     if width is not None:
         _group(where, spec, width)
     if spec.dynamic:
@@ -195,7 +198,7 @@ def check_act(where: str, act: ActQuant, width: int | None, num_steps: int | Non
             expect(table is None, f"{where}/{part}", "null of a dynamic quantizer", "a table")
         return
     for part, table in tables.items():
-        wanted = part == "scale" or not (spec.symmetric or isinstance(act, LogSqrt2Quant))
+        wanted = part != "zero_point" or not (spec.symmetric or isinstance(act, LogSqrt2Quant))
         expect((table is not None) == wanted, f"{where}/{part}", "a table" if wanted else "null", table and "a table")
         if table is not None:
             check_table(f"{where}/{part}", table, (), num_steps)

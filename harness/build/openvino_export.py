@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import ditbench
 from ditbench.harness.backends.few_rows import SteadyLinear
+from ditbench.harness.backends.integers import uneven
 from ditbench.harness.backends.simulate import SimulatedKernel
 from ditbench.harness.build.build import build, set_submodule
 from ditbench.harness.build.export import architecture
@@ -72,6 +73,8 @@ def _why_not(layer: LayerRecipe, weights_only: bool) -> str | None:
         return why
     if layer.act is None or weights_only:
         return None
+    if why := uneven("FakeQuantize", layer.act):
+        return why
     if why := _not_integers(layer.act.spec, "its activations are"):
         return why
     if layer.act.spec.dynamic:

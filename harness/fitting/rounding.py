@@ -19,10 +19,8 @@ from ditbench.harness.common.memory import trim
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.quantizers import (
     ActQuant,
-    LogSqrt2Quant,
     LookupWeight,
     QuantizedWeight,
-    log_sqrt2_delta,
     quantize_weight,
     searched_range,
     static_quant,
@@ -32,6 +30,7 @@ from ditbench.harness.quant.spec import E4M3, Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Target, weight_matrix
 from ditbench.harness.quant.transforms import Transform
+from ditbench.harness.quant.uneven import LogSqrt2Quant, log_sqrt2_delta
 
 if TYPE_CHECKING:
     from ditbench.harness.calibration.recording import Calibration

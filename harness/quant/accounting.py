@@ -139,7 +139,7 @@ def _online(layer: LayerRecipe, folded: bool) -> Transform:
 
 def _range_bytes(act: ActQuant | None) -> int:
     """Of static ranges; dynamic ones have none."""
-    tables = [] if act is None else [table for table in (act.scale, act.zero_point) if table is not None]
+    tables = [] if act is None else act.tables
     return sum(table.rows.numel() * 4 + _index_bytes(table.group_of_step) for table in tables)
 
 

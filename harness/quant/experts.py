@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import AdaLNRows, Producer, Site, TableRows, Target, ValueRows
@@ -163,10 +164,10 @@ def placed(recipe: ModelRecipe, expert: str, steps: range, num_steps: int) -> Mo
     """The recipe of an expert that was fitted on its own `steps`, for the whole model with its `num_steps`.
 
     Raises:
-        ValueError: a recipe whose layers change with the range of steps.
+        UserError: a recipe whose layers change with the range of steps.
     """
     if recipe.variants:
-        raise ValueError(f"{expert}: layers that change with the range of steps cannot be put beside another expert's")
+        raise UserError(f"{expert}: layers that change with the range of steps cannot be put beside another expert's")
     # At the others' steps nobody looks.
     spread = _Spread(torch.arange(num_steps).clamp(steps.start, steps.stop - 1) - steps.start)
     own = recipe if recipe.num_steps is None else replace(recipe, num_steps=num_steps)

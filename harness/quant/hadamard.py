@@ -4,6 +4,8 @@ Sylvester's doubling gives the powers of two; Paley's two constructions over GF(
 K = q + 1 (q ≡ 3 mod 4) and K = 2(q + 1) (q ≡ 1 mod 4), q a prime or the square of one: 12, 20, 28, 36, 52, 60, 108, 140, …
 That covers the widths of today's DiTs (96 = 12·2³, 1152 = 36·2⁵, 3072 = 12·2⁸, 4608 = 36·2⁷, 5120 = 20·2⁸, 13824 = 108·2⁷).
 Orders that need other constructions (156, 172) count as not admissible here and take the block fallback.
+
+Regular ones, whose rows and columns all sum to √order, are built for powers of four, as Kronecker powers of one of order 4.
 """
 
 from __future__ import annotations
@@ -38,6 +40,32 @@ def hadamard(order: int) -> Tensor:
 def orthonormal(order: int) -> Tensor:
     """H / √order, float64; the same tensor each time, not to be changed. Raises ValueError as `hadamard` does."""
     return hadamard(order) / order**0.5
+
+
+REGULAR_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
+
+
+@cache
+def regular(order: int) -> Tensor:
+    """H with entries ±1, H Hᵀ = order · I, and √order the sum of every row and column, float64 (ConvRot, arXiv:2512.03673); the same
+    tensor each time, not to be changed.
+
+    Raises:
+        ValueError: the order is no power of four.
+    """
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if order % 4:
+        raise ValueError(f"regular Hadamard matrices are built for powers of four here, got {order}")
+    return torch.kron(torch.tensor(REGULAR_4, dtype=torch.float64), regular(order // 4))
+
+
+def largest_power_of_four(width: int, most: int) -> int:
+    """The largest power of four that divides the width and is at most `most`."""
+    order = 1
+    while 4 * order <= most and width % (4 * order) == 0:
+        order *= 4
+    return order
 
 
 @cache

@@ -132,31 +132,19 @@ class ActQuant:
                 f"clip is in (0, 1] and of dynamic activations (static ranges carry theirs), got {self.clip}"
             )
 
+    @property
+    def tables(self) -> list[StepTable]:
+        """All that is static."""
+        return [value for value in vars(self).values() if isinstance(value, StepTable)]
+
 
 @dataclass(frozen=True)
-class LogSqrt2Quant(ActQuant):
-    """Codes of a softmax map that are even in log√2 (RepQ-ViT, arXiv:2212.08254): x̂ = δ · 2^(−q/2), scale: the table of δ.
-
-    q = max(round(−2 log2(x / δ)), 0); where q does not fit the bits, x̂ = 0.
-    """
+class UnevenQuant(ActQuant):
+    """One whose values are not codes times one scale: `rounded` gives them, and only simulated kernels run it (see `uneven`)."""
 
     def rounded(self, x: Tensor, step: Tensor | None) -> Tensor:
-        assert self.scale is not None
-        return log_sqrt2(x, self.scale.at(step), self.spec.bits)
-
-
-def log_sqrt2(x: Tensor, delta: Tensor, bits: int) -> Tensor:
-    """x >= 0 at the nearest level in the logarithm; see `LogSqrt2Quant`."""
-    codes = (-2 * torch.log2(x / delta)).round().clamp(min=0)  # of 0: infinite, and so no level
-    return torch.where(codes < 2**bits, delta * 2 ** (-codes / 2), 0.0)
-
-
-def log_sqrt2_delta(values_N: Tensor, bits: int) -> Tensor:
-    """Of three percentiles of a sample, the δ with the least squared error; a scalar."""
-    ordered_N = values_N.float().sort().values
-    candidates = [_quantile(ordered_N, p) for p in MSE_PERCENTILES]
-    errors = torch.stack([(log_sqrt2(ordered_N, delta, bits) - ordered_N).square().sum() for delta in candidates])
-    return candidates[int(errors.argmin())]
+        """x (…, C) → what stands for it, in the dtype of x."""
+        raise NotImplementedError
 
 
 def affine_from_range(
@@ -295,7 +283,7 @@ def fake_quantize_activation(x: Tensor, quant: ActQuant, step: Tensor | None = N
     """Quantize and dequantize x (…, C) in float32 (float64 stays float64)."""
     shape = x.shape
     x = x if x.dtype == torch.float64 else x.float()
-    if isinstance(quant, LogSqrt2Quant):
+    if isinstance(quant, UnevenQuant):
         return quant.rounded(x, step)
     if quant.spec.in_blocks:
         codes, scales, zero_point = blocked_activation(x, quant, step)
@@ -351,11 +339,11 @@ def _extremes(rows: Tensor, spec: QuantSpec, tensor: Tensor | None = None) -> tu
 
 def _mse_range(rows: Tensor, spec: QuantSpec, tensor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     ordered = rows.sort(dim=-1).values
-    ends = [(_quantile(ordered, 1 - p), _quantile(ordered, p)) for p in MSE_PERCENTILES]
+    ends = [(quantile(ordered, 1 - p), quantile(ordered, p)) for p in MSE_PERCENTILES]
     return _best_range(rows, spec, ends, (ordered[..., 0], ordered[..., -1]), 2.0, tensor)
 
 
-def _quantile(ordered: Tensor, p: float) -> Tensor:
+def quantile(ordered: Tensor, p: float) -> Tensor:
     """Of sorted rows, linear between neighbours; torch.quantile itself takes at most 2²⁴ values."""
     place = p * (ordered.shape[-1] - 1)
     below, above = ordered[..., math.floor(place)], ordered[..., math.ceil(place)]

@@ -22,21 +22,23 @@ from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import canonical_sha256, tensors_sha256
 from ditbench.harness.quant.folds import BlockFolds, RowFold
 from ditbench.harness.quant.packing import CODES_PER_WORD, pack, unpack
-from ditbench.harness.quant.quantizers import ActQuant, Levels, LogSqrt2Quant, LookupWeight, QuantizedWeight
+from ditbench.harness.quant.quantizers import ActQuant, Levels, LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, LowRank
 from ditbench.harness.quant.rotations import BlockRotation
 from ditbench.harness.quant.sage import SageRecipe
 from ditbench.harness.quant.spec import FLOAT8, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.tlq import TwinLogLevels
-from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform
+from ditbench.harness.quant.transforms import Hadamard, KroneckerMap, Permutation, RegularHadamard, Transform
+from ditbench.harness.quant.uneven import ChannelScaledQuant, DualScaleQuant, LeadingQuant, LogSqrt2Quant
 
 CLASSES: dict[str, type] = {
     each.__name__: each
     for each in (
         *(LayerRecipe, AttentionRecipe, SageRecipe, LowRank, QuantSpec, StepTable, BlockFolds, RowFold),
-        *(Transform, Hadamard, Permutation, BlockRotation),
-        *(QuantizedWeight, LookupWeight, Levels, TwinLogLevels, ActQuant, LogSqrt2Quant),
+        *(Transform, Hadamard, RegularHadamard, Permutation, BlockRotation, KroneckerMap),
+        *(QuantizedWeight, LookupWeight, Levels, TwinLogLevels),
+        *(ActQuant, LogSqrt2Quant, DualScaleQuant, ChannelScaledQuant, LeadingQuant),
     )
 }
 NARROW = (torch.int16, torch.int32)

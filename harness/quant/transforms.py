@@ -1,7 +1,7 @@
-"""Invertible input transforms: x' = ((x − shift) / scale) · R, with W' = W · diag(scale) · R and b' = b + W · shift.
+"""Invertible input transforms: x' = ((x − shift) / scale) · R, with W' = W · diag(scale) · R⁻ᵀ and b' = b + W · shift.
 
-The output of the layer is unchanged until something is rounded. `R` is a product of orthogonal maps (permutations,
-Hadamard and block-Hadamard rotations); `shift` may depend on the denoising step; `scale` does not, so that there is one
+The output of the layer is unchanged until something is rounded. `R` is a product of maps, orthogonal ones (R⁻ᵀ = R: permutations,
+Hadamard and block-Hadamard rotations) and invertible ones (a Kronecker product); `shift` may depend on the denoising step; `scale` does not, so that there is one
 integer weight for all steps.
 """
 
@@ -23,6 +23,10 @@ class Rotation(nn.Module):
         """R, float64 (C, C)."""
         device = next((buffer.device for buffer in self.buffers()), None)
         return self(torch.eye(self.size, dtype=torch.float64, device=device))
+
+    def of_weight(self, weight_OC: Tensor) -> Tensor:
+        """W · R⁻ᵀ, which is W · R of an orthogonal map."""
+        return self(weight_OC)
 
 
 class Permutation(Rotation):
@@ -72,10 +76,73 @@ class Hadamard(Rotation):
     def forward(self, x: Tensor) -> Tensor:
         if self.signs_C is not None:
             x = x * self.signs_C.to(x.dtype)
-        shape = x.shape
-        left, right = self.left_aa.to(x.dtype), self.right_bb.to(x.dtype)
-        x = x.reshape(*shape[:-1], -1, len(left), len(right))
-        return (left.T @ (x @ right)).reshape(shape)
+        return _in_blocks(x, self.left_aa, self.right_bb)
+
+
+class RegularHadamard(Rotation):
+    """x · H / √m in blocks of m channels, H a regular Hadamard matrix: all its rows and columns have the sum √m, so that what is the
+    same in all channels stays spread (ConvRot, arXiv:2512.03673). A class of its own, since kernels build Sylvester's and Paley's.
+
+    Raises:
+        ValueError: block_size is no power of four, or does not divide the size.
+    """
+
+    left_aa: Tensor
+    right_bb: Tensor
+
+    def __init__(self, size: int, block_size: int) -> None:
+        super().__init__()
+        if block_size < 1 or size % block_size or orders.largest_power_of_four(block_size, block_size) != block_size:
+            usable = orders.largest_power_of_four(size, size)
+            raise ValueError(
+                f"regular Hadamard blocks of {block_size} do not fit C={size}; powers of four up to {usable} do"
+            )
+        self.size, self.block_size = size, block_size
+        a = orders.largest_power_of_four(block_size, int(block_size**0.5))
+        for name, order in (("left_aa", a), ("right_bb", block_size // a)):
+            self.register_buffer(name, orders.regular(order) / order**0.5, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _in_blocks(x, self.left_aa, self.right_bb)
+
+
+class KroneckerMap(Rotation):
+    """x · (L ⊗ R) of two invertible matrices, which need not be orthogonal (FlatQuant, arXiv:2410.09426); weights take their inverse.
+
+    Kept in float64, so that a weight meets the inverse of what its input meets.
+
+    Raises:
+        ValueError: a matrix that is not square, or not invertible.
+    """
+
+    left_aa: Tensor
+    right_bb: Tensor
+
+    def __init__(self, left_aa: Tensor, right_bb: Tensor) -> None:
+        super().__init__()
+        for matrix in (left_aa, right_bb):
+            if (
+                matrix.ndim != 2
+                or matrix.shape[0] != matrix.shape[1]
+                or not bool(torch.linalg.det(matrix.double()) != 0)
+            ):
+                raise ValueError(f"a Kronecker map takes square, invertible matrices, got one of {tuple(matrix.shape)}")
+        self.size = len(left_aa) * len(right_bb)
+        self.register_buffer("left_aa", left_aa)
+        self.register_buffer("right_bb", right_bb)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _in_blocks(x, self.left_aa, self.right_bb)
+
+    def of_weight(self, weight_OC: Tensor) -> Tensor:
+        return _in_blocks(weight_OC, *(torch.linalg.inv(each.double()).T for each in (self.left_aa, self.right_bb)))
+
+
+def _in_blocks(x: Tensor, left_aa: Tensor, right_bb: Tensor) -> Tensor:
+    """x · (left ⊗ right) in blocks of a · b channels."""
+    left, right = left_aa.to(x.dtype), right_bb.to(x.dtype)
+    blocks = x.reshape(*x.shape[:-1], -1, len(left), len(right))
+    return (left.T @ (blocks @ right)).reshape(x.shape)
 
 
 class Transform(nn.Module):
@@ -122,11 +189,11 @@ class Transform(nn.Module):
         return x
 
     def of_weight(self, weight_OC: Tensor) -> Tensor:
-        """W · diag(scale) · R."""
+        """W · diag(scale) · R⁻ᵀ."""
         if self.scale_C is not None:
             weight_OC = weight_OC * self.scale_C.to(weight_OC.dtype)
         for rotation in self.rotations:
-            weight_OC = rotation(weight_OC)
+            weight_OC = rotation.of_weight(weight_OC)  # type: ignore[operator]
         return weight_OC
 
     def of_bias(self, bias_O: Tensor | None, weight_OC: Tensor) -> StepTable | None:

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from ditbench.harness.backends.base import AUTO
+from ditbench.harness.calibration.salient import ALL
 from ditbench.harness.common.devices import pick_device
 from ditbench.harness.common.errors import UserError, unknown_name
 from ditbench.harness.common.paths import CONF
@@ -109,6 +110,8 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     raw = {"memory": AUTO} | raw  # records from before there was a choice have none
     if isinstance(raw.get("measure"), dict):
         raw["measure"] = {"compile": False} | raw["measure"]
+    if isinstance(raw.get("calibration"), dict):
+        raw["calibration"] = {"select": ALL, "keep": 40} | raw["calibration"]
     sweep, _ = raw.pop("sweep", {}), raw.pop("launcher", None)  # no part of what a run is
     check_sweep(sweep)
     check_values(raw)

@@ -19,6 +19,7 @@ from ditbench.harness.samples.conditions import Conditions
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.identity import title
 from ditbench.harness.stages.loaded import judge_in, reference_of
+from ditbench.harness.stages.states import chosen
 
 SHORT = 32  # hex digits of a key: folders are made of them
 
@@ -52,6 +53,7 @@ def quantized_key(config: RunConfig, model: LoadedModel, recording: str, plan: M
             "device": config.device.type,
             "code": code_identity(*STATE),
         }
+        | chosen(config)
     )
 
 

@@ -23,7 +23,7 @@ from ditbench.harness.quant.spec import Bits, MixedBits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.experts import by_steps, fitted_in_turn
-from ditbench.harness.stages.states import fitted, with_attention_given
+from ditbench.harness.stages.states import chosen, fitted, with_attention_given
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def _made_by(config: RunConfig) -> dict[str, Any]:
     """What makes a method's recipes, beside the recording and the width of each candidate."""
     sides = {side: config.raw["bits"][side] for side in ("weight", "act")}
     source = registry.source_sha256(config.method)
-    return {"method": config.raw["method"], "source": source, "seed": config.seed, "bits": sides}
+    made_by = {"method": config.raw["method"], "source": source, "seed": config.seed, "bits": sides}
+    return made_by | chosen(config)
 
 
 def _timing(config: RunConfig) -> mixed_precision.Timing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from ditbench.harness.calibration.lazy import LazyCalibration
 from ditbench.harness.calibration.recording import Calibration, without_data
+from ditbench.harness.calibration.salient import ALL, SALIENT, salient
 from ditbench.harness.common.artifacts import obtain
 from ditbench.harness.common.code_identity import STATE, code_identity
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import canonical_sha256, read_json, write_json
 from ditbench.harness.common.memory import PeakMemory, peak_memory
 from ditbench.harness.common.tensor_files import save_tensors
@@ -85,7 +88,14 @@ def key_of(config: RunConfig, target: Target, recording: Calibration, bits: Bits
             "device": config.device.type,
             "code": code_identity(*STATE),
         }
+        | chosen(config)
     )
+
+
+def chosen(config: RunConfig) -> dict[str, list[Any]]:
+    """What keys say of the rows that a method is fitted on; nothing where it is all of them."""
+    section = config.section("calibration")
+    return {} if section["select"] == ALL else {"chosen": [section["select"], section["keep"]]}
 
 
 def _fit(config: RunConfig, target: Target, recording: Calibration, bits: Bits) -> Fitted:
@@ -94,9 +104,19 @@ def _fit(config: RunConfig, target: Target, recording: Calibration, bits: Bits) 
     if config.section("calibration")["n"] == 0:
         recording = without_data(recording, _who(config, bits))
     select = getattr(method, "select_calibration", None)
-    if select is not None and isinstance(recording, LazyCalibration):
+    salient_rows = config.section("calibration")["select"] == SALIENT
+    if (select is not None or salient_rows) and isinstance(recording, LazyCalibration):
         recording = recording.recorded
-    calibration = recording if select is None else select(recording, config.params, config.seed)
+    calibration = recording
+    if salient_rows:
+        if select is not None:
+            raise UserError(
+                f"method {config.method} chooses itself what it is calibrated on; set calibration.select={ALL}"
+            )
+        channels = getattr(getattr(target.transformer, "config", None), "in_channels", None)
+        calibration = salient(recording, config.section("calibration")["keep"], channels)
+    elif select is not None:
+        calibration = select(recording, config.params, config.seed)
     with torch.random.fork_rng(devices=[]), peak_memory(config.device) as memory:
         torch.manual_seed(config.seed)
         state = method.fit(target, calibration, bits, config.params)

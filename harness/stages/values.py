@@ -12,6 +12,7 @@ from typing import Any
 from ditbench.eval.base import known_metrics, no_metric
 from ditbench.harness.backends.base import AUTO, known_backends
 from ditbench.harness.build.offload import MEMORY
+from ditbench.harness.calibration import salient
 from ditbench.harness.common.errors import UserError, shortened, unknown_name
 from ditbench.harness.common.paths import no_folder
 from ditbench.harness.models.base import OUTLIERS
@@ -25,6 +26,7 @@ COUNTS = {
     "protocol.n": 1,
     "protocol.steps": 1,
     "calibration.n": 0,  # without data: a method sees weights only
+    "calibration.keep": 1,
     "generate.noise_floor_seeds": 0,
     "measure.samples": 1,
     "measure.repeats": 1,
@@ -62,6 +64,7 @@ TEXTS_OR_NULL = (
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
     "memory": MEMORY,
+    "calibration.select": salient.CHOICES,
     "protocol.scope": ("blocks", "all"),
     "protocol.labels": ("balanced", "random"),
     "generate.dtype": DTYPES,

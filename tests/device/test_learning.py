@@ -25,4 +25,4 @@ def test_learning_on_the_device_is_the_cpus_in_a_fresh_process():
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     (passed,) = re.findall(r"(\d+) passed", done.stdout)
-    assert int(passed) == 8 and "skipped" not in done.stdout.splitlines()[-1]
+    assert int(passed) == 10 and "skipped" not in done.stdout.splitlines()[-1]

@@ -35,13 +35,13 @@ from ditbench.harness.quant.spec import Bits
 from ditbench.harness.quant.target import Target
 from ditbench.harness.samples.samples import Prompt
 
-LEARNING = ("ptq4dit", "ptq4dm", "q_diffusion")  # by gradients
+LEARNING = ("flatquant", "ptq4dit", "ptq4dm", "q_diffusion")  # by gradients
 METHODS = [name for name in registry.known_methods() if name != registry.FLOAT]
 LEAST_SHARE = 0.99
 QUICK: dict[str, dict[str, Any]] = {  # what takes long, taken short: less of the same
     "clq": {"grid": 3, "probe": (0.5, 1.0), "search_samples": 1, "search_steps": 1, "reach": 1},
     "duquant": {"steps": 24}, "lrq_dit": {"steps": 24, "choose": "measured"}, "svdquant": {"num_grids": 2, "iterations": 2},
-    "q_dit": {"search": "evolution", "population": 2, "epochs": 1, "mutations": 1, "crossovers": 0},
+    "flatquant": {"iterations": 4}, "q_dit": {"search": "evolution", "population": 2, "epochs": 1, "mutations": 1, "crossovers": 0},
     "ptq4dit": {"iterations": 4}, "ptq4dm": {"iterations": 4}, "q_diffusion": {"iterations": 4, "scale_iterations": 2, "ranges": "mse"},
 }  # fmt: skip
 

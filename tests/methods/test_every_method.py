@@ -39,7 +39,7 @@ def test_every_method_conforms_with_every_layer_in_scope(name, check, case_of):
     check(case_of(name, "all"))
 
 
-ABOUT_INTEGERS = {"lrq_dit", "ptq4dit", "ptq4dm", "q_diffusion", "repq"}
+ABOUT_INTEGERS = {"flatquant", "lrq_dit", "ptq4dit", "ptq4dm", "q_diffusion", "repq"}
 FP8 = bits_of("fp8")
 FP8_STATIC = replace(FP8, act=QuantSpec(8, "per_tensor", number="e4m3"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
@@ -116,7 +117,7 @@ def test_list_and_doctor_name_the_forms(tmp_path):
     line = next(line for line in text.splitlines() if line.split()[:2] == ["duquant", "published"])
     assert "method.weight_clip=0.8" in line and "bits.weight.symmetric=false" in line
     assert "symmetric=true, dynamic=true" in list_bits() and "form:" not in list_bits()
-    assert "default, published, joint  ptqd" in examine(tmp_path)
+    assert re.search("default, published, joint +ptqd", examine(tmp_path))
 
 
 def test_a_reproduction_runs_the_published_form_unless_another_is_asked_for():
@@ -145,7 +146,9 @@ WITHOUT_DATA = {  # method: parameters with which weights alone decide
     "rtn": {},
     "quarot": {},
     "vidit_q": {"scale": False},
-    "svdquant": {"smooth": "off", "gelu_shift": 0.0},
+    "svdquant": dict(registry.forms_of("svdquant")["data_free"].params),
+    "convrot": {},
+    "dvd_quant": {},
     "lrq_dit": {"parts": "tlq"},
     "q_dit": {"weights": "rtn"},
     "fp": {},
@@ -163,7 +166,7 @@ def test_a_method_that_weights_alone_decide_runs_without_data(name, small_target
     module.apply(small_target, states[0], DYNAMIC, params)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("rtn", "fp", "quarot")])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("rtn", "fp", "quarot", "convrot", "dvd_quant")])
 def test_a_method_that_needs_data_says_so_without_them(name, small_target, small_calibration):
     module = registry.method(name)
     nothing = without_data(small_calibration, f"method {name}")

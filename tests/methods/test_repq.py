@@ -8,9 +8,10 @@ from torch import nn
 
 from ditbench.harness.build.build import build, float_copy, quant_layers
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
-from ditbench.harness.quant.quantizers import ActQuant, LogSqrt2Quant, log_sqrt2, log_sqrt2_delta, quantize_weight
+from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.harness.quant.target import Site, Target
+from ditbench.harness.quant.uneven import LogSqrt2Quant, log_sqrt2, log_sqrt2_delta
 from ditbench.methods import repq, rtn
 from ditbench.methods.repq import Params, channel_quantizers, reparameterise
 

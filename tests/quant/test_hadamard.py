@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ditbench.harness.quant import hadamard as orders
-from ditbench.harness.quant.transforms import Hadamard, random_signs
+from ditbench.harness.quant.transforms import Hadamard, RegularHadamard, random_signs
 
 SMALL = [1, 2, 4, 12, 20, 24, 28, 36, 52, 60, 72, 96, 100, 108, 140]
 LARGE = [576, 1152, 3072, 4608]
@@ -127,3 +127,36 @@ def test_the_number_of_blocks_and_its_fallbacks(width, wanted, expected):
     matrix = Hadamard(width, block_size=expected[1])
     ones = torch.ones(1, width, dtype=torch.float64)
     assert float(matrix(ones).norm()) == pytest.approx(width**0.5)
+
+
+@pytest.mark.parametrize("order", [1, 4, 16, 64, 256])
+def test_a_regular_matrix_has_rows_and_columns_of_one_sum(order):
+    matrix = orders.regular(order)
+    assert bool((matrix.abs() == 1).all())
+    assert torch.equal(matrix @ matrix.T, order * torch.eye(order, dtype=torch.float64))
+    for dim in (0, 1):
+        assert torch.equal(matrix.sum(dim), torch.full((order,), order**0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("width", "most", "block"), [(192, 256, 64), (3072, 256, 256), (3072, 4096, 1024), (90, 256, 1)]
+)
+def test_regular_blocks_are_powers_of_four_that_divide_the_width(width, most, block, normal):
+    assert orders.largest_power_of_four(width, most) == block
+    rotation, x = RegularHadamard(width, block), normal(3, width)
+    by_hand = (x.unflatten(1, (-1, block)) @ orders.regular(block) / block**0.5).flatten(1)
+    torch.testing.assert_close(rotation(x), by_hand, rtol=1e-12, atol=1e-12)
+    assert not rotation.state_dict()
+
+
+@pytest.mark.parametrize(("width", "block"), [(192, 128), (192, 256), (192, 48), (192, 0)])
+def test_regular_blocks_that_do_not_fit_are_refused(width, block):
+    with pytest.raises(
+        ValueError, match=f"regular Hadamard blocks of {block} do not fit C=192; powers of four up to 64"
+    ):
+        RegularHadamard(width, block)
+
+
+def test_an_order_without_a_regular_matrix_is_refused():
+    with pytest.raises(ValueError, match="powers of four here, got 2"):
+        orders.regular(8)

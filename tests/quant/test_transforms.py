@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.quant.steps import StepTable
-from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform, random_signs
+from ditbench.harness.quant.transforms import Hadamard, KroneckerMap, Permutation, Transform, random_signs
 
 C = 48
 GROUPS = torch.tensor([0, 0, 1, 2])
@@ -155,3 +155,18 @@ def test_random_signs_follow_the_generator_and_nothing_else():
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert 60 < int((draw(1) == 1).sum()) < 140
+
+
+def test_a_kronecker_map_is_undone_by_the_weight(normal):
+    """x (L ⊗ R) times W (L ⊗ R)⁻ᵀ is x Wᵀ, though neither matrix is orthogonal."""
+    left, right = normal(3, 3), normal(4, 4, seed=1)
+    transform = Transform(scale_C=normal(12, seed=2).exp(), rotations=(KroneckerMap(left, right),))
+    x, weight = normal(5, 12, seed=3), normal(7, 12, seed=4)
+    torch.testing.assert_close(transform.rotations[0](x), x @ torch.kron(left, right))
+    torch.testing.assert_close(transform(x) @ transform.of_weight(weight).T, x @ weight.T, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(3, 3), torch.ones(2, 3)], ids=["singular", "not square"])
+def test_a_kronecker_map_that_cannot_be_undone_is_refused(wrong):
+    with pytest.raises(ValueError, match="a Kronecker map takes square, invertible matrices"):
+        KroneckerMap(torch.eye(2), wrong)

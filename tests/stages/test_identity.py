@@ -47,6 +47,7 @@ CHANGES = [
     "protocol.sampler=ddpm",
     "protocol.skip=[proj]",
     "calibration.n=8",
+    "calibration.select=salient",
     "generate.dtype=float32",
     "generate.batch_size=3",
     "metrics=fidelity",

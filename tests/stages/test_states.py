@@ -87,6 +87,26 @@ def test_whatever_makes_a_state_makes_another(fitted, monkeypatch, override):
     assert len(fits) == 2
 
 
+def test_the_rows_that_are_chosen_make_another_state(fitted, monkeypatch):
+    fits, seen = count_fits(monkeypatch), []
+    salient = states.salient
+    monkeypatch.setattr(states, "salient", lambda *given: seen.append(given[1:]) or salient(*given))
+    _, every, _ = fitted("calibration.keep=1")
+    _, few, recording = fitted("calibration.select=salient", "calibration.keep=1")
+    _, more, _ = fitted("calibration.select=salient", "calibration.keep=3")
+    fitted("calibration.select=salient", "calibration.keep=3")
+    assert len(fits) == 3 and seen == [(1, 1), (3, 1)]  # tiny-dit's samples have one channel
+    assert len({tensors_sha256(state) for state in (every, few, more)}) == 3
+    assert recording.num_rows(0) == 4  # layers are judged on all of them
+
+
+def test_a_method_that_chooses_itself_is_not_chosen_for(fitted):
+    with pytest.raises(
+        UserError, match="method ptq4dm chooses itself what it is calibrated on; set calibration.select=all"
+    ):
+        fitted("method=ptq4dm", "calibration.select=salient")
+
+
 def test_what_a_state_does_not_depend_on_leaves_it(fitted, monkeypatch):
     fits = count_fits(monkeypatch)
     for override in ("protocol.n=7", "metrics=fidelity", "generate.dtype=float32", "backend=simulate", "name=other"):
