@@ -43,7 +43,7 @@ def test_a_rows_bits_are_those_that_it_runs_with(printed, label):
 
 LACKING = {
     "method": {
-        "TFMQ-DM", "G4W+P4A", "CSB (salience at t=T/2)", "+ group size 128", "ILP", "Hessian", "AdaTSQ", "DVD-Quant", "S2Q-VDiT",
+        "TFMQ-DM", "G4W+P4A", "CSB (salience at t=T/2)", "+ group size 128", "ILP", "Hessian", "AdaTSQ", "S2Q-VDiT",
         "Q-VDiT", "QuantSparse-40pct", "NF4", "MixDQ", "TensorRT",
     },
     "model": {"SDXL", "SDXL-Turbo"},

@@ -41,6 +41,11 @@ OURS = {
     "16bit": "fp",
     "SVDQ": "svdquant",
     "Min-Max": "rtn",
+    "DVD-Quant": "dvd_quant",
+    "SegQuant": "segquant",
+    "ConvRot": "convrot",
+    "DiRotQ": "dirotq",
+    "FlatQuant": "flatquant",
 }
 BITS = re.compile(r"(?:INT )?(W\d+A\d+|FP8)")
 PLAIN = re.compile(r"[\w./:@%+?|-]+")  # what Hydra reads as it stands
