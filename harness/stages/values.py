@@ -108,7 +108,7 @@ def check_values(raw: dict[str, Any]) -> None:
         if not isinstance(value_of(raw, name), bool):
             raise UserError(f"{name} must be true or false, got {value_of(raw, name)!r}")
     attention = value_of(raw, ATTENTION)
-    if not isinstance(attention, bool) and attention not in FORMS:
+    if not isinstance(attention, bool) and not (isinstance(attention, str) and attention in FORMS):
         raise UserError(f"{ATTENTION} must be true, false or one of {', '.join(FORMS)}, got {attention!r}")
     for name in (*TEXTS, *TEXTS_OR_NULL):
         _check_text(name, value_of(raw, name))

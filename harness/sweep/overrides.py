@@ -121,7 +121,7 @@ def unknown_setting(
     said = f"no {f'setting of {section}' if section else 'setting'} {name!r}"
     in_section = [f"{section}.{each}" if section else each for each in beside]
     last = {each: each.rpartition(".")[2] for each in everywhere}
-    meant = _close(name, dict(zip(in_section, beside, strict=True)), 0.85)
+    meant = _close(name, dict(zip(in_section, beside, strict=True)), 0.75)
     meant = meant or [each for each in everywhere if last[each] == name]
     meant = meant or _close(name, last, 0.7) or _close(name, dict(zip(in_section, beside, strict=True)), 0.5)
     guess = f"did you mean {' or '.join(meant)}? " if meant else ""
