@@ -148,9 +148,10 @@ def fit_cost() -> str:
 def step_times(name: str) -> str:
     record = json.loads((BENCH / f"{name}.json").read_text())
     errs = any("error" in row for row in record["rows"])  # to float32; records of schema 1 have none
+    counts = sorted({row["rows"] for row in record["rows"]})
     lines = [
-        f"| format | backend | mode | step, ms | against bf16 | {'error | ' if errs else ''}transformer held, MiB |",
-        f"| --- | --- | --- | ---: | ---: | {'---: | ' if errs else ''}---: |",
+        f"| format | backend | mode | {'rows | ' if counts[1:] else ''}step, ms | against bf16 | {'error | ' if errs else ''}transformer held, MiB |",
+        f"| --- | --- | --- | {'---: | ' if counts[1:] else ''}---: | ---: | {'---: | ' if errs else ''}---: |",
     ]
     for row in record["rows"]:
         held = "–" if row["held_bytes"] is None else f"{row['held_bytes'] / 2**20:.0f}"
@@ -158,11 +159,12 @@ def step_times(name: str) -> str:
         if errs:
             held = f"{row['error']:.3f} | {held}"
             speedup += f" {row['baseline'].removeprefix('bf16 ')}" if row["baseline"] else ""
-        median = row["latency_ms"]["median"]
-        lines.append(f"| {row['format']} | `{row['backend']}` | {row['mode']} | {median:.0f} | {speedup} | {held} |")
+        step = f"{row['rows']} | " if counts[1:] else ""
+        step += f"{row['latency_ms']['median']:.0f}"
+        lines.append(f"| {row['format']} | `{row['backend']}` | {row['mode']} | {step} | {speedup} | {held} |")
     lines += [
         "",
-        f"{record['model']}, {record['rows'][0]['rows']} rows, {record['env']['device']}, medians; `results/bench/{name}.json`.",
+        f"{record['model']}, {', '.join(map(str, counts))} rows, {record['env']['device']}, medians; `results/bench/{name}.json`.",
     ]
     lines += [f"{what} did not run: {why}." for what, why in record["refused"].items()]
     return "\n".join(lines)

@@ -38,7 +38,10 @@ def evaluate(
     """The record's `metrics`, each held against the float model, and the values per sample of the run and of the float model."""
     entries, found = scored(config, model, samples, float_model)
     unpaired = [name for name in found if not entries[name]["paired"]]
-    of_float = scored(config, model, float_model, float_model, unpaired)[1]
+    its_entries, of_float = scored(config, model, float_model, float_model, unpaired)
+    if _broke(its_entries):  # on files that were damaged under our hands: they are drawn again, once
+        float_model = float_samples(config, model, seed=config.seed)
+        of_float = scored(config, model, float_model, float_model, unpaired)[1]
     hold_against_float(entries, found, of_float)
     return entries, sample_values.Values(found, of_float, sample_values.drawn(samples.samples, config.seed))
 
@@ -75,26 +78,38 @@ def add_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, An
     if section["noise_floor_seeds"] < 1 or not _unpaired(metrics):
         return []
     seeds = [config.seed + SEED_STRIDE * k for k in range(section["noise_floor_seeds"] + 1)]
-    drawn = [float_samples(config, model, seed, section["dtype"]) for seed in seeds]
-    write_noise_floor(config, model, metrics, drawn)
+
+    def draw() -> list[Drawn]:
+        return [float_samples(config, model, seed, section["dtype"]) for seed in seeds]
+
+    drawn = draw()
+    if not write_noise_floor(config, model, metrics, drawn):
+        write_noise_floor(config, model, metrics, draw())  # files that were damaged under our hands are drawn again, once
     return [each.key for each in drawn]
 
 
-def write_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, Any], drawn: list[Drawn]) -> None:
-    """float_seeds: each unpaired metric's value of every seed of the 16-bit float model, its own first.
+def write_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, Any], drawn: list[Drawn]) -> bool:
+    """Whether no metric broke on these samples.
+
+    float_seeds: each unpaired metric's value of every seed of the 16-bit float model, its own first.
 
     noise_floor, where nothing per sample gave one: how far two seeds lie apart in 95 of 100 cases. Paired metrics have none: their noise
     is their interval. With one seed nothing is written.
     """
     unpaired = _unpaired(metrics)
     if len(drawn) < 2 or not unpaired:
-        return
+        return True
     replicates = [scored(config, model, each, each, unpaired)[0] for each in drawn]
     for name in unpaired:
         values = [each[name]["value"] for each in replicates]
         metrics[name]["float_seeds"] = values
         if metrics[name]["noise_floor"] is None:
             metrics[name]["noise_floor"] = apart(values)
+    return not any(map(_broke, replicates))
+
+
+def _broke(entries: dict[str, Any]) -> bool:
+    return any(entry["status"] == "failed" for entry in entries.values())
 
 
 def _unpaired(metrics: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +129,24 @@ def test_other_seeds_of_the_float_model_are_recorded_and_are_the_floor_of_what_h
     stage.write_noise_floor(None, None, metrics, [None] * 3)
     assert metrics["a"]["float_seeds"] == [1.0, 2.0, 3.0] and metrics["b"]["float_seeds"] == [3.0, 5.0, None]
     assert metrics["a"]["noise_floor"] == pytest.approx(4.302653 * np.sqrt(2)) and metrics["b"]["noise_floor"] == 0.25
+
+
+def test_where_a_metric_broke_on_the_float_model_s_samples_they_are_drawn_again_once(monkeypatch):
+    """A sample that was damaged after it was drawn is drawn again by whoever asks for the store anew."""
+
+    def entries(value, status="ok"):
+        return {"a": {"value": value, "paired": False, "status": status, "noise_floor": None}}
+
+    found = iter([entries(1.0), entries(None, "failed"), entries(1.0), entries(3.0)])
+    asked = []
+    drawn = SimpleNamespace(key="k")
+    monkeypatch.setattr(stage, "float_samples", lambda config, model, seed, dtype: asked.append(seed) or drawn)
+    monkeypatch.setattr(stage, "scored", lambda *_: (next(found), {}))
+    config = SimpleNamespace(seed=0, section=lambda _: {"noise_floor_seeds": 1, "dtype": "bfloat16"})
+    metrics = entries(1.5)
+    assert stage.add_noise_floor(config, None, metrics) == ["k", "k"]
+    assert metrics["a"]["float_seeds"] == [1.0, 3.0] and metrics["a"]["noise_floor"] > 0
+    assert asked == [0, stage.SEED_STRIDE] * 2
 
 
 def test_a_metric_that_cannot_run_on_every_seed_gets_no_noise_floor_of_seeds():
