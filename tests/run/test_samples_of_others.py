@@ -172,6 +172,13 @@ def test_a_line_that_says_nothing_useful_is_named(tmp_path, content, words):
     assert words in str(refused.value)
 
 
+def test_a_file_is_taken_once(tmp_path):
+    made(tmp_path, "1.png", "2.png")
+    lines(tmp_path, {"file": "1.png", "prompt": "a"}, {"file": "2.png", "prompt": "b"})
+    with pytest.raises(UserError, match="no sample is left for sample 2 of the run, 'a'"):
+        given(tmp_path, PROMPTS)
+
+
 def test_another_number_of_files_than_samples_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected 3 images or videos.*came 1; set protocol.n=1"):
         given(made(tmp_path, "1.png"), PROMPTS)
