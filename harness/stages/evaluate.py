@@ -84,7 +84,9 @@ def add_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, An
 
     drawn = draw()
     if not write_noise_floor(config, model, metrics, drawn):
-        write_noise_floor(config, model, metrics, draw())  # files that were damaged under our hands are drawn again, once
+        write_noise_floor(
+            config, model, metrics, draw()
+        )  # files that were damaged under our hands are drawn again, once
     return [each.key for each in drawn]
 
 

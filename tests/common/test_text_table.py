@@ -48,6 +48,8 @@ def test_piped_output_is_120_columns_wide_and_a_terminal_says_its_own(monkeypatc
     assert terminal.columns() == 120, "stdout is captured here"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     for said, width in ((200, 200), (80, 80), (20, 60)):
-        monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda fallback, said=said: os.terminal_size((said, 24)))
+        monkeypatch.setattr(
+            terminal.shutil, "get_terminal_size", lambda fallback, said=said: os.terminal_size((said, 24))
+        )
         assert terminal.columns() == width
         assert max(map(len, terminal.wrapped(f"  {LONG * 4}").splitlines())) <= min(width, 120)
