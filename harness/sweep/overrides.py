@@ -121,9 +121,9 @@ def unknown_setting(
     said = f"no {f'setting of {section}' if section else 'setting'} {name!r}"
     in_section = [f"{section}.{each}" if section else each for each in beside]
     last = {each: each.rpartition(".")[2] for each in everywhere}
-    meant = _close(name, dict(zip(in_section, beside, strict=True)), 0.75)
-    meant = meant or [each for each in everywhere if last[each] == name]
-    meant = meant or _close(name, last, 0.7) or _close(name, dict(zip(in_section, beside, strict=True)), 0.5)
+    here = dict(zip(in_section, beside, strict=True))
+    meant = _close(name, here, 0.85) or [each for each in everywhere if last[each] == name]
+    meant = meant or _close(name, here, 0.75) or _close(name, last, 0.7) or _close(name, here, 0.5)
     guess = f"did you mean {' or '.join(meant)}? " if meant else ""
     whose = f"method={method} has" if section == "method" and method else "known:"
     if meant and meant[0] not in in_section:
