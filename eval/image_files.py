@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.samples.others import IMAGES
 
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_ENDINGS = set(IMAGES)
 OTHER_ENDINGS = {
     ".avif",
     ".exr",

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict, deque
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.samples.conditions import Conditions
+from ditbench.harness.samples.noise import GIVEN
 
 LINES = "samples.jsonl"
 IMAGES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), (".mp4", ".mkv", ".webm")
@@ -58,7 +59,7 @@ def given(folder: Path, wanted: Conditions) -> list[Given]:
 def _by_lines(folder: Path, wanted: Conditions) -> list[Given]:
     """Of several samples of one prompt or label the first is taken first; one with the wanted seed goes before all."""
     shows: dict[str | int, deque[Given]] = defaultdict(deque)
-    for number, text in enumerate((folder / LINES).read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate((folder / LINES).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         what, each = _line(folder, text, f"{folder / LINES}, line {number}")
         shows[what].append(each)
     found = []
@@ -69,22 +70,24 @@ def _by_lines(folder: Path, wanted: Conditions) -> list[Given]:
             raise UserError(f"{folder / LINES}: no sample is left for sample {row} of the run, {what!r}")
         chosen = next((each for each in left if each.seed == seed), left[0])
         left.remove(chosen)
-        found.append(chosen if chosen.seed == seed else Given(chosen.file))
+        is_ours = chosen.seed == seed and wanted.noise.kind != GIVEN  # a file's latents have no seed
+        found.append(chosen if is_ours else Given(chosen.file))
     return found
 
 
 def _line(folder: Path, text: str, at: str) -> tuple[str | int, Given]:
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         line = None
     if not isinstance(line, dict) or not isinstance(line.get("file"), str):
         raise UserError(f"{at}: {EXPECTED}, came {text[:60]!r}")
     what, seed = line.get("prompt", line.get("label")), line.get("seed")
     if not (isinstance(what, str) or _is_whole(what)) or not (seed is None or _is_whole(seed)):
         raise UserError(f"{at}: {EXPECTED}, came {text[:60]!r}")
-    file = folder / line["file"]
-    if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+    name = PurePosixPath(line["file"])
+    file = folder / name
+    if name.is_absolute() or ".." in name.parts or "\0" in line["file"] or not file.is_file():
         raise UserError(f"{at}: no file {line['file']!r} in {folder}")
     return what, Given(file, seed)
 

@@ -47,7 +47,7 @@ def decoded(content: bytes, path: Path) -> Tensor:
         Damaged: it is no such file.
     """
     try:
-        return _image(content) if path.suffix == ENDINGS["image"] else _video(content)
+        return _image(content) if path.suffix == ENDINGS["image"] else frames(content)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise Damaged(f"{path}: cannot be read ({type(error).__name__})") from error
 
@@ -57,7 +57,8 @@ def _image(content: bytes) -> Tensor:
         return torch.from_numpy(np.array(image))
 
 
-def _video(content: bytes) -> Tensor:
+def frames(content: bytes) -> Tensor:
+    """uint8 (F, H, W, 3) of whatever video PyAV reads. Raises ValueError, OSError: it reads none."""
     import av
 
     try:

@@ -83,10 +83,10 @@ def add_noise_floor(config: RunConfig, model: LoadedModel, metrics: dict[str, An
         return [float_samples(config, model, seed, section["dtype"]) for seed in seeds]
 
     drawn = draw()
-    if not write_noise_floor(config, model, metrics, drawn):
-        write_noise_floor(
-            config, model, metrics, draw()
-        )  # files that were damaged under our hands are drawn again, once
+    if not write_noise_floor(
+        config, model, metrics, drawn
+    ):  # files that were damaged under our hands are drawn again, once
+        write_noise_floor(config, model, metrics, draw())
     return [each.key for each in drawn]
 
 

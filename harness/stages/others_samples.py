@@ -6,7 +6,6 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from ditbench.harness.common.files import disk_errors_explained
 from ditbench.harness.generation.generate import WAIT_S
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.samples.others import VIDEOS, Given, given
+from ditbench.harness.samples.pixels import frames
 from ditbench.harness.samples.samples import Samples
 from ditbench.harness.samples.store import open_store
 from ditbench.harness.stages.config import RunConfig
@@ -60,7 +60,7 @@ def take_in(config: RunConfig, model: LoadedModel, folder: Path, address: Addres
 
 def _read(each: Given, like: Samples) -> Tensor:
     """uint8, an image (H, W, 3) or a video (F, H, W, 3) of the size that the model draws."""
-    pixels = _video(each.file) if each.file.suffix.lower() in VIDEOS else torch.from_numpy(read_rgb(each.file))
+    pixels = _frames(each.file) if each.file.suffix.lower() in VIDEOS else torch.from_numpy(read_rgb(each.file))
     if pixels.shape != like.pixels.shape[1:]:
         came, expected = ("×".join(map(str, shape[:-1])) for shape in (pixels.shape, like.pixels.shape[1:]))
         raise UserError(
@@ -70,11 +70,8 @@ def _read(each: Given, like: Samples) -> Tensor:
     return pixels
 
 
-def _video(file: Path) -> Tensor:
-    import av  # only where there are videos
-
+def _frames(file: Path) -> Tensor:
     try:
-        with av.open(str(file)) as content:
-            return torch.from_numpy(np.stack([frame.to_ndarray(format="rgb24") for frame in content.decode(video=0)]))
-    except (av.FFmpegError, OSError, ValueError, LookupError) as error:
+        return frames(file.read_bytes())
+    except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{file}: expected a video, came {type(error).__name__}: {error}; replace it") from error

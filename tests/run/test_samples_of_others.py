@@ -16,6 +16,7 @@ from ditbench.harness.report import compare
 from ditbench.harness.report.table import table
 from ditbench.harness.run import run
 from ditbench.harness.samples.conditions import Conditions
+from ditbench.harness.samples.noise import GIVEN, Noise
 from ditbench.harness.samples.others import LINES, given
 from ditbench.harness.samples.pixels import encoded
 from ditbench.harness.samples.samples import Prompt, Samples
@@ -162,6 +163,7 @@ def test_of_two_of_one_prompt_the_one_of_that_noise_is_taken_else_the_first(tmp_
         ({"file": "1.png"}, 'line 1: expected {"file"'),
         ({"file": "1.png", "label": True}, 'line 1: expected {"file"'),
         ({"file": "1.png", "prompt": "a", "seed": "0"}, 'line 1: expected {"file"'),
+        ({"file": "a\0.png", "prompt": "a"}, "line 1: no file"),
         ([], 'line 1: expected {"file"'),
     ],
 )
@@ -170,6 +172,28 @@ def test_a_line_that_says_nothing_useful_is_named(tmp_path, content, words):
     with pytest.raises(UserError) as refused:
         given(lines(made(tmp_path, "1.png"), content), PROMPTS)
     assert words in str(refused.value)
+
+
+def test_bytes_that_are_no_text_are_a_line_that_says_nothing(tmp_path):
+    (made(tmp_path, "1.png") / LINES).write_bytes(b"\xff\xfe{" + b"[" * 100_000)
+    with pytest.raises(UserError, match="line 1: expected"):
+        given(tmp_path, PROMPTS)
+
+
+def test_a_file_may_be_a_link_to_another_folder_s(tmp_path):
+    elsewhere, here = tmp_path / "elsewhere", tmp_path / "here"
+    for folder in (elsewhere, here):
+        folder.mkdir()
+    (here / "1.png").symlink_to(made(elsewhere, "1.png") / "1.png")
+    (each,) = given(lines(here, {"file": "1.png", "label": 0}), Conditions((0,), torch.tensor([0])))
+    assert each.file == here / "1.png"
+
+
+def test_where_the_noise_is_a_file_s_no_seed_makes_it_known(tmp_path):
+    lines(made(tmp_path, "1.png"), {"file": "1.png", "label": 0, "seed": 5})
+    for noise, seed in ((Noise(), 5), (Noise(GIVEN), None)):
+        (each,) = given(tmp_path, Conditions((5,), torch.tensor([0]), noise=noise))
+        assert each.seed == seed
 
 
 def test_a_file_is_taken_once(tmp_path):
