@@ -83,7 +83,31 @@ def attending(kind: type[nn.Module]) -> type[nn.Module]:
     return variant(kind, forward, attending, (kind,))
 
 
-class QuantAttention:
+class Attends:
+    """What is called with the arguments of `F.scaled_dot_product_attention`: q (B, N, T, D), k and v (B, M, S, D) → (B, N, T, D) in the dtype of q."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if dropout_p:
+            raise NotImplementedError(f"quantized attention is for inference; got dropout_p {dropout_p}")
+        return self.attended(query, key, value, attn_mask, is_causal, scale)
+
+    def attended(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class QuantAttention(Attends):
     """softmax(Q̂ K̂ᵀ) V̂ written out, with Q̂ = quantize(q / √d) (PTQ4DiT, RepQ-ViT): q, k, v and the map pass a quantizer each.
 
     `observe(operand, tensor)`, if given, sees each operand before it is quantized (calibration uses it).
@@ -95,28 +119,18 @@ class QuantAttention:
         self.quant: dict[str, ActQuant | None] = {name: getattr(recipe, name) for name in OPERANDS}
         self.clock, self.observe = clock, observe
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+    def attended(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> Tensor:
-        """As `F.scaled_dot_product_attention`: q (B, N, T, D), k and v (B, M, S, D) → (B, N, T, D) in the dtype of q."""
-        _without_dropout(dropout_p)
         dtype, heads = query.dtype, query.shape[1]
         query = self._operand("query", query * (query.shape[-1] ** -0.5 if scale is None else scale))
         key, value = self._operand("key", key), self._operand("value", value)
         key, value = (for_each_head(x, heads) for x in (key, value))
         scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(dtype, torch.float32))
-        if attn_mask is None and not is_causal:
+        if mask is None and not causal:
             probabilities = scores.softmax(-1)
         else:
-            scores = masked(scores, attn_mask, 0 if is_causal else None)
+            scores = masked(scores, mask, 0 if causal else None)
             probabilities = scores.softmax(-1).masked_fill(reads_nothing(scores), 0)
         probabilities = self._operand("probabilities", probabilities)
         return (probabilities.to(value.dtype) @ value).to(dtype)
@@ -128,27 +142,13 @@ class QuantAttention:
         return tensor if quant is None else fake_quantize_activation(tensor, quant, self.clock.step).to(tensor.dtype)
 
 
-class Sage:
-    """`sage_attention` with the arguments of `F.scaled_dot_product_attention`."""
+class Sage(Attends):
+    """A form of the protocol's."""
 
     def __init__(self, recipe: SageRecipe) -> None:
         self.recipe = recipe
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+    def attended(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> Tensor:
-        _without_dropout(dropout_p)
-        return sage_attention(self.recipe, query, key, value, attn_mask, causal=is_causal, scale=scale)
-
-
-def _without_dropout(dropout_p: float) -> None:
-    if dropout_p:
-        raise NotImplementedError(f"quantized attention is for inference; got dropout_p {dropout_p}")
+        return sage_attention(self.recipe, query, key, value, mask, causal=causal, scale=scale)
