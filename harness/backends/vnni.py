@@ -28,6 +28,7 @@ from ditbench.harness.backends.alike import quantizers_alike
 from ditbench.harness.backends.base import FusedKernel, Kernel, MachineLacks
 from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.backends.integers import act_lacks, not_integers, weight_lacks
+from ditbench.harness.backends.rotations import all_but_last, as_rows, transformed
 from ditbench.harness.common.files import atomic_path, canonical_sha256
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine
 from ditbench.harness.quant.recipe import LayerRecipe
@@ -40,7 +41,11 @@ PRIORITY = 5 if torch.cpu._is_amx_tile_supported() else 20  # with AMX, oneDNN's
 SUMMARY = "W8 and W4 with activations of 2 to 8 bits in int8 on x86 CPUs with AVX512-VNNI; every granularity"
 
 LIBRARY = "ditbench_vnni"
-OPERATORS = {f"{LIBRARY}::quantize_rows": "quantize activations", f"{LIBRARY}::linear": "integer product"}
+OPERATORS = {
+    f"{LIBRARY}::quantize_rows": "quantize activations",
+    f"{LIBRARY}::rotated_rows": "rotate and quantize activations",
+    f"{LIBRARY}::linear": "integer product",
+}
 KERNELS = Path(__file__).parent / "vnni_kernels"
 # BF16 is for the attention alone, which calls it by name (`attention.lacks` asks the CPU).
 FLAGS = [
@@ -112,6 +117,11 @@ class VnniKernel(FusedKernel):
         self.register_buffer("sum_GO", _panelled(sum_OG))
         self.register_buffer("zero_point_GO", None if zero_point_OG is None else _panelled(zero_point_OG.int()))
 
+    @property
+    def needs_all_rows(self) -> bool:
+        """Which range a row has is known when all of a sample are."""
+        return self.act.spec.dynamic and self.act.spec.granularity == "per_tensor"
+
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
         return self.product(self.quantized(x, step), x.shape, None, torch.float32)
 
@@ -121,8 +131,16 @@ class VnniKernel(FusedKernel):
         return quantizers_alike(self.act, other.act)
 
     def rows(self, x: Tensor, step: Tensor | None, transform: Transform | None, *, keep: bool) -> Rows:
-        moved = x if transform is None else transform(x.float(), step)
-        return Rows(self.quantized(moved, step), moved if keep and transform is not None else None)
+        if transform is None:
+            return Rows(self.quantized(x, step), None)
+        if self.needs_all_rows:
+            x_moved = transformed(transform, x, step)
+            return Rows(self.quantized(x_moved, step), x_moved if keep else None)
+        x, last = all_but_last(transform, x, step)
+        if last is None:
+            return Rows(self.quantized(x, step), x if keep else None)
+        kept, *codes = torch.ops.ditbench_vnni.rotated_rows(as_rows(x), *last, keep, *self.quantizer(x, step))
+        return Rows(tuple(codes), kept.reshape(x.shape) if keep else None)  # type: ignore[arg-type]
 
     def layer(
         self,
@@ -148,8 +166,8 @@ class VnniKernel(FusedKernel):
     def modulated(
         self, x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float, step: Tensor | None
     ) -> tuple[Tensor, Rows] | None:
-        if self.act.spec.dynamic and self.act.spec.granularity == "per_tensor":
-            return None  # which range a row has is known when all of them are
+        if self.needs_all_rows:
+            return None
         y, *codes = torch.ops.ditbench_vnni.modulated_rows(x, scale_BC, shift_BC, eps, *self.quantizer(x, step))
         return y, Rows(tuple(codes), None)  # type: ignore[arg-type]
 
@@ -181,7 +199,7 @@ class VnniKernel(FusedKernel):
 
     def given_affine(self, x: Tensor, step: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """scale and zero_point per row where the input's own rows do not say: static ranges, and those of a whole sample."""
-        if self.act.spec.dynamic and self.act.spec.granularity != "per_tensor":
+        if self.act.spec.dynamic and not self.needs_all_rows:
             return None, None
         affine = activation_affine(x.float() if self.act.spec.dynamic else x, self.act, step)
         rows = (*x.shape[:-1], 1)
@@ -231,6 +249,8 @@ def load_extension() -> None:
     torch.library.register_fake(f"{LIBRARY}::attention", _fake_attention)
     torch.library.register_fake(f"{LIBRARY}::modulated", lambda x, scale, shift, eps: torch.empty_like(x))
     torch.library.register_fake(f"{LIBRARY}::modulated_rows", _fake_modulated_rows)
+    torch.library.register_fake(f"{LIBRARY}::rotated", lambda x, *factors: x.new_empty(x.shape, dtype=torch.float32))
+    torch.library.register_fake(f"{LIBRARY}::rotated_rows", _fake_rotated_rows)
     torch.library.register_fake(f"{LIBRARY}::gated", lambda x, gate, y: torch.empty_like(x))
     torch.library.register_fake(f"{LIBRARY}::few_rows", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
     torch.library.register_fake(f"{LIBRARY}::activate", lambda x, activation: torch.empty_like(x))
@@ -248,6 +268,12 @@ def _fake_quantize_rows(x, scale, zero_point, groups, sum_groups, quant_max, sym
 
 def _fake_modulated_rows(x, scale, shift, eps, *quantizer):
     return torch.empty_like(x), *_fake_quantize_rows(x.flatten(0, 1), *quantizer)
+
+
+def _fake_rotated_rows(x, signs, left, right, keep, *quantizer):
+    rows, channels = x.shape
+    kept = x.new_empty(rows if keep else 0, channels, dtype=torch.float32)
+    return kept, *_fake_quantize_rows(x, *quantizer)
 
 
 def _fake_linear(

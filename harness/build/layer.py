@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ditbench.harness.backends.activations import activate
 from ditbench.harness.backends.base import AUTO, FusedKernel, choose
 from ditbench.harness.backends.few_rows import linear
+from ditbench.harness.backends.rotations import transformed
 from ditbench.harness.build.treatment import Treatment
 from ditbench.harness.quant.effective import EffectiveLinear
 from ditbench.harness.quant.recipe import LayerRecipe
@@ -73,7 +74,7 @@ class QuantLinear(nn.Module):
             low_rank = (self.down_rC, self.up_Or) if self.has_low_rank else None
             return self._fused(self.kernel, x, step, low_rank, activation)
         if self.transform is not None:
-            x = self.transform(x if dtype == torch.float64 else x.float(), step)
+            x = transformed(self.transform, x, step)
         y = self.kernel(x, step)
         if self.has_low_rank:
             y = y + linear(linear(x.to(self.down_rC.dtype), self.down_rC), self.up_Or)

@@ -41,6 +41,9 @@ class BlockRotation(Rotation):
     def forward(self, x: Tensor) -> Tensor:
         return (x.unflatten(-1, (-1, len(self.matrix_gg))) @ self.matrix_gg.to(x.dtype)).flatten(-2)
 
+    def factors(self) -> tuple[None, Tensor, Tensor]:
+        return None, self.matrix_gg.new_ones(1, 1), self.matrix_gg
+
 
 @dataclass(frozen=True)
 class Dual:

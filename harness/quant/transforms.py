@@ -28,6 +28,10 @@ class Rotation(nn.Module):
         """W · R⁻ᵀ, which is W · R of an orthogonal map."""
         return self(weight_OC)
 
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        """(signs_C, L, R) of a map that is diag(signs) · blockdiag(L ⊗ R, …), for who computes it another way."""
+        return None
+
 
 class Permutation(Rotation):
     """(x · P)_j = x_{order[j]}."""
@@ -78,6 +82,9 @@ class Hadamard(Rotation):
             x = x * self.signs_C.to(x.dtype)
         return _in_blocks(x, self.left_aa, self.right_bb)
 
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        return self.signs_C, self.left_aa, self.right_bb
+
 
 class RegularHadamard(Rotation):
     """x · H / √m in blocks of m channels, H a regular Hadamard matrix: all its rows and columns have the sum √m, so that what is the
@@ -104,6 +111,9 @@ class RegularHadamard(Rotation):
 
     def forward(self, x: Tensor) -> Tensor:
         return _in_blocks(x, self.left_aa, self.right_bb)
+
+    def factors(self) -> tuple[None, Tensor, Tensor]:
+        return None, self.left_aa, self.right_bb
 
 
 class KroneckerMap(Rotation):
@@ -133,6 +143,9 @@ class KroneckerMap(Rotation):
 
     def forward(self, x: Tensor) -> Tensor:
         return _in_blocks(x, self.left_aa, self.right_bb)
+
+    def factors(self) -> tuple[None, Tensor, Tensor]:
+        return None, self.left_aa, self.right_bb
 
     def of_weight(self, weight_OC: Tensor) -> Tensor:
         return _in_blocks(weight_OC, *(torch.linalg.inv(each.double()).T for each in (self.left_aa, self.right_bb)))
@@ -180,12 +193,17 @@ class Transform(nn.Module):
         return Transform(rotations=tuple(self.rotations))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
+        x = self.moved(x, step)
+        for rotation in self.rotations:
+            x = rotation(x)
+        return x
+
+    def moved(self, x: Tensor, step: Tensor | None = None) -> Tensor:
+        """(x − shift) / scale."""
         if self.shift is not None:
             x = x - self.shift.at(step).to(x.dtype)
         if self.scale_C is not None:
             x = x / self.scale_C.to(x.dtype)
-        for rotation in self.rotations:
-            x = rotation(x)
         return x
 
     def of_weight(self, weight_OC: Tensor) -> Tensor:

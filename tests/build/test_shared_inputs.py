@@ -67,8 +67,8 @@ def quantized(monkeypatch) -> Callable[[], int]:
         calls.append(x.shape)
         return original(self, x, step)
 
-    original = vnni.VnniKernel.quantized
-    monkeypatch.setattr(vnni.VnniKernel, "quantized", noted)
+    original = vnni.VnniKernel.quantizer
+    monkeypatch.setattr(vnni.VnniKernel, "quantizer", noted)
     return lambda: len(calls)
 
 
