@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditbench.harness.backends.activations import NUMBERS, activate
+from ditbench.harness.backends.activations import NUMBERS
 from ditbench.harness.backends.alike import quantizers_alike
 from ditbench.harness.backends.base import FusedKernel, Kernel, MachineLacks
 from ditbench.harness.backends.few_rows import linear
@@ -154,14 +154,13 @@ class VnniKernel(FusedKernel):
     ) -> Tensor:
         if rows is None:
             rows = self.rows(x, step, transform, keep=low_rank is not None)
-        if low_rank is None:
-            bias_O = None if bias is None else bias.at(step).float()
-            return self.product(rows.codes, x.shape, bias_O, x.dtype, activation)
-        down_rC, up_Or = low_rank
-        moved = x if rows.kept is None else rows.kept
-        y = self.product(rows.codes, x.shape, None, torch.float32)
-        y = y + linear(linear(moved.to(down_rC.dtype), down_rC), up_Or)
-        return activate(y if bias is None else y + bias.at(step), activation).to(x.dtype)
+        branch = None
+        if low_rank is not None:
+            down_rC, up_Or = low_rank
+            moved = x if rows.kept is None else rows.kept
+            branch = linear(linear(moved.to(down_rC.dtype), down_rC), up_Or)
+        bias_O = None if bias is None else bias.at(step).float()
+        return self.product(rows.codes, x.shape, bias_O, x.dtype, activation, branch)
 
     def modulated(
         self, x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float, step: Tensor | None
@@ -189,12 +188,15 @@ class VnniKernel(FusedKernel):
         bias_O: Tensor | None,
         dtype: torch.dtype,
         activation: str | None = None,
+        branch: Tensor | None = None,
     ) -> Tensor:
-        """Of rows that come from x' of this shape (…, C): activation(x' · Ŵᵀ + bias) in dtype."""
+        """Of rows that come from x' of this shape (…, C): activation(x' · Ŵᵀ + branch + bias) in dtype."""
         weight = (self.packed, self.bits, self.is_signed, self.outputs, self.channels)
         tables = (self.scale_GO, self.sum_GO, self.zero_point_GO)
         result = dtype if dtype == torch.bfloat16 else torch.float32
-        y_MO = torch.ops.ditbench_vnni.linear(*codes, *weight, *tables, bias_O, NUMBERS[activation], result)
+        if branch is not None:
+            branch = branch.contiguous() if branch.dtype == torch.bfloat16 else branch.float().contiguous()
+        y_MO = torch.ops.ditbench_vnni.linear(*codes, *weight, *tables, branch, bias_O, NUMBERS[activation], result)
         return y_MO.to(dtype).reshape(*shape[:-1], -1)
 
     def given_affine(self, x: Tensor, step: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -289,6 +291,7 @@ def _fake_linear(
     w_scale,
     w_sum,
     w_zero,
+    addend,
     bias,
     activation,
     dtype,

@@ -113,6 +113,23 @@ struct Activations {
   const int32_t *offset, *sum;
 };
 
+// What is added to the product before the bias, such as a low-rank branch: (M, outputs) in float32 or bfloat16, or nothing.
+struct Addend {
+  const float* floats = nullptr;
+  const at::BFloat16* halves = nullptr;
+
+  explicit Addend(const std::optional<Tensor>& of) {
+    if (!of) return;
+    if (of->scalar_type() == at::kFloat) floats = of->const_data_ptr<float>();
+    else halves = of->const_data_ptr<at::BFloat16>();
+  }
+
+  __m512 added_to(__m512 sum, int64_t at, __mmask16 mask) const {
+    if (floats) return _mm512_add_ps(sum, load16(floats + at, mask));
+    return halves ? _mm512_add_ps(sum, load16(halves + at, mask)) : sum;
+  }
+};
+
 // (Σ u w − o Σ w − v (Σ u − o n)) · s_w · s_x of one row and panel, in one group.
 __m512 scaled(
     __m512i sum, __m512i weight_sum, __m512 weight_scale, const __m512i* zero, int32_t offset, int32_t code_sum, int64_t width,
@@ -127,7 +144,8 @@ __m512 scaled(
 
 template <typename T>
 void linear_rows(
-    const Activations& x, const Weight& w, const float* bias, Activation activation, const int8_t* strip, int64_t strip_stride,
+    const Activations& x, const Weight& w, const Addend& addend, const float* bias, Activation activation, const int8_t* strip,
+    int64_t strip_stride,
     int64_t panel, int64_t panels, int64_t row, int64_t rows, T* y) {
   const int64_t groups = std::max(x.groups, w.groups), width = w.channels / groups, quads = ceil_div(width, DEPTH);
   const int64_t padded = ceil_div(w.outputs, LANES) * LANES;
@@ -153,6 +171,7 @@ void linear_rows(
             width, x.scale[at]);
         if (!is_first) sum = _mm512_add_ps(total[r][p], sum);
         if (is_last) {
+          sum = addend.added_to(sum, (row + r) * w.outputs + out, mask);
           if (bias) sum = _mm512_add_ps(sum, biases);
           store16(y + (row + r) * w.outputs + out, mask, activated(activation, sum));
         } else {
@@ -180,7 +199,7 @@ class Ahead {
 };
 
 template <typename T>
-void linear_all(const Activations& x, const Weight& w, const float* bias, Activation activation, T* y) {
+void linear_all(const Activations& x, const Weight& w, const Addend& addend, const float* bias, Activation activation, T* y) {
   const int64_t pairs = ceil_div(w.channels, 2 * DEPTH), panels = ceil_div(w.outputs, LANES);
   const int64_t strips = ceil_div(panels, STRIP), chunks = ceil_div(x.rows, ROWS_PER_TASK);
   const int64_t strip_stride = pairs * 2 * PANEL, panel_bytes = pairs * (w.bits == 8 ? 2 * PANEL : PANEL);
@@ -201,19 +220,19 @@ void linear_all(const Activations& x, const Weight& w, const float* bias, Activa
       Ahead ahead(stored + here * panel_bytes, next_bytes, ceil_div(stop - start, ROWS));
       for (int64_t row = start; row < stop; row += ROWS) {
         ahead.fetch();
-        linear_rows(x, w, bias, activation, strip, strip_stride, panel, here, row, std::min(ROWS, stop - row), y);
+        linear_rows(x, w, addend, bias, activation, strip, strip_stride, panel, here, row, std::min(ROWS, stop - row), y);
       }
     }
   });
 }
 
-// → y (M, outputs) in float32 or bfloat16. Tables of the weight are (groups, outputs padded to 16), bias float32 (outputs).
+// → activation(product + addend + bias) (M, outputs) in float32 or bfloat16. Tables of the weight are (groups, outputs padded to 16), bias float32 (outputs).
 // sum: of the codes, per group of the side that has more of them.
 Tensor linear(
     const Tensor& codes, const Tensor& scale, const Tensor& offset, const Tensor& sum, const Tensor& packed, int64_t bits,
     bool is_signed, int64_t outputs, int64_t channels, const Tensor& weight_scale, const Tensor& weight_sum,
-    const std::optional<Tensor>& weight_zero_point, const std::optional<Tensor>& bias, int64_t activation,
-    at::ScalarType dtype) {
+    const std::optional<Tensor>& weight_zero_point, const std::optional<Tensor>& addend, const std::optional<Tensor>& bias,
+    int64_t activation, at::ScalarType dtype) {
   const Activations x{
       codes.const_data_ptr<uint8_t>(), codes.size(0), codes.size(1), scale.size(1), scale.const_data_ptr<float>(),
       offset.const_data_ptr<int32_t>(), sum.const_data_ptr<int32_t>()};
@@ -226,15 +245,19 @@ Tensor linear(
   TORCH_CHECK(groups == 1 || channels / groups % DEPTH == 0, "groups hold a multiple of 4 channels");
   TORCH_CHECK((x.groups == groups || x.groups == 1) && (w.groups == groups || w.groups == 1), "groups of both sides agree");
   TORCH_CHECK(weight_sum.size(0) == groups && sum.size(1) == groups, "sums are per group of either side");
+  TORCH_CHECK(
+      !addend || (addend->is_contiguous() && addend->numel() == codes.size(0) * outputs &&
+                  (addend->scalar_type() == at::kFloat || addend->scalar_type() == at::kBFloat16)),
+      "what is added is (M, outputs), contiguous, float32 or bfloat16");
   TORCH_CHECK(!bias || bias->scalar_type() == at::kFloat, "the bias is float32");
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "y is float32 or bfloat16");
   TORCH_CHECK(activation >= 0 && activation <= 2, "no such activation: ", activation);
   const float* bias_at = bias ? bias->const_data_ptr<float>() : nullptr;
   Tensor y = at::empty({x.rows, outputs}, scale.options().dtype(dtype));
   if (dtype == at::kFloat) {
-    linear_all(x, w, bias_at, Activation(activation), y.data_ptr<float>());
+    linear_all(x, w, Addend(addend), bias_at, Activation(activation), y.data_ptr<float>());
   } else {
-    linear_all(x, w, bias_at, Activation(activation), y.data_ptr<at::BFloat16>());
+    linear_all(x, w, Addend(addend), bias_at, Activation(activation), y.data_ptr<at::BFloat16>());
   }
   return y;
 }
@@ -261,8 +284,8 @@ TORCH_LIBRARY_FRAGMENT(ditbench_vnni, library) {
   library.def("pack_weight(Tensor codes, int bits) -> Tensor");
   library.def(
       "linear(Tensor codes, Tensor scale, Tensor offset, Tensor sum, Tensor packed, int bits, bool is_signed, int outputs,"
-      " int channels, Tensor weight_scale, Tensor weight_sum, Tensor? weight_zero_point, Tensor? bias, int activation,"
-      " ScalarType dtype) -> Tensor");
+      " int channels, Tensor weight_scale, Tensor weight_sum, Tensor? weight_zero_point, Tensor? addend, Tensor? bias,"
+      " int activation, ScalarType dtype) -> Tensor");
   library.def("activate(Tensor x, int activation) -> Tensor");
 }
 
