@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-from generic_pipelines import chroma, flow, flux2_klein, qwen_image, z_image
-from small_pipelines import SMALL_TEXT, lively, t5
+from generic_pipelines import chroma, flow, flux2_klein, qwen_image, qwen_vl, z_image
+from small_pipelines import SMALL_TEXT, clip, image_vae, lively, t5
 from transformers import Gemma2Config, Gemma2Model, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from ditbench.harness.zoo.captioned import tokenizer
@@ -71,11 +71,42 @@ def sana_video() -> Any:
     )  # fmt: skip
 
 
+def kandinsky5_transformer(**more: Any) -> Any:
+    return lively(
+        diffusers.Kandinsky5Transformer3DModel(
+            in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=16, time_dim=16, model_dim=24, ff_dim=32,
+            num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 4, 4), **more,
+        )
+    )  # fmt: skip
+
+
+def kandinsky5() -> Any:
+    """Videos. What its pipeline says before the prompt fills the 128 tokens that it leaves out, with these words too."""
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+    )  # fmt: skip
+    return diffusers.Kandinsky5T2VPipeline(
+        transformer=kandinsky5_transformer(visual_cond=True), vae=vae, scheduler=flow(shift=5.0), **qwen_vl(),
+        text_encoder_2=clip(False, 77), tokenizer_2=tokenizer(),
+    )  # fmt: skip
+
+
+def kandinsky5_t2i() -> Any:
+    """Its pipeline counts on a VAE that makes a pixel of eight."""
+    vae = image_vae(4, block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+    return diffusers.Kandinsky5T2IPipeline(
+        transformer=kandinsky5_transformer(), vae=vae, scheduler=flow(shift=3.0), **qwen_vl(), text_encoder_2=clip(False, 77),
+        tokenizer_2=tokenizer(),
+    )  # fmt: skip
+
+
 NEWER: dict[str, Callable[[], Any]] = {
     "flux2": flux2_klein, "qwen_image": qwen_image, "z_image": z_image,
     "hunyuan_video15": hunyuan_video15,
     "chroma": chroma,
     "sana_video": sana_video,
+    "kandinsky5": kandinsky5, "kandinsky5_t2i": kandinsky5_t2i,
 }  # fmt: skip
 NEWER_SIZES: dict[str, dict[str, int]] = {
     "flux2": {"height": 16, "width": 16},
@@ -84,12 +115,21 @@ NEWER_SIZES: dict[str, dict[str, int]] = {
     "chroma": {"height": 16, "width": 16},
     "sana_video": {"height": 32, "width": 32, "num_frames": 5},
     "hunyuan_video15": {"height": 32, "width": 32, "num_frames": 5},
+    "kandinsky5": {"height": 32, "width": 32, "num_frames": 5},
+    "kandinsky5_t2i": {"height": 32, "width": 32},
 }
+OF_FAMILY = {"kandinsky5_t2i": "kandinsky5"}  # a second pipeline of a family
 CONFIGURATIONS = {
     "flux2": "flux.2-klein-4b", "qwen_image": "qwen-image", "z_image": "z-image-turbo", "chroma": "chroma1-hd",
     "hunyuan_video15": "hunyuan-video-1.5-480p", "sana_video": "sana-video-2b-480p",
+    "kandinsky5": "kandinsky-5-t2v-lite-5s", "kandinsky5_t2i": "kandinsky-5-t2i-lite",
 }  # fmt: skip
 DRAWN = {  # of one sample: height and width, or frames, height and width
     "flux2": (16, 16), "qwen_image": (32, 32), "z_image": (16, 16), "hunyuan_video15": (5, 32, 32), "chroma": (16, 16), "sana_video": (5, 32, 32),
+    "kandinsky5": (5, 32, 32), "kandinsky5_t2i": (32, 32),
 }  # fmt: skip
 NEWER_DRAWN_AS_VIDEO = tuple(name for name, shape in DRAWN.items() if len(shape) == 3)
+
+
+def family_of(name: str) -> str:
+    return OF_FAMILY.get(name, name)
