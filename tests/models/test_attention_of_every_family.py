@@ -27,18 +27,10 @@ from ditbench.harness.quant.recipe import AttentionRecipe, ModelRecipe
 from ditbench.harness.quant.sage import FORMS
 
 MADE = SMALL | NEWER
-CROSS = (
-    "sana",
-    "sana_video",
-    "wan",
-    "ltx",
-    "latte",
-    "hunyuan_dit",
-    "opensora",
-    "kandinsky5",
-    "kandinsky5_t2i",
-)  # q and k of unequal length here
-MASKED = ("pixart", "chroma", "hunyuan_video", "hunyuan_video15", "opensora", "sana", "sana_video", "ltx")
+CROSS = (  # q and k of unequal length here
+    "sana", "sana_video", "wan", "ltx", "latte", "hunyuan_dit", "opensora", "kandinsky5", "kandinsky5_t2i", "ltx2",
+)  # fmt: skip
+MASKED = ("pixart", "chroma", "hunyuan_video", "hunyuan_video15", "opensora", "sana", "sana_video", "ltx", "ltx2")
 
 
 def small(name: str) -> LoadedModel:

@@ -33,6 +33,7 @@ SIZES = {  # parameters of the transformer alone, in units of 10⁹
     "sana-video-2b-480p-random": 2.06,
     "kandinsky-5-t2v-lite-5s-random": 2.01,
     "kandinsky-5-t2i-lite-random": 6.02,
+    "ltx-2-random": 18.88,
 }
 OUT_OF_MORE = {"kandinsky-5-t2v-lite-5s-random": 16}  # beside its 16 channels it is told 17 that it does not give back
 READS_VALUES = ("hunyuan-video-1.5-480p-random",)  # of masks, which `meta` has not
