@@ -20,7 +20,7 @@ import ditbench.harness.models.base  # noqa: F401  before diffusers, as a script
 
 # isort: split
 import torch
-from newer_pipelines import NEWER, NEWER_DRAWN_AS_VIDEO, NEWER_SIZES
+from newer_pipelines import NEWER, NEWER_DRAWN_AS_VIDEO, NEWER_SIZES, family_of
 from operations import Operations, counted
 from small_pipelines import SIZES, SMALL, wan_of_two_experts
 from torch import Tensor, nn
@@ -121,8 +121,11 @@ def config_of(family: str, method: str, device: str, folder: Path) -> RunConfig:
         model = ["model=tiny-dit"]
         metrics = [*PAIRED, "accuracy", "torchmetrics/fid_judge"]
     else:
-        kind = "wan" if family == TWO else family
-        size = ",".join(f"{name}:{pixels}" for name, pixels in (SIZES | NEWER_SIZES).get(kind, {}).items())
+        kind = "wan" if family == TWO else family_of(family)
+        size = ",".join(
+            f"{name}:{pixels}"
+            for name, pixels in (SIZES | NEWER_SIZES).get(kind if family == TWO else family, {}).items()
+        )
         model = [
             "model=sd3-medium", f"model.name=small-{family}", f"model.family={kind}", "model.revision=null",
             f"model.source={saved(family, folder)}", f"model.size={{{size}}}" if size else "model.size=null",

@@ -46,6 +46,10 @@ def qwen_image() -> Any:
         base_dim=8, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
+    return diffusers.QwenImagePipeline(transformer=lively(transformer), vae=vae, scheduler=flow(), **qwen_vl())
+
+
+def qwen_vl() -> dict[str, Any]:
     words = tokenizer()
     config = Qwen2_5_VLConfig(
         text_config={
@@ -56,10 +60,7 @@ def qwen_image() -> Any:
         vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
         hidden_size=16, vocab_size=len(words),
     )  # fmt: skip
-    return diffusers.QwenImagePipeline(
-        transformer=lively(transformer), vae=vae, scheduler=flow(), tokenizer=words,
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
-    )  # fmt: skip
+    return {"tokenizer": words, "text_encoder": Qwen2_5_VLForConditionalGeneration(config)}
 
 
 def qwen3(layers: int, width: int, vocabulary: int) -> Qwen3Config:

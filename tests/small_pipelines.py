@@ -39,10 +39,8 @@ def t5(width: int = SMALL_TEXT) -> dict[str, Any]:
 
 
 def image_vae(channels: int = 4, **more: Any) -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=channels, norm_num_groups=4, sample_size=16, **more,
-    )  # fmt: skip
+    levels = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}  # fmt: skip
+    return diffusers.AutoencoderKL(**levels | {"latent_channels": channels, "norm_num_groups": 4, "sample_size": 16} | more)  # fmt: skip
 
 
 def lively(transformer: nn.Module) -> nn.Module:

@@ -46,6 +46,7 @@ PAIR = ("a red circle", "a small green square above a large blue triangle, drawn
 CLOSE = {2: 2e-2, 4: 1e-4, 8: 1e-4}  # by bytes of a number: a row encoded alone against the same beside another
 ROOM = 0.8  # of free memory that encoders may fill
 READ_NOTHING = ("transformer", "vae", "scheduler", "image_encoder", "feature_extractor", "safety_checker", "guider")
+KEEPS_PROMPTS = "keeps_prompts"  # False on a pipeline whose embeddings take more room than it takes time to make them
 PACKAGES = ("torch", "transformers", "diffusers", "tokenizers")
 
 Arguments = dict[str, Any]
@@ -105,7 +106,7 @@ def encoding_once(pipe: Any, running: Any, device: torch.device) -> Encode:
     def remembering(*args: Any, **kwargs: Any) -> Any:
         given = _by_name(encode, args, kwargs)
         plain = all(isinstance(leaf, (*PLAIN, torch.device, torch.dtype)) for leaf in tree_leaves(given))
-        if not plain or _without_weights(pipe):
+        if not plain or _without_weights(pipe) or not getattr(pipe, KEEPS_PROMPTS, True):
             return encode(*args, **kwargs)
         asked = _Asked(_shelves.setdefault(pipe, Shelf()), pipe, running, encode, device)
         return tree_map_only(Tensor, lambda tensor: tensor.to(device, copy=True), asked.of(given))

@@ -103,8 +103,9 @@ def _pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 def _part(library: str, name: str, folder: Path, dtype: torch.dtype) -> Any:
-    """One part, by the library and the class that the index names."""
-    kind = getattr(importlib.import_module(library), name)
+    """One part, by the library and the class that the index names; the library may be a folder of diffusers' pipelines."""
+    own = hasattr(diffusers.pipelines, library)
+    kind = getattr(importlib.import_module(f"diffusers.pipelines.{library}" if own else library), name)
     if issubclass(kind, diffusers.ModelMixin):
         with WeightsOnMeta():
             part = kind.from_config(kind.load_config(folder, local_files_only=True))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from newer_pipelines import NEWER, NEWER_SIZES
+from newer_pipelines import NEWER, NEWER_SIZES, family_of
 from small_pipelines import SIZES, SMALL, wan_of_two_experts
 from torch import Tensor
 
@@ -27,17 +27,21 @@ from ditbench.harness.quant.recipe import AttentionRecipe, ModelRecipe
 from ditbench.harness.quant.sage import FORMS
 
 MADE = SMALL | NEWER
-CROSS = ("sana", "sana_video", "wan", "ltx", "latte", "hunyuan_dit", "opensora")  # q and k of unequal length here
-MASKED = ("pixart", "chroma", "hunyuan_video", "hunyuan_video15", "opensora", "sana", "sana_video", "ltx")
+CROSS = (  # q and k of unequal length here
+    "sana", "sana_video", "wan", "ltx", "latte", "hunyuan_dit", "opensora", "kandinsky5", "kandinsky5_t2i", "ltx2",
+)  # fmt: skip
+MASKED = ("pixart", "chroma", "hunyuan_video", "hunyuan_video15", "opensora", "sana", "sana_video", "ltx", "ltx2")
 
 
 def small(name: str) -> LoadedModel:
     torch.manual_seed(0)
-    adapter, sizes = family(name), SIZES | NEWER_SIZES
+    adapter, sizes = family(family_of(name)), SIZES | NEWER_SIZES
     pipe = MADE[name]()
     adapter.prepare(pipe)
     pipe.transformer.eval().requires_grad_(False)
-    return LoadedModel(ModelSpec(name, name), pipe, replace(adapter, size=sizes[name]) if name in sizes else adapter)
+    return LoadedModel(
+        ModelSpec(name, family_of(name)), pipe, replace(adapter, size=sizes[name]) if name in sizes else adapter
+    )
 
 
 class Watched:

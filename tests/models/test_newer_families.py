@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from newer_pipelines import CONFIGURATIONS, DRAWN, NEWER, NEWER_SIZES
+from newer_pipelines import CONFIGURATIONS, DRAWN, NEWER, NEWER_SIZES, family_of
 from torch import Tensor
 
 from ditbench.harness.build.build import build, float_copy
@@ -33,9 +33,14 @@ PROMPTS = (Prompt("a red circle"), Prompt("two blue squares left of a green cros
 STEPS = 2
 FOLDED = {  # of a family with a block of each kind: how many sites fold, of how many
     "flux2": (2 * 5 + 2, 2 * 7 + 2 * 2), "qwen_image": (10, 14), "z_image": (2, 8), "hunyuan_video15": (10, 14), "chroma": (2 * 5 + 2, 2 * 7 + 2 * 2), "sana_video": (4, 10),
+    "kandinsky5": (10, 14), "kandinsky5_t2i": (10, 14), "ltx2": (2 * 14, 2 * 20),
 }  # fmt: skip
 
-LEAST_SHARE = {"hunyuan_video15": 0.005}  # its text's embedder is 2,048 wide, however small the model is
+IN_FLOAT32 = ("kandinsky5", "kandinsky5_t2i")  # norms and modulation whatever the model's dtype
+LEAST_SHARE = {  # its text's embedder is 2,048 wide, however small the model is; attention over 768 tokens of 16 channels
+    "hunyuan_video15": 0.005,
+    "ltx2": 0.05,
+}
 
 
 @pytest.fixture(scope="module", params=sorted(NEWER))
@@ -53,7 +58,7 @@ def checkpoint(family, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(family, checkpoint) -> LoadedModel:
-    return load_model(ModelSpec(f"small-{family}", family, source=str(checkpoint), size=NEWER_SIZES[family]))
+    return load_model(ModelSpec(f"small-{family}", family_of(family), source=str(checkpoint), size=NEWER_SIZES[family]))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +124,7 @@ def test_folds_keep_the_float_output_in_float64(family, model, calibration):
     plain, changed = float_copy(target, dtype=torch.float64), build(target, recipe, dtype=torch.float64)
     for step in range(STEPS):
         expected, found = (outputs(each, torch.float64, calibration, step) for each in (plain, changed))
-        assert float((found - expected).norm() / expected.norm()) < 1e-8
+        assert float((found - expected).norm() / expected.norm()) < (1e-6 if family in IN_FLOAT32 else 1e-8)
 
 
 def test_blocks_walked_one_by_one_are_the_model(model, calibration):
@@ -166,7 +171,7 @@ def test_a_run_of_its_configuration_ends_well_in_bfloat16(family, model, checkpo
     *_, path = checkpoint.parent.glob("runs/whole/*/record.json")
     record = json.loads(path.read_text())
     assert code == 0 and record["status"] == "ok", record["error"]
-    assert record["config"]["model"]["dtype"] == "bfloat16" and record["config"]["model"]["family"] == family
+    assert record["config"]["model"]["dtype"] == "bfloat16" and record["config"]["model"]["family"] == family_of(family)
     assert set(record["layers"]) == set(model.target().layers)
     assert all(entry["sqnr_db"] > 0 for entry in record["layers"].values())
     assert LEAST_SHARE.get(family, 0.3) < record["bits"]["mac_share_quantized"] < 1

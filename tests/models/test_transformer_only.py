@@ -31,7 +31,11 @@ SIZES = {  # parameters of the transformer alone, in units of 10⁹
     "hunyuan-video-1.5-480p-random": 8.33,
     "chroma1-hd-random": 8.90,
     "sana-video-2b-480p-random": 2.06,
+    "kandinsky-5-t2v-lite-5s-random": 2.01,
+    "kandinsky-5-t2i-lite-random": 6.02,
+    "ltx-2-random": 18.88,
 }
+OUT_OF_MORE = {"kandinsky-5-t2v-lite-5s-random": 16}  # beside its 16 channels it is told 17 that it does not give back
 READS_VALUES = ("hunyuan-video-1.5-480p-random",)  # of masks, which `meta` has not
 SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 1,
@@ -64,9 +68,10 @@ def test_it_has_the_published_size_and_takes_the_call_that_is_written_down(name)
             lambda value: value.to("meta", torch.bfloat16 if value.is_floating_point() else None),
             pipe.step_inputs(2),
         )
-        output = pipe.transformer(**inputs, return_dict=False)[0]
+        output = pipe.transformer(**inputs).sample
     drawn = next(iter(inputs.values()))
-    assert len(output) == 2 and output[1].shape[1:] == drawn[1].shape[1:]
+    assert len(output) == 2 and output[1].shape[1:-1] == drawn[1].shape[1:-1]
+    assert output[1].shape[-1] == OUT_OF_MORE.get(name, drawn[1].shape[-1])
 
 
 def test_its_inputs_are_drawn_once_and_for_all_and_by_row():
@@ -75,6 +80,15 @@ def test_its_inputs_are_drawn_once_and_for_all_and_by_row():
     assert torch.equal(two["hidden_states"], again["hidden_states"]) and two["hidden_states"].shape == (2, 4, 8, 8)
     assert two["timestep"].tolist() == [500, 500]
     assert torch.isfinite(model.transformer(**two).sample).all()
+
+
+def test_positions_are_counted_from_zero_and_have_no_rows():
+    inputs = TransformerOnly(torch.nn.Identity(), {"one": {"range": 3}, "three": {"range": [1, 2, 4]}}).step_inputs(5)
+    assert inputs["one"].tolist() == [0, 1, 2] and [each.tolist() for each in inputs["three"]] == [
+        [0],
+        [0, 1],
+        [0, 1, 2, 3],
+    ]
 
 
 def test_shared_arguments_have_no_rows():
