@@ -34,7 +34,7 @@ from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.blockwise import weight_from_state, weight_state
 from ditbench.harness.fitting.forms import ASYMMETRIC_WEIGHTS, PUBLISHED, Form
-from ditbench.harness.fitting.rounding import nearest, static_ranges
+from ditbench.harness.fitting.rounding import act_quant, nearest, static_ranges
 from ditbench.harness.models.calls import float_dtype
 from ditbench.harness.quant.effective import effective_linear
 from ditbench.harness.quant.quantizers import (
@@ -99,7 +99,7 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
     recipe = nearest(target, bits, state, rotations(target, params), weights=weights)
     layers = {name: with_channel_scales(layer, params) for name, layer in recipe.layers.items()}
     recipe = replace(recipe, layers=layers)
-    return switched(recipe, state["wide_steps"].tolist()) if "wide_steps" in state else recipe
+    return switched(recipe, state["wide_steps"].tolist(), state) if "wide_steps" in state else recipe
 
 
 def rotations(target: Target, params: Params) -> dict[str, Transform]:
@@ -220,13 +220,14 @@ def switching(outputs: list[Tensor], delta: float) -> list[bool]:
     return wide
 
 
-def switched(recipe: ModelRecipe, wide: list[bool]) -> ModelRecipe:
-    """With 8-bit activations at the steps where `wide` says so."""
+def switched(recipe: ModelRecipe, wide: list[bool], state: dict[str, Tensor]) -> ModelRecipe:
+    """With 8-bit activations at the steps where `wide` says so; static ones have other scales there, of the same ranges."""
     starts = [step for step in range(len(wide)) if step == 0 or wide[step] != wide[step - 1]]
     variants = {}
     for name, layer in recipe.layers.items():
         if layer.act is not None and len(starts) > 1:
-            act = replace(layer.act, spec=replace(layer.act.spec, bits=WIDE_BITS))
+            spec = replace(layer.act.spec, bits=WIDE_BITS)
+            act = replace(layer.act, spec=spec) if spec.dynamic else act_quant(spec, state, name)
             wider = replace(layer, act=act)
             variants[name] = tuple(wider if wide[start] else layer for start in starts)
     return replace(recipe, num_steps=len(wide), variants=variants, starts=tuple(starts) if variants else (0,))

@@ -46,8 +46,17 @@ from ditbench.harness.quant.uneven import DualScaleQuant, static_dual
 
 PARTS = ("smooth", "dual", "segment")
 ALPHAS = tuple(step / 10 for step in range(11))
-# Second feed-forward layers read a GELU; adaLN's linears and the embedders' second ones a SiLU.
-AFTER = r"ff(_context)?\.net\.2$|norm\w*\.linear(_1)?$|adaln_single\.linear$|embedder(_\d)?\.linear_2$|^proj_out_1$"
+# Second feed-forward layers and those of text projections read a GELU; adaLN's linears and the embedders' second ones a SiLU.
+AFTER = "|".join(
+    (
+        r"(^|\.)(ff|ffn|ff_context|img_mlp|txt_mlp)\.net\.2$",
+        r"\.(mlp|y_proj)\.fc2$",  # Open-Sora
+        r"(caption_projection|distilled_guidance_layer\.layers\.\d+)\.linear_2$",
+        r"embedder(_\d)?\.(linear_2|mlp\.2)$|context_embedder_2\.linear_3$",
+        r"(norm\w*|adaln_single|time_embed|modulation\w*)\.linear$|norm\w*\.linear_1$|^proj_out_1$",
+        r"(^|\.)((img|txt)_mod|adaLN_modulation|t_block)\.1$|condition_embedder\.time_proj$",  # Qwen-Image, Z-Image, Open-Sora, Wan
+    )
+)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from ditbench.harness.fitting.bit_allocation import (
 )
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
-from ditbench.harness.quant.accounting import account, held_parts, layer_bytes
+from ditbench.harness.quant.accounting import account, act_bits, held_parts, layer_bytes
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import FLOAT_BITS, Bits, MixedBits
 from ditbench.harness.quant.steps import range_starts, step_ranges
@@ -270,10 +270,11 @@ def _average_act_bits(timing, model, target, recipes, labels, units, shares_R) -
     """Mean over the steps and the multiplications of the protocol's layers."""
     macs = model.macs_on(target.device)
     total = sum(macs[name] for name in target.layers)
+    widths = {name: weight_matrix(target.module(name)).shape[1] for name in target.layers}
 
     def bits(recipe: ModelRecipe, unit: Unit) -> float:
         acts = {name: recipe.layers.get(name, LayerRecipe()).act for name in unit if name in target.layers}
-        return sum(macs[name] * (act.spec.bits if act else FLOAT_BITS) for name, act in acts.items()) / total
+        return sum(macs[name] * act_bits(act, widths[name]) for name, act in acts.items()) / total
 
     bits_UK = np.array([[bits(recipe, unit) for recipe in recipes] for unit in units])
     untouched = set(target.layers).difference(*units)

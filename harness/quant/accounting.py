@@ -44,6 +44,7 @@ def account(
         macs[name] += macs.pop(other, 0)
     layers = linear_names(target.transformer)
     weights = {name: weight_matrix(target.module(name)).numel() for name in layers}
+    widths = {name: weight_matrix(target.module(name)).shape[1] for name in layers}
     bytes_of = {name: layer_bytes(target, recipe, name) for name in touched_layers(target, recipe)}
     weight_bytes = {name: bytes_of[name][0] if name in bytes_of else weights[name] * FLOAT_BYTES for name in layers}
 
@@ -70,7 +71,7 @@ def account(
     def quantized_macs(*sides: str) -> float:
         """Of the layers with these sides quantized, where it changes with the step: the mean over the steps."""
         return sum(
-            macs[name] * part
+            macs[name] * part * (rounded_share(layer.act, widths[name]) if "act" in sides else 1.0)
             for name in layers
             for layer, part in shares.get(name, [])
             if all(getattr(layer, side) for side in sides)
@@ -83,7 +84,7 @@ def account(
         "weight_bits_effective": weight_bits(layers),
         "weight_bits_quantized_layers": weight_bits(sorted(quantized)),
         "weight_bits_mac_weighted": sum(macs[n] * 8 * weight_bytes[n] / weights[n] for n in layers) / linear_macs,
-        "act_bits_effective": sum(macs[n] * _act_bits(recipe.shares(n)) for n in layers) / linear_macs,
+        "act_bits_effective": sum(macs[n] * _act_bits(recipe.shares(n), widths[n]) for n in layers) / linear_macs,
         "mac_share_quantized": (quantized_macs("weight", "act") + attention_macs) / macs[""],
         "mac_share_weight_quantized": quantized_macs("weight") / macs[""],
         "attention_operands_quantized": sorted(recipe.attention),
@@ -229,6 +230,16 @@ def _nbytes(*tensors: Tensor | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _act_bits(shares: list[tuple[LayerRecipe, float]]) -> float:
+def act_bits(act: ActQuant | None, channels: int) -> float:
+    """The mean over so many input channels, of which a quantizer may leave some in float."""
+    rounded = rounded_share(act, channels)
+    return (1 - rounded) * FLOAT_BITS + (rounded * act.spec.bits if act else 0)
+
+
+def rounded_share(act: ActQuant | None, channels: int) -> float:
+    return 0.0 if act is None else act.rounded_share(channels)
+
+
+def _act_bits(shares: list[tuple[LayerRecipe, float]], channels: int) -> float:
     """The mean over the steps."""
-    return sum(part * (layer.act.spec.bits if layer.act else FLOAT_BITS) for layer, part in shares)
+    return sum(part * act_bits(layer.act, channels) for layer, part in shares)

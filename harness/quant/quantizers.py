@@ -137,6 +137,10 @@ class ActQuant:
         """All that is static."""
         return [value for value in vars(self).values() if isinstance(value, StepTable)]
 
+    def rounded_share(self, channels: int) -> float:
+        """Of so many input channels, how many it rounds; the others stay in float."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class UnevenQuant(ActQuant):

@@ -105,7 +105,7 @@ class ChannelScaledQuant(UnevenQuant):
 
     def rounded(self, x: Tensor, step: Tensor | None) -> Tensor:
         inner = ActQuant(self.spec, clip=self.clip)
-        if x.ndim < 3:
+        if x.shape[1:-1].numel() == 1:  # of a (B, C) input, too
             return fake_quantize_activation(x, inner, step)
         scale = channel_absmax(x, self.channels)
         return fake_quantize_activation(x / scale, inner, step) * scale
@@ -120,6 +120,9 @@ class LeadingQuant(UnevenQuant):
     """
 
     channels: int = 0
+
+    def rounded_share(self, channels: int) -> float:
+        return self.channels / channels
 
     def rounded(self, x: Tensor, step: Tensor | None) -> Tensor:
         inner = ActQuant(self.spec, self.scale, self.zero_point, self.clip)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -157,6 +158,14 @@ def test_chosen_steps_have_8_bit_activations_and_the_same_weights(small_target, 
         errors.append(relative_error(*outputs))
     assert errors[1] < errors[0]
     assert not recipe_of(small_target, small_calibration, bits_of("w4a8"), params).variants
+
+
+def test_static_activations_of_chosen_steps_have_the_scales_of_8_bits(small_target, small_calibration):
+    """Of one range: 4 bits make 14 steps of it (symmetric), 8 bits 254."""
+    bits = replace(STATIC, act=replace(STATIC.act, bits=4, symmetric=True))
+    first, second = recipe_of(small_target, small_calibration, bits, Params(delta=1e-6)).variants[LAYER]
+    assert (first.act.spec.bits, second.act.spec.bits) == (4, 8)
+    torch.testing.assert_close(7 * first.act.scale.rows, 127 * second.act.scale.rows)
 
 
 def test_switching_compares_the_steps_of_the_same_samples(small_target, small_calibration):

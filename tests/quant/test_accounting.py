@@ -19,6 +19,7 @@ from ditbench.harness.quant.spec import INT, Bits, QuantSpec
 from ditbench.harness.quant.steps import StepTable
 from ditbench.harness.quant.target import Site, TableRows, Target
 from ditbench.harness.quant.transforms import Hadamard, Permutation, Transform, random_signs
+from ditbench.harness.quant.uneven import LeadingQuant
 
 DYNAMIC = QuantSpec(8, "per_token", dynamic=True)
 BY_STEP = static_quant(
@@ -125,7 +126,18 @@ def test_bits_that_change_with_the_step_count_by_the_steps_they_hold_for(toy):
     """Activations of 4 bits at one step of four, then of 8, then in float."""
     four, eight = (LayerRecipe(act=ActQuant(QuantSpec(bits, "per_token", dynamic=True))) for bits in (4, 8))
     shares = [(four, 0.25), (eight, 0.5), (LayerRecipe(), 0.25)]
-    assert _act_bits(shares) == pytest.approx(0.25 * 4 + 0.5 * 8 + 0.25 * 16)
+    assert _act_bits(shares, 8) == pytest.approx(0.25 * 4 + 0.5 * 8 + 0.25 * 16)
+
+
+def test_channels_that_a_quantizer_leaves_in_float_count_at_16_bits_and_their_macs_not_at_all(toy, normal):
+    """6 of first's 8 channels at 4 bits."""
+    first = LayerRecipe(
+        weight=quantize_weight(normal(4, 8), QuantSpec(4, "per_channel")),
+        act=LeadingQuant(QuantSpec(4, "per_token", dynamic=True), channels=6),
+    )
+    bits, _ = account(toy, ModelRecipe({"first": first}), MACS, "W4A4")
+    assert bits["act_bits_effective"] == pytest.approx((320 * (6 * 4 + 2 * 16) / 8 + 240 * 16) / 560)
+    assert bits["mac_share_quantized"] == pytest.approx(0.75 * 320 / 700)
 
 
 def test_weight_only_counts_no_mac_as_quantized_on_both_sides(toy, normal):

@@ -73,10 +73,11 @@ def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(normal):
 
 
 def test_one_token_has_no_scale_by_channel_since_that_would_be_the_token(normal):
-    x = normal(3, 12)
-    assert torch.equal(
-        fake_quantize_activation(x, ChannelScaledQuant(DUAL)), fake_quantize_activation(x, ActQuant(DUAL))
-    )
+    """Of a model's time, of one image whole, or of a prompt of one token: what a layer would get is ±1 in every channel."""
+    for shape in ((3, 12), (3, 1, 12), (3, 1, 1, 12)):
+        x = normal(*shape)
+        found = fake_quantize_activation(x, ChannelScaledQuant(DUAL))
+        assert torch.equal(found, fake_quantize_activation(x, ActQuant(DUAL))) and not torch.equal(found, x)
 
 
 def test_a_dead_channel_is_borne(normal):
