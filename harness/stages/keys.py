@@ -73,7 +73,7 @@ def samples_address(
             "batch_size": config.section("generate")["batch_size"],
             "latents": keeps_latents(config),
             "device": config.device.type,
-            "computes_as": computes_as(config.device),  # a cache that two machines share must not pair the samples of both
+            "computes_as": computes_as(config.device),  # two machines may share the cache
             "code": code_identity(*SAMPLES),
         }
     )
