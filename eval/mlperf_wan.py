@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ditbench.eval.passport import passport
-from ditbench.eval.vbench_totals import STANDARD, scores
+from ditbench.eval.vbench_totals import filed, scores
 
 DIMENSIONS = ("subject_consistency", "dynamic_degree", "motion_smoothness", "appearance_style", "scene")
 DIMENSIONS += ("background_consistency",)
@@ -23,25 +22,13 @@ NAME, REFERENCE, SHARE = "mlperf/vbench_score", 70.48, 0.99
 def entry(metrics: Mapping[str, Mapping[str, Any]], departures: Sequence[str]) -> dict[str, Any]:
     """The entry of NAME from a record's metrics; departures: what the run does other than MLPerf's protocol, a line each."""
     found = scores(metrics)
-    made: dict[str, Any] = {"value": None, "ci95": None, "n": 0, "status": "ok", "reason": None, "passport": {}}
-    made |= {"better": "higher", "paired": False, "unit": "", "noise_floor": None}
-    if missing := [dimension for dimension in DIMENSIONS if dimension not in found]:
-        why = f"of MLPerf's six VBench dimensions, on VBench's own prompts, these are missing: {', '.join(missing)}"
-        return made | {"status": "skipped", "reason": f"{why}; `ditbench vbench RUN --dimension …` scores them"}
-    of_each = {dimension: found[dimension]["value"] for dimension in DIMENSIONS}
-    value = 100.0 * sum(of_each.values()) / len(of_each)
-    settings: dict[str, Any] = {
-        "mode": STANDARD,
-        "dimensions": of_each,
-        "videos": {dimension: found[dimension]["n"] for dimension in DIMENSIONS},
+    of_each = [found[dimension]["value"] for dimension in DIMENSIONS if dimension in found]
+    value = 100.0 * sum(of_each) / len(of_each) if len(of_each) == len(DIMENSIONS) else None
+    settings = {
         "reference_score": REFERENCE,
         "window": [SHARE * REFERENCE, None],
-        "in_window": None if departures else value >= SHARE * REFERENCE,
+        "in_window": None if departures or value is None else value >= SHARE * REFERENCE,
         "window_of": "Wan 2.2 T2V A14B drawn by MLPerf's protocol",
         "departs_from_mlperf": list(departures),
-        "ci_method": "none: dimensions share videos",
     }
-    card = passport(f"ditbench {NAME}", "ditbench", reference=None, dtype="float64", **settings)
-    versions = sorted({str(found[dimension]["passport"].get("version")) for dimension in DIMENSIONS})
-    n = min(settings["videos"].values())
-    return made | {"value": value, "n": n, "passport": card | {"version": ", ".join(versions)}}
+    return filed(NAME, value, DIMENSIONS, found, "MLPerf's six VBench dimensions", settings)

@@ -13,7 +13,7 @@ outside its bounds makes a total below 0 or above 1. Dimensions are `vbench/…`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ditbench.eval.passport import passport
@@ -82,23 +82,27 @@ def weighted(found: Mapping[str, Entry], bounds: Bounds) -> float | None:
 
 
 def _entry(name: str, value: float | None, bounds: Bounds, found: Mapping[str, Entry]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"value": value, "ci95": None, "n": 0, "status": "ok", "reason": None, "passport": {}}
-    entry |= {"better": "higher", "paired": False, "unit": "", "noise_floor": None}
-    if value is None:
-        missing = [dimension for dimension in bounds if dimension not in found]
-        why = f"of VBench's dimensions, on its own prompts, these are missing: {', '.join(missing)}"
-        return entry | {"status": "skipped", "reason": f"{why}; `ditbench vbench RUN --dimension …` scores them"}
-    videos = {dimension: found[dimension]["n"] for dimension in bounds}
-    filters = {str(one["static_filter"]) for each in bounds if "static_filter" in (one := found[each]["passport"])}
-    settings = {
-        "mode": STANDARD,
-        "dimensions": {dimension: found[dimension]["value"] for dimension in bounds},
-        "bounds_and_weights": {dimension: list(of_each) for dimension, of_each in bounds.items()},
-        "videos": videos,  # VBench asks for five of each prompt
-        "ci_method": "none: dimensions share videos",
+    filters = {str(found[each]["passport"].get("static_filter", "")) for each in bounds if each in found} - {""}
+    settings: dict[str, Any] = {
+        "bounds_and_weights": {dimension: list(of_each) for dimension, of_each in bounds.items()}
     }
     if filters:
         settings["static_filter"] = "; ".join(sorted(filters))
-    card = passport(f"ditbench {name}", "ditbench", reference=None, dtype="float64", **settings)
-    versions = sorted({str(found[dimension]["passport"].get("version")) for dimension in bounds})
-    return entry | {"n": min(videos.values()), "passport": card | {"version": ", ".join(versions)}}
+    return filed(name, value, tuple(bounds), found, "VBench's dimensions", settings)
+
+
+def filed(
+    name: str, value: float | None, dimensions: Sequence[str], found: Mapping[str, Entry], whose: str, settings: Entry
+) -> dict[str, Any]:
+    """The entry of a score that is made of these dimensions; skipped, where one was not found. settings: more of its passport."""
+    entry: dict[str, Any] = {"value": None, "ci95": None, "n": 0, "status": "ok", "reason": None, "passport": {}}
+    entry |= {"better": "higher", "paired": False, "unit": "", "noise_floor": None}
+    if missing := [dimension for dimension in dimensions if dimension not in found]:
+        why = f"of {whose}, on VBench's own prompts, these are missing: {', '.join(missing)}"
+        return entry | {"status": "skipped", "reason": f"{why}; `ditbench vbench RUN --dimension …` scores them"}
+    videos = {dimension: found[dimension]["n"] for dimension in dimensions}
+    values = {dimension: found[dimension]["value"] for dimension in dimensions}
+    usual = {"mode": STANDARD, "dimensions": values, "videos": videos, "ci_method": "none: dimensions share videos"}
+    card = passport(f"ditbench {name}", "ditbench", reference=None, dtype="float64", **usual, **settings)
+    card["version"] = ", ".join(sorted({str(found[each]["passport"].get("version")) for each in dimensions}))
+    return entry | {"value": value, "n": min(videos.values()), "passport": card}

@@ -52,12 +52,20 @@ METRICS = {  # of images, of videos, of the digits: each with one that a network
     False: [*PAIRED, "clipscore_b32"],
 }
 METHODS = ("rtn", "smoothquant", "quarot", "svdquant", "gptq")
+OF_ALL = (
+    DIT,
+    "flux",
+    "wan",
+)  # all methods: labels and prompts, one stream and two, adaLN and adaLN-single, images and videos
+OF_EACH = (
+    "svdquant",
+    "gptq",
+)  # what else a family can get wrong for a device: folds and how layers are called; data and blocks
 FEW = ("smoothquant",)  # for families that are made of what the others are made of: folds
-OF_TWO = ("svdquant", "gptq")  # of experts, each of which is quantized as Wan is: data, folds, blocks
 CHAINS = [
     (family, method)
     for family in FAMILIES
-    for method in (FEW if family in NEWER else OF_TWO if family == TWO else METHODS)
+    for method in (FEW if family in NEWER else METHODS if family in OF_ALL else OF_EACH)
 ]
 QUICK = {"svdquant": ("method.num_grids=2",)}  # it searches what it searches, among fewer
 REFUSED = {  # what no device makes work: block by block needs blocks in line

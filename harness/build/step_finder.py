@@ -72,7 +72,7 @@ class StepFinder:
     def attach(self, model: nn.Module) -> None:
         model.register_forward_pre_hook(self.enter, with_kwargs=True)
 
-    @torch.compiler.disable  # reads a value
+    @torch._disable_dynamo  # reads a value; torch.compiler.disable would import the whole compiler here
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = by_name(model, args, kwargs).get(self.schedule.argument)
         timestep = noisiest(value, self.schedule.falling)

@@ -142,6 +142,17 @@ def device_name(device: torch.device) -> str:
     return f"{name} ({torch.get_num_threads()} threads)"
 
 
+def computes_as(device: torch.device) -> str:
+    """What decides how the last bits of an operation are rounded, threads aside: a GPU's model; of a CPU the instructions by which
+    torch and our kernels choose their code. Of two machines it may differ though both are "cpu".
+    """
+    if device.type != "cpu":
+        return device_name(device)
+    asked = {"vnni": "_is_vnni_supported", "bf16": "_is_avx512_bf16_supported", "amx": "_is_amx_tile_supported"}
+    has = [name for name, question in asked.items() if getattr(torch.cpu, question, bool)()]
+    return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *has])
+
+
 def visible_devices() -> list[str]:
     """The CUDA devices of this process, each as CUDA_VISIBLE_DEVICES has to name it for a process of ours to see it alone."""
     here = [str(index) for index in range(torch.cuda.device_count())]

@@ -57,7 +57,7 @@ class Experts(nn.Module):
             attention_kwargs=attention_kwargs,
         )
 
-    @torch.compiler.disable  # reads a value
+    @torch._disable_dynamo  # reads a value; torch.compiler.disable would import the whole compiler here
     def chosen(self, timestep: Tensor) -> str:
         """The name of the expert that denoises at this timestep, of any shape; one without a value (`meta`) is the first's, whose
         shapes are the second's.

@@ -10,6 +10,7 @@ from ditbench.eval.base import known_metrics, plugin_sources
 from ditbench.eval.weights import others_here
 from ditbench.harness.common.artifacts import Address
 from ditbench.harness.common.code_identity import SAMPLES, STATE, VALUES, code_identity
+from ditbench.harness.common.devices import computes_as
 from ditbench.harness.common.files import canonical_sha256
 from ditbench.harness.fitting import registry
 from ditbench.harness.generation.generate import conditions
@@ -72,6 +73,7 @@ def samples_address(
             "batch_size": config.section("generate")["batch_size"],
             "latents": keeps_latents(config),
             "device": config.device.type,
+            "computes_as": computes_as(config.device),  # two machines may share the cache
             "code": code_identity(*SAMPLES),
         }
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from warm import Warm
 
 import ditbench
 
@@ -49,16 +51,17 @@ def assert_short(outcome: Outcome, *words: str) -> None:
         assert word in "\n".join(outcome.error_lines)
 
 
-def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, with these variables added to the environment."""
-    code = "from ditbench.harness.cli import entry; entry()"
-    root = str(Path(ditbench.__file__).parents[1])
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": root} | environment,
-    )
+@cache
+def _warm() -> Warm:
+    return Warm(environment=os.environ | {"PYTHONPATH": str(Path(ditbench.__file__).parents[1])})
+
+
+def process(*arguments: str, cwd: Path | None = None, path: Sequence[Path] = ()) -> Outcome:
+    """The command in a process of its own, there; path: folders that modules are looked for in first."""
+    root = Path(ditbench.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, root)))}
+    done = _warm()(*arguments, cwd=cwd or Path.cwd(), environment=environment, path=path)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def records(results_dir: Path) -> list[dict]:

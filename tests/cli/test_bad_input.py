@@ -185,20 +185,21 @@ def test_debug_lets_a_refusal_through_with_its_traceback(flag):
 
 def test_the_process_itself_ends_with_one_line_or_with_debug_in_a_traceback(tmp_path):
     short = process("report", "--results-dir", str(tmp_path))
-    assert short.returncode == REFUSED and short.stdout == ""
-    assert short.stderr.count("\n") == 1 and "no record to report" in short.stderr
+    assert short.code == REFUSED and short.out == ""
+    assert short.err.count("\n") == 1 and "no record to report" in short.err
     long = process("report", "--results-dir", str(tmp_path), "--debug")
-    assert long.returncode != 0 and "Traceback" in long.stderr and "UserError" in long.stderr
+    assert long.code != 0 and "Traceback" in long.err and "UserError" in long.err
 
 
-def test_a_hub_model_without_a_network_says_what_to_download_and_where_to_put_it(tmp_path):
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = process("run", "model=dit-xl-2-256", "tracker=none", f"results_dir={tmp_path}", **environment)
-    assert done.returncode == REFUSED
-    assert "Traceback" not in done.stderr
-    assert "facebook/DiT-XL-2-256 is no folder here" in done.stderr
-    assert "hf download facebook/DiT-XL-2-256 --local-dir ./weights/DiT-XL-2-256" in done.stderr
-    assert "model.source=./weights/DiT-XL-2-256" in done.stderr
+def test_a_hub_model_without_a_network_says_what_to_download_and_where_to_put_it(ditbench, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    outcome = ditbench("run", "model=dit-xl-2-256", "tracker=none", f"results_dir={tmp_path}")
+    assert outcome.code == REFUSED
+    assert "Traceback" not in outcome.err
+    assert "facebook/DiT-XL-2-256 is no folder here" in outcome.err
+    assert "hf download facebook/DiT-XL-2-256 --local-dir ./weights/DiT-XL-2-256" in outcome.err
+    assert "model.source=./weights/DiT-XL-2-256" in outcome.err
 
 
 def test_cuda_on_a_machine_without_it_is_refused(run, monkeypatch):

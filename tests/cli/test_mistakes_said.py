@@ -9,7 +9,7 @@ from ditbench.harness.common.errors import MOST_NAMED, unknown_name
 
 def test_debug_prints_the_traceback_of_a_mistake_and_exits_as_without_it(tmp_path):
     done = process("report", "--results-dir", str(tmp_path), "--debug")
-    assert done.returncode == REFUSED and "Traceback" in done.stderr and "no record to report" in done.stderr
+    assert done.code == REFUSED and "Traceback" in done.err and "no record to report" in done.err
 
 
 def test_names_that_are_cut_off_come_with_the_command_that_lists_them():

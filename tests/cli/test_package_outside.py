@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from outcomes import Outcome, process
 
 from ditbench.harness.common.paths import CONF
 
@@ -59,12 +60,8 @@ def site(tmp_path) -> Path:
     return folder
 
 
-def ditbench(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(site), str(CONF.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.run(
-        [sys.executable, "-m", "ditbench", *arguments], cwd=site.parent, env=environment, capture_output=True, text=True
-    )
+def ditbench(site: Path, *arguments: str) -> Outcome:
+    return process(*arguments, cwd=site.parent, path=(site,))
 
 
 def records(folder: Path) -> list[dict]:
@@ -73,14 +70,14 @@ def records(folder: Path) -> list[dict]:
 
 def test_its_model_method_and_metric_run_in_one_sweep(site):
     done = ditbench(site, "run", "-m", "model=my-digits", "method=halve,rtn", "metrics=mine", "bits=w4a8", *RUN)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     found = records(site.parent)
     assert sorted((each["model"], each["method"], each["status"]) for each in found) == [
         ("my-digits", "halve", "ok"),
         ("my-digits", "rtn", "ok"),
     ]
     assert all(each["metrics"]["contrast"]["value"] > 0 for each in found)
-    assert "contrast" in done.stdout and max(map(len, done.stdout.splitlines())) <= 120
+    assert "contrast" in done.out and max(map(len, done.out.splitlines())) <= 120
 
 
 def test_editing_its_family_makes_other_runs(site):
@@ -105,15 +102,15 @@ def test_editing_its_family_makes_other_runs(site):
 
 def test_what_it_brings_is_listed_and_a_file_with_a_taken_name_is_left_out_in_a_line(site):
     listed = ditbench(site, "list", "models")
-    assert "my-digits" in listed.stdout and listed.stderr == ""
+    assert "my-digits" in listed.out and listed.err == ""
     (site / "my_package" / "conf" / "model" / "tiny-dit.yaml").write_text("name: tiny-dit\n")
     refused = ditbench(site, "list", "models")
-    assert refused.returncode == 0 and "my-digits" not in refused.stdout
-    assert "there is a model of that name already" in refused.stderr and refused.stderr.count("\n") == 1
+    assert refused.code == 0 and "my-digits" not in refused.out
+    assert "there is a model of that name already" in refused.err and refused.err.count("\n") == 1
 
 
 def test_a_family_that_cannot_be_imported_is_named_where_it_is_asked_for(site):
     (site / "my_package" / "digits.py").write_text("import no_such_package\n")
     done = ditbench(site, "run", "model=my-digits", "metrics=mine", *RUN)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "model family 'digits' of my_package.digits" in done.stderr and "no_such_package" in done.stderr
+    assert done.code == 2 and "Traceback" not in done.err
+    assert "model family 'digits' of my_package.digits" in done.err and "no_such_package" in done.err

@@ -1,4 +1,5 @@
-"""Every family on the second device, from calibration to the reloaded export, with five methods: the CPU's numbers, and there.
+"""Every family on the second device, from calibration to the reloaded export, with the methods that it can break, and some with
+five: the CPU's numbers, and there.
 
 The way is `device_chain.chain`; run as a script it prints the shares that are held here.
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT, checked
+from warm import Warm
 
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv", "__pycache__", ".*_cache", "runs", "cache", "dist", "node_modules", ".zoo-checkpoints"
@@ -58,32 +59,54 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def interpreter_in(installed) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """interpreter_in(folder, "-m", "ditbench", …): Python there, seeing `extra` and the installed wheel but not the checkout.
+def beside_the_wheel(installed) -> Callable[..., dict[str, str]]:
+    """beside_the_wheel(*extra): the environment of a process that sees `extra` and the installed wheel but not the checkout.
 
-    -S leaves out `site`, and with it the .pth file that makes the checkout importable; the dependencies are put on the
-    path by hand, after the wheel.
+    It is for python -S, which leaves out `site`, and with it the .pth file that makes the checkout importable; the dependencies
+    are put on the path by hand, after the wheel.
     """
 
-    def call(elsewhere: Path, *arguments: str, extra: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+    def environment(*extra: Path) -> dict[str, str]:
         path = [*map(str, extra), str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "WANDB"))}
-        return subprocess.run(
-            [sys.executable, "-S", *arguments],
-            cwd=elsewhere,
-            env=environment | {"PYTHONPATH": os.pathsep.join(path)},
-            capture_output=True,
-            text=True,
-        )
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "WANDB"))}
+        return kept | {"PYTHONPATH": os.pathsep.join(path)}
+
+    return environment
+
+
+@pytest.fixture(scope="session")
+def interpreter_in(beside_the_wheel) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """interpreter_in(folder, "-m", "ditbench", …): Python there, in that environment."""
+
+    def call(elsewhere: Path, *arguments: str, extra: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-S", *arguments]
+        return subprocess.run(command, cwd=elsewhere, env=beside_the_wheel(*extra), capture_output=True, text=True)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def ditbench_in(beside_the_wheel) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """ditbench_in(folder, "list", …): the command there, where how it is imported is not the point."""
+    warm = Warm("-S", environment=beside_the_wheel())
+
+    def call(elsewhere: Path, *arguments: str, extra: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+        return warm(*arguments, cwd=elsewhere, environment=beside_the_wheel(*extra), path=extra)
 
     return call
 
 
 @pytest.fixture
-def interpreter(interpreter_in, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def elsewhere(tmp_path) -> Path:
+    """An empty folder."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def interpreter(interpreter_in, elsewhere) -> Callable[..., subprocess.CompletedProcess[str]]:
     """interpreter("-m", "ditbench", …): the same, in a folder that is empty."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
     return partial(interpreter_in, elsewhere)
 
 
@@ -94,8 +117,8 @@ def python(interpreter) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
-def ditbench(python) -> Callable[..., subprocess.CompletedProcess[str]]:
-    return lambda *arguments, **kwargs: python("from ditbench.harness.cli import entry; entry()", *arguments, **kwargs)
+def ditbench(ditbench_in, elsewhere) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return partial(ditbench_in, elsewhere)
 
 
 @pytest.fixture(scope="session")

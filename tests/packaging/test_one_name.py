@@ -66,6 +66,7 @@ def test_no_module_is_loaded_under_two_names(loaded):
 @in_a_checkout
 def test_what_there_is_can_be_listed_without_the_seconds_that_libraries_of_models_take(loaded):
     assert not top_level(loaded) & {"diffusers", "transformers", "torchvision", "hydra", "wandb"}
+    assert "torch._dynamo" not in {name for names in loaded.values() for name in names}, "nor torch's compiler"
 
 
 def top_level(loaded: dict[str, list[str]]) -> set[str]:

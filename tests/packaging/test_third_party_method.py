@@ -99,7 +99,7 @@ BROKEN = {
 
 
 @pytest.fixture(scope="module")
-def beside_broken_ones(interpreter_in, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def beside_broken_ones(ditbench_in, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The folder in which each flaw is a distribution, and `list methods` beside all of them at once: one that works, one of
     which the module was deleted, and one with the name of a method of ours are there as well.
     """
@@ -111,7 +111,7 @@ def beside_broken_ones(interpreter_in, tmp_path_factory) -> tuple[Path, subproce
     (folder / "deleted_plugin.py").unlink()
     installed(folder, "named_as_ours", METHOD, method="rtn")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    return folder, interpreter_in(elsewhere, "-m", "ditbench", "list", "methods", extra=(folder,))
+    return folder, ditbench_in(elsewhere, "list", "methods", extra=(folder,))
 
 
 @pytest.mark.parametrize("flaw", BROKEN)

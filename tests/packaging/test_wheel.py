@@ -80,8 +80,8 @@ def test_an_installed_ditbench_lists_its_models_from_another_directory(ditbench,
     assert "tiny-dit" in listed.stdout
 
 
-def test_an_installed_ditbench_runs_and_reports_in_another_directory(ditbench, tmp_path, tiny):
-    done = ditbench("run", "model=tiny-dit", *tiny)
+def test_an_installed_ditbench_runs_and_reports_in_another_directory(interpreter, ditbench, tmp_path, tiny):
+    done = interpreter("-m", "ditbench", "run", "model=tiny-dit", *tiny)
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "elsewhere" / "results").glob("runs/default/*/record.json")
     record = json.loads(file.read_text())

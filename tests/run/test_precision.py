@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -23,25 +24,50 @@ BEFORE = {
     "oneDNN": "torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
 }
 SCRIPT = """
+import json, os, sys, traceback
 import torch
 from ditbench.eval.features import full_precision
 from ditbench.harness.common.precision import compute_float32_in_float32, float32_precision
-{before}
-assert float32_precision() != "float32"
-compute_float32_in_float32()
-assert float32_precision() == "float32", float32_precision()
-with full_precision():
+
+def becomes_float32(before):
+    exec(before)
+    assert float32_precision() != "float32"
+    compute_float32_in_float32()
     assert float32_precision() == "float32", float32_precision()
-assert float32_precision() == "float32", float32_precision()
-assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    with full_precision():
+        assert float32_precision() == "float32", float32_precision()
+    assert float32_precision() == "float32", float32_precision()
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+said = {}
+for case, before in json.loads(sys.argv[1]).items():
+    reads, writes = os.pipe()
+    if not os.fork():
+        try:
+            becomes_float32(before)
+        except BaseException:
+            os.write(writes, traceback.format_exc().encode())
+        os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as told:
+        said[case] = told.read()
+    os.wait()
+print(json.dumps(said))
 """
 
 
-@pytest.mark.parametrize("case", BEFORE)
-def test_float32_is_float32_whatever_was_set_before(case):
-    script = SCRIPT.format(before=BEFORE[case])
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    """{case: what went wrong}, each in a process where torch is as it was imported: forks of one."""
+    command = [sys.executable, "-c", SCRIPT, json.dumps(BEFORE)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", BEFORE)
+def test_float32_is_float32_whatever_was_set_before(case, said):
+    assert said[case] == ""
 
 
 def test_a_run_sets_it_before_it_loads_a_model(monkeypatch):

@@ -211,7 +211,7 @@ def test_totals_are_filed_from_what_a_run_has_and_again_when_it_has_more(vbench,
     folder = run_folder(tmp_path, given=samples(dimensions=official_vbench.DIMENSIONS))
     first = official_vbench.score(str(folder), of_quality[:-1], tmp_path / "results")
     assert (
-        f"vbench/quality_score: skipped: of VBench's dimensions, on its own prompts, these are missing: {of_quality[-1]};"
+        f"vbench/quality_score: skipped: of VBench's dimensions, on VBench's own prompts, these are missing: {of_quality[-1]};"
         in first.text
     )
     assert read(folder / "record.json").metrics["vbench/quality_score"]["status"] == "skipped"

@@ -74,6 +74,15 @@ def test_other_weights_of_a_metrics_network_are_another_value(monkeypatch, tmp_p
     assert {name for name in before if before[name] != after[name]} == {"values"}, "psnr asks no network"
 
 
+def test_samples_of_another_kind_of_processor_are_others(monkeypatch):
+    """One cache may lie on a disk that machines of a cluster share: a quantized model's samples are compared with those of the
+    float model on the same kind. What was fitted is told by its own key, wherever it was.
+    """
+    before = keys()
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
+    assert {name for name, key in keys().items() if before[name] != key} == {"samples", "float", "values", "psnr"}
+
+
 def test_latents_are_kept_where_a_metric_computes_with_them_or_somebody_asks():
     without = keys("metrics.names=[psnr]")
     assert without["samples"] != keys()["samples"], "sqnr is among the default metrics"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +101,24 @@ def test_without_devices_two_workers_share_out_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert joblib.shared(joblib.Settings(), 12, "x") == (2, joblib.Share("x", (), 4, 2))
     assert joblib.shared(joblib.Settings(workers=4, threads=3), 12, "x") == (4, joblib.Share("x", (), 3, 4))
+
+
+def test_a_worker_ends_soon_after_its_command_was_killed():
+    reads, writes = os.pipe()
+    if (command := os.fork()) == 0:
+        if os.fork() == 0:
+            parent = os.getppid()
+            signal.alarm(30)
+            os.write(writes, b"x")
+            joblib.end_with(parent, every_s=0.01)
+        signal.pause()
+    os.close(writes)
+    assert os.read(reads, 1) == b"x"
+    os.kill(command, signal.SIGKILL)
+    os.waitpid(command, 0)
+    ended, _, _ = select.select([reads], [], [], 20)
+    assert ended and os.read(reads, 1) == b"", "whoever held the other end is gone"
+    os.close(reads)
 
 
 def test_the_best_that_the_workers_of_one_run_say_counts_once_all_have_ended():

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import torch
 from filelock import FileLock, Timeout
@@ -140,7 +142,15 @@ def take_place(share: Share) -> None:
             number += 1
     if share.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = share.devices[number % len(share.devices)]
+    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     settle(share.threads, share.workers)
+
+
+def end_with(parent: int, every_s: float = 1.0) -> None:
+    """End this process soon after its parent, however that ended: killed, it could not end its workers."""
+    while os.getppid() == parent:
+        time.sleep(every_s)
+    os._exit(1)  # as if it were killed too: whatever it is at, the next one goes on from what is kept
 
 
 def _devices_of(share: Share) -> str:
