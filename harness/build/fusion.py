@@ -23,6 +23,7 @@ from ditbench.harness.backends.attention import attention, lacks
 from ditbench.harness.backends.few_rows import SteadyLinear
 from ditbench.harness.build.blocks import fuse_blocks
 from ditbench.harness.build.layer import QuantLinear, RangedLinear
+from ditbench.harness.build.rotary import fuse_rotary
 from ditbench.harness.build.variants import variant
 
 
@@ -36,6 +37,7 @@ def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         fuse_few_rows(model)
     if vnni.cpu_lacks() is None:
         fuse_activations(model)
+        fuse_rotary(model)
         fuse_blocks(model)
 
 
