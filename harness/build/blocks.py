@@ -1,9 +1,10 @@
 """Transformer blocks of a quantized model whose norms, modulations and gates are computed by kernels of ours.
 
-Of diffusers' `BasicTransformerBlock` those with modulation: adaLN-zero (DiT) and adaLN-single (PixArt, Latte). Between two products
-there are then two passes over the tokens: gate and residual; norm and modulation, whose result is handed to the layers that read it
-together with their codes. Both round once, at their end. A block that is called as these are not, or in another dtype, on another
-device, with gradients, or by a compiler, does what diffusers does.
+Between two products there are two passes over the tokens: gate and residual; norm and modulation, whose result is handed to the layers
+that read it together with their codes. Both round once, at their end. A block of any kind runs as it is written, its steps put off until they are
+whole (`pending.py`). Of diffusers' `BasicTransformerBlock` those with modulation, adaLN-zero (DiT) and adaLN-single (PixArt, Latte),
+are written out here: they are called in small models too, where every call of Python counts. A block that is called as
+these are not, or in another dtype, on another device, with gradients, or by a compiler, does what diffusers does.
 """
 
 from __future__ import annotations

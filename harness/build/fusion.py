@@ -2,7 +2,7 @@
 
 Attention: whatever processor a family has ends in `F.scaled_dot_product_attention`; inside of attention modules, and nowhere else,
 that name means our kernel. Activations behind a quantized layer become the end of its product. Norms, modulations and gates of
-blocks: `blocks.py`. Float layers that have one row per sample (of timesteps, labels, modulations) read their weights once, as they lie.
+blocks: `blocks.py`; rotary positions: `rotary.py`. Float layers that have one row per sample (of timesteps, labels, modulations) read their weights once, as they lie.
 
 The float model is left as it is: it is what speed and samples are compared with.
 """
