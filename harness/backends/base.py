@@ -67,10 +67,13 @@ class FusedKernel(Kernel):
         """x (…, C), transformed and quantized. keep: with x', for a low-rank branch; where that is x itself, without it."""
         raise NotImplementedError
 
-    def modulated(
-        self, x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float, step: Tensor | None
+    def normed(
+        self, x: Tensor, norm: Any, factor_BC: Tensor | None, shift_BC: Tensor | None, step: Tensor | None
     ) -> tuple[Tensor, Any] | None:
-        """LayerNorm of x (B, T, C) with modulation, in one pass with what `rows` makes of it without a transform → both, or None."""
+        """norm(x) · factor + shift of x (B, T, C), in one pass with what `rows` makes of it without a transform → both, or None.
+
+        norm: has eps, and says whether it is centred (LayerNorm) or not (RMSNorm). factor, shift: float32 (B, C) or (1, C).
+        """
         return None
 
     def layer(

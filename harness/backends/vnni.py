@@ -44,6 +44,7 @@ LIBRARY = "ditbench_vnni"
 OPERATORS = {
     f"{LIBRARY}::quantize_rows": "quantize activations",
     f"{LIBRARY}::rotated_rows": "rotate and quantize activations",
+    f"{LIBRARY}::normed_rows": "norm, modulation and codes",
     f"{LIBRARY}::linear": "integer product",
 }
 KERNELS = Path(__file__).parent / "vnni_kernels"
@@ -162,12 +163,13 @@ class VnniKernel(FusedKernel):
         bias_O = None if bias is None else bias.at(step).float()
         return self.product(rows.codes, x.shape, bias_O, x.dtype, activation, branch)
 
-    def modulated(
-        self, x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float, step: Tensor | None
+    def normed(
+        self, x: Tensor, norm: Any, factor_BC: Tensor | None, shift_BC: Tensor | None, step: Tensor | None
     ) -> tuple[Tensor, Rows] | None:
         if self.needs_all_rows:
             return None
-        y, *codes = torch.ops.ditbench_vnni.modulated_rows(x, scale_BC, shift_BC, eps, *self.quantizer(x, step))
+        how = (factor_BC, shift_BC, norm.eps, norm.centred)
+        y, *codes = torch.ops.ditbench_vnni.normed_rows(x, *how, *self.quantizer(x, step))
         return y, Rows(tuple(codes), None)  # type: ignore[arg-type]
 
     def quantized(self, x: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -249,10 +251,11 @@ def load_extension() -> None:
     torch.library.register_fake(f"{LIBRARY}::linear", _fake_linear)
     torch.library.register_fake(f"{LIBRARY}::dequantize", _fake_dequantize)
     torch.library.register_fake(f"{LIBRARY}::attention", _fake_attention)
-    torch.library.register_fake(f"{LIBRARY}::modulated", lambda x, scale, shift, eps: torch.empty_like(x))
-    torch.library.register_fake(f"{LIBRARY}::modulated_rows", _fake_modulated_rows)
     torch.library.register_fake(f"{LIBRARY}::rotated", lambda x, *factors: x.new_empty(x.shape, dtype=torch.float32))
     torch.library.register_fake(f"{LIBRARY}::rotated_rows", _fake_rotated_rows)
+    torch.library.register_fake(f"{LIBRARY}::normed", lambda x, factor, shift, eps, centred: torch.empty_like(x))
+    torch.library.register_fake(f"{LIBRARY}::normed_rows", _fake_normed_rows)
+    torch.library.register_fake(f"{LIBRARY}::rotary", lambda x, cosine, sine: torch.empty_like(x))
     torch.library.register_fake(f"{LIBRARY}::gated", lambda x, gate, y: torch.empty_like(x))
     torch.library.register_fake(f"{LIBRARY}::few_rows", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
     torch.library.register_fake(f"{LIBRARY}::activate", lambda x, activation: torch.empty_like(x))
@@ -268,7 +271,7 @@ def _fake_quantize_rows(x, scale, zero_point, groups, sum_groups, quant_max, sym
     )
 
 
-def _fake_modulated_rows(x, scale, shift, eps, *quantizer):
+def _fake_normed_rows(x, factor, shift, eps, centred, *quantizer):
     return torch.empty_like(x), *_fake_quantize_rows(x.flatten(0, 1), *quantizer)
 
 

@@ -43,9 +43,18 @@ def shares(model: nn.Module, inputs: dict[str, Any], device: torch.device, calls
     for backend in known_backends().values():
         part_of |= getattr(backend, "OPERATORS", {})
 
+    inside = False
+
     def labelled(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with record_function(LAYERS):
+        nonlocal inside
+        if inside:  # a layer whose result was put off until another reads it
             return call(*args, **kwargs)
+        inside = True
+        try:
+            with record_function(LAYERS):
+                return call(*args, **kwargs)
+        finally:
+            inside = False
 
     model(**inputs)
     activities = [ProfilerActivity.CPU, *([] if on_cpu else [ACTIVITIES[device.type]])]

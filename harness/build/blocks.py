@@ -1,41 +1,89 @@
 """Transformer blocks of a quantized model whose norms, modulations and gates are computed by kernels of ours.
 
-Of diffusers' `BasicTransformerBlock` those with modulation: adaLN-zero (DiT) and adaLN-single (PixArt, Latte). Between two products
-there are then two passes over the tokens: gate and residual; norm and modulation, whose result is handed to the layers that read it
-together with their codes. Both round once, at their end. A block that is called as these are not, or in another dtype, on another
-device, with gradients, or by a compiler, does what diffusers does.
+Between two products there are two passes over the tokens: gate and residual; norm and modulation, whose result is handed to the layers
+that read it together with their codes. Both round once, at their end. A block of any kind runs as it is written, its steps put off until they are
+whole (`pending.py`). Of diffusers' `BasicTransformerBlock` those with modulation, adaLN-zero (DiT) and adaLN-single (PixArt, Latte),
+are written out here: they are called in small models too, where every call of Python counts. A block that is called as
+these are not, or in another dtype, on another device, with gradients, or by a compiler, does what diffusers does.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, TypeGuard
+from collections.abc import Iterator
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ditbench.harness.backends.base import FusedKernel
 from ditbench.harness.build.layer import QuantLinear, RangedLinear
-from ditbench.harness.build.treatment import Treatment, lasts
-from ditbench.harness.build.variants import variant
+from ditbench.harness.build.pending import Between, Form, Norm, Pending, put_off_rms_norm, settled
+from ditbench.harness.build.variants import plain, variant
 
 ZERO, SINGLE = "ada_norm_zero", "ada_norm_single"
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """In place; the layers that read a norm's result are given a treatment, so that codes can be left for them."""
+    """In place."""
     from diffusers.models.attention import BasicTransformerBlock  # seconds; and triton, which must not come first
+    from diffusers.models.normalization import RMSNorm
 
-    for block in model.modules():
-        if type(block) is BasicTransformerBlock and _has_our_form(block):
-            for reader in (_reader(block.attn1), _reader(block.ff)):
-                for layer in reader.variants if isinstance(reader, RangedLinear) else [reader]:
-                    if _takes_codes(layer) and layer.treatment is None:
-                        layer.treatment = Treatment()
+    for block in blocks_of(model):
+        if type(block) is BasicTransformerBlock and has_our_form(block):
             block.__class__ = modulated_by_us(BasicTransformerBlock)
+        else:
+            block.__class__ = put_off(type(block))
+
+    for norm in model.modules():
+        if type(norm) is RMSNorm and len(norm.dim) == 1 and norm.bias is None:
+            norm.__class__ = put_off_norm(RMSNorm)
 
 
-def _has_our_form(block: Any) -> bool:
+@cache
+def put_off_norm(kind: type[Any]) -> type[Any]:
+    """The same kind of RMSNorm, which in a block is one step; diffusers' is several."""
+    original = kind.forward
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        made = None if compiling else put_off_rms_norm(hidden_states, self.weight, self.eps)
+        return original(self, hidden_states) if made is None else made
+
+    return variant(kind, forward, put_off_norm, (kind,))
+
+
+def blocks_of(model: nn.Module) -> Iterator[Any]:
+    """The outermost modules in lists that have quantized layers."""
+    for module in model.children():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                quantized = any(isinstance(part, QuantLinear) for part in block.modules())
+                if (
+                    quantized
+                    and not isinstance(block, QuantLinear | RangedLinear)
+                    and plain(type(block)) is type(block)
+                ):
+                    yield block
+        else:
+            yield from blocks_of(module)
+
+
+@cache
+def put_off(kind: type[Any]) -> type[Any]:
+    """The same kind of block, whose steps between products are put off."""
+    original = kind.forward  # by its own name: a compiler does not follow `kind.forward`
+
+    @wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(x, Tensor) and _ours(x) for x in (*args, *kwargs.values())):
+            return original(self, *args, **kwargs)
+        with Between():
+            return settled(original(self, *args, **kwargs))
+
+    return variant(kind, forward, put_off, (kind,))
+
+
+def has_our_form(block: Any) -> bool:
     if block.norm_type not in (ZERO, SINGLE) or block.pos_embed is not None or hasattr(block, "fuser"):
         return False
     if block.norm_type == ZERO and block.attn2 is not None:
@@ -74,13 +122,13 @@ def modulated_by_us(kind: type[Any]) -> type[Any]:
             )
         x, norms = x.contiguous(), _norms(self)  # behind a patch embedding channels are not side by side
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(self, x, timestep, class_labels)
-        normed = modulated(x, scale_1, shift_1, norms[0].eps, _reader(self.attn1))
+        normed = modulated(x, scale_1, shift_1, norms[0].eps)
         text = encoder_hidden_states if self.only_cross_attention else None
         x = gated(x, gate_1, self.attn1(normed, encoder_hidden_states=text, attention_mask=attention_mask))
         if self.attn2 is not None:
             seen = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
             x = self.attn2(x, **seen) + x
-        normed = modulated(x, scale_2, shift_2, norms[1].eps, _reader(self.ff))
+        normed = modulated(x, scale_2, shift_2, norms[1].eps)
         return gated(x, gate_2, self.ff(normed))
 
     return variant(kind, forward, modulated_by_us, (kind,))
@@ -108,30 +156,11 @@ def _modulation(block: Any, x: Tensor, timestep: Any, class_labels: Any) -> tupl
     return tuple(row.to(x.dtype) for row in norm.linear(norm.silu(emb)).chunk(6, dim=1))
 
 
-def _reader(part: Any) -> nn.Module | None:
-    """The first layer that reads what comes into an attention or a feed-forward module; those beside it share its treatment."""
-    places = ("to_qkv", "to_q") if hasattr(part, "to_q") else ("proj",)
-    owner = part if hasattr(part, "to_q") else part.net[0]
-    return next((layer for place in places if (layer := getattr(owner, place, None)) is not None), None)
-
-
-def modulated(x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float, reader: nn.Module | None) -> Tensor:
-    """LayerNorm(x) · (1 + scale) + shift of x (B, T, C); with codes left on it, if the reader takes them as they are."""
-    layer = reader.of_range(reader.clock.range) if isinstance(reader, RangedLinear) else reader
-    if _takes_codes(layer) and layer.treatment is not None and lasts(x, layer.clock.step):
-        assert isinstance(layer.kernel, FusedKernel)
-        made = layer.kernel.modulated(x, scale_BC, shift_BC, eps, layer.clock.step)
-        if made is not None:
-            y, rows = made
-            layer.treatment.leave(y, layer.clock.step, rows)
-            return y
-    return torch.ops.ditbench_vnni.modulated(x, scale_BC, shift_BC, eps)
-
-
-def _takes_codes(layer: Any) -> TypeGuard[QuantLinear]:
-    return isinstance(layer, QuantLinear) and isinstance(layer.kernel, FusedKernel) and layer.transform is None
+def modulated(x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) · (1 + scale) + shift of x (B, T, C); computed when it is read, with the reader's codes."""
+    return Pending.of(Form(x, Norm(eps, centred=True), 1 + scale_BC.float(), shift_BC.float()))
 
 
 def gated(x: Tensor, gate_BC: Tensor, y: Tensor) -> Tensor:
     """x + gate · y of tokens (B, T, C)."""
-    return torch.ops.ditbench_vnni.gated(x.contiguous(), gate_BC, y.contiguous())
+    return torch.ops.ditbench_vnni.gated(x.contiguous(), gate_BC.float(), y.contiguous())

@@ -2,7 +2,7 @@
 
 Attention: whatever processor a family has ends in `F.scaled_dot_product_attention`; inside of attention modules, and nowhere else,
 that name means our kernel. Activations behind a quantized layer become the end of its product. Norms, modulations and gates of
-blocks: `blocks.py`. Float layers that have one row per sample (of timesteps, labels, modulations) read their weights once, as they lie.
+blocks: `blocks.py`; rotary positions: `rotary.py`. Float layers that have one row per sample (of timesteps, labels, modulations) read their weights once, as they lie.
 
 The float model is left as it is: it is what speed and samples are compared with.
 """
@@ -23,6 +23,7 @@ from ditbench.harness.backends.attention import attention, lacks
 from ditbench.harness.backends.few_rows import SteadyLinear
 from ditbench.harness.build.blocks import fuse_blocks
 from ditbench.harness.build.layer import QuantLinear, RangedLinear
+from ditbench.harness.build.rotary import fuse_rotary
 from ditbench.harness.build.variants import variant
 
 
@@ -36,6 +37,7 @@ def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         fuse_few_rows(model)
     if vnni.cpu_lacks() is None:
         fuse_activations(model)
+        fuse_rotary(model)
         fuse_blocks(model)
 
 

@@ -15,7 +15,8 @@ from ditbench.harness.backends.activations import activate
 from ditbench.harness.backends.base import AUTO, FusedKernel, choose
 from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.backends.rotations import transformed
-from ditbench.harness.build.treatment import Treatment
+from ditbench.harness.build.pending import Pending, put_off_linear
+from ditbench.harness.build.treatment import Treatment, lasts
 from ditbench.harness.quant.effective import EffectiveLinear
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.steps import StepClock, StepTable
@@ -66,13 +67,22 @@ class QuantLinear(nn.Module):
             self.register_buffer("up_Or", recipe.low_rank.up_Or.to(dtype))
         self.has_low_rank = recipe.low_rank is not None
 
-    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
-        """activation: of `backends/activations.py`, applied before the cast."""
-        step = self.clock.step
+    def forward(self, x: Tensor, activation: str | None = None, at_once: bool = False) -> Tensor:
+        """activation: of `backends/activations.py`, applied before the cast. Between the products of a block (`pending.py`) the call is put
+        off, unless it is wanted at_once, until somebody reads its result, or an activation that it can end in.
+        """
+        if activation is None and not at_once:
+            put_off = put_off_linear(x, self.out_features, partial(self._again, x))
+            if put_off is not None:
+                return put_off
+        step, rows = self.clock.step, None
+        is_fused = isinstance(self.kernel, FusedKernel)
+        if isinstance(x, Pending):
+            x, rows = x.handed_to(self.kernel if is_fused and self.transform is None else None, step)
         dtype = x.dtype
         if isinstance(self.kernel, FusedKernel):
             low_rank = (self.down_rC, self.up_Or) if self.has_low_rank else None
-            return self._fused(self.kernel, x, step, low_rank, activation)
+            return self._fused(self.kernel, x, step, low_rank, activation, rows)
         if self.transform is not None:
             x = transformed(self.transform, x, step)
         y = self.kernel(x, step)
@@ -82,6 +92,9 @@ class QuantLinear(nn.Module):
             y += self.bias.at(step)
         return activate(y, activation).to(dtype)
 
+    def _again(self, x: Tensor, activation: str | None) -> Tensor:
+        return self.forward(x, activation, at_once=True)
+
     def _fused(
         self,
         kernel: FusedKernel,
@@ -89,10 +102,16 @@ class QuantLinear(nn.Module):
         step: Tensor | None,
         low_rank: tuple[Tensor, Tensor] | None,
         activation: str | None,
+        rows: Any,
     ) -> Tensor:
+        """rows: what the kernel makes of x, if that is known."""
         keep = low_rank is not None
         more: dict[str, Any] = {}
-        if self.treatment is not None:
+        if rows is not None:
+            more["rows"] = rows
+            if self.treatment is not None and lasts(x, step):
+                self.treatment.leave(x, step, rows)
+        elif self.treatment is not None:
             make = partial(kernel.rows, x, step, self.transform, keep=keep)
             more["rows"] = self.treatment.of(x, step, keep, make)
         if activation in kernel.activations:

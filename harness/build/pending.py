@@ -1,0 +1,359 @@
+"""What a block computes between two products, put off until it is whole, and then computed by one kernel of ours.
+
+norm(x) · (1 + scale) + shift, and x + gate · y, are written in every family's own words: some in float32 and cast back, some with a weight
+and a bias, by a table or by a linear layer. Under `Between` their steps compute nothing: each gives a `Pending` tensor, which knows what
+it stands for. A sum with a gate is whole when it is in bfloat16; a norm is when somebody reads it, and a quantized layer
+that does so gets it together with its codes. Whoever asks for anything else gets torch's own steps, as they were called: so no
+block need be known.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from ditbench.harness.backends.activations import GELU_TANH, SILU
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """LayerNorm, which is centred, or RMSNorm."""
+
+    eps: float
+    centred: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """base + norm(x) · factor + shift; what is None is left out. x, base: bfloat16 (B, T, C); factor, shift: float32 (B, C) or (1, C)."""
+
+    x: Tensor
+    norm: Norm | None = None
+    factor: Tensor | None = None
+    shift: Tensor | None = None
+    base: Tensor | None = None
+
+    @property
+    def is_x(self) -> bool:
+        return self.norm is None and self.factor is None and self.base is None
+
+    @property
+    def is_product(self) -> bool:
+        return self.norm is None and self.factor is not None and self.base is None
+
+    def computed(self) -> Tensor | None:
+        """In bfloat16, by a kernel; None if none computes this."""
+        if self.base is not None:
+            return torch.ops.ditbench_vnni.gated(self.base.contiguous(), self.factor, self.x.contiguous())
+        if self.norm is not None:
+            return normed(self.x, self.norm, self.factor, self.shift)
+        return self.x if self.is_x else None
+
+
+def normed(x: Tensor, norm: Norm, factor: Tensor | None, shift: Tensor | None) -> Tensor:
+    return torch.ops.ditbench_vnni.normed(x.contiguous(), factor, shift, norm.eps, norm.centred)
+
+
+class Pending(Tensor):
+    """A tensor of a form. To torch it is one of its shape and dtype, whose values are computed when they are asked for."""
+
+    form: Form | None  # until it is settled; never of a product
+    again: (
+        Callable[..., Tensor] | None
+    )  # what was called; of a product by the name of the activation that it is to end in
+    value: Tensor | None
+    kept_dtype: torch.dtype
+    is_linear: bool
+
+    @classmethod
+    def of(cls, form: Form) -> Pending:
+        """Of a form that a kernel computes."""
+        return _pending(form.x.shape, BF16, form, lambda: form.x)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in ASKS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        made = taken(func, args, kwargs)
+        return func(*settled(args), **settled(kwargs)) if made is None else made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return func(*settled(args), **settled(kwargs or {}))
+
+    def settle(self) -> Tensor:
+        """Its values, a plain tensor."""
+        if self.value is None:
+            assert self.again is not None
+            with torch._C.DisableTorchFunction():  # nothing of it is to be put off again
+                value = self.form.computed() if self.form is not None and self.kept_dtype == BF16 else None
+                if value is None:
+                    value = self.again(None) if self.is_linear else self.again()
+            self._keep(value)
+        assert self.value is not None
+        return self.value
+
+    def handed_to(self, kernel: Any, step: Tensor | None) -> tuple[Tensor, Any]:
+        """Its values, and what the kernel makes of them (`FusedKernel.rows`) if both came at once. kernel: None for none."""
+        form = self.form
+        if kernel is None or form is None or form.norm is None or form.base is not None or self.kept_dtype != BF16:
+            return self.settle(), None
+        made = kernel.normed(form.x.contiguous(), form.norm, form.factor, form.shift, step)
+        if made is None:
+            return self.settle(), None
+        self._keep(made[0])
+        return made
+
+    def _keep(self, value: Tensor) -> None:
+        self.value, self.form, self.again = value, None, None
+        _open.pop(id(self), None)
+
+
+_open: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()  # which nobody has asked for yet
+
+
+def settled(tree: Any) -> Any:
+    """The same with plain tensors: of a tensor, and of tuples, lists and dicts."""
+    if isinstance(tree, Pending):
+        return tree.settle()
+    if type(tree) in (tuple, list):
+        return type(tree)(settled(each) for each in tree)
+    if type(tree) is dict:
+        return {name: settled(each) for name, each in tree.items()}
+    return tree_map_only(Pending, Pending.settle, tree) if isinstance(tree, tuple | list | dict) else tree
+
+
+def _pending(shape: torch.Size, dtype: torch.dtype, form: Form | None, again: Callable[..., Tensor]) -> Pending:
+    made: Any = Tensor._make_wrapper_subclass(Pending, shape, dtype=dtype)
+    made.form, made.again, made.value, made.kept_dtype, made.is_linear = form, again, None, dtype, form is None
+    _open[id(made)] = made
+    return made
+
+
+def put_off_linear(x: Tensor, outputs: int, compute: Callable[[str | None], Tensor]) -> Tensor | None:
+    """The result of a quantized layer that reads x, inside of `Between`: what comes next may be an activation that it can end in."""
+    takes = x.kept_dtype == BF16 if isinstance(x, Pending) else _takes(x)
+    if not _inside.blocks or not takes:
+        return None
+    return _pending(torch.Size((*x.shape[:-1], outputs)), BF16, None, compute)
+
+
+def put_off_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
+    """Inside of `Between`, of what a form can hold."""
+    return _rms_norm(F.rms_norm, x, x.shape[-1:], weight, eps) if _inside.blocks else None
+
+
+class _Inside(threading.local):
+    blocks = 0
+
+
+_inside = _Inside()
+
+
+class Between(TorchFunctionMode):
+    """Inside of it the steps that `Form` can hold are put off."""
+
+    def __enter__(self) -> Any:
+        _inside.blocks += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _inside.blocks -= 1
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in ASKS:
+            return func(*args, **kwargs)
+        if _open and args and _changes(func) and isinstance(args[0], Tensor):
+            _settle_what_reads(args[0])
+        made = taken(func, args, kwargs)
+        return func(*args, **kwargs) if made is None else made
+
+
+def taken(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """What a call gives if it is a step of a form; None if torch is to compute it."""
+    step = STEPS.get(func)
+    return None if step is None else step(func, *args, **kwargs)
+
+
+@lru_cache(4096)
+def _changes(func: Any) -> bool:
+    """Whether it writes into its first argument."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
+def _settle_what_reads(x: Tensor) -> None:
+    if isinstance(x, Pending):
+        return
+    place = x.untyped_storage().data_ptr()
+    for each in list(_open.values()):
+        form = each.form
+        tensors = () if form is None else (form.x, form.factor, form.shift, form.base)
+        if any(t is not None and t.untyped_storage().data_ptr() == place for t in tensors):
+            each.settle()
+
+
+def _form(x: Any) -> Form | None:
+    """Of tokens (B, T, C) in bfloat16 on the CPU, or of what is pending."""
+    if isinstance(x, Pending):
+        if x.form is not None or (x.is_linear and len(x.shape) != 3):
+            return x.form
+        x = x.settle()
+    return Form(x) if isinstance(x, Tensor) and x.dim() == 3 and _takes(x) else None
+
+
+def _takes(x: Tensor) -> bool:
+    plain = x.dtype == BF16 and x.device.type == "cpu" and x.numel() > 0
+    return plain and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def _row(x: Any, shape: torch.Size) -> Tensor | None:
+    """What is one for all tokens of a sample, as float32 (B, C) or (1, C)."""
+    if isinstance(x, Pending) and x.dim() == 3 and x.shape[1] == 1:
+        x = x.settle()
+    if not isinstance(x, Tensor) or isinstance(x, Pending) or x.dtype not in (BF16, F32) or x.device.type != "cpu":
+        return None
+    if x.shape[-1:] != shape[-1:] or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] in (1, shape[0]):
+        x = x[:, 0]
+    elif x.dim() == 1:
+        x = x[None]
+    elif x.dim() != 2 or x.shape[0] != 1:
+        return None
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _multiplied(func: Any, a: Any, b: Any) -> Tensor | None:
+    for wide, narrow in ((a, b), (b, a)):
+        form = _form(wide)
+        if form is None or form.base is not None or (form.x.shape[1] == 1 and form.is_x):
+            continue
+        row = _row(narrow, form.x.shape)
+        if row is not None:
+            factor = row if form.factor is None else form.factor * row
+            shift = None if form.shift is None else form.shift * row
+            dtype = torch.promote_types(wide.dtype, narrow.dtype)
+            return _pending(
+                form.x.shape, dtype, replace(form, factor=factor, shift=shift), lambda: func(*settled((a, b)))
+            )
+    return None
+
+
+def _added(func: Any, a: Any, b: Any, alpha: float = 1) -> Tensor | None:
+    if alpha != 1 or not (isinstance(a, Pending) or isinstance(b, Pending)):
+        return None
+    for wide, other in ((a, b), (b, a)):
+        form = _form(wide)
+        if form is None or form.base is not None:
+            continue
+        dtype = torch.promote_types(wide.dtype, other.dtype) if isinstance(other, Tensor) else None
+        if form.norm is not None and (row := _row(other, form.x.shape)) is not None:
+            shift = row if form.shift is None else form.shift + row
+            return _pending(form.x.shape, dtype, replace(form, shift=shift), lambda: func(*settled((a, b))))  # type: ignore[arg-type]
+        base = _form(other) if form.is_product else None
+        if base is not None and base.is_x and base.x.shape == form.x.shape:
+            whole = replace(form, base=base.x)
+            return _when_whole(whole, dtype, lambda: func(*settled((a, b))))  # type: ignore[arg-type]
+    return None
+
+
+def _when_whole(form: Form, dtype: torch.dtype, again: Callable[[], Tensor]) -> Tensor:
+    """What nothing more can be put to is computed as soon as it is in bfloat16."""
+    if dtype == BF16 and (form.base is not None or form.is_x):
+        value = form.computed()
+        assert value is not None
+        return value
+    return _pending(form.x.shape, dtype, form, again)
+
+
+def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    form = _form(x)
+    if form is None or not (isinstance(x, Pending) or func is not Tensor.type_as):
+        return None
+    wanted = F32 if func is Tensor.float else args[0] if args else kwargs.get("dtype")
+    wanted = wanted.dtype if isinstance(wanted, Tensor) else wanted
+    if len(args) + len(kwargs) != (func is not Tensor.float) or wanted not in (BF16, F32):
+        return None
+    if wanted == x.dtype:
+        return x
+    return _when_whole(form, wanted, lambda: func(*settled((x, *args)), **kwargs))
+
+
+def _layer_norm(
+    func: Any, x: Any, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | None:
+    return _norm(lambda: func(settled(x), shape, weight, bias, eps), x, shape, weight, bias, Norm(eps, True))
+
+
+def _rms_norm(func: Any, x: Any, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor | None:
+    if eps is None:
+        return None
+    return _norm(lambda: func(settled(x), shape, weight, eps), x, shape, weight, None, Norm(eps, False))
+
+
+def _norm(
+    again: Callable[[], Tensor], x: Any, shape: Any, weight: Tensor | None, bias: Tensor | None, norm: Norm
+) -> Tensor | None:
+    of_heads = isinstance(x, Tensor) and not isinstance(x, Pending) and x.dim() == 4 and _takes(x)
+    form = Form(x.flatten(1, 2)) if of_heads else _form(x)
+    if form is None or not form.is_x or tuple(shape) != (form.x.shape[-1],):
+        return None
+    rows = [None if each is None else _row(each, form.x.shape) for each in (weight, bias)]
+    if any(row is None and given is not None for row, given in zip(rows, (weight, bias), strict=True)):
+        return None
+    if of_heads:
+        return normed(form.x, norm, *rows).view(x.shape)
+    return _pending(form.x.shape, x.dtype, Form(form.x, norm, *rows), again)
+
+
+def _gelu(func: Any, x: Any, *, approximate: str = "none") -> Tensor | None:
+    return _activated(x, GELU_TANH) if approximate == "tanh" else None
+
+
+def _silu(func: Any, x: Any, inplace: bool = False) -> Tensor | None:
+    return _activated(x, SILU)
+
+
+def _activated(x: Any, activation: str) -> Tensor | None:
+    """The end of a product that nobody has asked for."""
+    if not isinstance(x, Pending) or not x.is_linear or x.value is not None:
+        return None
+    with torch._C.DisableTorchFunction():
+        return x.again(activation)  # type: ignore[misc]
+
+
+STEPS: dict[Any, Callable[..., Tensor | None]] = {
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    **dict.fromkeys((F.gelu, torch._C._nn.gelu), _gelu),
+    F.silu: _silu,
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiplied),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _added),
+    **dict.fromkeys((Tensor.float, Tensor.to, Tensor.type_as), _cast),
+}
+# What a tensor is asked without its values.
+ASKS = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
+    ),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_inference, Tensor.__hash__),
+}
