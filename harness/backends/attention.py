@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditbench.harness.backends import vnni
+from ditbench.harness.backends import vnni_extension
 
 
 @cache
@@ -21,7 +21,7 @@ def lacks() -> str | None:
     """Why this machine cannot run the kernel."""
     if not torch.cpu._is_avx512_bf16_supported():
         return "attention in bfloat16 needs a CPU with AVX512-BF16"
-    return vnni.cpu_lacks()
+    return vnni_extension.cpu_lacks()
 
 
 def attention(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ditbench.harness.backends.vnni_extension import cpu_lacks
 from ditbench.harness.quant.transforms import Rotation, Transform
 
 LARGEST = 256  # channels of a factor: its matrix stays in the second-level cache
@@ -62,9 +63,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def _factors(rotation: Rotation, x: Tensor) -> Factors | None:
-    from ditbench.harness.backends import vnni
-
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or vnni.cpu_lacks() is not None:
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or cpu_lacks() is not None:
         return None
     if torch.is_grad_enabled() and x.requires_grad:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditbench.harness.backends import vnni
+from ditbench.harness.backends import vnni_extension
 from ditbench.harness.backends.base import Kernel
 from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.backends.integers import not_even
@@ -22,7 +22,7 @@ PRIORITY = 15
 SUMMARY = (
     "W8A16 and W4A16 on x86 CPUs with AVX-512: stored in their bits, unpacked before each product; memory, not speed"
 )
-OPERATORS = {f"{vnni.LIBRARY}::dequantize": "unpack weights"}
+OPERATORS = {f"{vnni_extension.LIBRARY}::dequantize": "unpack weights"}
 
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
@@ -36,11 +36,11 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
     if weight.spec.bits not in (8, 4):
         return f"{NAME} stores weights in 8 or 4 bits, these have {weight.spec.bits}"
     width = weight.codes_OC.shape[1] // weight.scale_OG.shape[1]
-    if width % vnni.LANES:
-        return f"{NAME} takes channels (of a group) in multiples of {vnni.LANES}, these are {width}"
+    if width % vnni_extension.LANES:
+        return f"{NAME} takes channels (of a group) in multiples of {vnni_extension.LANES}, these are {width}"
     if device.type != "cpu":
         return f"{NAME} runs on the CPU, the device is {device}"
-    return vnni.cpu_lacks()
+    return vnni_extension.cpu_lacks()
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

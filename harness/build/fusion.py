@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ditbench.harness.backends import vnni
+from ditbench.harness.backends import vnni_extension
 from ditbench.harness.backends.activations import GELU_TANH, SILU
 from ditbench.harness.backends.attention import attention, lacks
 from ditbench.harness.backends.few_rows import SteadyLinear
@@ -35,7 +35,7 @@ def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     if lacks() is None:
         fuse_attention(model)
         fuse_few_rows(model)
-    if vnni.cpu_lacks() is None:
+    if vnni_extension.cpu_lacks() is None:
         fuse_activations(model)
         fuse_rotary(model)
         fuse_blocks(model)

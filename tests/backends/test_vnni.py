@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditbench.harness.backends import onednn_int8, simulate, vnni
+from ditbench.harness.backends import onednn_int8, simulate, vnni, vnni_extension
 from ditbench.harness.backends.base import choose
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.measurement.latency import resident_bytes
@@ -265,12 +265,12 @@ def test_what_it_cannot_run_it_says(recipe, device, reason):
 
 @pytest.mark.parametrize(
     ("place", "name", "answer", "reason"),
-    [(torch.cpu, "_is_vnni_supported", False, "AVX512-VNNI"), (vnni.shutil, "which", None, "on the PATH")],
+    [(torch.cpu, "_is_vnni_supported", False, "AVX512-VNNI"), (vnni_extension.shutil, "which", None, "on the PATH")],
 )
 def test_a_machine_that_lacks_something_says_what(place, name, answer, reason, monkeypatch):
     monkeypatch.setattr(place, name, lambda *_: answer)
-    vnni.cpu_lacks.cache_clear()
+    vnni_extension.cpu_lacks.cache_clear()
     try:
         assert reason in str(vnni.unsupported(recipe_for(WEIGHTS[0], ACTS[0], 16, 4), CPU))
     finally:
-        vnni.cpu_lacks.cache_clear()
+        vnni_extension.cpu_lacks.cache_clear()

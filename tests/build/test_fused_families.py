@@ -16,7 +16,7 @@ from small_pipelines import SIZES, SMALL
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditbench.harness.backends import simulate, vnni
+from ditbench.harness.backends import simulate, vnni, vnni_extension
 from ditbench.harness.build import blocks, fusion, rotary
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.build.flat_calls import relative_error
@@ -57,7 +57,7 @@ class Counted(TorchDispatchMode):
         self.runs: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == vnni.LIBRARY:
+        if func.namespace == vnni_extension.LIBRARY:
             self.runs[func._opname] += 1
         return func(*args, **(kwargs or {}))
 
