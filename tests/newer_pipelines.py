@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
-from generic_pipelines import chroma, flow, flux2_klein, qwen_image, qwen_vl, z_image
+from generic_pipelines import chroma, flow, flux2_klein, hidream, qwen_image, qwen_vl, z_image
 from small_pipelines import SMALL_TEXT, clip, image_vae, lively, t5
 from transformers import Gemma2Config, Gemma2Model, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
@@ -146,6 +146,7 @@ NEWER: dict[str, Callable[[], Any]] = {
     "chroma": chroma,
     "sana_video": sana_video,
     "kandinsky5": kandinsky5, "kandinsky5_t2i": kandinsky5_t2i, "ltx2": ltx2,
+    "hidream": hidream,
 }  # fmt: skip
 NEWER_SIZES: dict[str, dict[str, int]] = {
     "flux2": {"height": 16, "width": 16},
@@ -156,6 +157,7 @@ NEWER_SIZES: dict[str, dict[str, int]] = {
     "hunyuan_video15": {"height": 32, "width": 32, "num_frames": 5},
     "kandinsky5": {"height": 32, "width": 32, "num_frames": 5},
     "kandinsky5_t2i": {"height": 32, "width": 32},
+    "hidream": {"height": 256, "width": 256},
     "ltx2": {"height": 32, "width": 32, "num_frames": 5},
 }
 OF_FAMILY = {"kandinsky5_t2i": "kandinsky5"}  # a second pipeline of a family
@@ -163,11 +165,11 @@ CONFIGURATIONS = {
     "flux2": "flux.2-klein-4b", "qwen_image": "qwen-image", "z_image": "z-image-turbo", "chroma": "chroma1-hd",
     "hunyuan_video15": "hunyuan-video-1.5-480p", "sana_video": "sana-video-2b-480p",
     "kandinsky5": "kandinsky-5-t2v-lite-5s", "kandinsky5_t2i": "kandinsky-5-t2i-lite",
-    "ltx2": "ltx-2",
+    "ltx2": "ltx-2", "hidream": "hidream-i1-full",
 }  # fmt: skip
 DRAWN = {  # of one sample: height and width, or frames, height and width
     "flux2": (16, 16), "qwen_image": (32, 32), "z_image": (16, 16), "hunyuan_video15": (5, 32, 32), "chroma": (16, 16), "sana_video": (5, 32, 32),
-    "kandinsky5": (5, 32, 32), "kandinsky5_t2i": (32, 32), "ltx2": (5, 32, 32),
+    "kandinsky5": (5, 32, 32), "kandinsky5_t2i": (32, 32), "ltx2": (5, 32, 32), "hidream": (256, 256),
 }  # fmt: skip
 NEWER_DRAWN_AS_VIDEO = tuple(name for name, shape in DRAWN.items() if len(shape) == 3)
 

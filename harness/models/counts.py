@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ditbench.harness.models.base import LoadedModel, Sampler
 from ditbench.harness.models.calls import count_rows, float_dtype, placed, row_dims
-from ditbench.harness.models.macs import Attention, KnownValues
+from ditbench.harness.models.macs import Attention, KnownValues, every_product
 from ditbench.harness.models.skeleton import module_parts
 from ditbench.harness.models.transformer_only import TransformerOnly
 from ditbench.harness.quant.target import QUANTIZABLE, weight_matrix
@@ -167,10 +167,8 @@ class Tally:
 
 @contextmanager
 def counting(pipe: Any) -> Iterator[tuple[Tally, Attention, Live]]:
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which then reads its environment
-
     parts = module_parts(pipe).values()
-    products = FlopCounterMode(display=False)
+    products = every_product()
     with torch.no_grad(), ValuesStay(), Live(parts) as live, products, Padding(), Attention(products) as attention:
         yield Tally(products, attention), attention, live
 

@@ -25,6 +25,7 @@ from ditbench.harness.models.identity import parts_of, parts_of_adapters, parts_
 from ditbench.harness.models.known_families import family, family_part
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.lora import files, fuse, loras
+from ditbench.harness.models.stray_weights import check_weights_are_of_layers
 from ditbench.harness.models.transformer_only import TransformerOnly
 from ditbench.harness.models.zoo import WEIGHTS
 from ditbench.harness.quant.experts import FIRST, SECOND, experts_in
@@ -211,9 +212,17 @@ def _lone_model(place: Place) -> str:
 def prepare(adapter: Adapter, pipe: Any) -> None:
     """What is done to a pipeline once it is there, in place: the family's own, and one transformer of the two that share the steps of
     one with `boundary_ratio`.
+
+    Raises:
+        UserError: these two are of different classes, or weights of the blocks belong to no layer.
     """
     if hasattr(adapter, "prepare"):
         adapter.prepare(pipe)
+    _join_experts(pipe)
+    check_weights_are_of_layers(pipe.transformer, adapter.blocks(pipe.transformer))
+
+
+def _join_experts(pipe: Any) -> None:
     experts = None if isinstance(pipe, TransformerOnly) or not hasattr(pipe, "config") else experts_in(pipe)
     if experts is None:
         return

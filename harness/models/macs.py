@@ -62,8 +62,6 @@ def on_meta(transformer: nn.Module) -> nn.Module:
 
 
 def _count(transformer: nn.Module, arguments: dict[str, Any]) -> dict[str, int]:
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which then reads its environment
-
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, QUANTIZABLE)}
     macs = dict.fromkeys(layers, 0)
 
@@ -77,7 +75,7 @@ def _count(transformer: nn.Module, arguments: dict[str, Any]) -> dict[str, int]:
     try:
         with (
             inside(transformer) as running,
-            FlopCounterMode(display=False) as products,
+            every_product() as products,
             Attention(products, running) as attention,
         ):
             transformer(**arguments)
@@ -85,6 +83,18 @@ def _count(transformer: nn.Module, arguments: dict[str, Any]) -> dict[str, int]:
         for handle in handles:
             handle.remove()
     return macs | dict(attention.of) | {"": (products.get_total_flops() - attention.seen_flops) // 2 + attention.macs}
+
+
+def every_product() -> FlopCounterMode:
+    """torch's counter, and the products that it does not know: of rows in groups, each with a matrix of its own (experts)."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which then reads its environment
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
+
+
+def grouped_flops(left: Any, right: Any, *others: Any, out_shape: Any = None, **more: Any) -> int:
+    """Shapes: rows (T, C) or groups of rows (G, T, C), times (G, C, O) or (C, O); two dimensions both of which are grouped share C."""
+    return 2 * math.prod(out_shape) * left[-1] if len(left) + len(right) > 4 else 2 * left[0] * left[1] * right[1]
 
 
 @contextmanager

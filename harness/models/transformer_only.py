@@ -3,7 +3,7 @@
 `random` of such a model (conf/model/*-random.yaml) has the transformer's arguments and, under `inputs`, one entry per
 argument of its call: a list is a row's shape, drawn from a normal distribution; `{shape, value}` is constant; with
 `shared: true` it has no row per sample; `{each: shape}` is a list of one tensor per sample; `{range: n}` is 0 … n − 1 for all
-samples, of several lengths a list of such; `{as_is: …}` is what stands there; null is None.
+samples, of several lengths a list of such; `{several: n, each: shape}` is a list of n tensors with a row per sample; `{as_is: …}` is what stands there; null is None.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def _argument(wanted: Any, batch: int, generator: torch.Generator) -> Any:
     if isinstance(wanted, Mapping) and "range" in wanted:
         length = wanted["range"]
         return torch.arange(length) if isinstance(length, int) else [torch.arange(each) for each in length]
+    if isinstance(wanted, Mapping) and "several" in wanted:
+        return [torch.randn(batch, *wanted["each"], generator=generator) for _ in range(wanted["several"])]
     if isinstance(wanted, Mapping) and "each" in wanted:
         return list(torch.randn(batch, *wanted["each"], generator=generator))
     if isinstance(wanted, Mapping):

@@ -1,5 +1,8 @@
 """Labels that are computed: effective bits, share of MACs, float layers, bytes of the stored model.
 
+What is multiplied beside layers and softmax attention (gates that choose experts, linear attention, convolutions along time) stays in float and is
+`mac_share_of_no_layer`.
+
 Counted per quantized layer: packed codes, scales (of blocks as they are kept, and of their tensor), zero points, online transforms, low-rank branch, static activation
 ranges, bias tables, and what a fold into adaLN-single adds (to the first reader of its site). Float weights, biases, folds
 and low-rank factors count at 16 bits, scales and transforms at 32 (scales of blocks: 8, 16 or 32), indices at 16. Constants that can be built again
@@ -79,6 +82,7 @@ def account(
 
     linear_macs = sum(macs[name] for name in layers)
     attention_macs = sum(macs.get(name, 0) for name in recipe.attention)
+    other_macs = macs[""] - linear_macs - sum(macs[name] for name in macs.keys() - {*weights, *fused, ""})
     bits = {
         "label": label,
         "weight_bits_effective": weight_bits(layers),
@@ -87,6 +91,7 @@ def account(
         "act_bits_effective": sum(macs[n] * _act_bits(recipe.shares(n), widths[n]) for n in layers) / linear_macs,
         "mac_share_quantized": (quantized_macs("weight", "act") + attention_macs) / macs[""],
         "mac_share_weight_quantized": quantized_macs("weight") / macs[""],
+        "mac_share_of_no_layer": max(other_macs, 0) / macs[""],
         "attention_operands_quantized": sorted(recipe.attention),
         "float_layers": [n for n in layers if n not in quantized],
     }

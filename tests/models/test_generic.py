@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
 from generic_pipelines import GENERIC, GENERIC_SIZES
@@ -226,15 +225,6 @@ def test_the_page_of_models_says_that_all_of_these_run():
     runs = [re.sub(r"\W", "", row[1]).lower() for row in rows if row[2].strip() == "runs"]
     assert len(runs) == len(GENERIC)
     assert all(any(found.startswith(name.replace("_", "")) for found in runs) for name in GENERIC)
-
-
-def test_experts_that_belong_to_no_layer_are_refused():
-    transformer = diffusers.NucleusMoEImageTransformer2DModel(
-        in_channels=16, num_layers=6, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6), num_experts=8, moe_intermediate_dim=64,
-    )  # fmt: skip
-    with pytest.raises(UserError, match="% of its blocks' weights in 3-D parameters"):
-        FAMILY._check_experts(transformer)
 
 
 def test_a_pipeline_without_a_guidance_argument_is_told_so():

@@ -33,7 +33,7 @@ PROMPTS = (Prompt("a red circle"), Prompt("two blue squares left of a green cros
 STEPS = 2
 FOLDED = {  # of a family with a block of each kind: how many sites fold, of how many
     "flux2": (2 * 5 + 2, 2 * 7 + 2 * 2), "qwen_image": (10, 14), "z_image": (2, 8), "hunyuan_video15": (10, 14), "chroma": (2 * 5 + 2, 2 * 7 + 2 * 2), "sana_video": (4, 10),
-    "kandinsky5": (10, 14), "kandinsky5_t2i": (10, 14), "ltx2": (2 * 14, 2 * 20),
+    "kandinsky5": (10, 14), "kandinsky5_t2i": (10, 14), "ltx2": (2 * 14, 2 * 20), "hidream": (4 + 2, 15 + 12),
 }  # fmt: skip
 
 IN_FLOAT32 = ("kandinsky5", "kandinsky5_t2i")  # norms and modulation whatever the model's dtype

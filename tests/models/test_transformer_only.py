@@ -34,9 +34,10 @@ SIZES = {  # parameters of the transformer alone, in units of 10⁹
     "kandinsky-5-t2v-lite-5s-random": 2.01,
     "kandinsky-5-t2i-lite-random": 6.02,
     "ltx-2-random": 18.88,
+    "hidream-i1-random": 17.11,
 }
 OUT_OF_MORE = {"kandinsky-5-t2v-lite-5s-random": 16}  # beside its 16 channels it is told 17 that it does not give back
-READS_VALUES = ("hunyuan-video-1.5-480p-random",)  # of masks, which `meta` has not
+READS_VALUES = ("hunyuan-video-1.5-480p-random", "hidream-i1-random")  # of masks, of sizes, which `meta` has not
 SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 1,
     "cross_attention_dim": 16, "sample_size": 8, "patch_size": 2, "caption_channels": 12,
@@ -60,6 +61,8 @@ def test_it_has_the_published_size_and_takes_the_call_that_is_written_down(name)
         pipe = family(spec["family"]).random_pipeline(spec["random"], torch.bfloat16)
     assert sum(p.numel() for p in pipe.transformer.parameters()) / 1e9 == pytest.approx(SIZES[name], abs=0.01)
     if name in READS_VALUES:
+        family(spec["family"]).prepare(pipe)
+        pipe.transformer.eval()
         assert count_macs(pipe.transformer, pipe.step_inputs(1))[""] > 1e12
         return
     with torch.device("meta"):
@@ -84,6 +87,8 @@ def test_its_inputs_are_drawn_once_and_for_all_and_by_row():
 
 def test_positions_are_counted_from_zero_and_have_no_rows():
     inputs = TransformerOnly(torch.nn.Identity(), {"one": {"range": 3}, "three": {"range": [1, 2, 4]}}).step_inputs(5)
+    several = TransformerOnly(torch.nn.Identity(), {"states": {"several": 2, "each": [3]}}).step_inputs(5)["states"]
+    assert [tuple(each.shape) for each in several] == [(5, 3)] * 2
     assert inputs["one"].tolist() == [0, 1, 2] and [each.tolist() for each in inputs["three"]] == [
         [0],
         [0, 1],

@@ -48,24 +48,6 @@ class GenericFamily(PipelineFamily):
     def _check(self, pipe: Any) -> None:
         if not isinstance(getattr(pipe, "transformer", None), nn.Module):
             raise AnotherFamily(f"a {type(pipe).__name__} without a transformer")
-        self._check_experts(pipe.transformer)
-
-    def _check_experts(self, transformer: nn.Module) -> None:
-        """Raise UserError if most weights of the blocks are no layer's: experts kept as one 3-D parameter (Nucleus)."""
-        blocks = [transformer.get_submodule(name) for name in self.blocks(transformer)]
-        owned = [
-            (owner, weight) for block in blocks for owner in block.modules() for weight in owner._parameters.values()
-        ]
-        weights = [(owner, weight) for owner, weight in owned if weight is not None and weight.ndim > 1]
-        total = sum(weight.numel() for _, weight in weights)
-        stray = sum(
-            weight.numel() for owner, weight in weights if weight.ndim == 3 and not isinstance(owner, nn.Conv1d)
-        )
-        if stray > total / 2:
-            raise UserError(
-                f"a {type(transformer).__name__} keeps {100 * stray / total:.0f} % of its blocks' weights in 3-D parameters "
-                "(experts) that belong to no linear layer; they would stay in float, so it is refused"
-            )
 
     def _blocks(self, transformer: nn.Module) -> list[str]:
         lists = [(name, child) for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)]
