@@ -27,7 +27,7 @@ from ditbench.harness.models.checkpoint_files import CONFIG, TRANSFORMER, read_o
 from ditbench.harness.models.heard import listening, refuse_made_up
 from ditbench.harness.samples.others import files_in
 
-GGUF, QUANTO = "gguf", "quanto"
+GGUF, QUANTO, BITSANDBYTES = "gguf", "quanto", "bitsandbytes"
 PACKAGES = {
     "quanto": "optimum.quanto",
     "auto-round": "auto_round",
@@ -110,9 +110,12 @@ def load(model: LoadedModel, params: Params, dtype: torch.dtype, device: torch.d
     if place.is_dir():
         _check_class(place, kind)
     with _explained(place), listening() as said:
-        theirs = _of_gguf(model, place, dtype) if place.is_file() else kind.from_pretrained(  # type: ignore[attr-defined]
-            place, torch_dtype=dtype, local_files_only=True
-        )  # fmt: skip
+        if place.is_file():
+            theirs = _of_gguf(model, place, dtype)
+        elif library == BITSANDBYTES and device.type == "cpu":
+            theirs = _of_bitsandbytes_on_a_cpu(kind, place, dtype)
+        else:
+            theirs = kind.from_pretrained(place, torch_dtype=dtype, local_files_only=True)  # type: ignore[attr-defined]
         refuse_made_up(said, f"method.path={place}")
     _check_same(place, theirs, model.transformer)
     with _explained(place):
@@ -168,6 +171,22 @@ def _of_gguf(model: LoadedModel, file: Path, dtype: torch.dtype) -> nn.Module:
         return type(ours).from_single_file(
             str(file), config=folder, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype), torch_dtype=dtype
         )
+
+
+def _of_bitsandbytes_on_a_cpu(kind: type, place: Path, dtype: torch.dtype) -> nn.Module:
+    """bitsandbytes computes on a CPU, but diffusers (0.42) first asks for a GPU: that question alone is left out."""
+    from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+
+    asking = [(each, each.validate_environment) for each in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer)]
+    try:
+        for quantizer, _ in asking:
+            quantizer.validate_environment = lambda *_, **__: None
+        return kind.from_pretrained(  # type: ignore[attr-defined,no-any-return]
+            place, torch_dtype=dtype, local_files_only=True, device_map={"": "cpu"}
+        )
+    finally:
+        for quantizer, asks in asking:
+            quantizer.validate_environment = asks
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from ditbench.harness.stages.quantize import target_of
 from ditbench.harness.sweep.compose import composed
 
 SCHEMA = 2  # 1 had no error and no baseline
+PLACES = ("results_dir=", "model.source=", "device=", "hydra.")  # overrides that say where and not what
 FLAGS = {"bits": "--formats", "measure.repeats": "--repeats"}
 
 
@@ -78,6 +79,7 @@ def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], P
         "schema": SCHEMA,
         "model": model.spec.name,
         "method": config.method,
+        "overrides": [each for each in overrides if not each.startswith(PLACES)],
         "env": environment(config.device, config.seed),
         "rows": rows,
         "shares": refused.unless("shares", lambda: layer_shares(candidates, inputs, config.device)),

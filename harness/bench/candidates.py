@@ -14,6 +14,7 @@ from ditbench.harness.build.compiled import compiled
 from ditbench.harness.build.flat_calls import output_of
 from ditbench.harness.calibration.lazy import LazyCalibration
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.files import canonical_sha256
 from ditbench.harness.measurement.latency import backends_of, kind_of, resident_bytes
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
@@ -47,11 +48,19 @@ def quantized(config: RunConfig, model: LoadedModel, target: Target, modes: tupl
     Raises:
         UserError: some layer has none here: what is simulated has no speed.
     """
-    recording = LazyCalibration(recording_key(config, model), config.cache_dir, lambda: calibrate(config, model))
-    made = quantize(config, model, target, recording)  # type: ignore[arg-type]
+    made = quantize(config, model, target, _recording(config, model))  # type: ignore[arg-type]
     if kind_of(made.model, bool(made.recipe.attention)) != "measured":
         raise UserError(f"bench: {config.bits.label} is simulated on {config.device} (ditbench list backends)")
     yield from in_modes(config.bits.label, made.model, target, modes)
+
+
+def _recording(config: RunConfig, model: LoadedModel) -> LazyCalibration:
+    """Made when a method asks for it, which is when a model that draws nothing, or has no prompts, says so."""
+    try:
+        key = recording_key(config, model)
+    except UserError:
+        key = canonical_sha256({"recording": None, "model": model.fingerprint})
+    return LazyCalibration(key, config.cache_dir, lambda: calibrate(config, model))
 
 
 def in_modes(label: str, model: nn.Module, target: Target, modes: tuple[str, ...]) -> Iterator[Candidate]:

@@ -15,6 +15,7 @@ from ditbench.harness.common.paths import checked, no_folder
 MOST = 1_000_000
 CONFIG_DIR = ("--config-dir", "-cd")  # as Hydra calls it
 SEARCH_PATH = "hydra.searchpath"
+BITS = "bits="
 
 
 def own_folders(arguments: list[str]) -> tuple[list[str], list[str | Path]]:
@@ -117,6 +118,6 @@ def file(text: str) -> Path:
 
 
 def flags_to_overrides(arguments: list[str]) -> list[str]:
-    """--force, --strict and --debug are ours; everything else is Hydra's."""
+    """--force, --strict and --debug are ours; everything else is Hydra's. Formats may be written as tables print them: bits=NVFP4."""
     flags = {"--force": "force=true", "--strict": "strict=true", "--debug": "debug=true"}
-    return [flags.get(argument, argument) for argument in arguments]
+    return [flags.get(each, each.lower() if each.startswith(BITS) else each) for each in arguments]

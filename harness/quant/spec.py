@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -300,11 +301,20 @@ def parse_label(label: str) -> Format:
         return Format(_side(label, "weight", lower), _side(label, "activation", lower))
     match = _INTEGERS.match(lower) or _SIDES.match(lower)
     if not match:
-        raise UserError(
-            f"bits {label!r} is not of the form w<bits>a<bits>, such as w8a8, w4a8 or w4a16, nor one of {', '.join(NAMED)}, nor "
-            "w<one>_a<other>, such as wnvfp4_afp8"
-        )
+        raise _no_format(label)
     return Format(_side(label, "weight", match[1]), _side(label, "activation", match[2]))
+
+
+def _no_format(label: str) -> UserError:
+    plain = re.sub(r"[\W_]", "", label.lower())
+    spelled = {name.replace("_", ""): name for name in all_labels()}
+    meant = [spelled[plain]] if plain in spelled else difflib.get_close_matches(plain, NAMED, n=2, cutoff=0.7)
+    meant = meant or [spelled[each] for each in difflib.get_close_matches(plain, spelled, n=1, cutoff=0.8)]
+    guess = f"; did you mean {' or '.join(meant)}?" if meant else ";"
+    return UserError(
+        f"no bits {label!r}{guess} known: w<bits>a<bits> such as w8a8 or w4a16, {', '.join(NAMED)}, and one for each side such as "
+        "wnvfp4_afp8 or w4_afp8; `ditbench list bits` has all"
+    )
 
 
 def _side(label: str, side: str, name: str) -> dict[str, Any]:

@@ -54,6 +54,27 @@ def test_every_candidate_is_timed_at_every_batch_against_bf16_in_its_mode(benche
 
 
 @needs_real
+def test_its_record_says_which_shapes_were_changed_and_nothing_of_where_it_ran(benched):
+    record, _, _ = benched
+    assert record["overrides"] == [*ONE_BLOCK, *SMALL[1:]]
+
+
+@needs_real
+def test_a_random_model_that_is_told_by_prompts_is_timed_without_any_unless_its_method_reads_data(ditbench, tmp_path):
+    told = [
+        "model=qwen-image-random", *(f"model.random.{name}={value}" for name, value in {
+            "num_layers": 1, "num_attention_heads": 4, "attention_head_dim": 32, "axes_dims_rope": "[8,12,12]",
+            "joint_attention_dim": 64, "inputs.hidden_states": "[16,64]", "inputs.encoder_hidden_states": "[8,64]",
+            "inputs.img_shapes.as_is": "[[[1,4,4]]]",
+        }.items()), "tracker=none", f"results_dir={tmp_path}", "--formats", "w8a8", "--modes", "eager", "--batches", "1", "--repeats", "1",
+    ]  # fmt: skip
+    done = ditbench("bench", *told, "method=rtn")
+    assert done.code == 0 and "W8A8" in done.out, done.err
+    refused = ditbench("bench", *told, "method=smoothquant")
+    assert refused.code == 2 and "set calibration.prompts" in refused.err
+
+
+@needs_real
 def test_a_benchmark_says_where_the_time_goes_and_what_the_device_can_do(benched):
     record, _, text = benched
     shares = record["shares"]["W8A8"]

@@ -183,6 +183,11 @@ def test_the_configuration_is_printed_without_a_run(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_format_may_be_written_as_tables_print_it(run):
+    config = yaml.safe_load(run("--cfg", "job", "bits=WNVFP4_AFP8").out)
+    assert config["bits"]["label"] == "wnvfp4_afp8"
+
+
 def test_flags_may_stand_between_the_overrides(run, tmp_path):
     outcome = run("bits=w4a8", "-m", "method=smoothqant", "protocol.n=8")
     assert "did you mean 'smoothquant'?" in outcome.err

@@ -64,8 +64,29 @@ def test_what_is_about_integers_refuses_e4m3_on_either_side_and_nothing_else():
 
 @pytest.mark.parametrize("label", ["", "w4", "a8", "4a8", "w4a8x", "xw4a8", "w-4a8", "w4.5a8", "w4 a8"])
 def test_a_malformed_label_is_refused_with_an_example(label):
-    with pytest.raises(UserError, match="not of the form .* w4a8"):
+    with pytest.raises(UserError, match=r"^no bits .* known: w<bits>a<bits> such as w8a8"):
         parse_label(label)
+
+
+@pytest.mark.parametrize(
+    ("label", "meant"),
+    [
+        ("nvfp5", "nvfp4"),
+        ("nv_fp4", "nvfp4"),
+        ("fp4", "nvfp4 or mxfp4"),
+        ("MX-FP8", "mxfp8"),
+        ("wnvfp4afp8", "wnvfp4_afp8"),
+        ("w4-a4", "w4a4"),
+    ],
+)
+def test_a_label_that_is_spelled_otherwise_comes_with_the_one_that_is_meant(label, meant):
+    with pytest.raises(UserError, match=rf"^no bits '{label}'; did you mean {meant}\? known"):
+        parse_label(label)
+
+
+def test_a_label_like_none_has_no_guess():
+    with pytest.raises(UserError, match=r"^no bits 'fp16'; known"):
+        parse_label("fp16")
 
 
 @pytest.mark.parametrize(
