@@ -102,5 +102,5 @@ def wider_layers(target: Target, bits: Bits, pattern: str) -> dict[str, Bits]:
 
 
 def wider(spec: QuantSpec | None) -> QuantSpec | None:
-    narrow = spec is not None and spec.number == INT and not spec.in_blocks and spec.bits < WIDE_BITS
+    narrow = spec is not None and spec.number == INT and spec.bits < WIDE_BITS
     return replace(spec, bits=WIDE_BITS) if narrow else spec  # type: ignore[type-var]

@@ -10,7 +10,7 @@
     Λ       ChannelScaledQuant          of each sample anew; `channels` that share a factor (0: no Λ)
     δ_l, δ_u bounds                     shares of a row's two ends that are tried, 1 … least_bound
     Δ, z, W_q scale, zero point, codes  of each row (group) of the rotated weight
-    δ       delta                       null: no switching
+    δ       delta                       null: no switching; of integers of fewer than 8 bits
 
 Λ stands between two factors of the product and cannot follow its sums, so no integer kernel computes it; it is simulated. Of one token per sample (what adaLN
 reads) there is no Λ.
@@ -186,7 +186,7 @@ def squared_error(rows_RC: Tensor, codes_RC: Tensor, scale_R1: Tensor, zero_R1: 
 
 
 def is_narrow(spec: QuantSpec | None) -> bool:
-    return spec is not None and spec.number == INT and not spec.in_blocks and spec.bits < WIDE_BITS
+    return spec is not None and spec.number == INT and spec.bits < WIDE_BITS
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@
     lr, 10 lr         learning_rate     5e-3 (form=published); ten times as much for clips; cosine
 
 Departs from the paper: d, and s, are learned in their logarithms, so that they stay positive; Adam without weight decay; one clip for both
-ends of a token. One P for all layers that read a tensor. Before an attention's output layer P is a Kronecker product of the whole width (there: across
+ends of a token; of a symmetric range the smaller end is not cut by itself (the release clamps both ends of a weight's rows). One P for all
+layers that read a tensor. Before an attention's output layer P is a Kronecker product of the whole width (there: across
 heads, the part inside a head merged into V), and k and v, which a language model caches, have none. By default 100 iterations per block at a learning rate of 1e-2, for a CPU's budget (form=published: the
 release's 15 epochs at 5e-3). Layers outside the blocks are rounded to nearest. Static activations take the range that calibration finds behind P, without a clip.
 """

@@ -79,11 +79,16 @@ def quantize(
     made_by: what makes the method's recipes beside recording and widths (method, source, seed), for the cache.
 
     Raises:
-        UserError: no plan keeps the budget; a budget of latency where a layer is only simulated.
+        UserError: no plan keeps the budget; a budget of latency where a layer is only simulated; recipes that change with the steps.
     """
     labels = [each.label.lower() for each in bits.candidates]
     fitted = [fit(each) for each in bits.candidates]
     recipes = [recipe for recipe, _ in fitted]
+    if any(recipe.variants for recipe in recipes):
+        raise UserError(
+            "bits=mixed: this method's recipes change with the steps by themselves (method.delta), which a plan would not keep; "
+            "set method.delta=null, or take one format"
+        )
     state = {f"{label}/{name}": t for label, (_, own) in zip(labels, fitted, strict=True) for name, t in own.items()}
     units = units_of(target, recipes)
     starts = range_starts(recording.num_steps, bits.ranges)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -102,8 +104,16 @@ def test_the_published_form_gives_8_bits_to_the_attentions_output(small_target, 
         f"transformer_blocks.{block}.attn1.to_out.0" for block in range(2)
     }
     assert set(widths.values()) == {(8, 8), (4, 4)}
-    in_blocks = recipe_of(small_target, small_calibration, bits_of("nvfp4"), params)
-    assert {layer.weight.spec for layer in in_blocks.layers.values()} == {bits_of("nvfp4").weight}
+    floats = recipe_of(small_target, small_calibration, bits_of("nvfp4"), params)
+    assert {layer.weight.spec for layer in floats.layers.values()} == {bits_of("nvfp4").weight}
+
+
+def test_integers_in_blocks_have_8_bits_there_too_in_blocks_of_their_own(small_target, small_calibration):
+    params, bits = Params(wide=r"to_out\.0$"), bits_of("int4_g64")
+    recipe = recipe_of(small_target, small_calibration, bits, params)
+    for name, layer in recipe.layers.items():
+        width = 8 if name.endswith("to_out.0") else 4
+        assert (layer.weight.spec, layer.act.spec) == (replace(bits.weight, bits=width), replace(bits.act, bits=width))
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,20 @@ def test_gptq_moves_no_error_to_the_high_part_and_less_is_left_than_to_nearest(s
     assert errors[0] < 0.95 * errors[1]
 
 
+def test_the_low_part_is_damped_as_much_as_the_whole_would_be(normal):
+    """GPTQ adds damp · mean(diagonal) to the diagonal: of all axes, though the high ones are a hundred times as large."""
+    params, spec = Params(damp=0.05), QuantSpec(3, "per_channel")
+    root, weight = normal(12, 12), normal(5, 12, seed=1)
+    hessian = root @ root.T
+    hessian[9:, :9], hessian[:9, 9:], hessian[9:, 9:] = 0, 0, 4000 * torch.eye(3).double()
+    found = dirotq.rounded_low(weight, hessian, 9, params, spec).dequantize()[:, :9]
+    low = hessian[:9, :9]
+    damp = 0.05 * float(hessian.diagonal().mean() / low.diagonal().mean())
+    expected = dirotq.gptq(weight[:, :9], low, spec, damp=damp).dequantize()
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, dirotq.gptq(weight[:, :9], low, spec, damp=0.05).dequantize())
+
+
 def test_static_ranges_are_those_of_the_low_part(small_target, small_calibration, inputs):
     state = dirotq.fit(small_target, small_calibration, STATIC, PLAIN)
     low = (inputs @ state[f"{SITE}/basis"])[:, :-24]

@@ -158,6 +158,8 @@ def test_chosen_steps_have_8_bit_activations_and_the_same_weights(small_target, 
         errors.append(relative_error(*outputs))
     assert errors[1] < errors[0]
     assert not recipe_of(small_target, small_calibration, bits_of("w4a8"), params).variants
+    blocks = recipe_of(small_target, small_calibration, bits_of("int4_g64"), params).variants[LAYER]
+    assert [(each.act.spec.bits, each.act.spec.group_size) for each in blocks] == [(4, 64), (8, 64)]
 
 
 def test_static_activations_of_chosen_steps_have_the_scales_of_8_bits(small_target, small_calibration):

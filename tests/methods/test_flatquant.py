@@ -126,6 +126,18 @@ def test_learning_lowers_the_error_of_every_blocks_output(small_target, small_ca
     assert len(errors) == 2 and all(after < 0.85 * before for before, after in errors), errors
 
 
+def test_clips_take_steps_ten_times_as_long(small_target, small_calibration):
+    """Adam's first step has the learning rate's length whatever the gradient."""
+    before, after = (
+        flatquant.fit(small_target, small_calibration, BITS, Params(iterations=count, learning_rate=0.003))
+        for count in (0, 1)
+    )
+    of_scale = (after[f"{SITE}/scale"] / before[f"{SITE}/scale"]).log().abs()
+    torch.testing.assert_close(of_scale.amax(), torch.tensor(0.003), rtol=0.02, atol=0)
+    of_clip = (after[f"{LAYER}/act_clip"].logit() - before[f"{LAYER}/act_clip"].logit()).abs()
+    torch.testing.assert_close(of_clip, torch.tensor(0.03), rtol=0.02, atol=0)
+
+
 def test_the_seed_and_nothing_else_draws_starts_and_minibatches(small_target, small_calibration):
     torch.manual_seed(1)
     one = flatquant.fit(small_target, small_calibration, DYNAMIC, Params(iterations=3, seed=5))

@@ -11,13 +11,14 @@ import pytest
 from ditbench.harness.backends import onednn_int8
 from ditbench.harness.build.export import RECIPE, TENSORS
 from ditbench.harness.cli import main
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting import mixed_precision
-from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.quant.spec import Bits, MixedBits, QuantSpec, bits_of
 from ditbench.harness.records.drawn_samples import samples_of
 from ditbench.harness.records.record import read
 from ditbench.harness.stages.config import parse
 from ditbench.harness.stages.loaded import model_of
-from ditbench.methods import rtn
+from ditbench.methods import dvd_quant, rtn
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,19 @@ def test_layers_that_a_recipe_leaves_out_have_sixteen_activation_bits(small_mode
         weights = [macs[name] for name in small_target.layers]
         found = costs.of(np.full((1, len(units)), candidate)) + rest
         assert found == pytest.approx(np.average(expected, weights=weights))
+
+
+def test_recipes_that_change_with_the_steps_by_themselves_are_refused(small_model, small_target, small_calibration):
+    """A plan says which candidate a layer takes, and would have kept the first range's of each."""
+    params = dvd_quant.Params(delta=1e-6)
+
+    def fit(bits: Bits):
+        state = dvd_quant.fit(small_target, small_calibration, bits, params)
+        return dvd_quant.apply(small_target, state, bits, params), state
+
+    bits = MixedBits((bits_of("w4a4"), bits_of("w8a8")), "bytes", 1e9)
+    with pytest.raises(UserError, match="change with the steps by themselves .* set method.delta=null"):
+        mixed_precision.quantize(bits, small_model, small_target, small_calibration, fit, made_by={}, timing=None)
 
 
 def test_errors_of_ranges_are_weighted_with_their_steps(by_range, by_budget):
