@@ -52,15 +52,10 @@ METRICS = {  # of images, of videos, of the digits: each with one that a network
     False: [*PAIRED, "clipscore_b32"],
 }
 METHODS = ("rtn", "smoothquant", "quarot", "svdquant", "gptq")
-OF_ALL = (
-    DIT,
-    "flux",
-    "wan",
-)  # all methods: labels and prompts, one stream and two, adaLN and adaLN-single, images and videos
-OF_EACH = (
-    "svdquant",
-    "gptq",
-)  # what else a family can get wrong for a device: folds and how layers are called; data and blocks
+# All methods: labels and prompts, one stream and two, adaLN and adaLN-single, images and videos.
+OF_ALL = (DIT, "flux", "wan")
+# What else a family can get wrong for a device: folds and how layers are called; data and blocks.
+OF_EACH = ("svdquant", "gptq")
 FEW = ("smoothquant",)  # for families that are made of what the others are made of: folds
 CHAINS = [
     (family, method)
