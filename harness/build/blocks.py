@@ -32,7 +32,8 @@ def fuse_blocks(model: nn.Module) -> None:
         if type(block) is BasicTransformerBlock and has_our_form(block):
             block.__class__ = modulated_by_us(BasicTransformerBlock)
         else:
-            block.__class__ = put_off(type(block))
+            kind: Any = type(block)
+            block.__class__ = put_off(kind)
 
     for norm in model.modules():
         if type(norm) is RMSNorm and len(norm.dim) == 1 and norm.bias is None:

@@ -26,13 +26,13 @@ def fuse_rotary(model: nn.Module) -> None:
 
     for module in model.modules():
         processor: Any = getattr(module, "processor", None)
-        kind = type(processor)
+        kind: Any = type(processor)
         if processor is None or plain(kind) is not kind:
             continue
         if f"{kind.__module__}.{kind.__name__}" == WAN:
-            processor.__class__ = rotating_in_norms(kind)
+            processor.__class__ = rotating_in_norms(kind)  # type: ignore[arg-type]
         elif getattr(kind.__call__, "__globals__", {}).get(NAME) is embeddings.apply_rotary_emb:
-            processor.__class__ = rotating(kind)
+            processor.__class__ = rotating(kind)  # type: ignore[arg-type]
 
 
 @cache
@@ -58,7 +58,7 @@ def apply_rotary_emb(
 
     usual = use_real and use_real_unbind_dim == -1 and sequence_dim == 1 and x.dim() == 4
     if not (usual and _takes(x) and freqs_cis[0].dim() == 2):
-        return theirs(x, freqs_cis, use_real, use_real_unbind_dim, sequence_dim)
+        return theirs(x, freqs_cis, use_real, use_real_unbind_dim, sequence_dim)  # type: ignore[return-value]
     return rotated(x, *freqs_cis)
 
 

@@ -177,23 +177,6 @@ def test_copies_and_what_was_pickled_are_whole(name):
         assert block.plain_kind is type(block).__mro__[1]
 
 
-def test_blocks_that_are_compiled_do_what_diffusers_does(monkeypatch):
-    model = small("flux")
-    inputs = placed(model.step_inputs(2), torch.bfloat16, torch.device("cpu"))
-    target = model.target()
-
-    def of_one_block(built: nn.Module) -> Tensor:
-        block = built.get_submodule(target.blocks[0])
-        block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
-        return predicted(built, inputs)
-
-    ours = of_one_block(quantized(model))
-    monkeypatch.setattr(blocks, "put_off", lambda kind: kind)
-    monkeypatch.setattr(fusion, "fuse_rotary", lambda model: None)
-    theirs = of_one_block(quantized(model))
-    assert relative_error(ours.float(), theirs.float()) < 0.01
-
-
 def test_a_model_in_float32_and_a_float_model_stay_diffusers():
     model = small("flux")
     target = model.target()
