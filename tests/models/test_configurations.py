@@ -65,6 +65,15 @@ def test_a_models_file_composes_into_a_run(name):
         assert config.model.source.removeprefix("zoo:") in trainable()
 
 
+def test_a_models_own_negative_prompt_is_what_it_is_guided_away_from():
+    told = {
+        name: composed(name).protocol.sampler.negative_prompt
+        for name in ("chroma1-hd", "ltx-2", "qwen-image", "tiny-dit")
+    }
+    assert told["chroma1-hd"].startswith("low quality, ugly") and told["ltx-2"].endswith("transition, static.")
+    assert told["qwen-image"] is told["tiny-dit"] is None
+
+
 def test_a_revision_is_a_commit_or_said_not_to_be_pinned():
     hub = {"source": "owner/name", "revision": "0123456789abcdef0123456789abcdef01234567"}
     assert says_where_its_weights_come_from(ModelSpec("a", "dit", **hub), "")
