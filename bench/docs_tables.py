@@ -16,6 +16,7 @@ A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
     coverage: MODEL                  how often intervals cover, of what `bench/intervals.py` drew from MODEL
     noise floor                      what `bench/noise_floor.py` wrote
     format oracles                   what `bench/format_oracles.py` wrote
+    launches                         what `bench/launches.py` counted
     overhead: NAME, NAME             shares of runs' time, of results/bench/overhead-NAME.json, which `bench/overhead.py` wrote
 """
 
@@ -170,6 +171,34 @@ def step_times(name: str) -> str:
     return "\n".join(lines)
 
 
+def launches() -> str:
+    """A line for each block, number of tokens and format; before / now where layers share what they made of their input."""
+    record = json.loads((BENCH / "launches.json").read_text())
+    found: dict[tuple[str, int, str], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        found.setdefault((row["block"], row["tokens"], row["format"]), {})[row["design"]] = row
+    lines = [
+        "| block | image tokens | format | launches | of which rows | products | MiB moved | of which rows |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (block, tokens, label), designs in found.items():
+
+        def cell(tell: Callable[[dict[str, Any]], float], designs: dict[str, dict[str, Any]] = designs) -> str:
+            return " → ".join(f"{tell(row):,.0f}" for row in designs.values())
+
+        cells = [
+            cell(lambda row: sum(row["launches"].values())),
+            cell(lambda row: row["launches"].get("rows", 0)),
+            f"{list(designs.values())[-1]['launches']['products']}",
+            cell(lambda row: sum(row["bytes"].values()) / 2**20),
+            cell(lambda row: row["bytes"].get("rows", 0) / 2**20),
+        ]
+        lines.append(f"| {block} | {tokens:,} | {label.upper()} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", f"Counted {record['counted']}; torch {record['torch']}; `results/bench/launches.json`."]
+    )
+
+
 def overhead(*names: str) -> str:
     """A line for each part, and those of the bar; of wall time / of CPU time."""
     found = [json.loads((BENCH / f"overhead-{name}.json").read_text()) for name in names]
@@ -308,6 +337,7 @@ CONTENT = {
     "coverage": coverage,
     "noise floor": noise_floor,
     "format oracles": format_oracles,
+    "launches": launches,
     "overhead": overhead,
 }
 
