@@ -15,6 +15,7 @@ A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
     bench: FILE                      results/bench/FILE.json, which `ditbench bench` wrote
     coverage: MODEL                  how often intervals cover, of what `bench/intervals.py` drew from MODEL
     noise floor                      what `bench/noise_floor.py` wrote
+    external: NAME                   results/NAME.csv, our rows beside others' checkpoints, in the order of PSNR
     format oracles                   what `bench/format_oracles.py` wrote
     launches                         what `bench/launches.py` counted
     overhead: NAME, NAME             shares of runs' time, of results/bench/overhead-NAME.json, which `bench/overhead.py` wrote
@@ -37,7 +38,7 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.forms import DEFAULT, PUBLISHED, Form
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("methods", "backends", "mixed-precision", "protocols")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("methods", "backends", "mixed-precision", "protocols", "external")]
 RESULTS = ROOT / "results"
 BENCH = RESULTS / "bench"
 INTERVALS = RESULTS / "intervals"
@@ -163,9 +164,10 @@ def step_times(name: str) -> str:
         step = f"{row['rows']} | " if counts[1:] else ""
         step += f"{row['latency_ms']['median']:.0f}"
         lines.append(f"| {row['format']} | `{row['backend']}` | {row['mode']} | {step} | {speedup} | {held} |")
+    changed = " ".join(each for each in record.get("overrides", ()) if not each.startswith(("model=", "method=")))
     lines += [
         "",
-        f"{record['model']}, {', '.join(map(str, counts))} rows, {record['env']['device']}, medians; `results/bench/{name}.json`.",
+        f"{record['model']}{changed and f' with `{changed}`'}, {', '.join(map(str, counts))} rows, {record['env']['device']}, medians; `results/bench/{name}.json`.",
     ]
     lines += [f"{what} did not run: {why}." for what, why in record["refused"].items()]
     return "\n".join(lines)
@@ -274,6 +276,35 @@ def format_oracles() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def external(name: str) -> str:
+    runs = pd.read_csv(RESULTS / f"{name}.csv")
+    runs = runs[runs.status == "ok"].sort_values("psnr", ascending=False, kind="stable")
+    heads = [
+        "row",
+        "bits",
+        "weight bits, effective",
+        "activation bits",
+        "model MiB",
+        "PSNR dB ↑",
+        "SSIM ↑",
+        "against bf16",
+    ]
+    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    for _, run in runs.iterrows():
+        numbers = [
+            *(told(run[column], "{:.2f}") for column in ("weight_bits_effective", "act_bits_effective", "model_mib")),
+            *(with_interval(run, metric, decimals, tested=False) for metric, decimals in (("psnr", 2), ("ssim", 4))),
+            told(run.speedup, "{:.2f}×"),
+        ]
+        lines.append([run["run"].removeprefix("external "), run.bits, *numbers])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{text}\n\n{caption(runs, None)}"
+
+
+def told(value: float, form: str) -> str:
+    return "–" if pd.isna(value) else form.format(value)
+
+
 def noise_floor() -> str:
     rows = pd.read_csv(INTERVALS / "noise_floor.csv").sort_values(["metric", "n", "worse share"], kind="stable")
     rules = list(rows.columns[4:-1])
@@ -336,6 +367,7 @@ CONTENT = {
     "bench": step_times,
     "coverage": coverage,
     "noise floor": noise_floor,
+    "external": external,
     "format oracles": format_oracles,
     "launches": launches,
     "overhead": overhead,
