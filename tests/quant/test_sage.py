@@ -261,3 +261,13 @@ def test_the_kernels_of_sageattention_make_the_same_codes_and_outputs(causal):
         sage_attention(replace(recipe, smooth_k=False), q, k, v, causal=causal),
     )
     assert error(found.float(), theirs.float()) < 5e-3 < error(exact.float(), theirs.float())
+
+
+def test_128_queries_and_64_keys_share_a_scale_per_block(normal):
+    """One large token is seen by its whole block, and by no other."""
+    for part, size in ((0, 128), (1, 64)):
+        x = normal(1, 1, 3 * size, 8).float()
+        x[:, :, size + 5] *= 100
+        scale = sage._tokens(x, "int", sage.SHARES[PER_BLOCK][part]).scales[0, 0, :, 0]
+        assert [len(block.unique()) for block in scale.split(size)] == [1, 1, 1]
+        assert float(scale[size]) > 20 * float(scale[size - 1]) and float(scale[2 * size - 1]) == float(scale[size])
