@@ -76,6 +76,7 @@ class Pending(Tensor):
     value: Tensor | None
     kept_dtype: torch.dtype
     is_linear: bool
+    reads: tuple[Tensor, ...]  # whose values its own are made of, as they are now
 
     @classmethod
     def of(cls, form: Form) -> Pending:
@@ -119,7 +120,7 @@ class Pending(Tensor):
         return made
 
     def _keep(self, value: Tensor) -> None:
-        self.value, self.form, self.again = value, None, None
+        self.value, self.form, self.again, self.reads = value, None, None, ()
         _open.pop(id(self), None)
 
 
@@ -137,9 +138,18 @@ def settled(tree: Any) -> Any:
     return tree_map_only(Pending, Pending.settle, tree) if isinstance(tree, tuple | list | dict) else tree
 
 
-def _pending(shape: torch.Size, dtype: torch.dtype, form: Form | None, again: Callable[..., Tensor]) -> Pending:
+def _pending(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    form: Form | None,
+    again: Callable[..., Tensor],
+    reads: tuple[Tensor, ...] = (),
+) -> Pending:
+    """reads: beside what the form has."""
+    parts = () if form is None else (form.x, form.factor, form.shift, form.base)
     made: Any = Tensor._make_wrapper_subclass(Pending, shape, dtype=dtype)
     made.form, made.again, made.value, made.kept_dtype, made.is_linear = form, again, None, dtype, form is None
+    made.reads = (*reads, *(part for part in parts if part is not None))
     _open[id(made)] = made
     return made
 
@@ -149,7 +159,8 @@ def put_off_linear(x: Tensor, outputs: int, compute: Callable[[str | None], Tens
     takes = x.kept_dtype == BF16 if isinstance(x, Pending) else _takes(x)
     if not _inside.blocks or not takes:
         return None
-    return _pending(torch.Size((*x.shape[:-1], outputs)), BF16, None, compute)
+    reads = () if isinstance(x, Pending) else (x,)
+    return _pending(torch.Size((*x.shape[:-1], outputs)), BF16, None, compute, reads)
 
 
 def put_off_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
@@ -203,9 +214,7 @@ def _settle_what_reads(x: Tensor) -> None:
         return
     place = x.untyped_storage().data_ptr()
     for each in list(_open.values()):
-        form = each.form
-        tensors = () if form is None else (form.x, form.factor, form.shift, form.base)
-        if any(t is not None and t.untyped_storage().data_ptr() == place for t in tensors):
+        if any(read.untyped_storage().data_ptr() == place for read in each.reads):
             each.settle()
 
 
