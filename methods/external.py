@@ -24,7 +24,7 @@ from torch import nn
 from ditbench.harness.common.errors import UserError, first_words
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.checkpoint_files import CONFIG, TRANSFORMER, read_object
-from ditbench.harness.models.heard import listening, refuse_made_up
+from ditbench.harness.models.heard import listening, refuse_left_out, refuse_made_up
 from ditbench.harness.samples.others import files_in
 
 GGUF, QUANTO, BITSANDBYTES = "gguf", "quanto", "bitsandbytes"
@@ -117,6 +117,7 @@ def load(model: LoadedModel, params: Params, dtype: torch.dtype, device: torch.d
         else:
             theirs = kind.from_pretrained(place, torch_dtype=dtype, local_files_only=True)  # type: ignore[attr-defined]
         refuse_made_up(said, f"method.path={place}")
+        refuse_left_out(said, f"method.path={place}", [theirs])
     _check_same(place, theirs, model.transformer)
     with _explained(place):
         return theirs.to(device).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,11 +63,11 @@ def refuse_made_up(said: list[logging.LogRecord], where: str) -> None:
             raise UserError(f"{where}: no weights for {name}, which would be random; {NOT_WHOLE}")
 
 
-def refuse_left_out(said: list[logging.LogRecord], where: str, pipe: Any) -> None:
+def refuse_left_out(said: list[logging.LogRecord], where: str, parts: Iterable[Any]) -> None:
     """Raise UserError where a library left out weights that belong to a model: its configuration is another one's.
 
     Of diffusers' models all weights count. Text encoders are often cut out of larger models, so of transformers' only
-    further layers of a list that the model has.
+    further layers of a list that the model has. parts: what was loaded.
     """
     import diffusers  # here, since whoever only reads settings of adapters has nothing loaded
 
@@ -77,7 +77,7 @@ def refuse_left_out(said: list[logging.LogRecord], where: str, pipe: Any) -> Non
             if names and hasattr(diffusers, kind):
                 raise _left_out(where, kind, names)
         if report := REPORT.search(text):
-            models = [part for part in pipe.components.values() if type(part).__name__ == report[1]]
+            models = [part for part in parts if type(part).__name__ == report[1]]
             known = {NUMBER.sub("*", name) for model in models for name in _weights_of(model)}
             names = [name for name in UNEXPECTED.findall(text) if NUMBER.sub("*", name) in known]
             if names:

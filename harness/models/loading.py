@@ -267,7 +267,7 @@ def _load_pipeline(adapter: Adapter, spec: ModelSpec, checkpoint: Checkpoint) ->
         with listening() as said:
             pipe = adapter.load(checkpoint)
             refuse_made_up(said, where)
-            refuse_left_out(said, where, pipe)
+            refuse_left_out(said, where, pipe.components.values())
     except Exception as error:
         if not isinstance(error, (*unreadable, *no_fit)) and type(error) is not Exception:  # which tokenizers raises
             raise

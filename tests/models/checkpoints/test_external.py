@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import edit, load
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ditbench.harness.cli.export import export_run
@@ -261,6 +262,16 @@ def test_another_architecture_or_a_library_that_is_missing_is_refused_in_a_line(
     with pytest.raises(UserError, match=words) as error:
         loaded(config, model_of(config.model))
     assert "\n" not in str(error.value)
+
+
+def test_weights_that_its_configuration_leaves_out_are_refused(folders, tmp_path):
+    """A configuration that skips layers which are quantized in the files: their scales would be left out, their codes taken for weights."""
+    config = altered(folders, tmp_path)
+    (file,) = (tmp_path / "altered").glob("*.safetensors")
+    scale = {"transformer_blocks.0.attn.to_q.SCB": torch.ones(4)}
+    save_file(load_file(file) | scale, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"does not know \(transformer_blocks.0.attn.to_q.SCB, 1 in all\)"):
+        loaded(config, model_of(config.model))
 
 
 def test_weights_that_somebody_rounded_and_stores_in_float_are_said_to_be_float(folders, tmp_path):
