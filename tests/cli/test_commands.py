@@ -131,13 +131,13 @@ def test_the_doctor_says_how_to_get_what_is_missing(ditbench, monkeypatch, tmp_p
 
 
 def test_the_doctor_leads_with_the_compiler_that_a_kernel_lacks(ditbench, monkeypatch, tmp_path):
-    from ditbench.harness.backends import vnni, weight_only
+    from ditbench.harness.backends import vnni, vnni_extension
 
     def lacks():
         return MachineLacks("vnni needs g++ on the PATH: it is compiled on first use", "apt-get install g++")
 
-    monkeypatch.setattr(vnni, "cpu_lacks", lacks)
-    assert weight_only.vnni is vnni
+    for module in (vnni, vnni_extension):  # by its own name, and as all others call it
+        monkeypatch.setattr(module, "cpu_lacks", lacks)
     lines = ditbench("doctor", "--results-dir", str(tmp_path)).out.splitlines()
     assert lines[0] == "missing" and re.match(
         r"  vnni needs g\+\+ on the PATH.* apt-get install g\+\+  +W8A8, W4A8", lines[2]

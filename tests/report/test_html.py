@@ -120,7 +120,7 @@ def test_what_to_ship_is_said_and_drawn_first(page_of, open_page):
     assert page.locator("#front tbody tr").count() >= 2
     assert page.locator("#plot-size .textpoint text").count() >= 2, "points have their names"
     page.select_option("#metric", "torchmetrics/fid_judge")
-    page.wait_for_function("document.querySelector('#plot-size .ytitle')?.textContent.includes('fid_judge')")
+    page.locator("#plot-size .ytitle", has_text="fid_judge").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     assert complaints == [] and outside == []
 
@@ -147,7 +147,7 @@ def test_runs_are_filtered_found_and_sorted_and_the_address_says_so(page_of, ope
     assert [float(text) for text in values_of(page, "psnr")] == sorted(found)
     assert "sort=psnr%3Aasc" in page.url
     page.fill("#find", "hada")
-    page.wait_for_function("document.getElementById('count').textContent.startsWith('1 of 20')")
+    page.locator("#count", has_text="1 of 20").wait_for()
     address = page.url
     again, _, _ = open_page(page_of, address.partition("#")[2])
     again.wait_for_selector("html[data-grid]")
@@ -255,6 +255,7 @@ def test_a_sweep_in_which_everything_failed_still_makes_a_page(add_run, results_
     assert page.locator("#no-front").is_visible()
     for view in ("runs", "samples", "layers", "trust"):
         page.click(f"#tab-{view}")
+    page.wait_for_selector("#problems li >> nth=1")
     assert page.locator("#problems li").count() == 2 and complaints == []
 
 
