@@ -147,7 +147,7 @@ CHECKPOINTS: dict[str, Callable[[Path, Path], None]] = {
     "sdnq-int4": sdnq("int4"),
 }
 COMMON = (
-    "name=external model=flux.1-dev model.source={out}/pipeline model.revision=null 'model.size={{height:32,width:32}}' "
+    "name=external model=flux.1-dev model.name=small-flux model.source={out}/pipeline model.revision=null 'model.size={{height:32,width:32}}' "
     "model.dtype=float32 generate.dtype=float32 generate.reference_dtype=float32 protocol.n=32 protocol.steps=8 "
     "protocol.prompts=shapes calibration.prompts=shapes-calibration 'metrics.names=[psnr,ssim,sqnr]' tracker=none device=cpu"
 )
