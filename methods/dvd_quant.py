@@ -83,6 +83,11 @@ FORMS = {PUBLISHED: Form(settings=ASYMMETRIC_WEIGHTS | {"calibration.n": 0})}
 
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
+    if params.delta is not None and bits.act is not None and bits.act.number != INT:
+        raise UserError(
+            f"dvd_quant: method.delta gives some steps integers of {WIDE_BITS} bits in place of narrower ones; activations of "
+            f"{bits.act.name} have no wider grid of their kind; set method.delta=null, or integers (bits=w4a4, int4_g64)"
+        )
     rotated = rotations(target, params)
     state = static_ranges(target, bits, calibration, rotated)
     for name in target.layers if bits.weight is not None and params.refine else ():

@@ -6,7 +6,7 @@
 
     paper      here         meaning
     α          alpha        0.5; with `search` the one of 0, 0.1, …, 1 with the least output error
-    X₊, X₋     dual         of layers that read a SiLU or a GELU (`after`): what is below zero there is small, and matters
+    X₊, X₋     dual         of layers that read a SiLU or a GELU: what is below zero there is small, and matters
     W_i        segment      rows that make shift, scale and gate of adaLN, or V of a layer that makes several operands
 
 A scale per segment is one where `bits.weight` has a scale per tensor, as the release does; with one per channel every row has its
@@ -20,13 +20,13 @@ values stay one tensor: what the two products of DualScale add up to is simulate
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ditbench.harness.calibration.activated import activation_readers
 from ditbench.harness.calibration.block_stream import MAX_BYTES
 from ditbench.harness.calibration.channel_statistics import channel_stats, of_site, token_sample
 from ditbench.harness.calibration.recording import Calibration
@@ -46,17 +46,7 @@ from ditbench.harness.quant.uneven import DualScaleQuant, static_dual
 
 PARTS = ("smooth", "dual", "segment")
 ALPHAS = tuple(step / 10 for step in range(11))
-# Second feed-forward layers and those of text projections read a GELU; adaLN's linears and the embedders' second ones a SiLU.
-AFTER = "|".join(
-    (
-        r"(^|\.)(ff|ffn|ff_context|img_mlp|txt_mlp)\.net\.2$",
-        r"\.(mlp|y_proj)\.fc2$",  # Open-Sora
-        r"(caption_projection|distilled_guidance_layer\.layers\.\d+)\.linear_2$",
-        r"embedder(_\d)?\.(linear_2|mlp\.2)$|context_embedder_2\.linear_3$",
-        r"(norm\w*|adaln_single|time_embed|modulation\w*)\.linear$|norm\w*\.linear_1$|^proj_out_1$",
-        r"(^|\.)((img|txt)_mod|adaLN_modulation|t_block)\.1$|condition_embedder\.time_proj$",  # Qwen-Image, Z-Image, Open-Sora, Wan
-    )
-)
+YES = torch.ones((), dtype=torch.uint8)  # in a state: this layer has two scales
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,6 @@ class Params:
     alpha: float = 0.5
     search: bool = False  # α by output error, layer by layer
     weights: str = "nearest"  # nearest | gptq
-    after: str = AFTER  # layers that read a SiLU or a GELU
     tokens: int = 512  # of each layer input, that `search` measures errors on
     damp: float = 0.01  # of GPTQ
     max_bytes: int = MAX_BYTES  # of the hidden states that GPTQ keeps at a time: so many rows are used
@@ -104,6 +93,8 @@ FORMS = {
 
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
+    if params.has("dual") and has_dual(bits):
+        state |= {f"{name}/dual": YES for name in activation_readers(target, calibration) if name in target.layers}
     if params.has("smooth"):
         stats, sites = channel_stats(target, calibration), target.linear_sites()
         tokens = token_sample(target, calibration, sites, params.tokens) if params.search else {}
@@ -112,7 +103,9 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
             scales = [smoothing_scale(act_C, weight_C, alpha, params.floor) for alpha in alphas(params)]
             best_C = scales[0]
             if params.search:
-                best_C = min(scales, key=lambda scale_C: output_error(target, site, scale_C, tokens, bits, params))
+                best_C = min(
+                    scales, key=lambda scale_C: output_error(target, site, scale_C, tokens, bits, params, state)
+                )
             state[f"{site.name}/scale"] = best_C
     transforms, folded = placement(target, state)
     state |= static_ranges(target, bits, calibration, transforms, folded)
@@ -144,7 +137,7 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
     recipe = nearest(target, bits, state, transforms, folded, weights=weights)
 
     def completed(name: str, layer: LayerRecipe) -> LayerRecipe:
-        if layer.act is None or not is_dual(name, layer.act.spec, params):
+        if layer.act is None or f"{name}/dual" not in state:
             return layer
         return replace(layer, act=dual(layer.act.spec, state, name))
 
@@ -156,9 +149,9 @@ def placement(target: Target, state: dict[str, Tensor]) -> tuple[dict[str, Trans
     return place(target, by_site)
 
 
-def is_dual(name: str, spec: QuantSpec, params: Params) -> bool:
+def has_dual(bits: Bits) -> bool:
     """Blocks have scales of their own, so small that few have both signs at their ends."""
-    return params.has("dual") and not spec.in_blocks and re.search(params.after, name) is not None
+    return bits.act is not None and not bits.act.in_blocks
 
 
 def dual(spec: QuantSpec, state: dict[str, Tensor], name: str) -> DualScaleQuant:
@@ -215,7 +208,13 @@ def alphas(params: Params) -> tuple[float, ...]:
 
 
 def output_error(
-    target: Target, site: Site, scale_C: Tensor, tokens: dict[str, Tensor], bits: Bits, params: Params
+    target: Target,
+    site: Site,
+    scale_C: Tensor,
+    tokens: dict[str, Tensor],
+    bits: Bits,
+    params: Params,
+    state: dict[str, Tensor],
 ) -> float:
     """‖X Wᵀ − Q(X / s) Q(W · s)ᵀ‖² on the sample, over all layers of the protocol that read the site."""
     error = 0.0
@@ -227,7 +226,7 @@ def output_error(
         moved_NC, moved_OC = x_NC / scaled_C, weight_OC * scaled_C
         if bits.act is not None:
             spec = replace(bits.act, dynamic=True)
-            quant = DualScaleQuant(replace(spec, symmetric=True)) if is_dual(name, spec, params) else ActQuant(spec)
+            quant = DualScaleQuant(replace(spec, symmetric=True)) if f"{name}/dual" in state else ActQuant(spec)
             # all tokens are one sample: a static range is that of them all
             moved_NC = fake_quantize_activation(moved_NC[None], quant)[0]
         if bits.weight is not None:

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.build.build import float_copy
+from ditbench.harness.calibration.activated import GELU, activation_readers
 from ditbench.harness.calibration.block_stream import MAX_BYTES
 from ditbench.harness.calibration.channel_statistics import (
     ChannelStats,
@@ -65,6 +66,7 @@ from ditbench.harness.quant.transforms import Transform
 
 DATA_FREE = "data_free"  # the form that weights alone decide: branch and residual, λ = 1
 OWN_FORMAT_BELOW = 8  # bits
+GELU_DEPTH = 0.17005  # no GELU falls below minus that
 GOLDEN = 0.6180339887498949  # steps through the unit interval without ever repeating
 
 
@@ -79,7 +81,6 @@ class Params:
     residual: str = "nearest"  # nearest | gptq
     group_size: int = 64
     gelu_shift: float = 0.171875  # 0: signed codes behind a GELU as well
-    after_gelu: str = r"\.ff\.net\.2$"  # layers that read a GELU
     plain: str = r"norm|embed|proj_out"  # layers that are only rounded
     fold: bool = False  # λ into the producer's rows where there is one
     sample_rows: int = 512  # tokens of each layer input that errors are measured on
@@ -94,8 +95,8 @@ class Params:
         for name, known in (("smooth", ("grid", "half", "off")), ("residual", ("nearest", "gptq"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"svdquant: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.gelu_shift < 0:
-            raise ValueError(f"svdquant: gelu_shift must be at least 0, got {self.gelu_shift}")
+        if self.gelu_shift != 0 and self.gelu_shift < GELU_DEPTH:
+            raise ValueError(f"svdquant: gelu_shift must be 0, or at least {GELU_DEPTH}, got {self.gelu_shift}")
 
 
 FORMS = {
@@ -121,7 +122,8 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
             if spec is not None:
                 spec.check_width(name, weight_matrix(target.module(name)).shape[1])
     samples = site_samples(target, calibration, params)
-    state = fit_smoothing(target, calibration, samples, bits, params)
+    state = shifts(target, calibration, bits, params)
+    state |= fit_smoothing(target, calibration, samples, state, bits, params)
     transforms, folded = placement(target, state, bits, params)
     state |= static_ranges(target, bits, calibration, transforms, folded)
     if bits.weight is None:
@@ -132,7 +134,7 @@ def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) ->
         for names in quantized_groups(target, site):
             weights = [effective_linear(target, name, transforms, folded).weight_OC for name in names]
             transform, sample_TC = to_device((transforms.get(names[0]), samples.get(names[0])), target.device)
-            parts = fit_branch(site, weights, transform, sample_TC, bits, params)
+            parts = fit_branch(weights, transform, sample_TC, bits, params)
             if parts.rank:
                 low_rank |= branches(names, parts, [len(weight_OC) for weight_OC in weights])
                 state |= {down_key(site, names[0]): low_rank[names[0]].down_rC}
@@ -165,7 +167,7 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
         if bits.weight is not None:
             weights[name] = weight_from_state(name, state, weight_spec(bits, width, params))
         if is_of_few_bits(bits.act):
-            acts[name] = ActQuant(act_spec(bits, width, is_shifted(target.site_of(name), bits, params), params))
+            acts[name] = ActQuant(act_spec(bits, width, is_shifted(target.site_of(name), state), params))
     recipe = nearest(target, bits, state, transforms, folded, weights=weights)
 
     def completed(name: str, layer: LayerRecipe) -> LayerRecipe:
@@ -182,15 +184,15 @@ def placement(
     by_site = {}
     for site in branch_sites(target, params):
         width = weight_matrix(target.module(site.consumers[0])).shape[1]
-        by_site[site.name] = transform_of(site, width, state.get(f"{site.name}/scale"), bits, params)
+        by_site[site.name] = transform_of(width, state.get(f"{site.name}/scale"), state.get(f"{site.name}/shift"))
     return place(target, by_site, fold=params.fold)
 
 
-def transform_of(site: Site, width: int, scale_C: Tensor | None, bits: Bits, params: Params) -> Transform:
-    """x' = (x + gelu_shift) / λ; what is missing is left out."""
-    if not is_shifted(site, bits, params):
+def transform_of(width: int, scale_C: Tensor | None, shift: Tensor | None) -> Transform:
+    """x' = (x − shift) / λ; what is missing is left out."""
+    if shift is None:
         return Transform(scale_C=scale_C)
-    return Transform(StepTable.constant(torch.full((width,), -params.gelu_shift)), scale_C)
+    return Transform(StepTable.constant(shift.cpu().expand(width).clone()), scale_C)
 
 
 def branch_sites(target: Target, params: Params) -> list[Site]:
@@ -214,9 +216,20 @@ def down_key(site: Site, layer: str) -> str:
     return f"{site.name if len(site.groups) == 1 else site.group_of(layer)[0]}/down"
 
 
-def is_shifted(site: Site, bits: Bits, params: Params) -> bool:
-    reads_gelu = bool(params.after_gelu) and re.search(params.after_gelu, site.consumers[0]) is not None
-    return reads_gelu and params.gelu_shift > 0 and is_of_few_bits(bits.act)
+def shifts(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
+    """{site/shift: −gelu_shift} for every input that is a GELU's, where codes are few."""
+    if params.gelu_shift == 0 or not is_of_few_bits(bits.act):
+        return {}
+    behind = activation_readers(target, calibration)
+    return {
+        f"{site.name}/shift": torch.tensor(-params.gelu_shift)
+        for site in branch_sites(target, params)
+        if all(behind.get(name) == GELU for name in site.consumers)
+    }
+
+
+def is_shifted(site: Site, state: dict[str, Tensor]) -> bool:
+    return f"{site.name}/shift" in state
 
 
 def is_of_few_bits(spec: QuantSpec | None) -> bool:
@@ -251,39 +264,38 @@ def group_size(spec: QuantSpec, width: int, params: Params) -> int:
 
 
 def fit_smoothing(
-    target: Target, calibration: Calibration, samples: dict[str, Tensor], bits: Bits, params: Params
+    target: Target,
+    calibration: Calibration,
+    samples: dict[str, Tensor],
+    shifted: dict[str, Tensor],
+    bits: Bits,
+    params: Params,
 ) -> dict[str, Tensor]:
-    """{site/scale: λ} for every input that gets one; empty if smoothing is off."""
-    if params.smooth == "off" and not any(is_shifted(site, bits, params) for site in branch_sites(target, params)):
+    """{site/scale: λ} for every input that gets one; empty if smoothing is off. shifted: what `shifts` gave."""
+    if params.smooth == "off":
         return {}  # nobody asks for statistics
     stats = channel_stats(target, calibration)
     state = {}
     for site in branch_sites(target, params):
-        site_stats = of_site(stats, site)
-        check_shift(site, site_stats, bits, params)
-        if params.smooth != "off":
-            site_stats = to_device(site_stats, target.device)
-            state[f"{site.name}/scale"] = smoothing(target, site, site_stats, samples, bits, params).cpu()
+        shift, of_this = shifted.get(f"{site.name}/shift"), to_device(of_site(stats, site), target.device)
+        state[f"{site.name}/scale"] = smoothing(target, site, of_this, samples, shift, bits, params).cpu()
     return state
 
 
-def check_shift(site: Site, stats: ChannelStats, bits: Bits, params: Params) -> None:
-    lowest = float(stats.min_SC.amin())
-    if is_shifted(site, bits, params) and lowest < -params.gelu_shift:
-        raise UserError(
-            f"{site.name}: method.after_gelu={params.after_gelu} takes its input for that of a GELU, but it falls to "
-            f"{lowest:.4g}, below −gelu_shift = {-params.gelu_shift}; name only layers that read a GELU"
-        )
-
-
 def smoothing(
-    target: Target, site: Site, stats: ChannelStats, samples: dict[str, Tensor], bits: Bits, params: Params
+    target: Target,
+    site: Site,
+    stats: ChannelStats,
+    samples: dict[str, Tensor],
+    shift: Tensor | None,
+    bits: Bits,
+    params: Params,
 ) -> Tensor:
     """λ of one layer input, from the weights as they are before any fold into their rows."""
     groups = quantized_groups(target, site)
     weights = [[target.weight(name).double() for name in group] for group in groups]
-    shift = -params.gelu_shift if is_shifted(site, bits, params) else 0.0
-    act_absmax_C = torch.maximum(stats.max_SC - shift, shift - stats.min_SC).amax(0)
+    centre = 0.0 if shift is None else float(shift)
+    act_absmax_C = torch.maximum(stats.max_SC - centre, centre - stats.min_SC).amax(0)
     weight_absmax_C = torch.cat([weight_OC for group in weights for weight_OC in group]).abs().amax(0).float()
     if params.smooth == "half":
         return smoothing_scale(act_absmax_C, weight_absmax_C, 0.5, 0.5, params.floor)
@@ -291,8 +303,9 @@ def smoothing(
     best_C, least = torch.ones_like(act_absmax_C), torch.inf
     for alpha, beta in candidates(params.num_grids):
         scale_C = smoothing_scale(act_absmax_C, weight_absmax_C, alpha, beta, params.floor)
+        transform = transform_of(len(scale_C), scale_C, shift)
         error = sum(
-            candidate_error(site, of_group, scale_C, sample_TC, bits, params)
+            candidate_error(of_group, transform, sample_TC, bits, params)
             for of_group, sample_TC in zip(weights, seen, strict=True)
         )
         if error < least:
@@ -312,12 +325,12 @@ def smoothing_scale(act_absmax_C: Tensor, weight_absmax_C: Tensor, alpha: float,
 
 
 def candidate_error(
-    site: Site, weights: list[Tensor], scale_C: Tensor, sample_TC: Tensor, bits: Bits, params: Params
+    weights: list[Tensor], transform: Transform, sample_TC: Tensor, bits: Bits, params: Params
 ) -> float:
     """‖X Wᵀ − Y‖² on the sample, over all layers that read the tensor."""
-    transform = to_device(transform_of(site, len(scale_C), scale_C, bits, params), scale_C.device)
+    transform = to_device(transform, sample_TC.device)
     weight_MC, x_TC = transform.of_weight(torch.cat(weights)), transform(sample_TC.double())
-    rounded_x_TC = rounded_act(site, x_TC, bits, params)
+    rounded_x_TC = rounded_act(x_TC, transform.shift is not None, bits, params)
     if bits.weight is None:
         return output_error(x_TC, rounded_x_TC, weight_MC, weight_MC)
     residual_MC = split(weight_MC, capped_rank(weight_MC, params.rank)).residual_MC
@@ -326,7 +339,7 @@ def candidate_error(
 
 
 def fit_branch(
-    site: Site, weights: list[Tensor], transform: Transform | None, sample_TC: Tensor | None, bits: Bits, params: Params
+    weights: list[Tensor], transform: Transform | None, sample_TC: Tensor | None, bits: Bits, params: Params
 ) -> Split:
     """The branch that the layers of one tensor share; weights are the transformed ones."""
     weight_MC, rows = torch.cat(weights), [len(weight_OC) for weight_OC in weights]
@@ -335,7 +348,7 @@ def fit_branch(
         return split(weight_MC, rank)
     assert sample_TC is not None
     x_TC = sample_TC.double() if transform is None else transform(sample_TC.double())
-    rounded_x_TC = rounded_act(site, x_TC, bits, params)
+    rounded_x_TC = rounded_act(x_TC, transform is not None and transform.shift is not None, bits, params)
     best, _ = refine(
         weight_MC,
         rank,
@@ -352,13 +365,13 @@ def rounded_rows(weight_MC: Tensor, rows: list[int], bits: Bits, params: Params)
     return torch.cat([quantize_weight(part_OC, spec).dequantize() for part_OC in weight_MC.split(rows)]).double()
 
 
-def rounded_act(site: Site, x_TC: Tensor, bits: Bits, params: Params) -> Tensor:
+def rounded_act(x_TC: Tensor, shifted: bool, bits: Bits, params: Params) -> Tensor:
     """The sample as the layer will round it; a static range is that of the sample."""
     if bits.act is None:
         return x_TC
     spec = replace(bits.act, dynamic=True)
     if is_of_few_bits(bits.act):
-        spec = act_spec(bits, x_TC.shape[1], is_shifted(site, bits, params), params)
+        spec = act_spec(bits, x_TC.shape[1], shifted, params)
     return fake_quantize_activation(x_TC, ActQuant(spec))
 
 

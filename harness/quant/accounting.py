@@ -74,7 +74,7 @@ def account(
     def quantized_macs(*sides: str) -> float:
         """Of the layers with these sides quantized, where it changes with the step: the mean over the steps."""
         return sum(
-            macs[name] * part * (rounded_share(layer.act, widths[name]) if "act" in sides else 1.0)
+            macs[name] * part * min(rounded_share(layer, side, widths[name]) for side in sides)
             for name in layers
             for layer, part in shares.get(name, [])
             if all(getattr(layer, side) for side in sides)
@@ -236,13 +236,27 @@ def _nbytes(*tensors: Tensor | None) -> int:
 
 
 def act_bits(act: ActQuant | None, channels: int) -> float:
-    """The mean over so many input channels, of which a quantizer may leave some in float."""
-    rounded = rounded_share(act, channels)
-    return (1 - rounded) * FLOAT_BITS + (rounded * act.spec.bits if act else 0)
+    """The mean over so many input channels, of which a quantizer may leave some in float; scales of blocks with it, as of weights
+    and attention operands."""
+    rounded = 0.0 if act is None else act.rounded_share(channels)
+    return (1 - rounded) * FLOAT_BITS + (rounded * act.spec.stored_bits if act else 0)
 
 
-def rounded_share(act: ActQuant | None, channels: int) -> float:
-    return 0.0 if act is None else act.rounded_share(channels)
+def rounded_share(layer: LayerRecipe, side: str, channels: int) -> float:
+    """Of so many input channels, how many are multiplied by codes of this side."""
+    if side == "act":
+        return 0.0 if layer.act is None else layer.act.rounded_share(channels)
+    return 1 - _taken_by_branch(layer) / channels
+
+
+def _taken_by_branch(layer: LayerRecipe) -> int:
+    """Input channels that the branch picks one by one, and of whose weights no code keeps anything (DiRotQ's leading axes)."""
+    if layer.low_rank is None or layer.weight is None:
+        return 0
+    picked_rC = layer.low_rank.down_rC != 0
+    if not bool((picked_rC.sum(1) == 1).all()):
+        return 0
+    return int((layer.weight.dequantize()[:, picked_rC.any(0)] == 0).all(0).sum())
 
 
 def _act_bits(shares: list[tuple[LayerRecipe, float]], channels: int) -> float:

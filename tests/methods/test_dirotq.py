@@ -5,6 +5,7 @@ import torch
 
 from ditbench.harness.build.build import build, float_copy, quant_layers
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
+from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.quantizers import quantize_weight
 from ditbench.harness.quant.spec import Bits, QuantSpec
 from ditbench.methods import dirotq, rtn
@@ -142,6 +143,17 @@ def test_inputs_with_large_axes_lose_less_than_by_rounding_alone(own_model, smal
             for recipe in (recipe_of(target, small_calibration, bits), rtn.apply(target, {}, bits, rtn.Params()))
         ]
     assert errors[0] < 0.8 * errors[1], errors
+
+
+@pytest.mark.parametrize("act", [DYNAMIC, None])
+def test_the_axes_in_16_bits_are_quantized_on_neither_side(small_target, small_calibration, small_model, act):
+    """An eighth of each layer's axes; weights alone too, whose quantizer of activations cannot say so."""
+    bits = Bits(QuantSpec(4, "per_channel", symmetric=False), act and act.act)
+    found, _ = account(small_target, recipe_of(small_target, small_calibration, bits), small_model.macs, "")
+    layers = sum(small_model.macs[name] for name in small_target.layers)
+    expected = 7 / 8 * layers / small_model.macs[""]
+    assert found["mac_share_weight_quantized"] == pytest.approx(expected)
+    assert found["mac_share_quantized"] == pytest.approx(expected if act else 0)
 
 
 def test_a_branch_of_no_axes_is_left_out(small_target, small_calibration):

@@ -134,6 +134,12 @@ def test_static_activations_have_no_factor_and_other_grids_no_refinement(small_t
     assert isinstance(blocks.act, ChannelScaledQuant) and blocks.weight.spec == nvfp4.weight
 
 
+@pytest.mark.parametrize("label", ["nvfp4", "mxfp8", "fp8"])
+def test_floats_have_no_wider_grid_to_switch_to(small_target, small_calibration, label):
+    with pytest.raises(UserError, match=f"activations of {label.upper()} have no wider grid.*set method.delta=null"):
+        dvd_quant.fit(small_target, small_calibration, bits_of(label), Params(delta=0.1))
+
+
 def test_steps_switch_when_the_change_since_the_last_switch_comes_to_delta():
     """F grows by 10, 10, 50, 10, 10 … percent; a step knows the outputs before it."""
     outputs, growth = [torch.tensor([1.0, -3.0])], [0.1, 0.1, 0.5, 0.1, 0.1, 0.1]

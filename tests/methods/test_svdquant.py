@@ -7,15 +7,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from newer_pipelines import NEWER, NEWER_SIZES
+from small_pipelines import SIZES, SMALL
 
 from ditbench.harness.build.build import build, float_copy, quant_layers
 from ditbench.harness.calibration.channel_statistics import channel_stats
+from ditbench.harness.calibration.recording import calibrate
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
+from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
+from ditbench.harness.models.known_families import family
 from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.gptq import gptq
 from ditbench.harness.quant.quantizers import activation_affine, quantize_weight
 from ditbench.harness.quant.spec import Bits, QuantSpec
+from ditbench.harness.samples.samples import Prompt
 from ditbench.methods import rtn, svdquant
 from ditbench.methods.svdquant import Params, candidates, site_samples, smoothing_scale
 
@@ -239,9 +245,18 @@ def test_behind_a_gelu_codes_are_unsigned_and_all_of_them_are_used(small_target,
     assert (float(codes.amin()), float(codes.amax())) == (0, 15)
 
 
-def test_a_layer_taken_for_the_reader_of_a_gelu_is_refused(small_target, small_calibration):
-    with pytest.raises(UserError, match="attn_in: method.after_gelu.*falls to -.*below −gelu_shift = -0.171875"):
-        recipe_of(small_target, small_calibration, params=replace(QUICK, after_gelu="to_q"))
+@pytest.mark.parametrize(("name", "folder"), [("wan", "blocks.0.ffn"), ("qwen_image", "transformer_blocks.0.txt_mlp")])
+def test_a_gelu_is_known_whatever_its_layers_are_called(name, folder):
+    """Wan's and Qwen-Image's feed-forward layers have names of their own."""
+    torch.manual_seed(0)
+    adapter, pipe = family(name), (SMALL | NEWER)[name]()
+    pipe.transformer.eval().requires_grad_(False)
+    model = LoadedModel(ModelSpec(name, name), pipe, replace(adapter, size=(SIZES | NEWER_SIZES)[name]))
+    calibration = calibrate(model, Sampler(adapter.SAMPLERS[0], 1, 1.0), n=1, seed=0, prompts=[Prompt("a cross")])
+    recipe = recipe_of(model.target(), calibration)
+    behind, before = recipe.layers[f"{folder}.net.2"], recipe.layers[f"{folder}.net.0.proj"]
+    assert float(behind.transform.shift.rows.unique()) == -Params().gelu_shift and not behind.act.spec.symmetric
+    assert before.transform.shift is None and before.act.spec.symmetric
 
 
 def test_without_a_shift_the_codes_behind_a_gelu_are_signed(small_target, small_calibration):
@@ -374,7 +389,7 @@ def test_states_hold_sixteen_bit_factors(small_target, small_calibration):
         ({"sample_rows": 0}, "sample_rows must be at least 1"),
         ({"smooth": "full"}, "smooth must be one of grid, half, off, got 'full'"),
         ({"residual": "rtn"}, "residual must be one of nearest, gptq"),
-        ({"gelu_shift": -0.1}, "gelu_shift must be at least 0"),
+        ({"gelu_shift": 0.1}, "gelu_shift must be 0, or at least 0.17005"),
     ],
     ids=str,
 )

@@ -140,6 +140,23 @@ def test_channels_that_a_quantizer_leaves_in_float_count_at_16_bits_and_their_ma
     assert bits["mac_share_quantized"] == pytest.approx(0.75 * 320 / 700)
 
 
+@pytest.mark.parametrize(
+    ("kept", "down", "share"),
+    [
+        ([1, 1, 1, 1, 1, 1, 0, 0], [6, 7], 6 / 8),  # two channels, and no code of theirs
+        ([1, 1, 1, 1, 1, 1, 1, 0], [6, 7], 7 / 8),  # one of them has codes beside the branch
+        ([1, 1, 1, 1, 1, 1, 0, 0], None, 1),  # a branch of all channels takes none of them over
+    ],
+)
+def test_channels_whose_weights_a_branch_keeps_are_not_quantized(toy, normal, kept, down, share):
+    rows = normal(2, 8) if down is None else torch.eye(8)[down]
+    weight = quantize_weight(normal(4, 8) * torch.tensor(kept), QuantSpec(4, "per_channel"))
+    bits, _ = account(
+        toy, ModelRecipe({"first": LayerRecipe(weight=weight, low_rank=LowRank(rows, normal(4, 2)))}), MACS, ""
+    )
+    assert bits["mac_share_weight_quantized"] == pytest.approx(share * 320 / 700)
+
+
 def test_weight_only_counts_no_mac_as_quantized_on_both_sides(toy, normal):
     first = LayerRecipe(weight=quantize_weight(normal(4, 8), QuantSpec(4, "per_channel")))
     bits, _ = account(toy, ModelRecipe({"first": first}), MACS, "W4A16")

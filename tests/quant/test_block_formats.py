@@ -282,11 +282,11 @@ class Layer(nn.Module):
 @pytest.mark.parametrize(
     ("label", "bits", "act_bits"),
     [
-        ("nvfp4", 4 + 8 / 16 + 32 / (256 * 384), 4),  # codes, an e4m3 for 16, a float32 for all
-        ("mxfp8", 8 + 8 / 32, 8),
-        ("int4_g64", 4 + 16 / 64, 4),
-        ("fp8_block", 8 + 32 / (128 * 128), 8),
-        ("wmxfp4_amxfp8", 4 + 8 / 32, 8),
+        ("nvfp4", 4 + 8 / 16 + 32 / (256 * 384), 4 + 8 / 16),  # codes, an e4m3 for 16, a float32 for all
+        ("mxfp8", 8 + 8 / 32, 8 + 8 / 32),
+        ("int4_g64", 4 + 16 / 64, 4 + 16 / 64),
+        ("fp8_block", 8 + 32 / (128 * 128), 8 + 32 / 128),
+        ("wmxfp4_amxfp8", 4 + 8 / 32, 8 + 8 / 32),
     ],
 )
 def test_effective_bits_count_scales_at_both_levels(label, bits, act_bits):
