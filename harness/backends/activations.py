@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ditbench.harness.backends.between import kernels_of
 
-GELU_TANH, SILU = "gelu-tanh", "silu"
-NUMBERS = {None: 0, GELU_TANH: 1, SILU: 2}  # in the kernels
+GELU_TANH, SILU, GELU_ERF = "gelu-tanh", "silu", "gelu-erf"
+NUMBERS = {None: 0, GELU_TANH: 1, SILU: 2, GELU_ERF: 3}  # in the kernels
 
 
 def activate(y: Tensor, activation: str | None) -> Tensor:
@@ -21,5 +21,7 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
         return y
     kernels = kernels_of(y.device)
     if kernels is None:  # the model was moved after it had been built
-        return F.gelu(y.float(), approximate="tanh") if activation == GELU_TANH else F.silu(y.float())
+        if activation == SILU:
+            return F.silu(y.float())
+        return F.gelu(y.float(), approximate="tanh" if activation == GELU_TANH else "none")
     return kernels.activate(y.float().contiguous(), NUMBERS[activation])

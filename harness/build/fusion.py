@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ditbench.harness.backends.activations import GELU_TANH, SILU
+from ditbench.harness.backends.activations import GELU_ERF, GELU_TANH, SILU
 from ditbench.harness.backends.attention import attention, lacks
 from ditbench.harness.backends.between import kernels_of
 from ditbench.harness.backends.few_rows import SteadyLinear
@@ -140,13 +140,13 @@ def ending_in(kind: type[Any], activation: str) -> type[Any]:
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Those of feed-forward layers whose first projection is quantized. GELU: in the form that has a tanh."""
+    """Those of feed-forward layers whose first projection is quantized."""
     from diffusers.models.activations import GELU, LinearActivation  # seconds; and triton, which must not come first
 
     for module in model.modules():
         if not isinstance(getattr(module, "proj", None), QuantLinear | RangedLinear):
             continue
-        if type(module) is GELU and module.approximate == "tanh":
-            module.__class__ = ending_in(GELU, GELU_TANH)
+        if type(module) is GELU:
+            module.__class__ = ending_in(GELU, GELU_TANH if module.approximate == "tanh" else GELU_ERF)
         elif type(module) is LinearActivation and isinstance(module.activation, nn.SiLU):
             module.__class__ = ending_in(LinearActivation, SILU)

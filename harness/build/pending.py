@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ditbench.harness.backends.activations import GELU_TANH, SILU
+from ditbench.harness.backends.activations import GELU_ERF, GELU_TANH, SILU
 from ditbench.harness.backends.between import Kernels, kernels_of
 from ditbench.harness.build.treatment import Step, Treatment, now
 
@@ -362,7 +362,7 @@ def _norm(
 
 
 def _gelu(func: Any, x: Any, *, approximate: str = "none") -> Tensor | None:
-    return _activated(x, GELU_TANH) if approximate == "tanh" else None
+    return _activated(x, GELU_TANH if approximate == "tanh" else GELU_ERF)
 
 
 def _silu(func: Any, x: Any, inplace: bool = False) -> Tensor | None:

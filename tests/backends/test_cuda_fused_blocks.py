@@ -119,6 +119,22 @@ def test_a_branch_gets_the_floats_beside_the_codes(small_model):
     assert (real.float() - without.float()).norm() > 0.1 * without.float().norm()
 
 
+def test_layers_that_quantize_a_norm_otherwise_get_codes_of_their_own(small_model):
+    """k has 4 bits, between q and v, which have 8 and share theirs."""
+    target, outputs = small_model.target(), []
+    four = ActQuant(replace(A8.spec, bits=4))
+    layers = {
+        name: LayerRecipe(weight=quantize_weight(target.weight(name), W8), act=four if "to_k" in name else A8)
+        for name in target.layers
+    }
+    for backend in (cuda_int8.NAME, simulate.NAME):
+        model = build(target, ModelRecipe(layers), backend=backend, device=DEVICE)
+        with torch.no_grad(), Counted() as counted:
+            outputs.append(called(model, tokens()))
+        assert counted.runs["normed_rows"] in (3, 0) and counted.runs["normed"] in (0, 2)
+    alike(*outputs)
+
+
 def test_what_a_hook_makes_of_a_norm_is_quantized_again(small_model):
     """Codes are of what the norm gave, and q, k and v read something else."""
     outputs = []

@@ -6,7 +6,11 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-GELU_TANH, SILU = tl.constexpr(1), tl.constexpr(2)  # the numbers are those of `backends/activations.py`
+GELU_TANH, SILU, GELU_ERF = (
+    tl.constexpr(1),
+    tl.constexpr(2),
+    tl.constexpr(3),
+)  # the numbers are those of `backends/activations.py`
 
 
 @triton.jit
@@ -26,4 +30,6 @@ def activated(x, ACTIVATION: tl.constexpr):
         x = x / (1.0 + tl.exp(-x * (1.5957691216 + 0.0713548163 * x * x)))  # u = √(2/π) (x + 0.044715 x³)
     if ACTIVATION == SILU:
         x = x / (1.0 + tl.exp(-x))
+    if ACTIVATION == GELU_ERF:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067812))
     return x
