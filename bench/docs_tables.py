@@ -174,7 +174,7 @@ def step_times(name: str) -> str:
 
 
 def launches() -> str:
-    """A line for each block, number of tokens and format; before / now where layers share what they made of their input."""
+    """A line for each block, number of tokens and format; before → now, and bf16 before them."""
     record = json.loads((BENCH / "launches.json").read_text())
     found: dict[tuple[str, int, str], dict[str, dict[str, Any]]] = {}
     for row in record["rows"]:

@@ -57,7 +57,7 @@ fi
 
 # Kernels against their simulation. Every case compiles its own: on several processes where pytest-xdist is there.
 many=$(python3 -c 'import xdist; print("-n 8")' 2>/dev/null)
-if [[ -n $dry ]]; then which=(-m "not gpu" -k "no_token or compiled_layer" tests/backends/test_cuda.py); else which=(-m gpu tests/backends tests/test_gpu.py); fi
+if [[ -n $dry ]]; then which=(-m "not gpu" -k "no_token or compiled_layer or two_launches" tests/backends/test_cuda.py tests/backends/test_cuda_fused_blocks.py); else which=(-m gpu tests/backends tests/test_gpu.py); fi
 part tests 130 python3 -m pytest -q -p no:cacheprovider $many "${which[@]}"
 table <(grep -E '^(FAILED|ERROR|[0-9]+ (passed|failed)|=+ .*(passed|failed))' "$out/tests.log" | tail -n 40)
 

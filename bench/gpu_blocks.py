@@ -28,8 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditbench.harness.backends import cuda_fp8, cuda_int8, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16
+from ditbench.harness.backends import between, cuda_fp8, cuda_int8, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16
+from ditbench.harness.build.fusion import fuse
 from ditbench.harness.build.layer import QuantLinear
+from ditbench.harness.build.shared_inputs import share_inputs
 from ditbench.harness.common.devices import device_name
 from ditbench.harness.measurement.latency import resident_bytes
 from ditbench.harness.quant.effective import EffectiveLinear
@@ -99,6 +101,7 @@ def main() -> None:
     if options.dry:
         for backend in {entry[0] for entry in FORMATS.values()}:
             backend.unsupported = lambda recipe, device: None
+        between.found["cpu"] = between.InTriton()
     options.out.mkdir(parents=True, exist_ok=True)
 
     found: dict[str, Any] = {
@@ -134,7 +137,7 @@ def block_times(
     x = torch.randn(1, shape.tokens, shape.width, dtype=torch.bfloat16).to(device)
     makers: dict[str, Callable[[], nn.Module]] = {"bf16": lambda: block}
     for name, entry in FORMATS.items():
-        makers[name] = lambda entry=entry: replaced(block, lambda linear: quantized(linear, *entry, device))
+        makers[name] = lambda entry=entry: fused(block, *entry, device)
     makers |= torchao_makers(block) if device.type == "cuda" else {}
 
     expected, started_s = block(x).float(), time.monotonic()
@@ -175,7 +178,7 @@ def short(failure: Exception) -> str:
     return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')[:200]}"
 
 
-def quantized(linear: nn.Linear, backend: Any, label: str, rotated: bool, device: torch.device):
+def quantized(linear: nn.Linear, backend: Any, label: str, rotated: bool, clock: StepClock, device: torch.device):
     """The layer in this format, rounded to nearest."""
     bits = bits_of(label)
     transform = Transform(rotations=(Hadamard(linear.in_features),) if rotated else ())
@@ -189,11 +192,22 @@ def quantized(linear: nn.Linear, backend: Any, label: str, rotated: bool, device
         recipe,
         effective,
         folded=False,
-        clock=StepClock(None).to(device),
+        clock=clock,
         dtype=torch.bfloat16,
         device=device,
         backend=backend.NAME,
     ).to(device)
+
+
+def fused(block: Block, backend: Any, label: str, rotated: bool, device: torch.device) -> Block:
+    """A quantized copy, with what a quantized model has around its layers: run eagerly, its norm hands over codes to q, k and v."""
+    clock = StepClock(None).to(device)  # of all: layers share what they made at the same step of the same clock
+    made = replaced(block, lambda linear: quantized(linear, backend, label, rotated, clock, device))
+    share_inputs(made)
+    model = nn.Module()
+    model.blocks = nn.ModuleList([made])
+    fuse(model, device, torch.bfloat16)
+    return made
 
 
 def replaced(block: Block, make: Callable[[nn.Linear], nn.Module]) -> Block:

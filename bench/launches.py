@@ -5,8 +5,8 @@
 Blocks of diffusers at true width run eagerly on tensors without values, and each operator that would start a kernel is counted once: our
 own rows and products by their operators, attention as one kernel. Views start nothing. Bytes are those of an operator's tensors, each
 read or written once: what a cache saves, and what tiles read again, is not in them. So nothing here is measured, and how long a launch
-takes is another question. Before: every layer quantizes what it reads. Now: layers that read one tensor share that. The activation is a
-pass of its own in both.
+takes is another question. Before: every layer quantizes what it reads, and what stands between the layers is torch's. Now: layers that read
+one tensor share that, norms hand over codes, products end in their activation, and gates, positions and norms of heads are one pass each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ditbench.harness.backends import cuda_fp8, cuda_int8, cuda_w4a8
+from ditbench.harness.backends import between, cuda_fp8, cuda_int8, cuda_w4a8
+from ditbench.harness.build.fusion import fuse
 from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.build.shared_inputs import share_inputs
 from ditbench.harness.quant.effective import EffectiveLinear
@@ -51,6 +52,9 @@ QUANTIZED = (
 )  # parts of a block whose linear layers a protocol quantizes by default
 KINDS = {  # operators that are told apart; all others are elementwise
     "quantize_rows": "rows",
+    "normed_rows": "rows",  # with the norm and its modulation
+    "normed": "norms",
+    "activate": "activations",
     "int_product": "products",
     "_scaled_mm": "products",
     "addmm": "products",
@@ -60,7 +64,16 @@ KINDS = {  # operators that are told apart; all others are elementwise
     "gelu": "activations",
     "silu": "activations",
 }
-FREE = {"_unsafe_view", "_reshape_alias", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+FREE = {
+    "_unsafe_view",
+    "_reshape_alias",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "promote_types",
+}
 
 
 class Launches(TorchDispatchMode):
@@ -175,13 +188,15 @@ SHAPES = {
 
 @contextmanager
 def as_if_on_a_device() -> Iterator[None]:
-    """Our CUDA backends take layers here: they are built, and never run."""
+    """Our CUDA backends take layers here, and what stands between them is theirs: built, and never run."""
     asked = {backend: backend.unsupported for backend in BACKENDS.values()}
+    between.found[META.type] = between.InTriton()
     try:
         for backend in asked:
             backend.unsupported = lambda recipe, device: None  # type: ignore[assignment]
         yield
     finally:
+        del between.found[META.type]
         for backend, unsupported in asked.items():
             backend.unsupported = unsupported  # type: ignore[assignment]
 
@@ -194,32 +209,35 @@ def quantized(linear: nn.Linear, label: str, clock: StepClock) -> QuantLinear:
     codes_OC = torch.empty(outputs, width, dtype=bits.weight.code_dtype, device=META)
     weight = QuantizedWeight(codes_OC, torch.empty(outputs, groups, device=META), None, bits.weight)
     effective = EffectiveLinear(linear.weight, None if linear.bias is None else StepTable.constant(linear.bias))
-    with as_if_on_a_device():
-        return QuantLinear(
-            LayerRecipe(Transform(), weight, ActQuant(bits.act)),
-            effective,
-            folded=False,
-            clock=clock,
-            dtype=torch.bfloat16,
-            device=META,
-            backend=BACKENDS[label].NAME,
-        ).to(META)
+    return QuantLinear(
+        LayerRecipe(Transform(), weight, ActQuant(bits.act)),
+        effective,
+        folded=False,
+        clock=clock,
+        dtype=torch.bfloat16,
+        device=META,
+        backend=BACKENDS[label].NAME,
+    ).to(META)
 
 
-def quantize(block: nn.Module, label: str, *, shared: bool) -> None:
-    """In place."""
+def quantize(block: nn.Module, label: str, *, fused: bool) -> None:
+    """In place. fused: with all that a quantized model has around its layers."""
     clock = StepClock(None)  # of all: layers share what they made at the same step of the same clock
-    for name, module in list(block.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith(QUANTIZED):
-            block.set_submodule(name, quantized(module, label, clock))
-    if shared:
-        share_inputs(block)
+    with as_if_on_a_device():
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear) and name.startswith(QUANTIZED):
+                block.set_submodule(name, quantized(module, label, clock))
+        if fused:
+            share_inputs(block)
+            model = nn.Module()
+            model.blocks = nn.ModuleList([block])
+            fuse(model, META, torch.bfloat16)
 
 
 @torch.no_grad()
 def count(block: nn.Module, inputs: dict[str, Any]) -> Launches:
     counted = Launches()
-    with OneKernel(counted), counted:
+    with as_if_on_a_device(), OneKernel(counted), counted:
         block(**inputs)
     return counted
 
@@ -231,7 +249,7 @@ def rows(shapes: dict[str, Shape], tokens: tuple[int, ...]) -> Iterator[dict[str
             with META:
                 block = shape.make().to(torch.bfloat16).eval()
             if label != BF16:
-                quantize(block, label, shared=design == NOW)
+                quantize(block, label, fused=design == NOW)
             for number in tokens:
                 counted = count(block, shape.inputs(number))
                 yield {

@@ -68,11 +68,19 @@ class FusedKernel(Kernel):
         raise NotImplementedError
 
     def normed(
-        self, x: Tensor, norm: Any, factor_BC: Tensor | None, shift_BC: Tensor | None, step: Tensor | None
-    ) -> tuple[Tensor, Any] | None:
+        self,
+        x: Tensor,
+        norm: Any,
+        factor_BC: Tensor | None,
+        shift_BC: Tensor | None,
+        step: Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[Tensor | None, Any] | None:
         """norm(x) · factor + shift of x (B, T, C), in one pass with what `rows` makes of it without a transform → both, or None.
 
-        norm: has eps, and says whether it is centred (LayerNorm) or not (RMSNorm). factor, shift: float32 (B, C) or (1, C).
+        norm: has eps, and says whether it is centred (LayerNorm) or not (RMSNorm). factor, shift: bfloat16 or float32, (B, C) or (1, C).
+        keep: the floats are needed beside the codes; else they may be None.
         """
         return None
 

@@ -147,10 +147,19 @@ class VnniKernel(FusedKernel):
         return self.product(rows.codes, x.shape, bias_O, x.dtype, activation, branch)
 
     def normed(
-        self, x: Tensor, norm: Any, factor_BC: Tensor | None, shift_BC: Tensor | None, step: Tensor | None
+        self,
+        x: Tensor,
+        norm: Any,
+        factor_BC: Tensor | None,
+        shift_BC: Tensor | None,
+        step: Tensor | None,
+        *,
+        keep: bool,
     ) -> tuple[Tensor, Rows] | None:
+        """The floats come with it: they are in the first-level cache."""
         if self.needs_all_rows:
             return None
+        factor_BC, shift_BC = (None if row is None else row.float() for row in (factor_BC, shift_BC))
         how = (factor_BC, shift_BC, norm.eps, norm.centred)
         y, *codes = torch.ops.ditbench_vnni.normed_rows(x, *how, *self.quantizer(x, step))
         return y, Rows(tuple(codes), None)  # type: ignore[arg-type]

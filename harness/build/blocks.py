@@ -4,7 +4,7 @@ Between two products there are two passes over the tokens: gate and residual; no
 that read it together with their codes. Both round once, at their end. A block of any kind runs as it is written, its steps put off until they are
 whole (`pending.py`). Of diffusers' `BasicTransformerBlock` those with modulation, adaLN-zero (DiT) and adaLN-single (PixArt, Latte),
 are written out here: they are called in small models too, where every call of Python counts. A block that is called as
-these are not, or in another dtype, on another device, with gradients, or by a compiler, does what diffusers does.
+these are not, or in another dtype, on a device without these kernels, with gradients, or by a compiler, does what diffusers does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.backends.between import kernels_of
 from ditbench.harness.build.layer import QuantLinear, RangedLinear
-from ditbench.harness.build.pending import Between, Form, Norm, Pending, put_off_rms_norm, settled
+from ditbench.harness.build.pending import Between, Form, Norm, Pending, gated, put_off_rms_norm, settled
 from ditbench.harness.build.variants import plain, variant
 
 ZERO, SINGLE = "ada_norm_zero", "ada_norm_single"
@@ -122,14 +123,14 @@ def modulated_by_us(kind: type[Any]) -> type[Any]:
                 added_cond_kwargs=added_cond_kwargs,
             )
         x, norms = x.contiguous(), _norms(self)  # behind a patch embedding channels are not side by side
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(self, x, timestep, class_labels)
-        normed = modulated(x, scale_1, shift_1, norms[0].eps)
+        shift_1, factor_1, gate_1, shift_2, factor_2, gate_2 = _modulation(self, x, timestep, class_labels)
+        normed = modulated(x, factor_1, shift_1, norms[0].eps)
         text = encoder_hidden_states if self.only_cross_attention else None
         x = gated(x, gate_1, self.attn1(normed, encoder_hidden_states=text, attention_mask=attention_mask))
         if self.attn2 is not None:
             seen = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
             x = self.attn2(x, **seen) + x
-        normed = modulated(x, scale_2, shift_2, norms[1].eps)
+        normed = modulated(x, factor_2, shift_2, norms[1].eps)
         return gated(x, gate_2, self.ff(normed))
 
     return variant(kind, forward, modulated_by_us, (kind,))
@@ -139,7 +140,7 @@ def _ours(x: Tensor) -> bool:
     """Whether tokens (B, T, C) are what our kernels take."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return False
-    return x.dim() == 3 and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return x.dim() == 3 and x.dtype == torch.bfloat16 and kernels_of(x.device) is not None
 
 
 def _norms(block: Any) -> tuple[Any, Any]:
@@ -148,20 +149,18 @@ def _norms(block: Any) -> tuple[Any, Any]:
 
 
 def _modulation(block: Any, x: Tensor, timestep: Any, class_labels: Any) -> tuple[Tensor, ...]:
-    """Shift, scale and gate (B, C), of the attention and of the feed-forward network."""
+    """Shift, 1 + scale and gate, float32 (B, C), of the attention and of the feed-forward network; as few steps as can be."""
     if block.norm_type == SINGLE:
         rows = block.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)
-        return tuple(row.to(x.dtype) for row in rows.unbind(1))
-    norm = block.norm1
-    emb = timestep if norm.emb is None else norm.emb(timestep, class_labels, hidden_dtype=x.dtype)
-    return tuple(row.to(x.dtype) for row in norm.linear(norm.silu(emb)).chunk(6, dim=1))
+    else:
+        norm = block.norm1
+        emb = timestep if norm.emb is None else norm.emb(timestep, class_labels, hidden_dtype=x.dtype)
+        rows = norm.linear(norm.silu(emb)).unflatten(1, (6, -1))
+    rows = rows.to(x.dtype).float()
+    rows[:, 1::3].add_(1)
+    return rows.unbind(1)
 
 
-def modulated(x: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) · (1 + scale) + shift of x (B, T, C); computed when it is read, with the reader's codes."""
-    return Pending.of(Form(x, Norm(eps, centred=True), 1 + scale_BC.float(), shift_BC.float()))
-
-
-def gated(x: Tensor, gate_BC: Tensor, y: Tensor) -> Tensor:
-    """x + gate · y of tokens (B, T, C)."""
-    return torch.ops.ditbench_vnni.gated(x.contiguous(), gate_BC.float(), y.contiguous())
+def modulated(x: Tensor, factor_BC: Tensor, shift_BC: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) · factor + shift of x (B, T, C); computed when it is read, with the reader's codes."""
+    return Pending.of(Form(x, Norm(eps, centred=True), factor_BC, shift_BC))

@@ -1,8 +1,8 @@
 """What stands around the products of a quantized model is computed by kernels of ours, where the device has them.
 
-Attention: whatever processor a family has ends in `F.scaled_dot_product_attention`; inside of attention modules, and nowhere else,
+Attention, on CPUs: whatever processor a family has ends in `F.scaled_dot_product_attention`; inside of attention modules, and nowhere else,
 that name means our kernel. Activations behind a quantized layer become the end of its product. Norms, modulations and gates of
-blocks: `blocks.py`; rotary positions: `rotary.py`. Float layers that have one row per sample (of timesteps, labels, modulations) read their weights once, as they lie.
+blocks: `blocks.py`; rotary positions: `rotary.py`. On CPUs float layers that have one row per sample (of timesteps, labels, modulations) read their weights once, as they lie.
 
 The float model is left as it is: it is what speed and samples are compared with.
 """
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ditbench.harness.backends import vnni_extension
-from ditbench.harness.backends.activations import GELU_TANH, SILU
+from ditbench.harness.backends.activations import GELU_ERF, GELU_TANH, SILU
 from ditbench.harness.backends.attention import attention, lacks
+from ditbench.harness.backends.between import kernels_of
 from ditbench.harness.backends.few_rows import SteadyLinear
 from ditbench.harness.build.blocks import fuse_blocks
 from ditbench.harness.build.layer import QuantLinear, RangedLinear
@@ -30,12 +30,14 @@ from ditbench.harness.build.variants import variant
 def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """In place. device: where the model computes."""
     rounds = any(isinstance(module, QuantLinear) and module.rounds for module in model.modules())
-    if not rounds or device.type != "cpu" or dtype != torch.bfloat16:
+    if not rounds or dtype != torch.bfloat16:
         return
-    if lacks() is None:
+    if device.type == "cpu" and lacks() is None:
         fuse_attention(model)
         fuse_few_rows(model)
-    if vnni_extension.cpu_lacks() is None:
+    if kernels_of(device) is not None:
+        if device.type != "cpu":
+            fuse_attention(model, _plain()[:1])
         fuse_activations(model)
         fuse_rotary(model)
         fuse_blocks(model)
@@ -100,10 +102,13 @@ def _attended(attn: Any, x: Tensor, encoder_hidden_states: Tensor | None) -> Ten
     return attn.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def fuse_attention(model: nn.Module) -> None:
-    """Attention modules are what diffusers gives a processor."""
+def fuse_attention(model: nn.Module, kinds: tuple[type[Any], ...] | None = None) -> None:
+    """Attention modules are what diffusers gives a processor. kinds: these alone, where the device has no attention of ours, but what
+    diffusers' processor does around it (a division by one) is to be left out.
+    """
     for module in model.modules():
-        if hasattr(module, "processor") and hasattr(module, "set_processor"):
+        wanted = kinds is None or type(module) in kinds
+        if wanted and hasattr(module, "processor") and hasattr(module, "set_processor"):
             module.__class__ = with_our_attention(type(module))  # type: ignore[arg-type]
 
 
@@ -135,13 +140,13 @@ def ending_in(kind: type[Any], activation: str) -> type[Any]:
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Those of feed-forward layers whose first projection is quantized. GELU: in the form that has a tanh."""
+    """Those of feed-forward layers whose first projection is quantized."""
     from diffusers.models.activations import GELU, LinearActivation  # seconds; and triton, which must not come first
 
     for module in model.modules():
         if not isinstance(getattr(module, "proj", None), QuantLinear | RangedLinear):
             continue
-        if type(module) is GELU and module.approximate == "tanh":
-            module.__class__ = ending_in(GELU, GELU_TANH)
+        if type(module) is GELU:
+            module.__class__ = ending_in(GELU, GELU_TANH if module.approximate == "tanh" else GELU_ERF)
         elif type(module) is LinearActivation and isinstance(module.activation, nn.SiLU):
             module.__class__ = ending_in(LinearActivation, SILU)

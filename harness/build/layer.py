@@ -16,7 +16,7 @@ from ditbench.harness.backends.base import AUTO, FusedKernel, choose
 from ditbench.harness.backends.few_rows import linear
 from ditbench.harness.backends.rotations import transformed
 from ditbench.harness.build.pending import Pending, put_off_linear
-from ditbench.harness.build.treatment import Treatment, lasts
+from ditbench.harness.build.treatment import Treatment
 from ditbench.harness.quant.effective import EffectiveLinear
 from ditbench.harness.quant.recipe import LayerRecipe
 from ditbench.harness.quant.steps import StepClock, StepTable
@@ -78,7 +78,8 @@ class QuantLinear(nn.Module):
         step, rows = self.clock.step, None
         is_fused = isinstance(self.kernel, FusedKernel)
         if isinstance(x, Pending):
-            x, rows = x.handed_to(self.kernel if is_fused and self.transform is None else None, step)
+            kernel = self.kernel if is_fused and self.transform is None else None
+            x, rows = x.handed_to(kernel, step, self.treatment, keep=self.has_low_rank)
         dtype = x.dtype
         if isinstance(self.kernel, FusedKernel):
             low_rank = (self.down_rC, self.up_Or) if self.has_low_rank else None
@@ -109,8 +110,6 @@ class QuantLinear(nn.Module):
         more: dict[str, Any] = {}
         if rows is not None:
             more["rows"] = rows
-            if self.treatment is not None and lasts(x, step):
-                self.treatment.leave(x, step, rows)
         elif self.treatment is not None:
             make = partial(kernel.rows, x, step, self.transform, keep=keep)
             more["rows"] = self.treatment.of(x, step, keep, make)

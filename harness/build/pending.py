@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ditbench.harness.backends.activations import GELU_TANH, SILU
+from ditbench.harness.backends.activations import GELU_ERF, GELU_TANH, SILU
+from ditbench.harness.backends.between import Kernels, kernels_of
+from ditbench.harness.build.treatment import Step, Treatment, now
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -37,7 +39,7 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """base + norm(x) · factor + shift; what is None is left out. x, base: bfloat16 (B, T, C); factor, shift: float32 (B, C) or (1, C)."""
+    """base + norm(x) · factor + shift; what is None is left out. x, base: bfloat16 (B, T, C); factor, shift: (B, C) or (1, C)."""
 
     x: Tensor
     norm: Norm | None = None
@@ -56,14 +58,25 @@ class Form:
     def computed(self) -> Tensor | None:
         """In bfloat16, by a kernel; None if none computes this."""
         if self.base is not None:
-            return torch.ops.ditbench_vnni.gated(self.base.contiguous(), self.factor, self.x.contiguous())
+            return gated(self.base, self.factor, self.x)  # type: ignore[arg-type]
         if self.norm is not None:
             return normed(self.x, self.norm, self.factor, self.shift)
         return self.x if self.is_x else None
 
 
 def normed(x: Tensor, norm: Norm, factor: Tensor | None, shift: Tensor | None) -> Tensor:
-    return torch.ops.ditbench_vnni.normed(x.contiguous(), factor, shift, norm.eps, norm.centred)
+    return _kernels(x).normed(x.contiguous(), factor, shift, norm.eps, norm.centred)
+
+
+def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """x + gate · y of tokens (B, T, C)."""
+    return _kernels(x).gated(x.contiguous(), gate, y.contiguous())
+
+
+def _kernels(x: Tensor) -> Kernels:
+    kernels = kernels_of(x.device)
+    assert kernels is not None  # or nothing had been put off
+    return kernels
 
 
 class Pending(Tensor):
@@ -77,11 +90,12 @@ class Pending(Tensor):
     kept_dtype: torch.dtype
     is_linear: bool
     reads: tuple[Tensor, ...]  # whose values its own are made of, as they are now
+    codes: tuple[Treatment, Step, Any] | None  # whose, at which step, and what it makes of these values
 
     @classmethod
     def of(cls, form: Form) -> Pending:
         """Of a form that a kernel computes."""
-        return _pending(form.x.shape, BF16, form, lambda: form.x)
+        return _pending(form.x.shape, BF16, form, lambda: form.x, form.x.device)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -108,20 +122,35 @@ class Pending(Tensor):
         assert self.value is not None
         return self.value
 
-    def handed_to(self, kernel: Any, step: Tensor | None) -> tuple[Tensor, Any]:
-        """Its values, and what the kernel makes of them (`FusedKernel.rows`) if both came at once. kernel: None for none."""
+    def handed_to(
+        self, kernel: Any, step: Tensor | None, treatment: Treatment | None, *, keep: bool
+    ) -> tuple[Tensor, Any]:
+        """Its values, or itself if they are still nobody's and not to be kept, and what the kernel makes of them (`FusedKernel.rows`) if
+        that came with the norm. kernel: None for none. treatment: of the layer, which others may share.
+        """
         form = self.form
         if kernel is None or form is None or form.norm is None or form.base is not None or self.kept_dtype != BF16:
             return self.settle(), None
-        made = kernel.normed(form.x.contiguous(), form.norm, form.factor, form.shift, step)
+        if self.codes is not None and not keep and self.codes[:2] == (treatment, now(step)):
+            return self, self.codes[2]
+        made = kernel.normed(form.x.contiguous(), form.norm, form.factor, form.shift, step, keep=keep)
         if made is None:
             return self.settle(), None
-        self._keep(made[0])
-        return made
+        value, rows = made
+        if treatment is not None:
+            self.codes = treatment, now(step), rows
+        if value is None:
+            return self, rows
+        self._keep(value)
+        return value, rows
 
     def _keep(self, value: Tensor) -> None:
         self.value, self.form, self.again, self.reads = value, None, None, ()
         _open.pop(id(self), None)
+        if self.codes is not None:
+            treatment, at, rows = self.codes
+            treatment.leave(value, at, rows)
+            self.codes = None
 
 
 _open: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()  # which nobody has asked for yet
@@ -143,11 +172,13 @@ def _pending(
     dtype: torch.dtype,
     form: Form | None,
     again: Callable[..., Tensor],
+    device: torch.device,
     reads: tuple[Tensor, ...] = (),
 ) -> Pending:
     """reads: beside what the form has."""
     parts = () if form is None else (form.x, form.factor, form.shift, form.base)
-    made: Any = Tensor._make_wrapper_subclass(Pending, shape, dtype=dtype)
+    made: Any = Tensor._make_wrapper_subclass(Pending, shape, dtype=dtype, device=device)
+    made.codes = None
     made.form, made.again, made.value, made.kept_dtype, made.is_linear = form, again, None, dtype, form is None
     made.reads = (*reads, *(part for part in parts if part is not None))
     _open[id(made)] = made
@@ -160,7 +191,7 @@ def put_off_linear(x: Tensor, outputs: int, compute: Callable[[str | None], Tens
     if not _inside.blocks or not takes:
         return None
     reads = () if isinstance(x, Pending) else (x,)
-    return _pending(torch.Size((*x.shape[:-1], outputs)), BF16, None, compute, reads)
+    return _pending(torch.Size((*x.shape[:-1], outputs)), BF16, None, compute, x.device, reads)
 
 
 def put_off_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
@@ -219,7 +250,7 @@ def _settle_what_reads(x: Tensor) -> None:
 
 
 def _form(x: Any) -> Form | None:
-    """Of tokens (B, T, C) in bfloat16 on the CPU, or of what is pending."""
+    """Of tokens (B, T, C) that our kernels take, or of what is pending."""
     if isinstance(x, Pending):
         if x.form is not None or (x.is_linear and len(x.shape) != 3):
             return x.form
@@ -228,25 +259,24 @@ def _form(x: Any) -> Form | None:
 
 
 def _takes(x: Tensor) -> bool:
-    plain = x.dtype == BF16 and x.device.type == "cpu" and x.numel() > 0
+    plain = x.dtype == BF16 and x.numel() > 0 and kernels_of(x.device) is not None
     return plain and not (torch.is_grad_enabled() and x.requires_grad)
 
 
-def _row(x: Any, shape: torch.Size) -> Tensor | None:
-    """What is one for all tokens of a sample, as float32 (B, C) or (1, C)."""
+def _row(x: Any, of: Tensor) -> Tensor | None:
+    """What is one for all tokens of a sample of tokens (B, T, C), as (B, C) or (1, C)."""
     if isinstance(x, Pending) and x.dim() == 3 and x.shape[1] == 1:
         x = x.settle()
-    if not isinstance(x, Tensor) or isinstance(x, Pending) or x.dtype not in (BF16, F32) or x.device.type != "cpu":
+    if not isinstance(x, Tensor) or isinstance(x, Pending) or x.dtype not in (BF16, F32) or x.device != of.device:
         return None
-    if x.shape[-1:] != shape[-1:] or (torch.is_grad_enabled() and x.requires_grad):
+    if x.shape[-1:] != of.shape[-1:] or (torch.is_grad_enabled() and x.requires_grad):
         return None
-    if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] in (1, shape[0]):
+    if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] in (1, len(of)):
         x = x[:, 0]
     elif x.dim() == 1:
         x = x[None]
     elif x.dim() != 2 or x.shape[0] != 1:
         return None
-    x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -255,14 +285,12 @@ def _multiplied(func: Any, a: Any, b: Any) -> Tensor | None:
         form = _form(wide)
         if form is None or form.base is not None or (form.x.shape[1] == 1 and form.is_x):
             continue
-        row = _row(narrow, form.x.shape)
+        row = _row(narrow, form.x)
         if row is not None:
-            factor = row if form.factor is None else form.factor * row
-            shift = None if form.shift is None else form.shift * row
-            dtype = torch.promote_types(wide.dtype, narrow.dtype)
-            return _pending(
-                form.x.shape, dtype, replace(form, factor=factor, shift=shift), lambda: func(*settled((a, b)))
-            )
+            factor = row if form.factor is None else form.factor.float() * row
+            shift = None if form.shift is None else form.shift.float() * row
+            dtype, whole = torch.promote_types(wide.dtype, narrow.dtype), replace(form, factor=factor, shift=shift)
+            return _pending(form.x.shape, dtype, whole, lambda: func(*settled((a, b))), form.x.device)
     return None
 
 
@@ -274,9 +302,9 @@ def _added(func: Any, a: Any, b: Any, alpha: float = 1) -> Tensor | None:
         if form is None or form.base is not None:
             continue
         dtype = torch.promote_types(wide.dtype, other.dtype) if isinstance(other, Tensor) else None
-        if form.norm is not None and (row := _row(other, form.x.shape)) is not None:
-            shift = row if form.shift is None else form.shift + row
-            return _pending(form.x.shape, dtype, replace(form, shift=shift), lambda: func(*settled((a, b))))  # type: ignore[arg-type]
+        if form.norm is not None and (row := _row(other, form.x)) is not None:
+            shift = row if form.shift is None else form.shift.float() + row
+            return _pending(form.x.shape, dtype, replace(form, shift=shift), lambda: func(*settled((a, b))), row.device)  # type: ignore[arg-type]
         base = _form(other) if form.is_product else None
         if base is not None and base.is_x and base.x.shape == form.x.shape:
             whole = replace(form, base=base.x)
@@ -290,7 +318,7 @@ def _when_whole(form: Form, dtype: torch.dtype, again: Callable[[], Tensor]) -> 
         value = form.computed()
         assert value is not None
         return value
-    return _pending(form.x.shape, dtype, form, again)
+    return _pending(form.x.shape, dtype, form, again, form.x.device)
 
 
 def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -325,16 +353,16 @@ def _norm(
     form = Form(x.flatten(1, 2)) if of_heads else _form(x)
     if form is None or not form.is_x or tuple(shape) != (form.x.shape[-1],):
         return None
-    rows = [None if each is None else _row(each, form.x.shape) for each in (weight, bias)]
+    rows = [None if each is None else _row(each, form.x) for each in (weight, bias)]
     if any(row is None and given is not None for row, given in zip(rows, (weight, bias), strict=True)):
         return None
     if of_heads:
         return normed(form.x, norm, *rows).view(x.shape)
-    return _pending(form.x.shape, x.dtype, Form(form.x, norm, *rows), again)
+    return _pending(form.x.shape, x.dtype, Form(form.x, norm, *rows), again, form.x.device)
 
 
 def _gelu(func: Any, x: Any, *, approximate: str = "none") -> Tensor | None:
-    return _activated(x, GELU_TANH) if approximate == "tanh" else None
+    return _activated(x, GELU_TANH if approximate == "tanh" else GELU_ERF)
 
 
 def _silu(func: Any, x: Any, inplace: bool = False) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Rotary positions in a quantized model's attention: one pass over queries and keys, which is rounded once as theirs is.
 
 diffusers has one function for many families (FLUX, FLUX.2, Chroma, …), which a processor finds by its name; Wan's processor has its own inside.
-What is called otherwise than these, in another dtype, on another device, with gradients, or by a compiler, is computed by torch.
+What is called otherwise than these, in another dtype, on a device without this kernel, with gradients, or by a compiler, is computed by torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.backends.between import kernels_of
 from ditbench.harness.build.pending import settled
 from ditbench.harness.build.variants import plain, variant
 
@@ -109,11 +110,11 @@ class _Rotating:
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """x (B, T, N, D) in bfloat16; cosine, sine (T, D)."""
-    return torch.ops.ditbench_vnni.rotary(
-        settled(x).contiguous(), cosine.float().contiguous(), sine.float().contiguous()
-    )
+    kernels = kernels_of(x.device)
+    assert kernels is not None
+    return kernels.rotary(settled(x).contiguous(), cosine, sine)
 
 
 def _takes(x: Tensor) -> bool:
     learns = torch.is_grad_enabled() and x.requires_grad
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not learns
+    return x.dtype == torch.bfloat16 and not learns and kernels_of(x.device) is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NAME = "ditbench_rows"  # of the attribute of a tensor
+Step = tuple[int, int | None] | None
 
 
 class Treatment:
@@ -22,16 +23,17 @@ class Treatment:
         """
         if not lasts(x, step):
             return make()
-        versions = _versions(x, step)
+        versions = (x._version, now(step))
         left: Left | None = getattr(x, NAME, None)
         if left is None or left.treatment is not self or left.versions != versions or (keep and not left.keeps):
             left = Left(self, versions, keep, make())
             setattr(x, NAME, left)
         return left.rows
 
-    def leave(self, x: Tensor, step: Tensor | None, rows: Any) -> None:
-        """On x, what `of` would make of it; of an x that `lasts`, and that is no more than its rows (no transform)."""
-        setattr(x, NAME, Left(self, _versions(x, step), True, rows))
+    def leave(self, x: Tensor, at: Step, rows: Any) -> None:
+        """On x, if it lasts, what `of` would make of it at that step; of an x that is no more than its rows (no transform)."""
+        if lasts(x, None) and (at is None or at[1] is not None):
+            setattr(x, NAME, Left(self, (x._version, at), True, rows))
 
 
 def lasts(x: Tensor, step: Tensor | None) -> bool:
@@ -43,8 +45,9 @@ def lasts(x: Tensor, step: Tensor | None) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay changes x and tells nobody
 
 
-def _versions(x: Tensor, step: Tensor | None) -> tuple[Any, ...]:
-    return x._version, None if step is None else (id(step), step._version)
+def now(step: Tensor | None) -> Step:
+    """What another step differs in; an inference tensor does not tell whether it has changed."""
+    return None if step is None else (id(step), None if step.is_inference() else step._version)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,6 @@ class Left:
     """On a tensor: what a treatment made of it, of which version of it and of the step."""
 
     treatment: Treatment
-    versions: tuple[Any, ...]
+    versions: tuple[int, Step]
     keeps: bool
     rows: Any

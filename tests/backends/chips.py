@@ -27,7 +27,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from ditbench.harness.backends.triton_kernels import launch, ways
+from ditbench.harness.backends.activations import GELU_ERF, NUMBERS
+from ditbench.harness.backends.triton_kernels import between, launch, ways
 from ditbench.harness.quant.hadamard import balanced_factors
 
 KIB = 1024
@@ -111,7 +112,7 @@ def rows(width: int, dtype: torch.dtype = BF16) -> None:
 
 
 def product(kind: str, tokens: int = TOKENS, width: int = 3072, group: int | None = None) -> None:
-    """int8, 4-bit or looked-up weights, with a bias; weights and activations of integers with zero points."""
+    """int8, 4-bit or looked-up weights, with a bias and a GELU (with erf, the longest end); weights and activations of integers with zero points."""
     empty: Callable[..., Tensor] = torch.empty
     groups = 1 if group is None else width // group
     codes_MC, scale_M = empty(tokens, width, dtype=torch.int8), empty(tokens)
@@ -119,7 +120,7 @@ def product(kind: str, tokens: int = TOKENS, width: int = 3072, group: int | Non
     scale_OG, zero_OG = empty(OUTPUTS, groups), empty(OUTPUTS, groups, dtype=torch.int16)
     row_sum_O = empty(OUTPUTS, dtype=torch.int32 if groups == 1 else torch.float32)
     bytes_OC, halves_OC = empty(OUTPUTS, width, dtype=torch.int8), empty(OUTPUTS, width // 2, dtype=torch.uint8)
-    ends = (bias_O, None, None, BF16)
+    ends = (bias_O, None, None, BF16, NUMBERS[GELU_ERF])
     if kind in ("W8A8", "W4A8"):
         stored = bytes_OC if kind == "W8A8" else halves_OC
         launch.int_product(codes_MC, scale_M, zero_M, stored, scale_OG, zero_OG, row_sum_O, 0, *ends)
@@ -128,6 +129,34 @@ def product(kind: str, tokens: int = TOKENS, width: int = 3072, group: int | Non
     else:
         table_OL = empty(OUTPUTS, 16)
         launch.float_product(codes_MC, scale_M, zero_M, halves_OC, True, None, None, table_OL, 0, *ends)
+
+
+def norm(width: int, number: str = "int") -> None:
+    """LayerNorm with a modulation by sample, to int8 or e4m3."""
+    x, row = torch.empty(1, TOKENS, width, dtype=BF16), torch.empty(1, width, dtype=BF16)
+    bounds = (-127, 127, False) if number == "int" else (-448, 448, True)
+    between.normed_rows(x, row, row, 1e-6, True, None, None, 1.0, *bounds, False)
+
+
+def others() -> None:
+    """A norm alone, of a head and of a token; a gate; positions; an activation."""
+    x, row = torch.empty(1, TOKENS, 3072, dtype=BF16), torch.empty(1, 3072)
+    heads, table = x.view(1, TOKENS, 24, 128), torch.empty(TOKENS, 128)
+    between.normed(heads.flatten(1, 2), row[:, :128], None, 1e-6, False)
+    between.normed(x, row, row, 1e-6, True)
+    between.gated(x, row, x)
+    between.rotary(heads, table, table)
+    between.activate(x, NUMBERS[GELU_ERF], BF16)
+
+
+def loaded(made: Chip, call: Callable[[], None]) -> dict[str, Any]:
+    """What was loaded, in the one way there is."""
+    made.loaded.clear()
+    try:
+        call()
+    except Exception as error:
+        return {"failure": f"{type(error).__name__}: {error}"}
+    return {"loaded": [asdict(kernel) for kernel in made.loaded]}
 
 
 def taken(made: Chip, call: Callable[[], None]) -> dict[str, Any]:
@@ -149,6 +178,10 @@ def main() -> None:
             # Widths whose tiles are alike load nothing new.
             found[name] = {f"rows {width}": taken(made, lambda width=width: rows(width)) for width in WIDTHS}
             found[name] |= {kind: taken(made, lambda kind=kind: product(kind)) for kind in ("W8A8", "W4A8", "W4A16")}
+            found[name] |= {f"norm {width}": loaded(made, lambda width=width: norm(width)) for width in WIDTHS}
+            found[name]["others"] = loaded(made, others)
+            if name != "sm_80":  # which has no e4m3
+                found[name]["norm to e4m3"] = loaded(made, lambda: norm(3072, "e4m3"))
     with chip("sm_80") as ampere:
         found["sm_80"]["float32 rows 4608"] = taken(ampere, lambda: rows(4608, torch.float32))
     triton.testing.do_bench = lambda call, **settings: float(call() is None)

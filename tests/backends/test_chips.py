@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,6 +50,18 @@ def test_what_a_chip_takes_fits_its_shared_memory_and_its_registers(found, chip)
             assert kernel["shared"] <= 1024 * SHARED_KIB[chip], name
         if answer["loaded"] and name != "many of W4A16":
             assert answer["loaded"][-1]["stack"] <= 512, name
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_what_stands_between_products_is_held_in_registers(found, chip):
+    """A row of every width is whole in a program; its sums go through little shared memory. Widths whose tiles are alike load nothing new."""
+    names = [f"norm {width}" for width in WIDTHS] + ["others"] + ["norm to e4m3"] * (chip != "sm_80")
+    kernels = [kernel for name in names for kernel in found[chip][name]["loaded"]]
+    assert Counter(kernel["name"] for kernel in kernels) == Counter(
+        {"normed_kernel": 6 + (chip != "sm_80"), "gated_kernel": 1, "rotary_kernel": 1, "activate_kernel": 1}
+    )
+    assert max(kernel["stack"] for kernel in kernels) <= 16
+    assert max(kernel["shared"] for kernel in kernels) <= 16 * 1024
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -33,11 +33,11 @@ class Small(nn.Module):
         return x + self.ff["down"](F.gelu(self.ff["up"](x)))
 
 
-def counted(label=None, *, shared=False):
+def counted(label=None, *, fused=False):
     with bench.META:
         block = Small().to(torch.bfloat16).eval()
     if label is not None:
-        bench.quantize(block, label, shared=shared)
+        bench.quantize(block, label, fused=fused)
     return bench.count(block, {"x": bench.tokens_of(T, C)})
 
 
@@ -64,10 +64,14 @@ def test_rows_and_products_of_a_format_have_the_bytes_counted_by_hand(label, wei
 
 
 @pytest.mark.parametrize("label", ["w8a8", "w4a8", "fp8"])
-def test_q_k_and_v_share_one_launch_of_rows(label):
-    before, now = counted(label), counted(label, shared=True)
+def test_q_k_and_v_share_one_launch_that_has_the_norm_in_it(label):
+    """It reads bf16 and writes codes; what the three rows read and wrote, and the norm's own floats, are gone. The GELU ends our products."""
+    before, now = counted(label), counted(label, fused=True)
     assert (before.launches["rows"], now.launches["rows"]) == (6, 4)
-    assert before.launches - now.launches == {"rows": 2}
+    ends = {"activations": 1} if label != "fp8" else {}
+    assert before.launches - now.launches == {"norms": 1, "rows": 2} | ends
+    assert now.bytes["activations"] == before.bytes["activations"] * (not ends)
+    assert before.bytes["norms"] == 2 * T * C * 2 + 2 * T * 4  # and the means and deviations that torch keeps
     assert before.bytes["rows"] - now.bytes["rows"] == 2 * T * (C * (2 + 1) + 4 + 4)
     assert before.bytes["products"] == now.bytes["products"]
 
@@ -89,11 +93,17 @@ def test_counting_leaves_the_backends_as_they_were():
     assert cuda_int8.unsupported is asked
 
 
-def test_the_blocks_of_the_table_can_be_counted_and_share_what_their_sites_read():
-    """DiT: q, k and v. PixArt: those, and k and v of the text. FLUX: q, k and v of both streams."""
+def test_the_blocks_of_the_table_launch_and_move_less_than_bf16_in_every_format():
+    """Rows that are shared are saved. DiT: q, k and v. PixArt: those, and k and v of the text. FLUX: of both streams; the MLP's too."""
     saved = {}
-    for name in ("DiT-XL/2", "PixArt", "FLUX, two streams"):
-        rows = list(bench.rows({name: bench.SHAPES[name]}, (16,)))
-        launches = {(row["format"], row["design"]): row["launches"].get("rows", 0) for row in rows}
-        saved[name] = launches["w8a8", "before"] - launches["w8a8", "now"]
-    assert saved == {"DiT-XL/2": 2, "PixArt": 3, "FLUX, two streams": 4}
+    for name in bench.SHAPES:
+        rows = {(row["format"], row["design"]): row for row in bench.rows({name: bench.SHAPES[name]}, (16,))}
+        launches = {key: sum(row["launches"].values()) for key, row in rows.items()}
+        moved = {key: sum(row["bytes"].values()) for key, row in rows.items()}
+        for label in bench.BACKENDS:
+            for counts in (launches, moved):
+                assert counts[label, "now"] < counts["bf16", "bf16"], (name, label)
+            assert launches[label, "now"] < launches[label, "before"]
+        kinds = [rows["w8a8", design]["launches"] for design in ("before", "now")]
+        saved[name] = kinds[0]["rows"] - kinds[1]["rows"]
+    assert saved == {"DiT-XL/2": 2, "PixArt": 3, "FLUX, two streams": 4, "FLUX, one stream": 3}

@@ -97,6 +97,32 @@ def test_one_tensor_is_quantized_once_for_all_who_treat_it_alike(case, quantized
         assert torch.equal(output, expected)
 
 
+def test_a_layer_beside_a_module_shares_what_that_module_s_layers_read(quantized):
+    """FLUX's one-stream block: `proj_mlp` stands beside the attention, whose q, k and v read the same norm."""
+    recipes, x = {name: recipe(seed) for seed, name in enumerate(("q", "k", "proj_mlp"))}, drawn(5, 24).bfloat16()
+    flat = layers(recipes)
+    block, attn = nn.Module(), nn.Module()
+    block.attn, block.proj_mlp = attn, flat.proj_mlp
+    attn.q, attn.k = flat.q, flat.k
+    for layer in (flat.q, flat.k, flat.proj_mlp):
+        layer.treatment = None
+    share_inputs(block)
+    outputs = [layer(x) for layer in (block.proj_mlp, attn.q, attn.k)]
+    assert quantized() == 1
+    for output, name in zip(outputs, ("proj_mlp", "q", "k"), strict=True):
+        assert torch.equal(output, alone({name: recipes[name]}, x)[0])
+
+
+def test_layers_of_a_list_come_after_each_other_and_leave_nothing_on_what_they_read():
+    flat = layers({name: recipe(seed) for seed, name in enumerate("qo")})
+    for layer in flat.children():
+        layer.treatment = None
+    attn = nn.Module()
+    attn.q, attn.to_out = flat.q, nn.ModuleList([flat.o])
+    share_inputs(attn)
+    assert attn.q.treatment is None and attn.to_out[0].treatment is None
+
+
 OTHERS = {
     "bits": recipe(1, act=ActQuant(QuantSpec(6, "per_token", dynamic=True))),
     "clip": recipe(1, act=replace(A8, clip=0.5)),

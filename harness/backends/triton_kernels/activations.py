@@ -32,6 +32,40 @@ def round_to_e4m3(x):
 
 
 @triton.jit
+def scale_of(smallest, largest, QUANT_MAX: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Of rows whose values lie between the two, which include 0."""
+    if SYMMETRIC:
+        scale = tl.div_rn(tl.maximum(-smallest, largest), QUANT_MAX)
+    else:
+        scale = tl.div_rn(largest - smallest, QUANT_MAX)
+    return tl.where(scale == 0, 1.0, scale)
+
+
+@triton.jit
+def zero_of(smallest, scale, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr):
+    return tl.minimum(tl.maximum(round_half_to_even(tl.div_rn(-smallest, scale)), QUANT_MIN), QUANT_MAX)
+
+
+@triton.jit
+def codes_of(
+    x,
+    scale,
+    zero,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    STORED_LESS: tl.constexpr,  # codes 0 … 255 are stored less 128
+    FLOAT8: tl.constexpr,
+):
+    scaled = tl.div_rn(x, scale)
+    if FLOAT8:
+        codes = round_to_e4m3(tl.minimum(tl.maximum(scaled, QUANT_MIN), QUANT_MAX))
+    else:
+        codes = round_half_to_even(scaled) + zero
+        codes = tl.minimum(tl.maximum(codes, QUANT_MIN), QUANT_MAX) - STORED_LESS
+    return codes
+
+
+@triton.jit
 def three_parts(x):
     """float32 = high + middle + low, all bf16."""
     high = x.to(tl.bfloat16)
@@ -65,7 +99,7 @@ def quantize_rows_kernel(
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
-    STORED_LESS: tl.constexpr,  # codes 0 … 255 are stored less 128
+    STORED_LESS: tl.constexpr,
     FLOAT8: tl.constexpr,
     BF16: tl.constexpr,  # the tile before its rotation has only bf16's bits
     A: tl.constexpr,
@@ -107,24 +141,15 @@ def quantize_rows_kernel(
             if static_scale_ptr is None:  # padding is 0, which every range includes
                 smallest = tl.minimum(tl.min(x), 0.0) * clip
                 largest = tl.maximum(tl.max(x), 0.0) * clip
-                if SYMMETRIC:
-                    scale = tl.div_rn(tl.maximum(-smallest, largest), QUANT_MAX)
-                else:
-                    scale = tl.div_rn(largest - smallest, QUANT_MAX)
-                scale = tl.where(scale == 0, 1.0, scale)
+                scale = scale_of(smallest, largest, QUANT_MAX, SYMMETRIC)
                 if not SYMMETRIC:
-                    zero = tl.minimum(tl.maximum(round_half_to_even(tl.div_rn(-smallest, scale)), QUANT_MIN), QUANT_MAX)
+                    zero = zero_of(smallest, scale, QUANT_MIN, QUANT_MAX)
             else:
                 scale = tl.load(static_scale_ptr + row * static_stride)
                 if not SYMMETRIC:
                     zero = tl.load(static_zero_ptr + row * static_stride)
 
-            scaled = tl.div_rn(x, scale)
-            if FLOAT8:
-                codes = round_to_e4m3(tl.minimum(tl.maximum(scaled, QUANT_MIN), QUANT_MAX))
-            else:
-                codes = round_half_to_even(scaled) + zero
-                codes = tl.minimum(tl.maximum(codes, QUANT_MIN), QUANT_MAX) - STORED_LESS
+            codes = codes_of(x, scale, zero, QUANT_MIN, QUANT_MAX, STORED_LESS, FLOAT8)
             tl.store(codes_ptr + start + channel, codes.to(codes_ptr.dtype.element_ty), mask=inside)
             # No code stands for NaN, so the row's scale does; ∞ − ∞ makes it NaN as well.
             not_a_number = tl.sum(tl.where(x == x, 0.0, x)) + (scale - scale)

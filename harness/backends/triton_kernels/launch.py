@@ -134,6 +134,7 @@ def _launch_rows(
         B=b,
         ROWS=at_once,
         num_warps=4 if max(a, b if rotation else 1) * b <= 4096 else 8,
+        enable_fp_fusion=False,
         **constants,
     )
 
@@ -169,6 +170,7 @@ def int_product(
     down_MR: Tensor | None,
     up_OR: Tensor | None,
     dtype: torch.dtype,
+    activation: int = 0,
 ) -> Tensor:
     """y (M, O) in dtype; see `products.int_product_kernel`. stored: int8 a byte per code, uint8 two codes in a byte."""
     y_MO = codes_MC.new_empty(len(codes_MC), len(stored), dtype=dtype)
@@ -186,12 +188,13 @@ def int_product(
             even=not packed or sizes[-2] == 2 * sizes[-1],
             PACKED=packed,
             MIDDLE=middle,
+            ACTIVATION=activation,
         )
     return y_MO
 
 
 @int_product.register_fake
-def _(codes_MC, scale, zero, stored, weight_scale, weight_zero, row_sum, middle, bias, down, up, dtype):
+def _(codes_MC, scale, zero, stored, weight_scale, weight_zero, row_sum, middle, bias, down, up, dtype, activation=0):
     return codes_MC.new_empty(len(codes_MC), len(stored), dtype=dtype)
 
 
@@ -210,6 +213,7 @@ def float_product(
     down_MR: Tensor | None,
     up_OR: Tensor | None,
     dtype: torch.dtype,
+    activation: int = 0,
 ) -> Tensor:
     """y (M, O) in dtype; see `products.float_product_kernel`. x_MC: bf16, or int8 codes with scale_M and zero_M."""
     y_MO = x_MC.new_empty(len(x_MC), len(stored), dtype=dtype)
@@ -227,12 +231,13 @@ def float_product(
             even=not packed or sizes[-2] == 2 * sizes[-1],
             PACKED=packed,
             MIDDLE=middle,
+            ACTIVATION=activation,
         )
     return y_MO
 
 
 @float_product.register_fake
-def _(x_MC, scale, zero, stored, packed, weight_scale, weight_zero, table, middle, bias, down, up, dtype):
+def _(x_MC, scale, zero, stored, packed, weight_scale, weight_zero, table, middle, bias, down, up, dtype, activation=0):
     return x_MC.new_empty(len(x_MC), len(stored), dtype=dtype)
 
 
@@ -263,6 +268,7 @@ def _launch(
             BLOCK_K=block_k,
             num_warps=warps,
             num_stages=stages,
+            enable_fp_fusion=groups > 1,  # with one scale a channel, what follows the sums is simulate's, step by step
             **constants,
         )
 

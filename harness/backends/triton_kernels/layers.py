@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditbench.harness.backends.activations import NUMBERS
 from ditbench.harness.backends.alike import quantizers_alike
 from ditbench.harness.backends.base import FusedKernel
-from ditbench.harness.backends.triton_kernels import launch
+from ditbench.harness.backends.triton_kernels import between, launch
 from ditbench.harness.backends.triton_kernels.storage import NIBBLE, pack_halves, stored_codes
 from ditbench.harness.quant.quantizers import ActQuant, LookupWeight, QuantizedWeight, activation_affine
 from ditbench.harness.quant.spec import E4M3
@@ -34,6 +36,8 @@ class TritonKernel(FusedKernel):
     act: None leaves activations in bf16.
     """
 
+    activations = frozenset(name for name in NUMBERS if name)
+
     act: ActQuant | None
     stored: Tensor  # codes, a row per output channel
 
@@ -53,6 +57,7 @@ class TritonKernel(FusedKernel):
         transform: Transform | None,
         low_rank: tuple[Tensor, Tensor] | None,
         bias: StepTable | None,
+        activation: str | None = None,
         rows: Rows | None = None,
     ) -> Tensor:
         if rows is None:
@@ -63,11 +68,17 @@ class TritonKernel(FusedKernel):
             kept_MC = x.flatten(0, -2) if rows.kept_MC is None else rows.kept_MC
             down_rC, up_OR = low_rank
             down_MR = F.linear(kept_MC.to(down_rC.dtype), down_rC)
-        y_MO = self.product(rows, bias_O, down_MR, up_OR, x.dtype)
+        y_MO = self.product(rows, bias_O, down_MR, up_OR, x.dtype, NUMBERS[activation])
         return y_MO.reshape(*x.shape[:-1], len(self.stored))
 
     def product(
-        self, rows: Rows, bias_O: Tensor | None, down_MR: Tensor | None, up_OR: Tensor | None, dtype: torch.dtype
+        self,
+        rows: Rows,
+        bias_O: Tensor | None,
+        down_MR: Tensor | None,
+        up_OR: Tensor | None,
+        dtype: torch.dtype,
+        activation: int = 0,
     ) -> Tensor:
         raise NotImplementedError
 
@@ -80,19 +91,14 @@ class TritonKernel(FusedKernel):
         moves = not transform.is_identity
         if x.dtype == torch.float64:
             raise TypeError("the CUDA kernels compute in float32; build a float64 model with backend=simulate")
-        shape = x.shape
         if self.act is None:
             x = x if transform.is_identity else transform(x.float(), step)
             x_MC = x.flatten(0, -2)
             return Rows(x_MC.bfloat16(), None, None, x_MC if keep else None)
         spec = self.act.spec
-        of_a_sample = spec.dynamic and spec.granularity == "per_tensor"
-        if of_a_sample or not fuses(transform):
+        if self.needs_all_rows or not fuses(transform):
             x, transform = transform(x.float(), step), NO_TRANSFORM
-        scale, zero_point = None, None
-        if of_a_sample or not spec.dynamic:
-            scale, zero_point = activation_affine(x.float(), self.act, step)
-            scale, zero_point = _per_row(scale, shape), _per_row(zero_point, shape)
+        scale, zero_point = self.given_affine(x, step)
         x_MC = x.flatten(0, -2)
         rotation = transform.rotations[0] if transform.rotations else None
         assert rotation is None or isinstance(rotation, Hadamard)
@@ -113,6 +119,40 @@ class TritonKernel(FusedKernel):
         )
         return Rows(codes_MC, scale_M, zero_M, (kept_MC if keep_transformed else x_MC) if keep and moves else None)
 
+    @property
+    def needs_all_rows(self) -> bool:
+        """Which range a row has is known when all of a sample are."""
+        return self.act is not None and self.act.spec.dynamic and self.act.spec.granularity == "per_tensor"
+
+    def given_affine(self, x: Tensor, step: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """scale and zero point, in all or per row, where the input's own rows do not say."""
+        assert self.act is not None
+        if self.act.spec.dynamic and not self.needs_all_rows:
+            return None, None
+        affine = activation_affine(x.float() if self.act.spec.dynamic else x, self.act, step)
+        scale, zero_point = (_per_row(each, x.shape) for each in affine)
+        return scale, zero_point
+
+    def normed(
+        self,
+        x: Tensor,
+        norm: Any,
+        factor_BC: Tensor | None,
+        shift_BC: Tensor | None,
+        step: Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[Tensor | None, Rows] | None:
+        if self.act is None or self.needs_all_rows:
+            return None
+        spec = self.act.spec
+        y, codes_MC, scale_M, zero_M = between.normed_rows(
+            *(x, factor_BC, shift_BC, norm.eps, norm.centred),
+            *(*self.given_affine(x, step), self.act.clip),
+            *(spec.quant_min, spec.quant_max, spec.number == E4M3, keep),
+        )
+        return y if keep else None, Rows(codes_MC, scale_M, zero_M, None)
+
 
 class IntKernel(TritonKernel):
     """Codes by codes on int8 tensor cores. Weights of up to 4 bits are stored two to a byte and unpacked on the way in."""
@@ -132,14 +172,21 @@ class IntKernel(TritonKernel):
         self.register_buffer("row_sum_O", None if act.spec.symmetric else _row_sum(weight))
 
     def product(
-        self, rows: Rows, bias_O: Tensor | None, down_MR: Tensor | None, up_OR: Tensor | None, dtype: torch.dtype
+        self,
+        rows: Rows,
+        bias_O: Tensor | None,
+        down_MR: Tensor | None,
+        up_OR: Tensor | None,
+        dtype: torch.dtype,
+        activation: int = 0,
     ) -> Tensor:
         weight = (self.stored, self.scale_OG, self.zero_OG, self.row_sum_O, self.middle)
-        return launch.int_product(rows.codes_MC, rows.scale_M, rows.zero_M, *weight, bias_O, down_MR, up_OR, dtype)
+        ends = (bias_O, down_MR, up_OR, dtype, activation)
+        return launch.int_product(rows.codes_MC, rows.scale_M, rows.zero_M, *weight, *ends)
 
 
 class Float8Kernel(TritonKernel):
-    """e4m3 codes by e4m3 codes, in torch's own product. The bytes are held as uint8, which no cast of a model changes."""
+    """e4m3 codes by e4m3 codes, in torch's own product; an activation is a pass of its own behind it, as it is in bf16. The bytes are held as uint8, which no cast of a model changes."""
 
     scale_O1: Tensor
     one: Tensor
@@ -152,7 +199,13 @@ class Float8Kernel(TritonKernel):
         self.register_buffer("one", torch.ones(()), persistent=False)
 
     def product(
-        self, rows: Rows, bias_O: Tensor | None, down_MR: Tensor | None, up_OR: Tensor | None, dtype: torch.dtype
+        self,
+        rows: Rows,
+        bias_O: Tensor | None,
+        down_MR: Tensor | None,
+        up_OR: Tensor | None,
+        dtype: torch.dtype,
+        activation: int = 0,
     ) -> Tensor:
         assert rows.scale_M is not None
         weight_CO = self.stored.view(torch.float8_e4m3fn).t()
@@ -161,7 +214,7 @@ class Float8Kernel(TritonKernel):
             fused_O = None if bias_O is None or up_OR is not None else bias_O.to(dtype)
             y_MO = torch._scaled_mm(rows.codes_MC, weight_CO, scale_M1, scale_1O, fused_O, out_dtype=dtype)
             if up_OR is None:
-                return y_MO
+                return y_MO if not activation else between.activate(y_MO, activation, dtype)
             y_MO = y_MO.float()
         else:
             y_MO = torch._scaled_mm(rows.codes_MC, weight_CO, self.one, self.one, out_dtype=torch.float32)
@@ -169,7 +222,8 @@ class Float8Kernel(TritonKernel):
         if up_OR is not None:
             assert down_MR is not None
             y_MO = y_MO + F.linear(down_MR, up_OR)
-        return (y_MO if bias_O is None else y_MO + bias_O).to(dtype)
+        y_MO = y_MO if bias_O is None else y_MO + bias_O
+        return between.activate(y_MO, activation, dtype) if activation else y_MO.to(dtype)
 
 
 class FloatKernel(TritonKernel):
@@ -196,11 +250,18 @@ class FloatKernel(TritonKernel):
         self.register_buffer("zero_OG", zero_OG)
 
     def product(
-        self, rows: Rows, bias_O: Tensor | None, down_MR: Tensor | None, up_OR: Tensor | None, dtype: torch.dtype
+        self,
+        rows: Rows,
+        bias_O: Tensor | None,
+        down_MR: Tensor | None,
+        up_OR: Tensor | None,
+        dtype: torch.dtype,
+        activation: int = 0,
     ) -> Tensor:
         table_OL = None if self.levels is None else self.levels().float().contiguous()
         weight = (self.stored, self.packed, self.scale_OG, self.zero_OG, table_OL, self.middle)
-        return launch.float_product(rows.codes_MC, rows.scale_M, rows.zero_M, *weight, bias_O, down_MR, up_OR, dtype)
+        ends = (bias_O, down_MR, up_OR, dtype, activation)
+        return launch.float_product(rows.codes_MC, rows.scale_M, rows.zero_M, *weight, *ends)
 
 
 def fuses(transform: Transform) -> bool:

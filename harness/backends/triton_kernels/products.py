@@ -1,4 +1,4 @@
-"""Products of activations with stored weights. y (M, O) = x̂ · Ŵᵀ + (down) · upᵀ + bias, scales applied at the end.
+"""Products of activations with stored weights. y (M, O) = x̂ · Ŵᵀ + (down) · upᵀ + bias, scales and an activation applied at the end.
 
 Weights lie in bytes, groups of `group` channels after each other (one group of all C when scales are per channel). A byte
 holds one code, or two: then byte k of a group's `span` = ⌈group / 2⌉ has channel k in its low half and channel k + span in its
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ditbench.harness.backends.triton_kernels.activations import FACTOR
+from ditbench.harness.backends.triton_kernels.functions import activated, cast
 
 
 @triton.jit
@@ -35,8 +36,9 @@ def finish(
     O,
     rank,
     RANK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """Scale per row, bias, low-rank branch, cast, store."""
+    """Scale per row, low-rank branch, bias, activation, cast, store."""
     inside_m, inside_o = m < M, o < O
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + m, mask=inside_m, other=0.0)[:, None]
@@ -48,7 +50,8 @@ def finish(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + o, mask=inside_o, other=0.0).to(tl.float32)[None, :]
     places = y_ptr + m.to(tl.int64)[:, None] * O + o[None, :]
-    tl.store(places, y.to(y_ptr.dtype.element_ty), mask=inside_m[:, None] & inside_o[None, :])
+    y = activated(y, ACTIVATION)
+    tl.store(places, cast(y, y_ptr.dtype.element_ty), mask=inside_m[:, None] & inside_o[None, :])
 
 
 @triton.jit
@@ -77,6 +80,7 @@ def int_product_kernel(
     STEPS: tl.constexpr,  # the same for the interpreter, which cannot count to a tensor; None on a device: no unrolling
     EVEN: tl.constexpr,  # no tile leaves its group
     RANK: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # a number of `backends/activations.py`
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -129,7 +133,7 @@ def int_product_kernel(
         if row_sum_ptr is not None:
             whole -= tl.load(zero_ptr + row_m)[:, None] * tl.load(row_sum_ptr + row_o)[None, :]
         y = whole.to(tl.float32) * tl.load(weight_scale_ptr + row_o)[None, :]
-    finish(y, m, o, y_ptr, scale_ptr, bias_ptr, down_ptr, up_ptr, M, O, rank, RANK)
+    finish(y, m, o, y_ptr, scale_ptr, bias_ptr, down_ptr, up_ptr, M, O, rank, RANK, ACTIVATION)
 
 
 @triton.jit
@@ -159,6 +163,7 @@ def float_product_kernel(
     STEPS: tl.constexpr,
     EVEN: tl.constexpr,
     RANK: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # a number of `backends/activations.py`
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -215,4 +220,4 @@ def float_product_kernel(
             y = partial
     if GROUPS == 1 and table_ptr is None:
         y *= tl.load(weight_scale_ptr + row_o)[None, :]
-    finish(y, m, o, y_ptr, scale_ptr, bias_ptr, down_ptr, up_ptr, M, O, rank, RANK)
+    finish(y, m, o, y_ptr, scale_ptr, bias_ptr, down_ptr, up_ptr, M, O, rank, RANK, ACTIVATION)

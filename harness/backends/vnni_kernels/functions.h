@@ -19,7 +19,7 @@ inline __m512 exponential(__m512 x) {
 }
 
 // What may follow a product. The numbers are those of `backends/activations.py`.
-enum class Activation : int64_t { none = 0, gelu_tanh = 1, silu = 2 };
+enum class Activation : int64_t { none = 0, gelu_tanh = 1, silu = 2, gelu_erf = 3, last = gelu_erf };
 
 // x / (1 + e^−y) to 10⁻⁵: NaN stays NaN, and e^88 is the largest that float32 holds.
 inline __m512 times_logistic(__m512 x, __m512 y) {
@@ -35,10 +35,26 @@ inline __m512 gelu_tanh(__m512 x) {
   return times_logistic(x, _mm512_mul_ps(x, inner));
 }
 
+// x Φ(x) = ½ x (1 + erf(x / √2)) to 4·10⁻⁷; 1 − erf for x ≥ 0 by Abramowitz and Stegun, 7.1.26.
+inline __m512 gelu_erf(__m512 x) {
+  const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.7071067812f)), one = _mm512_set1_ps(1.0f);
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
+  __m512 p = _mm512_set1_ps(1.061405429f);
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+  const __m512 tail = exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z)));
+  const __m512 half = _mm512_mul_ps(_mm512_set1_ps(0.5f), _mm512_mul_ps(_mm512_mul_ps(p, t), tail));
+  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+  return _mm512_mul_ps(x, _mm512_mask_mov_ps(_mm512_sub_ps(one, half), negative, half));
+}
+
 inline __m512 activated(Activation activation, __m512 x) {
   switch (activation) {
     case Activation::gelu_tanh: return gelu_tanh(x);
     case Activation::silu: return times_logistic(x, x);
+    case Activation::gelu_erf: return gelu_erf(x);
     default: return x;
   }
 }

@@ -251,7 +251,7 @@ Tensor linear(
       "what is added is (M, outputs), contiguous, float32 or bfloat16");
   TORCH_CHECK(!bias || bias->scalar_type() == at::kFloat, "the bias is float32");
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "y is float32 or bfloat16");
-  TORCH_CHECK(activation >= 0 && activation <= 2, "no such activation: ", activation);
+  TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::last), "no such activation: ", activation);
   const float* bias_at = bias ? bias->const_data_ptr<float>() : nullptr;
   Tensor y = at::empty({x.rows, outputs}, scale.options().dtype(dtype));
   if (dtype == at::kFloat) {
@@ -265,7 +265,7 @@ Tensor linear(
 // x float32, contiguous, of any shape → the same of its values: what `linear` does at its end, alone.
 Tensor activate(const Tensor& x, int64_t activation) {
   TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat, "x is float32 and contiguous");
-  TORCH_CHECK(activation >= 0 && activation <= 2, "no such activation: ", activation);
+  TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::last), "no such activation: ", activation);
   Tensor y = at::empty(x.sizes(), x.options());
   const float* from = x.const_data_ptr<float>();
   float* to = y.data_ptr<float>();
