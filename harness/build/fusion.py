@@ -48,7 +48,9 @@ class OurAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             func = attention
         elif func is Tensor.unflatten:
-            func = torch.unflatten  # the method is Python's and calls its super(), which a compiler does not follow from here
+            func = (
+                torch.unflatten
+            )  # the method is Python's and calls its super(), which a compiler does not follow from here
         return func(*args, **(kwargs or {}))
 
 
