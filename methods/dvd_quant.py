@@ -6,7 +6,8 @@
     GBS   activations of step t have 8 bits where Σ ‖F_t − F_{t−1}‖₁ / ‖F_{t−1}‖₁ since the last such step reaches δ, else fewer
 
     paper   here                        meaning
-    H       Hadamard(C)                 at full width, without signs; online before every layer
+    H       Hadamard(C)                 at full width; online before every layer
+    (signs) signs                       random: H's rows have signs, drawn once with `seed`; none: it has not
     Λ       ChannelScaledQuant          of each sample anew; `channels` that share a factor (0: no Λ)
     δ_l, δ_u bounds                     shares of a row's two ends that are tried, 1 … least_bound
     Δ, z, W_q scale, zero point, codes  of each row (group) of the rotated weight
@@ -17,7 +18,7 @@ reads) there is no Λ.
 
 Departs from the paper: δ-GBS decides on the run; here the steps are chosen once, from the float model's outputs on the recorded samples, so
 that it is the one part that needs data. The paper's timings and, it says, its numbers are of a Λ shared by blocks of channels whose size is
-not known: `channels`. The size and the end of its bounds are not known either. Formats whose scales are not float32 of a row (FP8, blocks) take
+not known: `channels`. The size and the end of its bounds are not known either, nor whether H has signs: it has, as all other rotations here. Formats whose scales are not float32 of a row (FP8, blocks) take
 shrunken ranges of least error instead of a refined grid; static activations have no Λ.
 """
 
@@ -47,7 +48,7 @@ from ditbench.harness.quant.quantizers import (
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import INT, Bits, QuantSpec
 from ditbench.harness.quant.target import Target
-from ditbench.harness.quant.transforms import Hadamard, Transform
+from ditbench.harness.quant.transforms import Hadamard, Transform, random_signs
 from ditbench.harness.quant.uneven import ChannelScaledQuant
 
 WIDE_BITS = 8
@@ -60,6 +61,8 @@ class Params:
     """Defaults are the paper's as far as they are known."""
 
     rotate: bool = True
+    signs: str = "random"  # of H: random | none
+    seed: int = 0  # of random signs
     channels: int = 1  # that share a factor of Λ; 0: no Λ
     refine: bool = True  # BGR; false: rounding to nearest with min-max ranges
     bounds: int = 11  # shares tried of each end
@@ -68,6 +71,8 @@ class Params:
     delta: float | None = None  # null: all steps as `bits` says; the paper's are between 0.06 and 0.18
 
     def __post_init__(self) -> None:
+        if self.signs not in ("none", "random"):
+            raise ValueError(f"dvd_quant: signs must be random or none, got {self.signs!r}")
         if self.channels < 0 or self.bounds < 1 or self.iterations < 0:
             raise ValueError(
                 "dvd_quant: channels and iterations must be at least 0, bounds at least 1; "
@@ -110,8 +115,11 @@ def apply(target: Target, state: dict[str, Tensor], bits: Bits, params: Params) 
 def rotations(target: Target, params: Params) -> dict[str, Transform]:
     """One rotation per site, shared by the target layers that read it; layers in float are left alone."""
     transforms: dict[str, Transform] = {}
+    generator = torch.Generator().manual_seed(params.seed)
     for site in target.linear_sites() if params.rotate else ():
-        shared = Transform(rotations=(Hadamard(target.module(site.consumers[0]).in_features),))
+        channels = target.module(site.consumers[0]).in_features
+        signs_C = random_signs(channels, generator) if params.signs == "random" else None
+        shared = Transform(rotations=(Hadamard(channels, signs_C),))
         transforms |= {name: shared for name in site.consumers if name in target.layers}
     return transforms
 

@@ -71,7 +71,7 @@ def test_a_row_is_refined_as_the_equations_say(normal):
 
 def test_a_layer_computes_q_of_x_h_over_lambda_times_lambda_times_the_weight(small_target, small_calibration, normal):
     """ARQ in float64, sample by sample: Y = Q₄(X H Λ⁻¹) Λ Ŵᵀ + b."""
-    recipe = recipe_of(small_target, small_calibration)
+    recipe = recipe_of(small_target, small_calibration, params=Params(signs="none"))
     layer = quant_layers(build(small_target, recipe, dtype=torch.float64))[LAYER]
     factors = layer.transform.rotations[0]
     rotation = torch.kron(hadamard(len(factors.left_aa)), hadamard(len(factors.right_bb))) / 192**0.5
@@ -87,6 +87,17 @@ def test_a_layer_computes_q_of_x_h_over_lambda_times_lambda_times_the_weight(sma
             tokens.append((token / step).round().clamp(-7, 7) * step * scale)
         expected.append(torch.stack(tokens) @ weight.T + linear.bias.double())
     assert relative_error(layer(x), torch.stack(expected)) < 1e-5
+
+
+def test_signs_are_drawn_with_the_seed_and_turn_columns_of_h(small_target):
+    plain, drawn, again, other = (
+        dvd_quant.rotations(small_target, Params(signs=signs, seed=seed))[LAYER].rotations[0]
+        for signs, seed in (("none", 0), ("random", 0), ("random", 0), ("random", 1))
+    )
+    assert plain.signs_C is None and set(drawn.signs_C.tolist()) == {-1, 1}
+    assert torch.equal(drawn.signs_C, again.signs_C) and not torch.equal(drawn.signs_C, other.signs_C)
+    x = torch.eye(192, dtype=torch.float64)
+    torch.testing.assert_close(drawn(x), drawn.signs_C[:, None] * plain(x))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +199,7 @@ def test_switching_compares_the_steps_of_the_same_samples(small_target, small_ca
         ({"bounds": 0}, "bounds at least 1"),
         ({"least_bound": 0.0}, r"least_bound must be in \(0, 1\]"),
         ({"delta": 0.0}, "delta must be positive, or null"),
+        ({"signs": "all"}, "signs must be random or none, got 'all'"),
     ],
 )
 def test_params_that_make_no_sense_are_refused(options, message):
