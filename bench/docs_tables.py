@@ -355,8 +355,16 @@ def caption(runs: pd.DataFrame, compared: str | None) -> str:
     )
     return (
         f"{first.model}, n = {first.n:,} samples × {seeds} seed{'s' * (seeds > 1)}, {first.steps} steps, guidance {first.guidance}; "
-        f"95 % intervals {over}; {marks}; {first.device}, commit {first.commit[:7]}."
+        f"95 % intervals {over}; {marks}; {first.device}, {commits(runs)}."
     )
+
+
+def commits(runs: pd.DataFrame) -> str:
+    """Such as "commit abcdef0 (rtn: abcdef1)": that of most rows, then those of the others."""
+    found = runs.commit.str[:7]
+    usual = found.mode()[0]
+    others = [f"{run}: {commit}" for run, commit in zip(runs["run"], found, strict=True) if commit != usual]
+    return f"commit {usual}" + (f" ({', '.join(others)})" if others else "")
 
 
 CONTENT = {
