@@ -11,6 +11,7 @@ import traceback
 from ditbench.harness import cli
 from ditbench.harness.cli.flags import own_folders
 from ditbench.harness.common.errors import EXIT_USER, UserError, lines_of, of_the_system, unknown_name
+from ditbench.harness.common.imports import leave_out_warnings_of_others
 from ditbench.harness.common.interrupts import Terminated, exit_code, terminable
 from ditbench.harness.common.paths import configurations_in
 
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP)
         return 0
     debug = "--debug" in rest or "debug=true" in rest
+    if not debug:
+        leave_out_warnings_of_others()
     try:
         if command == "--version":
             import ditbench

@@ -78,6 +78,7 @@ FORMATS = (  # what tables of formats show
     *("W8A8", "FP8", "W6A6", "W4A8", "W4A4", "W3A4", "W8A16", "W4A16"),
     *("MXFP8", "FP8_BLOCK", "MXFP6", "NVFP4", "MXFP4", "INT4_G64"),
 )
+NO_FORMAT = ("null", "none", "float", "fp16", "bf16", "fp", "off", "false", "16")  # of those who mean no quantization
 _INTEGERS = re.compile(r"^w(\d+)a(\d+)$")
 _SIDES = re.compile(r"^w([a-z0-9_]+)_a([a-z0-9_]+)$")
 
@@ -311,9 +312,11 @@ def _no_format(label: str) -> UserError:
     meant = [spelled[plain]] if plain in spelled else difflib.get_close_matches(plain, NAMED, n=2, cutoff=0.7)
     meant = meant or [spelled[each] for each in difflib.get_close_matches(plain, spelled, n=1, cutoff=0.8)]
     guess = f"; did you mean {' or '.join(meant)}?" if meant else ";"
+    if plain in NO_FORMAT:
+        guess = f"; both sides in float are w{FLOAT_BITS}a{FLOAT_BITS};"
     return UserError(
-        f"no bits {label!r}{guess} known: w<bits>a<bits> such as w8a8 or w4a16, {', '.join(NAMED)}, and one for each side such as "
-        "wnvfp4_afp8 or w4_afp8; `ditbench list bits` has all"
+        f"no bits {label!r}{guess} known: w<bits>a<bits> such as w8a8, {', '.join(NAMED)}, one a side as in wnvfp4_afp8; "
+        "`ditbench list bits` has all"
     )
 
 

@@ -156,8 +156,6 @@ def _check(override: Override, known: Mapping[str, Iterable[str]], intervals: bo
             raise unknown_setting(name, beside or SETTINGS, section, SETTINGS)
         return
     value = override.value()
-    if value is None:
-        raise unknown_name(key, "null", known[key])
     if isinstance(value, list):
         raise UserError(f"{text}: {key} takes one name; with -m several, {key}=a,b, make a sweep")
     for choice in _choices(override):
@@ -171,6 +169,8 @@ def _check(override: Override, known: Mapping[str, Iterable[str]], intervals: bo
 
 def _choices(override: Override) -> list[str]:
     value = override.value()
+    if value is None:
+        return ["null"]
     if isinstance(value, ChoiceSweep):
         return [str(item) for item in value.list]
     return [str(value)] if isinstance(value, (str, int)) else []

@@ -15,6 +15,7 @@ from ditbench.harness.calibration.recording import Calibration, calibrate
 from ditbench.harness.cli import main
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.generation.generate import conditions, generate
+from ditbench.harness.models import known_families
 from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
 from ditbench.harness.models.counts import counted
 from ditbench.harness.models.loading import load_model
@@ -176,3 +177,12 @@ def test_a_run_of_its_configuration_ends_well_in_bfloat16(family, model, checkpo
     assert all(entry["sqnr_db"] > 0 for entry in record["layers"].values())
     assert LEAST_SHARE.get(family, 0.3) < record["bits"]["mac_share_quantized"] < 1
     assert samples_of(read(path)).pixels[:].shape == (3, *DRAWN[family], 3)
+
+
+def test_kandinsky_keeps_one_resolution_however_often_it_is_asked_for_it():
+    pipe = NEWER["kandinsky5_t2i"]()
+    usual = list(pipe.resolutions)
+    known_families.family("kandinsky5").prepare(pipe)
+    for _ in range(3):
+        pipe.check_inputs("a cross", None, 48, 64)
+    assert pipe.resolutions == [*usual, (64, 48)]

@@ -85,8 +85,8 @@ def test_a_label_that_is_spelled_otherwise_comes_with_the_one_that_is_meant(labe
 
 
 def test_a_label_like_none_has_no_guess():
-    with pytest.raises(UserError, match=r"^no bits 'fp16'; known"):
-        parse_label("fp16")
+    with pytest.raises(UserError, match=r"^no bits 'qx16'; known"):
+        parse_label("qx16")
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def as_asked(kind: type) -> type:
         return weight.new_empty(latents.shape, dtype=latents.dtype) if weight.is_meta else latents
 
     def check_inputs(pipe: Any, prompt: Any, negative_prompt: Any, height: int, width: int, **others: Any) -> None:
-        if hasattr(pipe, "resolutions"):
+        if hasattr(pipe, "resolutions") and (width, height) not in pipe.resolutions:
             pipe.resolutions = [*pipe.resolutions, (width, height)]
         kind.check_inputs(pipe, prompt, negative_prompt, height, width, **others)  # type: ignore[attr-defined]
 
