@@ -41,7 +41,11 @@ class Runner:
 
     def __call__(self, arguments: dict[str, Any]) -> Tensor:
         """arguments: of the transformer → its prediction, float32."""
-        given = {
+        return torch.from_numpy(self.compiled(self.given(arguments))[0].copy())
+
+    def given(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments as the model wants them."""
+        return {
             name: (tensor.float() if tensor.is_floating_point() else tensor)
             .cpu()
             .numpy()
@@ -49,7 +53,6 @@ class Runner:
             for name, tensor in leaves(arguments)
             if name in self.dtypes
         }
-        return torch.from_numpy(self.compiled(given)[0].copy())
 
 
 class OpenVINOTransformer(nn.Module):
