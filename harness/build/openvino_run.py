@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class OpenVINOTransformer(nn.Module):
 
         y = self.run(dict(self._signature.bind(*args, **kwargs).arguments))
         return Transformer2DModelOutput(sample=y) if return_dict else (y,)
+
+    def cache_context(self, name: str, **more: Any) -> AbstractContextManager[None]:
+        """As diffusers' models have it: pipelines call them inside; this one caches nothing."""
+        return nullcontext()
 
 
 def load_openvino(
