@@ -13,6 +13,7 @@ A marked place lies between <!-- WHAT --> and <!-- end -->, where WHAT is
     paired: NAME, METRIC, RUN, RUN   the difference of two rows, seed by seed
     fit cost                         what `bench/fit_cost.py` wrote
     bench: FILE                      results/bench/FILE.json, which `ditbench bench` wrote
+    profile: FILE                    where the time of a step goes, ours and OpenVINO's, of the same
     coverage: MODEL                  how often intervals cover, of what `bench/intervals.py` drew from MODEL
     noise floor                      what `bench/noise_floor.py` wrote
     external: NAME                   results/NAME.csv, our rows beside others' checkpoints, in the order of PSNR
@@ -34,6 +35,7 @@ from typing import Any
 import pandas as pd
 
 from ditbench.eval.seed_differences import mean_over_seeds
+from ditbench.harness.bench.show import profile_lines
 from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.forms import DEFAULT, PUBLISHED, Form
 
@@ -171,6 +173,22 @@ def step_times(name: str) -> str:
     ]
     lines += [f"{what} did not run: {why}." for what, why in record["refused"].items()]
     return "\n".join(lines)
+
+
+def profile(name: str) -> str:
+    """A line for each part, and for each node that takes a hundredth of a call somewhere."""
+    record = json.loads((BENCH / f"{name}.json").read_text())
+    found = record["profile"]
+    labels = list(found["of"])
+    lines = [["part", "node", *labels], ["---", "---", *["---:"] * len(labels)]]
+    for part, times, nodes in profile_lines(found):
+        for title, node, each in [(f"**{part}**", "", times), *(("", f"`{node}`", each) for node, each in nodes)]:
+            lines.append([title, node, *(f"{each[label]:.2f}" if each[label] else "–" for label in labels)])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{text}\n\nms of a call of {found['rows']} rows, all its blocks; of each node the least of {found['calls']} profiled calls, none of them of those "
+        f"that are timed; {record['env']['device']}; `results/bench/{name}.json`."
+    )
 
 
 def launches() -> str:
@@ -373,6 +391,7 @@ CONTENT = {
     "paired": difference,
     "fit cost": fit_cost,
     "bench": step_times,
+    "profile": profile,
     "coverage": coverage,
     "noise floor": noise_floor,
     "external": external,

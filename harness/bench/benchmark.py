@@ -14,6 +14,7 @@ import torch
 
 from ditbench.harness.bench.candidates import BASELINE, COMPILED, EAGER, Candidate, baseline, quantized
 from ditbench.harness.bench.parts import by_component, shares
+from ditbench.harness.bench.profiles import Profile, least, profiled
 from ditbench.harness.bench.roofline import roofline
 from ditbench.harness.bench.workers import Job, Remote, workers
 from ditbench.harness.build.build import float_copy, quant_layers
@@ -33,7 +34,8 @@ from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.quantize import target_of
 from ditbench.harness.sweep.compose import composed
 
-SCHEMA = 2  # 1 had no error and no baseline
+SCHEMA = 3  # 1 had no error and no baseline, 2 no profile
+PROFILED = 15  # calls of each
 PLACES = ("results_dir=", "model.source=", "device=", "hydra.")  # overrides that say where and not what
 FLAGS = {"bits": "--formats", "measure.repeats": "--repeats"}
 
@@ -75,6 +77,9 @@ def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], P
         rows = []
         for batch in options.batches:
             rows += Round(candidates, remotes, model, target, config, batch).rows(options, refused)
+        profile = refused.unless(
+            "profile", lambda: profiles(candidates, remotes, inputs, options.batches[0], target, config.device, refused)
+        )
     record = {
         "schema": SCHEMA,
         "model": model.spec.name,
@@ -82,6 +87,7 @@ def bench(options: Options, overrides: Sequence[str]) -> tuple[dict[str, Any], P
         "overrides": [each for each in overrides if not each.startswith(PLACES)],
         "env": environment(config.device, config.seed),
         "rows": rows,
+        "profile": profile,
         "shares": refused.unless("shares", lambda: layer_shares(candidates, inputs, config.device)),
         "components": refused.unless("components", lambda: components(candidates, model, config)),
         "roofline": refused.unless("roofline", lambda: roofline(config.device, options.repeats)),
@@ -211,6 +217,35 @@ def layer_shares(
     """{format: {part: share of an eager step}} of those with our layers."""
     ours = [c for c in candidates if c.mode == EAGER and quant_layers(c.model)]
     return {c.label: shares(c.model, inputs, device) for c in ours}
+
+
+@torch.no_grad()
+def profiles(
+    candidates: Sequence[Candidate],
+    remotes: Sequence[Remote],
+    inputs: dict[str, Any],
+    batch: int,
+    target: Target,
+    device: torch.device,
+    refused: dict[str, str],
+) -> dict[str, Any]:
+    """Where the time of an eager call, and of other engines' calls, goes, all taking turns: {"rows", "calls", "of": {format: {part:
+    {node: ms}}}}. Of accelerators nothing: what a kernel takes there is not when its operator is called.
+    """
+    if device.type != "cpu":
+        return {}
+    ours = {c.label: c.model for c in candidates if c.mode == EAGER}
+    theirs = {each.label: each for each in remotes if each.can_profile and each.why is None}
+    found: dict[str, list[Profile]] = {label: [] for label in (*ours, *theirs)}
+    for _ in range(PROFILED):
+        for label, model in ours.items():
+            found[label].append(profiled(model, inputs))
+        for label, remote in theirs.items():
+            if (profile := remote.profile(batch)) is not None:
+                found[label].append(profile)
+    refused |= {f"profile of {label}": each.why for label, each in theirs.items() if each.why is not None}
+    told = {label: least(calls, target.blocks) for label, calls in found.items() if calls}
+    return {"rows": batch, "calls": PROFILED, "of": told} if told else {}
 
 
 def components(candidates: Sequence[Candidate], model: LoadedModel, config: RunConfig) -> dict[str, dict[str, float]]:

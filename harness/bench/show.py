@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ditbench.harness.bench.profiles import PARTS
 from ditbench.harness.common.text_table import table
 
 COLORS = {"eager": "#0072B2", "compiled": "#D55E00", "graph": "#009E73"}  # Okabe and Ito's, as in the report
@@ -31,11 +33,43 @@ def shown(record: dict[str, Any]) -> str:
     parts += [f"{name} did not run: {why}" for name, why in record["refused"].items()]
     for label, found in record["shares"].items():
         parts.append(f"{label} eager: " + ", ".join(f"{name} {share:.0%}" for name, share in found.items()))
+    if profile := record.get("profile"):
+        parts.append(profile_table(profile))
     for label, found in record["components"].items():
         parts.append(f"{label}, one sample: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.items()))
     if peaks := record["roofline"]:
         parts.append("measured peaks: " + ", ".join(f"{name} {value:.3g}" for name, value in peaks.items()))
     return "\n\n".join(parts)
+
+
+def profile_table(profile: dict[str, Any]) -> str:
+    """A line for each part, and under it one for each node that is of use: ms of every format's call, and of the whole."""
+    of = profile["of"]
+    totals = {label: sum(sum(nodes.values()) for nodes in parts.values()) for label, parts in of.items()}
+
+    def cells(times: dict[str, float]) -> list[str]:
+        return [f"{times[label]:.2f} ({times[label] / totals[label]:.0%})" if times[label] else "–" for label in of]
+
+    lines = []
+    for part, times, nodes in profile_lines(profile):
+        lines.append((part, *cells(times)))
+        lines += [(f"  {node}", *cells(each)) for node, each in nodes]
+    text = table((f"ms of a call of {profile['rows']} rows", *of), lines)
+    return f"{text}\n\nThe least of {profile['calls']} profiled calls, of each node. A product has in it what was fused into it."
+
+
+def profile_lines(
+    profile: dict[str, Any], least_share: float = 0.01
+) -> Iterator[tuple[str, dict[str, float], list[tuple[str, dict[str, float]]]]]:
+    """(part, {format: ms}, [(node, {format: ms})]): nodes that take `least_share` of a call somewhere."""
+    of = profile["of"]
+    totals = {label: sum(sum(nodes.values()) for nodes in parts.values()) for label, parts in of.items()}
+    for part in dict.fromkeys(part for name in PARTS for parts in of.values() for part in parts if part == name):
+        spent = {label: parts.get(part, {}) for label, parts in of.items()}
+        nodes = dict.fromkeys(node for each in spent.values() for node in each)
+        told = [(node, {label: each.get(node, 0.0) for label, each in spent.items()}) for node in nodes]
+        worth = [(n, each) for n, each in told if any(ms >= least_share * totals[label] for label, ms in each.items())]
+        yield part, {label: sum(each.values()) for label, each in spent.items()}, worth
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ditbench.harness.bench.engines.base import Engine, Rival, Work, known_engines
+from ditbench.harness.bench.profiles import Profile
 from ditbench.harness.common.devices import synchronize
 from ditbench.harness.common.errors import reason
 from ditbench.harness.common.watch import say
@@ -50,6 +51,7 @@ class Remote:
     index: int
     connection: Connection = field(repr=False)
     why: str | None = None
+    can_profile: bool = False
 
     def output(self, batch: int) -> torch.Tensor | None:
         """The prediction for the inputs of so many rows, float32; None if it failed."""
@@ -60,6 +62,10 @@ class Remote:
         """Of one call, as its own process measures it; NaN if it failed."""
         found = self._ask("seconds", batch)
         return math.nan if found is None else found
+
+    def profile(self, batch: int) -> Profile | None:
+        """Where the time of a call of its own went; None if it failed."""
+        return self._ask("profile", batch)
 
     def _ask(self, what: str, batch: int) -> Any:
         if self.why is not None:
@@ -107,7 +113,10 @@ def _greeted(job: Job, connection: Connection, refused: dict[str, str]) -> list[
     if not well:
         refused[job.engine] = found
         return []
-    return [Remote(label, mode, job.engine, held, index, connection) for index, (label, mode, held) in enumerate(found)]
+    return [
+        Remote(label, mode, job.engine, held, index, connection, can_profile=can_profile)
+        for index, (label, mode, held, can_profile) in enumerate(found)
+    ]
 
 
 def _stop(process: Any, connection: Connection) -> None:
@@ -129,7 +138,8 @@ def serve(connection: Connection, job: Job) -> None:
     except Exception as error:
         connection.send((False, reason(error)[:MOST]))
         return
-    connection.send((True, [(rival.label, rival.mode, rival.held_bytes) for rival in rivals]))
+    told = [(rival.label, rival.mode, rival.held_bytes, rival.profile is not None) for rival in rivals]
+    connection.send((True, told))
     try:
         while (asked := connection.recv()) is not None:
             connection.send(answer(asked, inputs, device, rivals))
@@ -155,10 +165,16 @@ def _made(job: Job) -> tuple[Any, torch.device, list[Rival]]:
 
 
 def answer(asked: tuple[str, int, int], inputs: Any, device: torch.device, rivals: Sequence[Rival]) -> tuple[bool, Any]:
-    """asked: ("output" or "seconds", which rival, how many rows) → (True, the array or the seconds), or (False, why not)."""
+    """asked: ("output", "seconds" or "profile", which rival, how many rows) → (True, the array, the seconds or the profile), or
+    (False, why not).
+    """
     what, index, batch = asked
     try:
         arguments = inputs(batch)
+        if what == "profile":
+            profile = rivals[index].profile
+            assert profile is not None
+            return True, profile(arguments)
         synchronize(device)
         start = time.perf_counter()
         y = rivals[index].call(arguments)

@@ -32,9 +32,11 @@ def fuse(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     rounds = any(isinstance(module, QuantLinear) and module.rounds for module in model.modules())
     if not rounds or dtype != torch.bfloat16:
         return
-    if device.type == "cpu" and lacks() is None:
-        fuse_attention(model)
-        fuse_few_rows(model)
+    if device.type == "cpu":
+        fuse_patches(model)
+        if lacks() is None:
+            fuse_attention(model)
+            fuse_few_rows(model)
     if kernels_of(device) is not None:
         if device.type != "cpu":
             fuse_attention(model, _plain()[:1])
@@ -48,9 +50,7 @@ class OurAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             func = attention
         elif func is Tensor.unflatten:
-            func = (
-                torch.unflatten
-            )  # the method is Python's and calls its super(), which a compiler does not follow from here
+            func = torch.unflatten  # the method calls its super(), which a compiler does not follow from here
         return func(*args, **(kwargs or {}))
 
 
@@ -132,6 +132,24 @@ def fuse_few_rows(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is SteadyLinear:
             module.__class__ = FewRowsLinear
+
+
+@cache
+def channels_last(kind: type[Any]) -> type[Any]:
+    """The same kind of convolution, whose result has the channels of a place side by side, as tokens have them: the same bits."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        last = torch.channels_last
+        return nn.Conv2d.forward(self, input.contiguous(memory_format=last)).contiguous(memory_format=last)
+
+    return variant(kind, forward, channels_last, (kind,))
+
+
+def fuse_patches(model: nn.Module) -> None:
+    """Patch embeddings in float: what adds positions and the first block would go over tokens that lie across one another."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and module.kernel_size == module.stride:
+            module.__class__ = channels_last(nn.Conv2d)
 
 
 @cache

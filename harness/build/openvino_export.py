@@ -39,6 +39,7 @@ from ditbench.harness.build.openvino_run import (
     WEIGHTS,
     Runner,
 )
+from ditbench.harness.build.openvino_transformers import refused
 from ditbench.harness.common.artifacts import write_manifest
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.extras import needed
@@ -118,6 +119,9 @@ def save_openvino(
     """
     if folder.exists():
         raise UserError(f"{folder} exists; an export overwrites nothing, choose another --out")
+    kind = type(target.transformer).__name__
+    if why := refused(target.transformer):
+        raise UserError(f"export --format openvino: no OpenVINO model of a {kind}: {why}")
     openvino = needed("openvino", "openvino", "export --format openvino")
     if why := why_not(recipe, weights_only=weights_only):
         raise UserError(f"export --format openvino: OpenVINO has no form for this recipe: {why}")
@@ -131,10 +135,14 @@ def save_openvino(
             model.set_rt_info("0", ["runtime_options", ROUNDS_BY_ITSELF])
         openvino.save_model(model, part / MODEL, compress_to_fp16=False)
         run = Runner(part / MODEL, precision="f32", options={ROUNDS_BY_ITSELF: 0} if weights_only else None)
-        errors = [relative_error(run(example), y) for example, y in zip(examples, expected, strict=True)]
+        try:
+            errors = [relative_error(run(example), y) for example, y in zip(examples, expected, strict=True)]
+        except RuntimeError as error:
+            line = " ".join(str(error).split())[:200]
+            raise UserError(f"export --format openvino: OpenVINO's model of a {kind} does not run: {line}") from error
         if max(errors) > FAR:
             raise UserError(
-                f"export --format openvino: OpenVINO's model of a {type(target.transformer).__name__} is {max(errors):.0%} off what "
+                f"export --format openvino: OpenVINO's model of a {kind} is {max(errors):.0%} off what "
                 "simulate computes, so it was not kept"
             )
         described = {

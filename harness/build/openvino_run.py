@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,11 @@ class Runner:
 
     def __call__(self, arguments: dict[str, Any]) -> Tensor:
         """arguments: of the transformer → its prediction, float32."""
-        given = {
+        return torch.from_numpy(self.compiled(self.given(arguments))[0].copy())
+
+    def given(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments as the model wants them."""
+        return {
             name: (tensor.float() if tensor.is_floating_point() else tensor)
             .cpu()
             .numpy()
@@ -49,7 +54,6 @@ class Runner:
             for name, tensor in leaves(arguments)
             if name in self.dtypes
         }
-        return torch.from_numpy(self.compiled(given)[0].copy())
 
 
 class OpenVINOTransformer(nn.Module):
@@ -66,6 +70,10 @@ class OpenVINOTransformer(nn.Module):
 
         y = self.run(dict(self._signature.bind(*args, **kwargs).arguments))
         return Transformer2DModelOutput(sample=y) if return_dict else (y,)
+
+    def cache_context(self, name: str, **more: Any) -> AbstractContextManager[None]:
+        """As diffusers' models have it: pipelines call them inside; this one caches nothing."""
+        return nullcontext()
 
 
 def load_openvino(

@@ -208,3 +208,13 @@ def test_a_block_compiles_without_a_graph_break(small_model, sort):
     with torch.no_grad():
         run = torch.compile(lambda x: module(x), backend="aot_eager", fullgraph=True)
         assert torch.equal(run(x), module(x))
+
+
+def test_patches_are_embedded_to_the_same_bits_with_the_channels_of_a_token_side_by_side(small_model):
+    plain, built = float_copy(small_model.target(), dtype=torch.bfloat16), quantized(small_model)
+    x = torch.randn(2, plain.pos_embed.proj.in_channels, 8, 8).bfloat16()
+    with torch.no_grad():
+        theirs, ours = plain.pos_embed.proj(x), built.pos_embed.proj(x)
+    assert torch.equal(ours, theirs) and ours.flatten(2).transpose(1, 2).is_contiguous()
+    assert not theirs.flatten(2).transpose(1, 2).is_contiguous()
+    assert type(copy.deepcopy(built.pos_embed.proj)) is type(pickle.loads(pickle.dumps(built)).pos_embed.proj)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ditbench.harness.bench.profiles import Profile
 from ditbench.harness.common.extras import installed
 from ditbench.harness.quant.target import Target
 
@@ -40,12 +41,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Rival:
-    """call: arguments of the transformer, as the family makes them → its prediction. held_bytes: None where nobody can tell."""
+    """call: arguments of the transformer, as the family makes them → its prediction. held_bytes: None where nobody can tell. profile: the
+    same call, which says where its time went; None of an engine that has no word for it.
+    """
 
     label: str
     mode: str
     call: Callable[[dict[str, Any]], Tensor]
     held_bytes: int | None = None
+    profile: Callable[[dict[str, Any]], Profile] | None = None
 
 
 class Engine(Protocol):

@@ -6,13 +6,16 @@ call that is timed, least to most (`Ranges`), so their error is that of ranges t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ditbench.harness.bench.engines.base import GRAPH, Rival, Work, lacks, not_on_the_cpu
+from ditbench.harness.bench.engines.openvino_nodes import COUNTS, Profiler
+from ditbench.harness.bench.profiles import Profile
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.build.openvino_export import converted, without_activations
 from ditbench.harness.build.openvino_run import ROUNDS_BY_ITSELF, Runner
@@ -44,7 +47,23 @@ def rivals(work: Work) -> Iterator[Rival]:
         built = build(work.target, recipe, dtype=torch.float32, backend="simulate")
         model = converted(built, work.examples)
         run = Runner(model, precision=precision, threads=work.threads, options=options)
-        yield Rival(label, GRAPH, run)
+        counting = partial(profiler, model, work, recipe, precision, options)
+        yield Rival(label, GRAPH, run, profile=Once(counting))
+
+
+def profiler(model: Any, work: Work, recipe: ModelRecipe, precision: str, options: dict[str, Any]) -> Profiler:
+    run = Runner(model, precision=precision, threads=work.threads, options=options | COUNTS)
+    return Profiler(run, tuple(recipe.layers))
+
+
+class Once:
+    """A profiler that is made when it is called first, which is when all that is timed has been."""
+
+    def __init__(self, make: Callable[[], Profiler]) -> None:
+        self.make = cache(make)
+
+    def __call__(self, arguments: dict[str, Any]) -> Profile:
+        return self.make()(arguments)
 
 
 def best_precision() -> str:
