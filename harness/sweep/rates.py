@@ -36,6 +36,7 @@ SMALL_BYTES, SMALL_MACS = (
 FEW, MORE = 2, 4  # steps of the two drawings whose difference is the time of a step
 MOST_ROWS = 64  # samples that are drawn side by side
 ROWS = 256  # of a layer that is computed alone
+WEIGHTS = 2**23  # of it, at most: so many of its outputs; FLUX.2's largest has 340 million
 SHAPES = 2  # that are computed, those with most of the operations
 BUSY_S = 1.0  # of one probe
 BESIDE_LAYERS = 1.25  # a whole call against its products alone: norms, activations, residuals
@@ -138,7 +139,8 @@ def _drawing(config: RunConfig, counts: Counts, bits: Bits, rows: int) -> Rates:
 
 def _layers(config: RunConfig, counts: Counts, bits: Bits) -> Rates:
     """Products of the shapes that have most of the operations."""
-    largest = sorted(counts.shapes, key=lambda shape: -counts.shapes[shape] * shape[0] * shape[1] * shape[2])[:SHAPES]
+    most = sorted(counts.shapes, key=lambda shape: -counts.shapes[shape] * shape[0] * shape[1] * shape[2])[:SHAPES]
+    largest = [(rows, inputs, min(outputs, max(1, WEIGHTS // inputs))) for rows, inputs, outputs in most]
     floats: dict[str, float] = {}
     macs = sum(min(rows, ROWS) * inputs * outputs for rows, inputs, outputs in largest)
     for dtype in _dtypes(config):
