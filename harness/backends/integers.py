@@ -37,6 +37,18 @@ def not_even(name: str, spec: QuantSpec) -> str | None:
     return f"{name} does not know scales in blocks, as {spec.name} has them" if spec.in_blocks else None
 
 
+def not_w8a8(name: str, recipe: LayerRecipe) -> str | None:
+    """Why this layer is not what int8 products of other libraries take: symmetric, a scale for each channel and for each token of the call."""
+    if problem := not_integers(name, recipe):
+        return problem
+    weight, act = recipe.weight, recipe.act
+    assert isinstance(weight, QuantizedWeight) and act is not None
+    told = [(spec.bits, spec.granularity, spec.symmetric) for spec in (weight.spec, act.spec)]
+    if told != [(8, "per_channel", True), (8, "per_token", True)] or act.scale is not None:
+        return f"{name} takes W8A8, symmetric, weights per channel and activations per token; this is {weight.spec.told}, {act.spec.told}"
+    return None
+
+
 def weight_lacks(name: str, weight: QuantizedWeight) -> str | None:
     if problem := not_even(name, weight.spec):
         return problem

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.backends.base import Kernel
-from ditbench.harness.backends.integers import not_integers
+from ditbench.harness.backends.integers import not_w8a8
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine, to_codes
 from ditbench.harness.quant.recipe import LayerRecipe
 
@@ -28,13 +28,8 @@ SUMMARY = (
 
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
-    if problem := not_integers(NAME, recipe):
+    if problem := not_w8a8(NAME, recipe):
         return problem
-    weight, act = recipe.weight, recipe.act
-    assert isinstance(weight, QuantizedWeight) and act is not None
-    told = [(spec.bits, spec.granularity, spec.symmetric) for spec in (weight.spec, act.spec)]
-    if told != [(8, "per_channel", True), (8, "per_token", True)] or act.scale is not None:
-        return f"{NAME} takes W8A8, symmetric, weights per channel and activations per token; this is {weight.spec.told}, {act.spec.told}"
     if device.type not in ("cpu", "cuda"):
         return f"{NAME} runs on CPUs and CUDA devices, the device is {device}"
     return lacks()
