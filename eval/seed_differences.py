@@ -8,11 +8,12 @@ be estimated: interval and p are then of the samples of these two, and say nothi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, special, stats
 
+from ditbench.eval.base import PerSample
 from ditbench.eval.paired_differences import Difference
 from ditbench.eval.statistics import Interval
 
@@ -85,6 +86,20 @@ def differences_over_seeds(differences_CS: Sequence[Sequence[Difference]]) -> li
         Difference(mean.value, mean.ci95, mean.p, sum(one.n for one in each), mean.method, mean.method, mean.freedom)
         for mean, each in zip(found, differences_CS, strict=True)
     ]
+
+
+def is_positive(run: PerSample) -> bool:
+    return run.pseudo and float(np.nanmean(run.values_N)) > 0
+
+
+def logarithm(run: PerSample) -> PerSample:
+    """Of a number of the whole set that is positive: what each sample contributes to its logarithm (the delta method).
+
+    A number whose spread grows with it (FID) has an equal spread for good and bad runs only there: of runs at 20 and at 1,300 the spread
+    between seeds would otherwise be that of the worst, which then no test tells apart from anybody.
+    """
+    value = float(np.nanmean(run.values_N))
+    return replace(run, values_N=np.log(value) + (run.values_N - value) / value)
 
 
 def usual_variance(variances_C: np.ndarray, freedom: float) -> tuple[float, float]:

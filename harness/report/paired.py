@@ -7,14 +7,15 @@ to it, where that was kept. Runs recorded without them take no part, and neither
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ditbench.eval.base import PerSample
 from ditbench.eval.paired_differences import Difference, differences, holm
 from ditbench.eval.passport import scored_alike
-from ditbench.eval.seed_differences import differences_over_seeds
+from ditbench.eval.seed_differences import differences_over_seeds, is_positive, logarithm
+from ditbench.eval.statistics import INFLUENCE_OF_LOG
 from ditbench.harness.records.record import Record
 from ditbench.harness.records.sample_values import Values
 from ditbench.harness.report import compare
@@ -86,7 +87,7 @@ def between(group: Group, metric: str, first: int, second: int) -> Difference | 
     def found() -> Difference | None:
         runs = [Run(group.run_names[place], _by_seed(group.records[place], metric)) for place in (first, second)]
         pairs = _pairs(*runs, metric) if all(run.by_seed for run in runs) else []
-        return _differences([pairs])[0] if pairs else None
+        return _differences([pairs], _of_logarithm(group.records[first], metric))[0] if pairs else None
 
     return group.once(("between", metric, first, second), found)
 
@@ -109,7 +110,8 @@ def ranks(group: Group, metric: str, contest: Contest, at: str = BITS) -> Ranks 
 def _of_contest(group: Group, metric: str, contest: Contest, at: str) -> list[Comparison]:
     better = compare.better(group, metric)
     candidates = _candidates(group, metric, contest, at)
-    found = _differences([pairs for _, _, pairs in candidates])
+    of_logarithm = any(_of_logarithm(record, metric) for record in group.records)
+    found = _differences([pairs for _, _, pairs in candidates], of_logarithm)
     adjusted = holm([difference.p for difference in found])
     return [
         Comparison(contest.label, first, second, difference, p_holm, better)
@@ -182,9 +184,23 @@ def _kind(pairs: Sequence[Pair]) -> tuple[int, int]:
     return len(pairs), len(pairs[0][0].values_N)
 
 
-def _differences(candidates: Sequence[Sequence[Pair]]) -> list[Difference]:
+def _of_logarithm(record: Record, metric: str) -> bool:
+    """Whether the metric's own interval is one of its logarithm: its spread grows with it (FID)."""
+    member = (record.members or (record,))[0]
+    return ((member.metrics.get(metric) or {}).get("passport") or {}).get("ci_method") == INFLUENCE_OF_LOG
+
+
+def _differences(candidates: Sequence[Sequence[Pair]], of_logarithm: bool) -> list[Difference]:
     """One per candidate; over seeds where it has several pairs."""
     if not candidates:
         return []
     by_seed = [differences([pairs[seed] for pairs in candidates]) for seed in range(len(candidates[0]))]
-    return by_seed[0] if len(by_seed) == 1 else differences_over_seeds(list(zip(*by_seed, strict=True)))
+    if len(by_seed) == 1:
+        return by_seed[0]
+    found = differences_over_seeds(list(zip(*by_seed, strict=True)))
+    if not of_logarithm or not all(is_positive(run) for pairs in candidates for pair in pairs for run in pair):
+        return found
+    logs = [[(logarithm(first), logarithm(second)) for first, second in pairs] for pairs in candidates]
+    of_logs = [differences([pairs[seed] for pairs in logs]) for seed in range(len(by_seed))]
+    tests = differences_over_seeds(list(zip(*of_logs, strict=True)))
+    return [replace(each, p=its.p, test=f"{its.test}, of logarithms") for each, its in zip(found, tests, strict=True)]

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ditbench.eval.paired_differences import Difference, holm
+from ditbench.eval.base import PerSample
+from ditbench.eval.paired_differences import Difference, differences, holm
 from ditbench.eval.seed_differences import (
     OF_THE_SAMPLES,
     OVER_SEEDS,
     differences_over_seeds,
+    is_positive,
+    logarithm,
     mean_over_seeds,
     usual_variance,
 )
@@ -72,3 +75,23 @@ def test_three_seeds_tell_ten_decibels_from_a_spread_of_half_a_decibel():
     pairs = [values_RS[i] - values_RS[j] for i in range(16) for j in range(i)]
     found = differences_over_seeds([[of_seed(x, 0.1) for x in pair] for pair in pairs])
     assert max(holm([difference.p for difference in found])) < 0.05
+
+
+def test_the_logarithm_of_a_number_has_its_relative_spread():
+    """Small relative spread, where the delta method is exact: mean log m, each sample its share of m."""
+    run = PerSample(np.array([19.0, 20.0, 22.0, 19.0]), pseudo=True)
+    assert (
+        is_positive(run)
+        and not is_positive(PerSample(run.values_N))
+        and not is_positive(PerSample(-run.values_N, pseudo=True))
+    )
+    assert logarithm(run).values_N == pytest.approx(np.log(20.0) + np.array([-0.05, 0.0, 0.1, -0.05]))
+    assert logarithm(run).pseudo
+
+
+def test_paired_logarithms_are_the_logarithm_of_the_ratio():
+    """Both runs share their noise: a ratio that is the same for each sample has no spread."""
+    run = PerSample(np.array([19.0, 20.0, 22.0, 19.0]), pseudo=True)
+    twice = PerSample(2 * run.values_N, pseudo=True)
+    (found,) = differences([(logarithm(twice), logarithm(run))])
+    assert found.value == pytest.approx(np.log(2.0)) and np.ptp(found.ci95) == pytest.approx(0, abs=1e-9)

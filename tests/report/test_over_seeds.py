@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ditbench.eval.base import PerSample
+from ditbench.eval.paired_differences import holm
 from ditbench.eval.seed_differences import OF_THE_SAMPLES, OVER_SEEDS
 from ditbench.harness.records.attempts import read_all
 from ditbench.harness.report import compare, paired, report
@@ -139,3 +141,18 @@ def test_a_report_without_twins_is_the_same_with_and_without_merging(add_run, re
 def test_seeds_of_other_weights_are_not_averaged(seeded, metric):
     first, second = seeded("rtn", [20.0, 21.0], metric)
     assert len(over_seeds([first, replace(second, env=second.env | {"weights_sha256": "1" * 64})])) == 2
+
+
+def test_a_run_that_is_far_worse_is_told_apart_though_its_seeds_lie_far_apart():
+    """FID of five good runs near 20, and of one at 1,341, 1,415 and 1,154 (q_diffusion on small-dit-outliers)."""
+    random = np.random.default_rng(0)
+
+    def of_seeds(values_S):
+        return [PerSample(value * (1 + 0.3 * random.normal(size=200)), pseudo=True) for value in values_S]
+
+    good = [of_seeds(20 * np.exp(0.02 * random.normal(size=3))) for _ in range(5)]
+    runs = [*good, of_seeds([1341.0, 1415.0, 1154.0])]
+    candidates = [list(zip(runs[i], runs[j], strict=True)) for i in range(6) for j in range(i)]
+    of_logarithms, plain = (holm([each.p for each in paired._differences(candidates, how)]) for how in (True, False))
+    assert max(of_logarithms[-5:]) < 0.001 < 0.01 < max(plain[-5:])
+    assert min(of_logarithms[:-5]) > 0.05, "the good ones are equally good"
