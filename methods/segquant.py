@@ -94,7 +94,9 @@ FORMS = {
 def fit(target: Target, calibration: Calibration, bits: Bits, params: Params) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     if params.has("dual") and has_dual(bits):
-        state |= {f"{name}/dual": YES for name in activation_readers(target, calibration) if name in target.layers}
+        state |= {
+            f"{name}/dual": YES.clone() for name in activation_readers(target, calibration) if name in target.layers
+        }
     if params.has("smooth"):
         stats, sites = channel_stats(target, calibration), target.linear_sites()
         tokens = token_sample(target, calibration, sites, params.tokens) if params.search else {}

@@ -39,6 +39,8 @@ from ditbench.harness.samples.samples import Prompt
 LEARNING = ("flatquant", "ptq4dit", "ptq4dm", "q_diffusion")  # by gradients
 METHODS = [name for name in registry.known_methods() if name != registry.FLOAT]
 LEAST_SHARE = 0.99
+# Nothing but a few maxima is fitted here, beside which the numbers of a timestep weigh that a call without weights works out on the CPU.
+LEAST_OF_FEW = {"segquant": 0.96}
 QUICK: dict[str, dict[str, Any]] = {  # what takes long, taken short: less of the same
     "clq": {"grid": 3, "probe": (0.5, 1.0), "search_samples": 1, "search_steps": 1, "reach": 1},
     "duquant": {"steps": 24}, "lrq_dit": {"steps": 24, "choose": "measured"}, "svdquant": {"num_grids": 2, "iterations": 2},
@@ -154,8 +156,9 @@ def compare(case: Case, family: Family, second: torch.device) -> None:
     torch.testing.assert_close(there.output.cpu(), here.output, rtol=0, atol=1e-5)
     torch.testing.assert_close(there.atlas.noise_LS, here.atlas.noise_LS, rtol=1e-5, atol=1e-12)
     assert ops.stages() >= {"fit", "layer errors"}, "a build that transforms nothing only moves"
+    least = LEAST_OF_FEW.get(case.method.__name__.rpartition(".")[2], LEAST_SHARE)
     for stage in ops.stages() - {""}:
-        assert ops.share_on_second_device(stage) >= LEAST_SHARE, f"{stage}\n{ops.report()}"
+        assert ops.share_on_second_device(stage) >= least, f"{stage}\n{ops.report()}"
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
