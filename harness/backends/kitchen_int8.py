@@ -1,7 +1,7 @@
 """W8A8 by comfy-kitchen's int8 layer (`comfy_kitchen.int8_linear`), on the codes and scales of our weights.
 
-For whoever ships with ComfyUI and wants its layer in the table. Never chosen by itself (`backend=kitchen_int8`): on CPUs it is eager torch and slower than
-`vnni`; its CUDA and Triton kernels have not run here. It quantizes tokens itself, by max|x| / 127 as our recipes do without `clip`, in float32.
+For whoever ships with ComfyUI and wants its layer in the table. Never chosen by itself (`backend=kitchen_int8`): on CPUs it is eager torch, and
+its CUDA and Triton kernels have not run here. It quantizes tokens itself, by max|x| / 127 as our recipes do without `clip`, in float32.
 """
 
 from __future__ import annotations
