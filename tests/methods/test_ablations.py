@@ -35,7 +35,7 @@ def test_the_four_papers_have_one():
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_every_job_is_a_valid_run_on_the_stress_model(composed, name):
+def test_every_job_is_a_valid_run_on_the_model_with_outliers(composed, name):
     jobs = jobs_of(composed(name))
     assert 4 <= len(jobs) == len(set(jobs))
     for job in jobs:
@@ -43,7 +43,7 @@ def test_every_job_is_a_valid_run_on_the_stress_model(composed, name):
         run = parse(
             {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key != "hydra"}
         )
-        assert (run.method, run.model.name, run.protocol.n) == (name.removesuffix("_ablation"), "tiny-dit-stress", 500)
+        assert (run.method, run.model.name, run.protocol.n) == (name.removesuffix("_ablation"), "small-dit-outliers", 500)
         assert isinstance(run.bits, Bits)
 
 
