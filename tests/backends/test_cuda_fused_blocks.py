@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import small_models
 import torch
-from small_pipelines import SIZES, SMALL
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,9 +18,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from ditbench.harness.backends import between, cuda_fp8, cuda_int8, simulate  # noqa: E402
 from ditbench.harness.build.build import build, float_copy  # noqa: E402
-from ditbench.harness.models.base import LoadedModel, ModelSpec  # noqa: E402
 from ditbench.harness.models.calls import placed  # noqa: E402
-from ditbench.harness.models.known_families import family  # noqa: E402
 from ditbench.harness.quant.lowrank import LowRank  # noqa: E402
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight  # noqa: E402
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe  # noqa: E402
@@ -166,12 +164,7 @@ def test_a_compiled_block_is_one_graph_without_any_of_it_but_the_activation(smal
 @pytest.mark.parametrize("name", ["flux", "sd3"])
 def test_a_family_gives_the_same_bits_simulated(name):
     """FLUX: both kinds of blocks, text and image, norms of heads, positions."""
-    torch.manual_seed(0)
-    adapter, pipe = family(name), SMALL[name]()
-    adapter.prepare(pipe)
-    pipe.transformer.eval().requires_grad_(False)
-    sized = replace(adapter, size=SIZES[name]) if name in SIZES else adapter
-    model = LoadedModel(ModelSpec(name, name), pipe, sized)
+    model = small_models.small_model(name)
     inputs = placed(model.step_inputs(2), torch.bfloat16, DEVICE)
     outputs, runs = [], []
     for backend in (cuda_int8.NAME, simulate.NAME):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from newer_pipelines import NEWER, NEWER_SIZES
-from small_pipelines import SIZES, SMALL
+from small_models import small_model
 
 from ditbench.harness.backends import vnni
 from ditbench.harness.build.build import build
 from ditbench.harness.build.compiled import compiled
 from ditbench.harness.build.flat_calls import output_of, relative_error
-from ditbench.harness.models.base import LoadedModel, ModelSpec
 from ditbench.harness.models.calls import placed
-from ditbench.harness.models.known_families import family
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import QuantSpec
@@ -34,11 +29,7 @@ KINDS = {  # of blocks, each of which is compiled once
 @torch.no_grad()
 def test_a_block_of_each_kind_compiles_without_a_graph_break_and_computes_the_same(name):
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    pipe, adapter = (SMALL | NEWER)[name](), family(name)
-    adapter.prepare(pipe)
-    pipe.transformer.eval().requires_grad_(False)
-    model = LoadedModel(ModelSpec(name, name), pipe, replace(adapter, size=(SIZES | NEWER_SIZES).get(name, {})))
+    model = small_model(name)
     target = model.target()
     layers = {n: LayerRecipe(weight=quantize_weight(target.weight(n), WEIGHT), act=ACT) for n in target.layers}
     eager = build(target, ModelRecipe(layers), dtype=torch.bfloat16)

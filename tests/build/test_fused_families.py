@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from newer_pipelines import NEWER, NEWER_SIZES, family_of
-from small_pipelines import SIZES, SMALL
+from small_models import MADE, small_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,9 +20,8 @@ from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.build.flat_calls import relative_error
 from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.build.pending import Between, Pending, settled
-from ditbench.harness.models.base import LoadedModel, ModelSpec
+from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.calls import placed
-from ditbench.harness.models.known_families import family
 from ditbench.harness.quant.effective import EffectiveLinear
 from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
@@ -33,19 +30,9 @@ from ditbench.harness.quant.steps import StepClock
 
 pytestmark = pytest.mark.skipif(vnni.cpu_lacks() is not None, reason=str(vnni.cpu_lacks()))
 ACT = ActQuant(QuantSpec(8, "per_token", dynamic=True))
-MADE = SMALL | NEWER
 FAMILIES = sorted(set(MADE) - {"hunyuan_dit"})  # whose timestep's embedding is cast by its pipeline only
 # What runs in one call of the small model: norms that hand over codes, sums with a gate, rotary positions.
 RUNS = {"flux": (10, 10, 8), "sd3": (12, 11, 0), "wan": (6, 4, 4)}
-
-
-def small(name: str) -> LoadedModel:
-    torch.manual_seed(0)
-    adapter, sizes = family(family_of(name)), SIZES | NEWER_SIZES
-    pipe = MADE[name]()
-    adapter.prepare(pipe)
-    pipe.transformer.eval().requires_grad_(False)
-    return LoadedModel(ModelSpec(name, name), pipe, replace(adapter, size=sizes[name]) if name in sizes else adapter)
 
 
 def quantized(model: LoadedModel, backend: str = "auto") -> nn.Module:
@@ -74,7 +61,7 @@ def predicted(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_gives_the_same_bits_simulated_and_about_the_error_of_torch_s_own(name, monkeypatch):
-    model = small(name)
+    model = small_model(name)
     given = model.step_inputs(2)
     inputs = placed(given, torch.bfloat16, torch.device("cpu"))
     with Counted() as counted:
@@ -183,7 +170,7 @@ def test_a_layer_that_is_put_off_reads_what_its_input_was_when_it_was_called():
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_copies_and_what_was_pickled_are_whole(name):
-    model = small(name)
+    model = small_model(name)
     inputs = placed(model.step_inputs(2), torch.bfloat16, torch.device("cpu"))
     ours = quantized(model)
     expected = predicted(ours, inputs)
@@ -194,7 +181,7 @@ def test_copies_and_what_was_pickled_are_whole(name):
 
 
 def test_a_model_in_float32_and_a_float_model_stay_diffusers():
-    model = small("flux")
+    model = small_model("flux")
     target = model.target()
     layers = {
         n: LayerRecipe(weight=quantize_weight(target.weight(n), QuantSpec(8, "per_channel")), act=ACT)

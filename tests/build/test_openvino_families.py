@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from generic_pipelines import GENERIC, GENERIC_SIZES
 from newer_pipelines import NEWER, NEWER_SIZES, family_of
+from small_models import around
 from small_pipelines import SIZES, SMALL, wan_of_two_experts
 
 from ditbench.harness.bench.engines.openvino import static_int8
@@ -18,8 +18,7 @@ from ditbench.harness.build.openvino_run import load_openvino
 from ditbench.harness.build.openvino_transformers import REFUSED
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.extras import installed
-from ditbench.harness.models.base import LoadedModel, ModelSpec
-from ditbench.harness.models.known_families import family
+from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.experts import experts_in
 from ditbench.harness.quant.recipe import ModelRecipe
 
@@ -46,11 +45,7 @@ REFUSES = {
 
 def small(name: str) -> LoadedModel:
     torch.manual_seed(0)
-    of = FAMILY.get(name, family_of(name))
-    adapter, pipe = family(of), MADE[name]()
-    adapter.prepare(pipe)
-    pipe.transformer.eval().requires_grad_(False)
-    return LoadedModel(ModelSpec(name, of), pipe, replace(adapter, size=ALL_SIZES.get(name, {})))
+    return around(MADE[name](), name, FAMILY.get(name, family_of(name)), ALL_SIZES.get(name))
 
 
 @needs_openvino

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
-from newer_pipelines import NEWER, NEWER_SIZES, family_of
-from small_pipelines import SIZES, SMALL
+from small_models import MADE, small_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -16,12 +13,10 @@ from ditbench.harness.build.build import float_copy
 from ditbench.harness.calibration.activated import GELU, SILU, activation_readers
 from ditbench.harness.calibration.recording import Calibration, calibrate, without_data
 from ditbench.harness.common.errors import UserError
-from ditbench.harness.models.base import LoadedModel, ModelSpec, Sampler
-from ditbench.harness.models.known_families import family
+from ditbench.harness.models.base import Sampler
 from ditbench.harness.quant.target import Site, Target, is_linear_map
 from ditbench.harness.samples.samples import Prompt
 
-MADE = SMALL | NEWER
 BEHIND = {  # some of each family's, by the source of its transformer
     "chroma": {"transformer_blocks.0.ff.net.2": GELU, "transformer_blocks.0.ff_context.net.2": GELU},
     "flux": {"transformer_blocks.0.ff.net.2": GELU, "transformer_blocks.0.ff_context.net.2": GELU, "norm_out.linear": SILU},
@@ -40,14 +35,8 @@ GATED = ("flux2", "hidream", "lumina2", "sana", "sana_video", "z_image")  # the 
 
 @pytest.fixture(scope="module", params=sorted(MADE))
 def recorded(request) -> tuple[str, Target, Calibration]:
-    torch.manual_seed(0)
-    name, sizes = request.param, SIZES | NEWER_SIZES
-    adapter, pipe = family(family_of(name)), MADE[name]()
-    adapter.prepare(pipe)
-    pipe.transformer.eval().requires_grad_(False)
-    adapter = replace(adapter, size=sizes[name]) if name in sizes else adapter
-    model = LoadedModel(ModelSpec(name, family_of(name)), pipe, adapter)
-    sampler = Sampler(adapter.SAMPLERS[0], 2, 1.0)
+    name, model = request.param, small_model(request.param)
+    sampler = Sampler(model.adapter.SAMPLERS[0], 2, 1.0)
     return name, model.target("all"), calibrate(model, sampler, n=1, seed=0, prompts=[Prompt("a red circle")])
 
 

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from newer_pipelines import NEWER, NEWER_SIZES, family_of
-from small_pipelines import SIZES, SMALL, wan_of_two_experts
+from small_models import MADE, small_model
+from small_pipelines import SIZES, wan_of_two_experts
 from torch import Tensor
 
 from ditbench.harness.build import attention as building
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import relative_error
-from ditbench.harness.models.base import LoadedModel, ModelSpec
-from ditbench.harness.models.known_families import family
+from ditbench.harness.models.base import ModelSpec
 from ditbench.harness.models.layers import fuse_qkv
 from ditbench.harness.models.loading import load_model
 from ditbench.harness.quant.accounting import account
@@ -26,22 +25,10 @@ from ditbench.harness.quant.layer_names import linear_names
 from ditbench.harness.quant.recipe import AttentionRecipe, ModelRecipe
 from ditbench.harness.quant.sage import FORMS
 
-MADE = SMALL | NEWER
 CROSS = (  # q and k of unequal length here
     "sana", "sana_video", "wan", "ltx", "latte", "hunyuan_dit", "opensora", "kandinsky5", "kandinsky5_t2i", "ltx2",
 )  # fmt: skip
 MASKED = ("pixart", "chroma", "hunyuan_video", "hunyuan_video15", "opensora", "sana", "sana_video", "ltx", "ltx2")
-
-
-def small(name: str) -> LoadedModel:
-    torch.manual_seed(0)
-    adapter, sizes = family(family_of(name)), SIZES | NEWER_SIZES
-    pipe = MADE[name]()
-    adapter.prepare(pipe)
-    pipe.transformer.eval().requires_grad_(False)
-    return LoadedModel(
-        ModelSpec(name, family_of(name)), pipe, replace(adapter, size=sizes[name]) if name in sizes else adapter
-    )
 
 
 class Watched:
@@ -71,7 +58,7 @@ class Watched:
 
 @pytest.mark.parametrize("name", sorted(MADE))
 def test_a_form_rounds_every_softmax_of_a_family_and_they_are_what_is_counted(name, monkeypatch):
-    model, watched = small(name), Watched(monkeypatch)
+    model, watched = small_model(name), Watched(monkeypatch)
     target = model.target(attention="int8")
     recipe = ModelRecipe({}, attention=dict(target.attention_given))
     built, inputs = build(target, recipe, dtype=torch.float32), model.step_inputs(1)
@@ -96,7 +83,7 @@ def test_a_form_rounds_every_softmax_of_a_family_and_they_are_what_is_counted(na
 @pytest.mark.parametrize("name", ["flux", "opensora", "lumina2", "wan", "generic"])
 def test_what_methods_quantize_is_rounded_in_other_families_too(name):
     """`protocol.attention=true`, whose ranges methods find: joint, fused, with rotary embeddings, masked and across."""
-    model = small(name)
+    model = small_model(name)
     target = model.target(attention=True)
     seen: Counter[str] = Counter()
     built, inputs = float_copy(target, dtype=torch.float32), model.step_inputs(1)
@@ -112,7 +99,7 @@ def test_what_methods_quantize_is_rounded_in_other_families_too(name):
 
 
 def test_linear_attention_stays_in_float_and_one_that_is_no_softmax_is_refused_when_it_runs():
-    model = small("sana")
+    model = small_model("sana")
     assert {name.rpartition(".")[2] for name in model.target(attention="fp8").attention_given} == {"attn2"}
     model.adapter = replace(model.adapter, LINEAR_ATTENTION="")
     target = model.target(attention="fp8")
@@ -122,14 +109,14 @@ def test_linear_attention_stays_in_float_and_one_that_is_no_softmax_is_refused_w
 
 
 def test_pixart_keeps_what_its_protocol_meant_and_a_form_means_all():
-    model = small("pixart")
+    model = small_model("pixart")
     kinds = {name.rpartition(".")[2] for name in model.target(attention=True).attention}
     assert kinds == {"attn1"}
     assert {name.rpartition(".")[2] for name in model.target(attention="int8").attention_given} == {"attn1", "attn2"}
 
 
 def test_scope_and_skip_say_which_modules_get_a_form():
-    model = small("hunyuan_video")
+    model = small_model("hunyuan_video")
     inside, everywhere = (set(model.target(scope, attention="int8").attention_given) for scope in ("blocks", "all"))
     assert {name.partition(".")[0] for name in everywhere - inside} == {"context_embedder"} and inside < everywhere
     assert set(model.macs) >= everywhere
@@ -142,7 +129,7 @@ def test_scope_and_skip_say_which_modules_get_a_form():
 
 
 def test_fused_projections_are_rounded_behind_the_fused_layer():
-    plain, fused = small("flux"), small("flux")
+    plain, fused = small_model("flux"), small_model("flux")
     fuse_qkv(fused.transformer)
     outputs = []
     for model in (plain, fused):
@@ -166,7 +153,7 @@ def test_two_experts_have_a_form_each_under_their_own_names(tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_err_little_in_a_joint_attention(form):
-    model = small("sd3")
+    model = small_model("sd3")
     target, inputs = model.target(attention=form), model.step_inputs(2)
     with torch.no_grad():
         plain = float_copy(target, dtype=torch.float32)(**inputs).sample
