@@ -2,7 +2,8 @@
 
 A backend module has NAME, KIND ("measured" or "simulated"), PRIORITY (the highest capable one is chosen),
 `unsupported(recipe, device) -> str | None` (the reason why not; a `MachineLacks` where the machine could be mended or is too old) and `make_kernel(recipe, weight_OC) -> Kernel`; and if it
-likes, OPERATORS: {name of an operator in a profile: the part of a layer it does}, for `ditbench bench`.
+likes, OPERATORS: {name of an operator in a profile: the part of a layer it does}, for `ditbench bench`, and LAYER_LIMIT: how far its results
+may be from simulated ones, where they leave in 16 bits, for `ditbench parity`.
 Backends never know methods; they see a recipe and the device.
 """
 

@@ -27,6 +27,7 @@ NAME = "gemlite"
 KIND = "measured"
 PRIORITY = -1
 SUMMARY = "W8A8 and W4A16 by gemlite (pip install gemlite) on CUDA; only when asked for; not yet run on a device"
+LAYER_LIMIT = 2**-8  # of W4A16: weights and result are rounded to bf16
 LANES = 32  # input channels, and those of a group, come in multiples of it: the least that its kernels multiply at once
 SIGN = 8  # its codes of 4 bits have no sign: ours from -7 to 7 are moved up, and so is their zero point
 

@@ -16,7 +16,13 @@ from ditbench.harness.cli.flags import Parser, flags_to_overrides, without_overr
 from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError
 from ditbench.harness.common.text_table import table
 from ditbench.harness.fitting.registry import formats_of
-from ditbench.harness.measurement.parity import E4M3_IMAGE_LIMIT_DB, IMAGE_LIMIT_DB, LAYER_LIMIT, layer_parity
+from ditbench.harness.measurement.parity import (
+    E4M3_IMAGE_LIMIT_DB,
+    IMAGE_LIMIT_DB,
+    LAYER_LIMIT,
+    layer_limit,
+    layer_parity,
+)
 from ditbench.harness.models.calls import float_dtype
 from ditbench.harness.quant.spec import FP8
 from ditbench.harness.samples.samples import Rows
@@ -44,7 +50,7 @@ class Row:
     @property
     def keeps_limits(self) -> bool:
         images_db = E4M3_IMAGE_LIMIT_DB if self.format == FP8.upper() else IMAGE_LIMIT_DB
-        return self.relative <= LAYER_LIMIT and self.psnr_db >= images_db
+        return self.relative <= layer_limit(self.backend) and self.psnr_db >= images_db
 
 
 def check(formats: Iterable[str], overrides: Sequence[str]) -> tuple[str, bool]:
@@ -70,7 +76,9 @@ def check(formats: Iterable[str], overrides: Sequence[str]) -> tuple[str, bool]:
         ],
     )
     images = f"{IMAGE_LIMIT_DB:g} dB ({E4M3_IMAGE_LIMIT_DB:g} in FP8)"
-    limits = f"real kernels against simulated execution; limits: {LAYER_LIMIT:g} per layer, {images}"
+    own = [(each, layer_limit(each)) for each in dict.fromkeys(row.backend for row in rows)]
+    of_some = "".join(f" ({limit:.2g} of {name})" for name, limit in own if limit != LAYER_LIMIT)
+    limits = f"real kernels against simulated execution; limits: {LAYER_LIMIT:g} per layer{of_some}, {images}"
     return f"{shown}\n{limits}", all(row.keeps_limits for row in rows)
 
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.backends.base import known_backends
 from ditbench.harness.build.build import build_layer, clock_of
 from ditbench.harness.common.devices import in_float64
 from ditbench.harness.measurement.layer_errors import rounded_layers
 from ditbench.harness.quant.recipe import ModelRecipe
 from ditbench.harness.quant.target import Target
 
-LAYER_LIMIT = 1e-3  # relative error of a layer's output that a backend must keep
+LAYER_LIMIT = 1e-3  # relative error of a layer's output that a backend must keep, if it has none of its own
 IMAGE_LIMIT_DB = 45.0  # PSNR of its images against the simulated ones
 E4M3_IMAGE_LIMIT_DB = 35.0
 
@@ -32,6 +33,11 @@ class LayerParity:
     backend: str
     relative: float
     largest: float
+
+
+def layer_limit(backend: str) -> float:
+    """Of the backend of that name."""
+    return getattr(known_backends().get(backend), "LAYER_LIMIT", LAYER_LIMIT)
 
 
 @torch.no_grad()

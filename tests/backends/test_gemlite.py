@@ -113,7 +113,7 @@ def test_w8a8_is_simulated_execution_but_for_the_order_of_its_scales(handed, nor
 def test_w4a16_is_simulated_execution_in_sixteen_bits(handed, normal, spec):
     theirs, ours = both(recipe_of(normal, spec, None), normal(2, 9, 128, seed=2).bfloat16())
     assert theirs.shape == ours.shape and theirs.dtype == torch.bfloat16
-    assert relative_error(theirs, ours.double()) < 2**-8
+    assert 1e-3 < relative_error(theirs, ours.double()) < gemlite_kernels.LAYER_LIMIT
 
 
 @four_bits

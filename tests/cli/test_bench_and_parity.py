@@ -164,6 +164,13 @@ def test_a_kernel_agrees_within_the_limits_of_its_format(label, relative, psnr_d
     assert Row(label, "any", 30, relative, relative, psnr_db).keeps_limits is keeps
 
 
+@pytest.mark.parametrize(
+    ("backend", "relative", "keeps"), [("vnni", 2e-3, False), ("gemlite", 2e-3, True), ("gemlite", 5e-3, False)]
+)
+def test_a_backend_whose_results_leave_in_sixteen_bits_has_a_limit_of_its_own(backend, relative, keeps):
+    assert Row("W4A16", backend, 30, relative, relative, 50.0).keeps_limits is keeps
+
+
 @needs_real
 def test_parity_without_formats_takes_those_of_the_method(ditbench, tmp_path, monkeypatch):
     asked = []
