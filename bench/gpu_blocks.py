@@ -5,8 +5,9 @@
 
 Writes gpu_blocks.json and gpu_blocks.md, after each candidate and each roofline. Every candidate of a block is called in turn, so that all
 see the same clocks; a time is the median over `--repeats` rounds. Until all are made, each has times of its own turns with bf16. Compiling
-takes most of the time: what the block's share of `--limit` seconds does not suffice for is named, the rest is timed. The roofline is
-what one product of the block's largest layer, and one copy, reach.
+takes most of the time: what the block's share of `--limit` seconds does not suffice for is named, the rest is timed. Each is called
+eagerly, compiled, and as a CUDA graph of its eager call: what the device takes, without Python between the launches. The roofline is what one
+product of the block's largest layer, and one copy, reach.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def write(found: dict[str, Any], out: Path) -> None:
 def block_times(
     found: dict[str, dict[str, Any]], shape: Shape, device: torch.device, repeats: int, limit_s: float, *, timed: bool
 ) -> Iterator[None]:
-    """found: gets {candidate: eager_ms, compiled_ms, bytes of its linear layers, error against bf16 (RMS, relative)}, or what failed;
+    """found: gets {candidate: eager_ms, graph_ms, compiled_ms, bytes of its linear layers, error against bf16 (RMS, relative)}, or what failed;
     one candidate at a time, and at last the times of all of them in turns.
     """
     torch.manual_seed(0)
@@ -164,7 +165,11 @@ def block_times(
             "relative_rms_error": float(error.square().mean().sqrt() / (expected - x.float()).square().mean().sqrt()),
         }
         if timed:
-            calls[name, "eager_ms"] = lambda candidate=candidate: candidate(x)
+            calls[name, "eager_ms"] = eager = lambda candidate=candidate: candidate(x)
+            try:
+                calls[name, "graph_ms"] = captured(eager)
+            except Exception as failure:
+                found[name]["no_graph"] = short(failure)
         try:
             engine = "inductor" if timed else "aot_eager"
             compiled = torch.compile(candidate, fullgraph=True, dynamic=False, backend=engine)
@@ -178,6 +183,19 @@ def block_times(
         yield
     keep(found, interleaved(calls, repeats))
     yield
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A replay of what the call launches; it has been called before, so that no kernel is compiled while it is captured."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def keep(found: dict[str, dict[str, Any]], times: dict[tuple[str, str], float]) -> None:
@@ -325,20 +343,20 @@ def roofline(shape: Shape, device: torch.device) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown. Speed-ups are against bf16 of the same kind, eager or compiled."""
+    """Markdown. Speed-ups are against bf16 of the same kind: eager, a graph or compiled."""
     lines = [f"{found['device']}, torch {found['torch']}, medians of {found['repeats']} interleaved calls", ""]
     for shape, rows in found["blocks"].items():
         lines += [
-            f"| {shape} block | eager ms | × | compiled ms | × | weights MB | × smaller | error |",
-            "|---|" + "--:|" * 7,
+            f"| {shape} block | eager ms | × | graph ms | × | compiled ms | × | weights MB | × smaller | error |",
+            "|---|" + "--:|" * 9,
         ]
         base = rows["bf16"]
         for name, row in rows.items():
             if "failure" in row:
-                lines.append(f"| {name} | {row['failure']} |" + " |" * 6)
+                lines.append(f"| {name} | {row['failure']} |" + " |" * 8)
                 continue
             cells = [name]
-            for kind in ("eager_ms", "compiled_ms"):
+            for kind in ("eager_ms", "graph_ms", "compiled_ms"):
                 cells.append(f"{row[kind]:.3f}" if kind in row else "–")
                 cells.append(f"{base[kind] / row[kind]:.2f}" if kind in row and kind in base else "–")
             size = row["linear_bytes"]
@@ -348,6 +366,7 @@ def table(found: dict[str, Any]) -> str:
         lines += [
             "",
             *(f"{name}, compiled: {row['not_compiled']}" for name, row in rows.items() if "not_compiled" in row),
+            *(f"{name}, as a graph: {row['no_graph']}" for name, row in rows.items() if "no_graph" in row),
         ]
     for shape, rows in found["roofline"].items():
         lines += [f"| {shape}: one product, one copy | ms | reached |", "|---|--:|--:|"]

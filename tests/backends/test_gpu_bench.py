@@ -43,6 +43,31 @@ def test_candidates_that_the_time_does_not_suffice_for_are_named_and_the_table_i
     assert "| W4A16 | not reached in 0 s |" in (tmp_path / "gpu_blocks.md").read_text()
 
 
+def test_a_candidate_has_its_times_in_the_table_before_the_next_is_made(tmp_path, monkeypatch):
+    """So that a run that is cut off keeps them. No device here: the clock, graphs and the compiler are stand-ins."""
+    pytest.importorskip("triton")
+    bench = SimpleNamespace(**runpy.run_path(str(CONF.parent / "bench" / "gpu_blocks.py")))
+    outside = bench.keep.__globals__
+    turns: list[list] = []
+    monkeypatch.setitem(
+        outside, "interleaved", lambda calls, repeats: turns.append([*calls]) or dict.fromkeys(calls, 2.0)
+    )
+    monkeypatch.setitem(outside, "captured", lambda call: call)
+    monkeypatch.setitem(outside, "replaced", lambda block, make: block)
+    monkeypatch.setattr(torch, "compile", lambda module, **settings: module)
+    rows: dict = {}
+    made = bench.block_times(rows, bench.DRY_SHAPES["tiny"], torch.device("cpu"), 1, limit_s=60, timed=True)
+    kinds = ("eager_ms", "graph_ms", "compiled_ms")
+    for count in (1, 2):
+        next(made)
+        assert len(rows) == count and all(row[kind] == 2.0 for row in rows.values() for kind in kinds)
+        bench.write({"device": "", "torch": "", "repeats": 1, "blocks": {"tiny": rows}, "roofline": {}}, tmp_path)
+        assert (tmp_path / "gpu_blocks.md").read_text().count("| 2.000 | 1.00 | 2.000 | 1.00 | 2.000 | 1.00 |") == count
+    assert turns == [[("bf16", kind) for kind in kinds], [(name, kind) for name in ("bf16", "W8A8") for kind in kinds]]
+    *_, _ = made
+    assert len(turns[-1]) == 3 * len(rows) == 3 * 9
+
+
 def test_the_small_family_of_the_gpu_bench_is_drawn_outside_of_pytest_and_its_table_is_kept(tmp_path):
     """Its pipeline comes from the tests' modules; the first that imports transformers must find torchvision mended."""
     found = subprocess.run(
