@@ -86,13 +86,13 @@ def bitsandbytes(bits: int) -> Callable[[Path, Path], None]:
     """
 
     def make(folder: Path, out: Path) -> None:
-        import bitsandbytes as bnb
+        from layers_of_others import of_bitsandbytes
 
         made = diffusers.FluxTransformer2DModel.from_pretrained(folder / "transformer")
         for name, linear in list(made.named_modules()):
             place, _, last = name.rpartition(".")
             if isinstance(linear, nn.Linear) and not name.startswith(tuple(FLOAT_LAYERS)) and last != "proj_out":
-                setattr(made.get_submodule(place), last, layer(bnb, linear, bits))
+                setattr(made.get_submodule(place), last, of_bitsandbytes(linear, bits))
         config = diffusers.BitsAndBytesConfig(
             load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[*FLOAT_LAYERS, "proj_out"],
             bnb_4bit_compute_dtype=torch.float32,
@@ -101,18 +101,6 @@ def bitsandbytes(bits: int) -> Callable[[Path, Path], None]:
         made.save_pretrained(out)
 
     return make
-
-
-def layer(bnb: object, linear: nn.Linear, bits: int) -> nn.Module:
-    shape = linear.in_features, linear.out_features, linear.bias is not None
-    if bits == 8:
-        made = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False)
-        made.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    else:
-        made = bnb.nn.Linear4bit(*shape, compute_dtype=torch.float32, quant_type="nf4")
-        made.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-    made.bias = linear.bias
-    return made.to("cpu")  # which quantizes
 
 
 def gguf(kind: str) -> Callable[[Path, Path], None]:

@@ -10,6 +10,7 @@ product needs a build with MSLK), nor are MXFP6, INT4 and mixtures, which it doe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,18 +35,25 @@ ROWS = 16  # so many tokens at a time; fewer are filled up with zeros
 
 
 def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
+    return lacks(NAME, recipe, device, tuple(CAPABILITY))
+
+
+def lacks(backend: str, recipe: LayerRecipe, device: torch.device, formats: Sequence[str]) -> str | None:
+    """Why the backend, which knows these formats, cannot run the recipe there."""
     weight, act = recipe.weight, recipe.act
     if not isinstance(weight, QuantizedWeight) or act is None or isinstance(act, UnevenQuant):
-        return f"{NAME} takes weights and activations in blocks"
+        return f"{backend} takes weights and activations in blocks"
     if not (weight.spec.in_blocks and act.spec.in_blocks and weight.spec.name == act.spec.name):
-        return f"{NAME} takes both sides in one format in blocks; these are {weight.spec.name} and {act.spec.name}"
+        return f"{backend} takes both sides in one format in blocks; these are {weight.spec.name} and {act.spec.name}"
     name = weight.spec.name
-    if name not in CAPABILITY or not all(_is_usual(spec) for spec in (weight.spec, act.spec)):
-        return f"{NAME} knows {', '.join(CAPABILITY)} in their usual blocks; this is {weight.spec.told}"
+    if name not in formats or not all(_is_usual(spec) for spec in (weight.spec, act.spec)):
+        return f"{backend} knows {', '.join(formats)} in their usual blocks; this is {weight.spec.told}"
     (outputs, channels), (of_channels, of_outputs) = weight.codes_OC.shape, MULTIPLES[name]
     if channels % of_channels or outputs % of_outputs:
-        return f"{NAME} takes {name} of {of_channels}s to {of_outputs}s channels, this layer is {channels} → {outputs}"
-    return device_lacks(name, device)
+        return (
+            f"{backend} takes {name} of {of_channels}s to {of_outputs}s channels, this layer is {channels} → {outputs}"
+        )
+    return device_lacks(backend, name, device)
 
 
 def _is_usual(spec: QuantSpec) -> bool:
@@ -54,18 +62,18 @@ def _is_usual(spec: QuantSpec) -> bool:
     return (spec.number, spec.group_size) == blocks[spec.name] and spec.block_rows in (1, 128)
 
 
-def device_lacks(name: str, device: torch.device) -> str | None:
+def device_lacks(backend: str, name: str, device: torch.device) -> str | None:
     if device.type != "cuda":
-        return f"{NAME} runs on CUDA devices, the device is {device}"
+        return f"{backend} runs on CUDA devices, the device is {device}"
     if not hasattr(F, "scaled_mm"):
         return MachineLacks(
-            f"{NAME} needs torch.nn.functional.scaled_mm, which this torch lacks", "pip install -U torch"
+            f"{backend} needs torch.nn.functional.scaled_mm, which this torch lacks", "pip install -U torch"
         )
     least, most = CAPABILITY[name]
     found, _ = torch.cuda.get_device_capability(device)
     if found < least or (most is not None and found > most):
         wanted = f"{least}.x" if most == least else f"{least}.0 or newer"
-        return MachineLacks(f"{NAME} runs {name} on compute capability {wanted}, this device has {found}.x")
+        return MachineLacks(f"{backend} runs {name} on compute capability {wanted}, this device has {found}.x")
     return None
 
 
@@ -114,15 +122,18 @@ class BlockKernel(Kernel):
                 of_square_blocks(self.scale_RG) if self.spec.scale == "float32" else swizzled(self.scale_RG)
             )
         laid_out_M = rows_first(scale_MG) if self.spec.scale == "float32" else swizzled(scale_MG)
-        y_MO = F.scaled_mm(
-            packed(codes_MC, self.act.spec),
+        return self.multiplied(packed(codes_MC, self.act.spec), laid_out_M, self._laid_out)[:rows]
+
+    def multiplied(self, a: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+        """a, packed, by our codes; scales as they are laid out."""
+        return F.scaled_mm(
+            a,
             self.codes.view(product_dtype(self.spec)).t(),
-            *(laid_out_M, recipe_of(self.act.spec)),
-            *(self._laid_out, recipe_of(self.spec)),
+            *(scale_a, recipe_of(self.act.spec)),
+            *(scale_b, recipe_of(self.spec)),
             **swizzles(self.spec),
             output_dtype=torch.float32,
         )
-        return y_MO[:rows]
 
     def tensor_scales(self, scales: Scales) -> Tensor | float:
         """Of both sides; (B, 1, …) or 1."""

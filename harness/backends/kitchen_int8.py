@@ -7,7 +7,6 @@ its CUDA and Triton kernels have not run here. It quantizes tokens itself, by ma
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ditbench.harness.backends.base import Kernel
 from ditbench.harness.backends.integers import not_w8a8
+from ditbench.harness.backends.others import library_lacks
 from ditbench.harness.quant.quantizers import QuantizedWeight
 from ditbench.harness.quant.recipe import LayerRecipe
 
@@ -37,14 +37,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
 
 @cache
 def lacks() -> str | None:
-    """No `MachineLacks`: whoever did not ask for comfy-kitchen misses nothing."""
-    if find_spec("comfy_kitchen") is None:
-        return f"{NAME} needs comfy-kitchen, which is not installed: pip install comfy-kitchen"
-    try:
-        _linear()
-    except ImportError as error:
-        return f"{NAME} needs a newer comfy-kitchen ({error}): pip install -U comfy-kitchen"
-    return None
+    return library_lacks(NAME, "comfy-kitchen", _linear)
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

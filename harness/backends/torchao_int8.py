@@ -8,7 +8,6 @@ max|x| / 127.5 instead of 127, so that a checkpoint of torchao's is another row 
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ditbench.harness.backends.base import Kernel
 from ditbench.harness.backends.integers import not_w8a8
+from ditbench.harness.backends.others import library_lacks
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine, to_codes
 from ditbench.harness.quant.recipe import LayerRecipe
 
@@ -37,14 +37,7 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
 
 @cache
 def lacks() -> str | None:
-    """No `MachineLacks`: whoever did not ask for torchao misses nothing."""
-    if find_spec("torchao") is None:
-        return f"{NAME} needs torchao, which is not installed: pip install torchao"
-    try:
-        _product()
-    except ImportError as error:
-        return f"{NAME} needs a newer torchao ({error}): pip install -U torchao"
-    return None
+    return library_lacks(NAME, "torchao", _product)
 
 
 def make_kernel(recipe: LayerRecipe, weight_OC: Tensor) -> Kernel:

@@ -156,11 +156,18 @@ def composed(jobs: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def hydra_errors_explained() -> Iterator[None]:
+def hydra_errors_explained(job: Sequence[str] = ()) -> Iterator[None]:
+    """job: the overrides of the one of a sweep that is composed."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise _explained(error) from error
+        raise _explained(error, job) from error
+
+
+def unknown_key(error: BaseException) -> str | None:
+    """The setting that a composition failed at, because no file has it; None: it failed otherwise."""
+    cause = next((each for each in _causes(error) if _is_unknown(each)), None)
+    return None if cause is None else str(getattr(cause, "full_key", None) or cause.key)  # type: ignore[attr-defined]
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -169,15 +176,27 @@ def resolved(config: DictConfig) -> dict[str, Any]:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
-def _explained(error: Exception) -> UserError:
-    chain: list[BaseException] = [error]
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error, and what it was raised from, and so on."""
+    chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
+    return chain
+
+
+def _is_unknown(cause: BaseException) -> bool:
+    node, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
+    return isinstance(node, DictConfig) and key is not None and "not in struct" in str(cause)
+
+
+def _explained(error: Exception, job: Sequence[str]) -> UserError:
+    chain = _causes(error)
     for cause in chain:
-        node, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
-        if isinstance(node, DictConfig) and key is not None and "not in struct" in str(cause):
+        if _is_unknown(cause):
+            node, key = cause.parent_node, cause.key  # type: ignore[attr-defined]
             section = str(getattr(cause, "full_key", key)).rpartition(".")[0]
-            return checks.unknown_setting(str(key), map(str, node), section, _settings_of(node), _method_of(node))
+            chosen = _choice(section.partition(".")[0], node, job)
+            return checks.unknown_setting(str(key), map(str, node), section, _settings_of(node), chosen)
         if isinstance(cause, OverrideParseException):
             return checks.not_an_override(cause)
         if str(cause).startswith("Ambiguous value for argument"):
@@ -191,8 +210,14 @@ def _explained(error: Exception) -> UserError:
     return UserError(f"{where}: {said}" if where and where not in said else said)
 
 
-def _method_of(node: DictConfig) -> str | None:
-    return OmegaConf.select(node._get_root(), "method.name")
+def _choice(section: str, node: DictConfig, job: Sequence[str]) -> str | None:
+    """ "method=rtn": what the configuration that the node is part of has chosen for the section, where that is a job's own choice, or
+    its method.
+    """
+    named = next((each for each in reversed(job) if each.startswith(f"{section}=")), None)
+    if named is not None or section != "method":
+        return named
+    return f"method={OmegaConf.select(node._get_root(), 'method.name')}"
 
 
 def _settings_of(node: DictConfig) -> list[str]:

@@ -50,7 +50,7 @@ def launch(arguments: list[str], again: Mapping[int, Sequence[str]] | None = Non
     Raises:
         UserError: a choice, override or value that cannot be used.
     """
-    arguments = _checked(arguments)
+    arguments = checked(arguments)
     if any(each.startswith("launcher=") and each != "launcher=local" for each in arguments):
         arguments = [*arguments, "--multirun"]  # a sweep of one: it is not this process that does it
     with _arguments(arguments), multirun(arguments) as sweep:
@@ -159,6 +159,7 @@ def _launch_chosen(multirun: Multirun, stamp: str) -> int:
     """The jobs of a sweeper that chooses each by what the ones before gave: they make themselves known as they start."""
     engine_of(multirun, (0, ()))
     objective.check(multirun)
+    multirun.check_left()
     config = without_hydra(multirun.config)
     home = attempts.experiment_folder(Path(config.results_dir).expanduser(), config.name)
     sweep = Sweep(stamp, home, now(), (), sweeper=multirun.sweeper)
@@ -223,12 +224,12 @@ def through_hydra(arguments: list[str], job: Callable[[DictConfig], Any]) -> Non
     Raises:
         UserError: a choice, override or value that cannot be used.
     """
-    arguments = _checked(arguments)
+    arguments = checked(arguments)
     with _arguments(arguments), compose.hydra_errors_explained():
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
 
 
-def _checked(arguments: list[str]) -> list[str]:
+def checked(arguments: list[str]) -> list[str]:
     """The arguments in an order that Hydra takes."""
     compose.register()
     overrides = [a for a in arguments if ("=" in a or a.startswith("~")) and not a.startswith("-")]

@@ -19,13 +19,15 @@ from hydra._internal.utils import _get_cls_name, create_config_search_path, get_
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job
+from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ditbench.harness.common.paths import CONF
-from ditbench.harness.sweep.compose import hydra_errors_explained, search_path
+from ditbench.harness.sweep.compose import groups, hydra_errors_explained, search_path, unknown_key
 
 CONFIG = "config"
 MODE = "hydra.mode="
@@ -33,10 +35,13 @@ MODE = "hydra.mode="
 
 @dataclass
 class Multirun:
-    """What the arguments make. config: of the sweep, Hydra's own section among it, without what is swept."""
+    """What the arguments make. config: of the sweep, Hydra's own section among it, without what is swept, nor what is left to the
+    jobs: settings that it lacks, as one of a swept method's, where the default stands.
+    """
 
     context: HydraContext
     config: DictConfig
+    left: list[str]
 
     @property
     def sweeper(self) -> str | None:
@@ -58,15 +63,32 @@ class Multirun:
     def jobs(self) -> list[list[str]]:
         """The overrides of every job, in Hydra's order."""
         with hydra_errors_explained():
-            parser = OverridesParser.create(config_loader=self.context.config_loader)
-            listed = [f"{name}={value}" for name, value in (self.config.hydra.sweeper.params or {}).items()]
-            given = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
-            (batch,) = BasicSweeper.split_arguments(parser.parse_overrides([*listed, *given]), None)
+            (batch,) = BasicSweeper.split_arguments(self._overrides(), None)
             return batch
+
+    def check_left(self) -> None:
+        """Raise UserError for a setting that was left to the jobs and that some choice of the swept groups lacks. Only for a sweeper
+        that chooses its jobs: others' are all composed before the first one starts.
+        """
+        if not self.left:
+            return
+        known = groups()
+        kept = [each for each in self._overrides() if not each.is_sweep_override() or each.key_or_group in known]
+        with hydra_errors_explained():
+            (combinations,) = BasicSweeper.split_arguments(kept, None)
+        for number, overrides in enumerate(combinations):
+            self.composed(number, overrides)
+
+    def _overrides(self) -> list[Override]:
+        """Those of the jobs: of an experiment's file and of the command."""
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        listed = [f"{name}={value}" for name, value in (self.config.hydra.sweeper.params or {}).items()]
+        given = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
+        return parser.parse_overrides([*listed, *given])
 
     def composed(self, number: int, overrides: Sequence[str]) -> DictConfig:
         """The configuration of one job, with Hydra's section."""
-        with hydra_errors_explained():
+        with hydra_errors_explained(overrides):
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
@@ -124,9 +146,7 @@ def multirun(arguments: Sequence[str]) -> Iterator[Multirun | None]:
     hydra = Hydra.create_main_hydra2("ditbench", create_config_search_path(str(CONF)))
     try:
         with hydra_errors_explained():
-            config = hydra.compose_config(
-                CONFIG, [*asked.overrides, *mode], RunMode.MULTIRUN, with_log_configuration=True
-            )
+            config, left = _of_the_sweep(hydra, [*asked.overrides, *mode])
         if config.hydra.mode != RunMode.MULTIRUN:
             yield None
             return
@@ -134,10 +154,34 @@ def multirun(arguments: Sequence[str]) -> Iterator[Multirun | None]:
             callbacks = Callbacks(config)
         with _hydra_config(config):
             callbacks.on_multirun_start(config=config, config_name=CONFIG)
-            yield Multirun(HydraContext(hydra.config_loader, callbacks), config)
+            yield Multirun(HydraContext(hydra.config_loader, callbacks), config, left)
             callbacks.on_multirun_end(config=config, config_name=CONFIG)
     finally:
         GlobalHydra.instance().clear()
+
+
+def _of_the_sweep(hydra: Hydra, given: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """The configuration of the sweep, and the overrides that it has no setting for. In it the default stands for each swept group, so
+    whether a setting is one can be said of the jobs only.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(given))
+    left: list[Override] = []
+    while True:
+        try:
+            kept = [each.input_line for each in parsed if each not in left]
+            config = hydra.compose_config(CONFIG, kept, RunMode.MULTIRUN, with_log_configuration=True)
+        except ConfigCompositionException as error:
+            if not (missing := [each for each in parsed if each not in left and _sets(each, unknown_key(error))]):
+                raise
+            left += missing
+        else:
+            config.hydra.overrides.task = [each.input_line for each in parsed if not each.is_hydra_override()]
+            return config, [each.input_line for each in left]
+
+
+def _sets(override: Override, key: str | None) -> bool:
+    """Whether it is this setting that the override sets, or one below it."""
+    return key is not None and not override.is_hydra_override() and f"{override.key_or_group}.".startswith(f"{key}.")
 
 
 @contextmanager

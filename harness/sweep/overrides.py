@@ -110,12 +110,12 @@ def for_a_shell(text: str) -> str:
 
 
 def unknown_setting(
-    name: str, beside: Iterable[str], section: str, everywhere: Iterable[str], method: str | None = None
+    name: str, beside: Iterable[str], section: str, everywhere: Iterable[str], chosen: str | None = None
 ) -> UserError:
     """no setting 'n'; did you mean protocol.n or calibration.n?
 
     section: where it was looked for, "" at the top; beside: what is there. everywhere: the names, with dots, of all settings there are.
-    method: of the configuration, which is named where it is the method that has no such setting.
+    chosen: "method=rtn", the choice that has no such setting, where another might have it.
     """
     beside, everywhere = sorted(beside), list(everywhere)
     said = f"no {f'setting of {section}' if section else 'setting'} {name!r}"
@@ -125,9 +125,9 @@ def unknown_setting(
     meant = _close(name, here, 0.85) or [each for each in everywhere if last[each] == name]
     meant = meant or _close(name, here, 0.75) or _close(name, last, 0.7) or _close(name, here, 0.5)
     guess = f"did you mean {' or '.join(meant)}? " if meant else ""
-    whose = f"method={method} has" if section == "method" and method else "known:"
+    whose = f"{chosen} has" if chosen else "known:"
     if meant and meant[0] not in in_section:
-        return UserError(f"{said}; {guess.strip()}")
+        return UserError(f"{said}{f' ({chosen})' if chosen else ''}; {guess.strip()}")
     return UserError(f"{said}; {guess}{whose} {', '.join(beside)}")
 
 

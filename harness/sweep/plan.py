@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ditbench.harness.build.offload import OFFLOAD, RESIDENT
@@ -30,7 +28,9 @@ from ditbench.harness.stages.evaluate import refuse_skipped_metrics
 from ditbench.harness.stages.identity import run_id, title
 from ditbench.harness.sweep.compose import resolved
 from ditbench.harness.sweep.estimate import Estimate, RunPlan, Stage, batch_size
-from ditbench.harness.sweep.launch import through_hydra
+from ditbench.harness.sweep.jobs import without_hydra
+from ditbench.harness.sweep.launch import checked, through_hydra
+from ditbench.harness.sweep.multirun import multirun
 from ditbench.harness.sweep.overrides import BASIC, SWEEPER
 from ditbench.harness.sweep.rates import Earlier, Rates, earlier, probed, readable
 
@@ -74,8 +74,6 @@ def configurations(arguments: list[str]) -> tuple[list[RunConfig], list[UserErro
     refused: list[UserError] = []
 
     def job(config: DictConfig) -> str:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # an experiment's file may name one
-            _refuse_seeker(HydraConfig.get().runtime.choices.get(SWEEPER, BASIC))
         try:
             found.append(parse(resolved(config)))
         except UserError as error:
@@ -85,7 +83,13 @@ def configurations(arguments: list[str]) -> tuple[list[RunConfig], list[UserErro
     for each in arguments:
         if each.startswith(f"{SWEEPER}="):
             _refuse_seeker(each.partition("=")[2])
-    here = [argument for argument in arguments if not argument.startswith("hydra/launcher=")]
+    here = checked([argument for argument in arguments if not argument.startswith("hydra/launcher=")])
+    with multirun(here) as sweep:
+        if sweep is not None:
+            _refuse_seeker(sweep.config.hydra.runtime.choices.get(SWEEPER, BASIC))  # an experiment's file may name one
+            for number, overrides in enumerate(sweep.jobs()):
+                job(without_hydra(sweep.composed(number, overrides)))
+            return found, refused
     with tempfile.TemporaryDirectory() as folder:  # where Hydra leaves its own note of a sweep
         through_hydra([*here, f"hydra.sweep.dir={folder}"], job)
     return found, refused

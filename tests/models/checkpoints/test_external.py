@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import edit, load
+from layers_of_others import of_bitsandbytes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -181,12 +182,12 @@ def test_a_checkpoint_of_sdnq_is_a_row(folders, tmp_path):
 @pytest.mark.parametrize(("bits", "label", "act"), [(4, "nf4 (bitsandbytes)", 16), (8, "int8 (bitsandbytes)", None)])
 def test_a_checkpoint_of_bitsandbytes_is_a_row_on_a_cpu_too(folders, tmp_path, bits, label, act):
     """diffusers makes none without a GPU; the layers are bitsandbytes' own, under the names that diffusers saves."""
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     import diffusers
 
     made = diffusers.FluxTransformer2DModel.from_pretrained(folders["flux"] / "transformer")
     for block in made.transformer_blocks:  # as wide as one of bitsandbytes' blocks of 64 at least
-        block.ff.net[2] = of_bitsandbytes(bitsandbytes.nn, block.ff.net[2], bits)
+        block.ff.net[2] = of_bitsandbytes(block.ff.net[2], bits)
     skipped = [name for name, module in made.named_modules() if type(module) is nn.Linear]
     made.register_to_config(quantization_config=diffusers.BitsAndBytesConfig(
         load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped,
@@ -200,15 +201,6 @@ def test_a_checkpoint_of_bitsandbytes_is_a_row_on_a_cpu_too(folders, tmp_path, b
     assert LAYER in in_float and "transformer_blocks.0.ff.net.2" not in in_float
     assert 20 < found.metrics["psnr"]["value"] < 90
     assert diffusers.quantizers.bitsandbytes.BnB4BitDiffusersQuantizer.validate_environment is asks
-
-
-def of_bitsandbytes(kinds, linear: nn.Linear, bits: int) -> nn.Module:
-    shape = linear.in_features, linear.out_features, linear.bias is not None
-    made = (
-        kinds.Linear8bitLt(*shape, has_fp16_weights=False) if bits == 8 else kinds.Linear4bit(*shape, quant_type="nf4")
-    )
-    made.load_state_dict(linear.state_dict())
-    return made.to("cpu")
 
 
 def test_what_has_no_recipe_is_not_exported(folders, done, tmp_path):
