@@ -8,10 +8,12 @@ them is recorded anew. The step itself, and weights that are changed in place, a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ditbench.harness.build.flat_calls import output_of
@@ -60,9 +62,22 @@ def _of_tensors(model: nn.Module, leaves: Sequence[Any], spec: TreeSpec) -> Reco
 
 
 def _traced(call: Recording, tensors: Sequence[Tensor]) -> Recording:
+    """Weights become arguments: looking them up in a module, one by one, takes a hundredth of a call."""
     from torch.fx.experimental.proxy_tensor import make_fx  # seconds
 
-    return make_fx(call, tracing_mode="real")(*tensors).forward  # type: ignore[no-any-return]
+    traced = make_fx(call, tracing_mode="real")(*tensors)
+    first = next(iter(traced.graph.nodes))
+    held: list[Tensor] = []
+    places: dict[Any, Node] = {}
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if node.target not in places:
+            with traced.graph.inserting_before(first):
+                places[node.target] = traced.graph.placeholder(f"held_{len(held)}")
+            held.append(getattr(traced, node.target))
+        node.replace_all_uses_with(places[node.target])
+        traced.graph.erase_node(node)
+    traced.recompile()
+    return partial(traced.forward, *held)
 
 
 def _captured(call: Recording, tensors: Sequence[Tensor]) -> Recording:
