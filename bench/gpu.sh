@@ -3,12 +3,16 @@
 # pytest, no network. What else the runs import lies as wheels in $WHEELS (default .whl), made by bench/gpu_wheels.sh elsewhere.
 #   bench/gpu.sh OUT_FOLDER          on a GPU
 #   bench/gpu.sh OUT_FOLDER --dry    tiny, on the CPU, in Triton's interpreter: shows that every part runs, times nothing
+#   bench/gpu.sh OUT_FOLDER [--dry] blocks dit-xl    these parts alone
 # Every part has its own time limit, and writes its table into OUT_FOLDER/summary.md as it finishes; one that breaks or is too slow
-# costs the others nothing.
+# costs the others nothing, and what it had found is in the table. The parts come in the order of what they are worth.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(realpath -m "${1:?usage: bench/gpu.sh OUT_FOLDER [--dry]}")
-dry=${2:-}
+out=$(realpath -m "${1:?usage: bench/gpu.sh OUT_FOLDER [--dry] [PART …]}")
+shift
+dry=
+if [[ ${1:-} == --dry ]]; then dry=$1; shift; fi
+parts=${*:-tests blocks dit-xl family backends}
 ends=$((SECONDS + 550)) # of the parts; the tables of records take seconds
 mkdir -p "$out"
 export PYTHONPATH="$PWD/src:$PWD:$PWD/tests"
@@ -28,6 +32,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv >"$out/dev
 printf '%s%s, %s, commit %s\n' "$device" "${dry:+ · dry run, no times}" "$(date -u +%FT%RZ)" "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" >"$out/summary.md"
 
 failed=0
+wanted() { [[ " $parts " == *" $1 "* ]]; }
 part() { # name, seconds, command: at most its own time, and what is left of all
   local limit=$(($2 < ends - SECONDS ? $2 : ends - SECONDS)) began=$SECONDS code=0
   ((limit > 0)) || limit=1
@@ -55,15 +60,30 @@ if [[ -n $dry ]]; then
   few=(protocol.steps=2 protocol.n=2 calibration.n=2 generate.noise_floor_seeds=0 metrics.resamples=2 measure.samples=1 measure.repeats=1 measure.warmup=0)
 fi
 
-# Kernels against their simulation. Every case compiles its own: on several processes where pytest-xdist is there.
-many=$(python3 -c 'import xdist; print("-n 8")' 2>/dev/null)
-if [[ -n $dry ]]; then which=(-m "not gpu" -k "no_token or compiled_layer or two_launches" tests/backends/test_cuda.py tests/backends/test_cuda_fused_blocks.py); else which=(-m gpu tests/backends tests/test_gpu.py); fi
-part tests 130 python3 -m pytest -q -p no:cacheprovider $many "${which[@]}"
-table <(grep -E '^(FAILED|ERROR|[0-9]+ (passed|failed)|=+ .*(passed|failed))' "$out/tests.log" | tail -n 40)
+# Kernels against their simulation. Every case compiles its own: on several processes where pytest-xdist and the cores for it are there.
+# Verbose, so that a run that was stopped has said of each test how it went.
+if wanted tests; then
+  at_once=$(($(nproc) / 2 < 8 ? $(nproc) / 2 : 8))
+  ((at_once > 1)) && python3 -c 'import xdist' 2>/dev/null && many=(-n "$at_once") || many=()
+  if [[ -n $dry ]]; then which=(-m "not gpu" -k "no_token or compiled_layer or two_launches" tests/backends/test_cuda.py tests/backends/test_cuda_fused_blocks.py); else which=(-m gpu tests/backends tests/test_gpu.py); fi
+  part tests 130 python3 -m pytest -v -p no:cacheprovider "${many[@]}" "${which[@]}"
+  table <(printf '%s tests passed\n' "$(grep -cE '(^| )PASSED( |$)' "$out/tests.log")"; grep -oE '(FAILED|ERROR) tests/.*|tests/.* (FAILED|ERROR)' "$out/tests.log" | tail -n 60)
+fi
 
-# Blocks of PixArt and FLUX at 4,096 tokens against bf16, torchao and the roofline.
-part blocks 250 python3 bench/gpu_blocks.py --out "$out" --limit 110 ${dry:+--dry}
-table "$out/gpu_blocks.md"
+# Blocks of PixArt and FLUX at 4,096 tokens against bf16, torchao and the roofline. What PixArt's compile is there for FLUX's.
+if wanted blocks; then
+  part blocks 250 python3 bench/gpu_blocks.py --out "$out" --limit 220 ${dry:+--dry}
+  table "$out/gpu_blocks.md"
+fi
+
+# DiT-XL/2 with random weights, true size: steps, latency and memory, no layer errors.
+if wanted dit-xl; then
+  size=(measure.samples=8)
+  [[ -z $dry ]] || size=(measure.samples=1 measure.repeats=1 measure.warmup=0 model.random.num_layers=1)
+  part dit-xl 120 "${ditbench[@]}" run -m name=dit-xl "${on[@]}" model=dit-xl-2-256-random "${size[@]}" measure.layer_errors=false \
+    generate.noise_floor_seeds=0 calibration.n=4 metrics.resamples=10 method=rtn,quarot bits=w8a8,fp8,w4a8
+  records dit-xl
+fi
 
 # A text-to-image family whole, random and small: text encoders, calibration, method, images.
 family() {
@@ -72,17 +92,14 @@ family() {
       'model.size={height:16,width:16}' protocol.prompts=shapes calibration.prompts=shapes-calibration 'metrics.names=[psnr,sqnr,collapse]' \
       method=rtn,quarot bits=w8a8,w4a8,fp8
 }
-part family 80 bash -c "$(declare -p out on few ditbench); $(declare -f family); family"
-records family
+if wanted family; then
+  part family 80 bash -c "$(declare -p out on few ditbench); $(declare -f family); family"
+  records family
+fi
 
-# DiT-XL/2 with random weights, true size: steps, latency and memory, no layer errors.
-size=(measure.samples=8)
-[[ -z $dry ]] || size=(measure.samples=1 measure.repeats=1 measure.warmup=0 model.random.num_layers=1)
-part dit-xl 120 "${ditbench[@]}" run -m name=dit-xl "${on[@]}" model=dit-xl-2-256-random "${size[@]}" measure.layer_errors=false \
-  generate.noise_floor_seeds=0 calibration.n=4 metrics.resamples=10 method=rtn,quarot bits=w8a8,fp8,w4a8
-records dit-xl
-
-part backends 30 "${ditbench[@]}" list backends
-table "$out/backends.log"
+if wanted backends; then
+  part backends 30 "${ditbench[@]}" list backends
+  table "$out/backends.log"
+fi
 cat "$out/summary.md"
 exit $failed

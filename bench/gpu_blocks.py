@@ -3,9 +3,11 @@
     python bench/gpu_blocks.py --out FOLDER            # on a CUDA device
     python bench/gpu_blocks.py --out FOLDER --dry      # tiny, on the CPU, in Triton's interpreter: shows that it runs, times nothing
 
-Writes gpu_blocks.json and gpu_blocks.md, after each block and each roofline. Every candidate of a block is called in turn, so that all
-see the same clocks; a time is the median over `--repeats` rounds. Compiling takes most of the time: what `--limit` seconds do not
-suffice for is named, the rest is timed. The roofline is what one product of the block's largest layer, and one copy, reach.
+Writes gpu_blocks.json and gpu_blocks.md, after each candidate and each roofline. Every candidate of a block is called in turn, so that all
+see the same clocks; a time is the median over `--repeats` rounds. Until all are made, each has times of its own turns with bf16. Compiling
+takes most of the time: what the block's share of `--limit` seconds does not suffice for is named, the rest is timed. Each is called
+eagerly, compiled, and as a CUDA graph of its eager call: what the device takes, without Python between the launches. The roofline is what one
+product of the block's largest layer, and one copy, reach.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ class Shape:
 
 
 SHAPES = {"pixart": Shape(1152, 16, 4608, 4096), "flux": Shape(3072, 24, 12288, 4096)}
+SOON = 5  # repeats of a candidate's own turns with bf16
 DRY_SHAPES = {"tiny": Shape(32, 2, 64, 8)}
 
 FORMATS = {  # name: (backend, format, Hadamard before every layer)
@@ -90,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for a block's candidates to be made")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for all candidates to be made")
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *DRY_SHAPES])
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU; no times")
     options = parser.parse_args()
@@ -112,9 +115,12 @@ def main() -> None:
         "roofline": {},
     }
     known = DRY_SHAPES if options.dry else SHAPES
-    for name in options.shapes or known:
-        found["blocks"][name] = block_times(known[name], device, options.repeats, options.limit, timed=not options.dry)
-        write(found, options.out)
+    names, ends_s = options.shapes or list(known), time.monotonic() + options.limit
+    for index, name in enumerate(names):
+        rows = found["blocks"][name] = {}
+        share_s = (ends_s - time.monotonic()) / (len(names) - index)
+        for _ in block_times(rows, known[name], device, options.repeats, share_s, timed=not options.dry):
+            write(found, options.out)
         if not options.dry:
             found["roofline"][name] = roofline(known[name], device)
             write(found, options.out)
@@ -129,9 +135,11 @@ def write(found: dict[str, Any], out: Path) -> None:
 
 @torch.no_grad()
 def block_times(
-    shape: Shape, device: torch.device, repeats: int, limit_s: float, *, timed: bool
-) -> dict[str, dict[str, Any]]:
-    """{candidate: eager_ms, compiled_ms, bytes of its linear layers, error against bf16 (RMS, relative)}, or what failed."""
+    found: dict[str, dict[str, Any]], shape: Shape, device: torch.device, repeats: int, limit_s: float, *, timed: bool
+) -> Iterator[None]:
+    """found: gets {candidate: eager_ms, graph_ms, compiled_ms, bytes of its linear layers, error against bf16 (RMS, relative)}, or what failed;
+    one candidate at a time, and at last the times of all of them in turns.
+    """
     torch.manual_seed(0)
     block = Block(shape).to(device, torch.bfloat16).eval()
     x = torch.randn(1, shape.tokens, shape.width, dtype=torch.bfloat16).to(device)
@@ -141,7 +149,6 @@ def block_times(
     makers |= torchao_makers(block) if device.type == "cuda" else {}
 
     expected, started_s = block(x).float(), time.monotonic()
-    found: dict[str, dict[str, Any]] = {}
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, make in makers.items():
         if time.monotonic() - started_s > limit_s:
@@ -158,20 +165,42 @@ def block_times(
             "relative_rms_error": float(error.square().mean().sqrt() / (expected - x.float()).square().mean().sqrt()),
         }
         if timed:
-            calls[name, "eager_ms"] = lambda candidate=candidate: candidate(x)
+            calls[name, "eager_ms"] = eager = lambda candidate=candidate: candidate(x)
+            try:
+                calls[name, "graph_ms"] = captured(eager)
+            except Exception as failure:
+                found[name]["no_graph"] = short(failure)
         try:
             engine = "inductor" if timed else "aot_eager"
             compiled = torch.compile(candidate, fullgraph=True, dynamic=False, backend=engine)
             compiled(x)
         except Exception as failure:
             found[name]["not_compiled"] = short(failure)
-            continue
-        if timed:
-            calls[name, "compiled_ms"] = lambda compiled=compiled: compiled(x)
-    times = interleaved(calls, repeats)
+        else:
+            if timed:
+                calls[name, "compiled_ms"] = lambda compiled=compiled: compiled(x)
+        keep(found, interleaved({key: call for key, call in calls.items() if key[0] in ("bf16", name)}, SOON))
+        yield
+    keep(found, interleaved(calls, repeats))
+    yield
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A replay of what the call launches; it has been called before, so that no kernel is compiled while it is captured."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def keep(found: dict[str, dict[str, Any]], times: dict[tuple[str, str], float]) -> None:
     for (name, kind), median in times.items():
         found[name][kind] = median
-    return found
 
 
 def short(failure: Exception) -> str:
@@ -314,20 +343,20 @@ def roofline(shape: Shape, device: torch.device) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown. Speed-ups are against bf16 of the same kind, eager or compiled."""
+    """Markdown. Speed-ups are against bf16 of the same kind: eager, a graph or compiled."""
     lines = [f"{found['device']}, torch {found['torch']}, medians of {found['repeats']} interleaved calls", ""]
     for shape, rows in found["blocks"].items():
         lines += [
-            f"| {shape} block | eager ms | × | compiled ms | × | weights MB | × smaller | error |",
-            "|---|" + "--:|" * 7,
+            f"| {shape} block | eager ms | × | graph ms | × | compiled ms | × | weights MB | × smaller | error |",
+            "|---|" + "--:|" * 9,
         ]
         base = rows["bf16"]
         for name, row in rows.items():
             if "failure" in row:
-                lines.append(f"| {name} | {row['failure']} |" + " |" * 6)
+                lines.append(f"| {name} | {row['failure']} |" + " |" * 8)
                 continue
             cells = [name]
-            for kind in ("eager_ms", "compiled_ms"):
+            for kind in ("eager_ms", "graph_ms", "compiled_ms"):
                 cells.append(f"{row[kind]:.3f}" if kind in row else "–")
                 cells.append(f"{base[kind] / row[kind]:.2f}" if kind in row and kind in base else "–")
             size = row["linear_bytes"]
@@ -337,6 +366,7 @@ def table(found: dict[str, Any]) -> str:
         lines += [
             "",
             *(f"{name}, compiled: {row['not_compiled']}" for name, row in rows.items() if "not_compiled" in row),
+            *(f"{name}, as a graph: {row['no_graph']}" for name, row in rows.items() if "no_graph" in row),
         ]
     for shape, rows in found["roofline"].items():
         lines += [f"| {shape}: one product, one copy | ms | reached |", "|---|--:|--:|"]

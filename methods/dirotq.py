@@ -29,6 +29,7 @@ from ditbench.harness.build.build import float_copy
 from ditbench.harness.calibration.block_stream import MAX_BYTES
 from ditbench.harness.calibration.channel_statistics import inputs_observed, run_calibration
 from ditbench.harness.calibration.recording import Calibration
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.blockwise import Hessian, round_blockwise, weight_from_state, weight_state
 from ditbench.harness.fitting.forms import PUBLISHED, Form
 from ditbench.harness.fitting.rounding import nearest, static_ranges
@@ -135,7 +136,12 @@ def high(width: int, params: Params) -> int:
 
 
 def low_channels(width: int, params: Params) -> int:
-    return width - high(width, params)
+    low = width - high(width, params)
+    if low < 1:
+        raise UserError(
+            f"dirotq: share={params.share} leaves none of {width} axes to round; set method.share=0.5 or less"
+        )
+    return low
 
 
 def selector(width: int, params: Params) -> Tensor:

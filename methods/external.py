@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditbench.harness.common.errors import UserError, first_words
+from ditbench.harness.common.errors import UserError, first_words, shortened
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.models.checkpoint_files import CONFIG, TRANSFORMER, read_object
 from ditbench.harness.models.heard import listening, refuse_left_out, refuse_made_up
@@ -51,7 +51,7 @@ def place_of(params: Params) -> Path:
     Raises:
         UserError: there is none.
     """
-    if params.path is None:
+    if params.path is None or not params.path.strip():
         raise UserError(
             "method=external needs method.path=…: a folder of a quantized diffusers transformer or pipeline, a .gguf file, or a "
             "folder of samples"
@@ -89,8 +89,15 @@ def library_of(place: Path) -> str | None:
     if not (place / CONFIG).is_file():
         return None
     found = read_object(place / CONFIG).get("quantization_config")
+    if found is None:
+        return None
     method = found.get("quant_method") if isinstance(found, dict) else None
-    return None if method is None else str(method)
+    if not isinstance(method, str):
+        raise UserError(
+            f"{place / CONFIG}: quantization_config must be an object with quant_method, the library's name; got "
+            f"{shortened(repr(found), 80)}"
+        )
+    return method
 
 
 def load(model: LoadedModel, params: Params, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -142,9 +149,8 @@ def _check_installed(place: Path, library: str | None) -> None:
 def _check_class(place: Path, kind: type) -> None:
     found = read_object(place / CONFIG).get("_class_name")
     if found != kind.__name__:
-        raise UserError(
-            f"method.path={place} is a {found}, the model has a {kind.__name__}; choose the matching model="
-        )
+        theirs = f"is a {found}" if isinstance(found, str) else f"has no _class_name in its {CONFIG}"
+        raise UserError(f"method.path={place} {theirs}, the model has a {kind.__name__}; choose the matching model=")
 
 
 def _check_same(place: Path, theirs: Any, ours: Any) -> None:

@@ -6,6 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import ditbench.harness.models.base  # noqa: F401  before diffusers, in a script too: it stands in for what torchvision lacks
+
+# isort: split
 import diffusers
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder

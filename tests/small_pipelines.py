@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ditbench.harness.models.base  # noqa: F401  before diffusers, in a script too: it stands in for what torchvision lacks
+
+# isort: split
 import diffusers
 import torch
 from torch import nn

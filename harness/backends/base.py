@@ -40,7 +40,11 @@ class Kernel(nn.Module):
     """forward(x', step) → x' · Ŵᵀ without bias, where x' (…, C) is the transformed input.
 
     Everything that has to be stored to run the layer is a buffer, so that bytes can be counted.
+
+    bias_dtype: what it adds biases in, so that they are held in it, once rounded as the model's are; None: the model's.
     """
+
+    bias_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor, step: Tensor | None) -> Tensor:
         raise NotImplementedError

@@ -77,6 +77,7 @@ class VnniKernel(FusedKernel):
     """Sums in int32, scales, bias and what follows in float32."""
 
     activations = frozenset(name for name in NUMBERS if name)
+    bias_dtype = torch.float32
 
     packed: Tensor
     scale_GO: Tensor
@@ -143,7 +144,7 @@ class VnniKernel(FusedKernel):
             down_rC, up_Or = low_rank
             moved = x if rows.kept is None else rows.kept
             branch = linear(linear(moved.to(down_rC.dtype), down_rC), up_Or)
-        bias_O = None if bias is None else bias.at(step).float()
+        bias_O = None if bias is None else bias.at(step)
         return self.product(rows.codes, x.shape, bias_O, x.dtype, activation, branch)
 
     def normed(

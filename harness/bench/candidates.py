@@ -1,4 +1,4 @@
-"""What is timed: the same transformer in bf16 and in each format, eager and with its blocks compiled."""
+"""What is timed: the same transformer in bf16 and in each format, eager, with its blocks compiled, and as a recorded call."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditbench.harness.bench.engines.base import GRAPH
 from ditbench.harness.build.build import float_copy
 from ditbench.harness.build.compiled import compiled
 from ditbench.harness.build.flat_calls import output_of
+from ditbench.harness.build.graphs import Graphed
 from ditbench.harness.calibration.lazy import LazyCalibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.files import canonical_sha256
@@ -23,6 +25,7 @@ from ditbench.harness.stages.config import RunConfig
 from ditbench.harness.stages.quantize import calibrate, quantize, recording_key
 
 EAGER, COMPILED = "eager", "compiled"
+MODES = (EAGER, COMPILED, GRAPH)
 BASELINE = "bf16"
 
 
@@ -66,7 +69,14 @@ def _recording(config: RunConfig, model: LoadedModel) -> LazyCalibration:
 def in_modes(label: str, model: nn.Module, target: Target, modes: tuple[str, ...]) -> Iterator[Candidate]:
     size, backend = resident_bytes(model), backends_of(model)
     for mode in modes:
-        yield Candidate(label, mode, model if mode == EAGER else compiled(model, target.blocks), backend, size)
+        yield Candidate(label, mode, in_mode(mode, model, target), backend, size)
+
+
+def in_mode(mode: str, model: nn.Module, target: Target) -> nn.Module:
+    """On the same tensors."""
+    if mode == COMPILED:
+        return compiled(model, target.blocks)
+    return Graphed(model) if mode == GRAPH else model
 
 
 @torch.no_grad()

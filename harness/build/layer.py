@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,7 +61,7 @@ class QuantLinear(nn.Module):
         self.act_spec = recipe.act.spec if recipe.act else None
         self.rounds = recipe.weight is not None or recipe.act is not None
         self.kernel = chosen.make_kernel(recipe, effective.weight_OC.to(dtype))
-        self.bias: StepTable | None = None if effective.bias is None else effective.bias.map(lambda b: b.to(dtype))
+        self.bias: StepTable | None = None if effective.bias is None else effective.bias.map(self._held_bias(dtype))
         if recipe.low_rank is not None:
             self.register_buffer("down_rC", recipe.low_rank.down_rC.to(dtype))
             self.register_buffer("up_Or", recipe.low_rank.up_Or.to(dtype))
@@ -92,6 +92,9 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             y += self.bias.at(step)
         return activate(y, activation).to(dtype)
+
+    def _held_bias(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        return lambda bias: bias.to(dtype).to(self.kernel.bias_dtype or dtype)
 
     def _again(self, x: Tensor, activation: str | None) -> Tensor:
         return self.forward(x, activation, at_once=True)

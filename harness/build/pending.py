@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -83,9 +83,7 @@ class Pending(Tensor):
     """A tensor of a form. To torch it is one of its shape and dtype, whose values are computed when they are asked for."""
 
     form: Form | None  # until it is settled; never of a product
-    again: (
-        Callable[..., Tensor] | None
-    )  # what was called; of a product by the name of the activation that it is to end in
+    again: Callable[..., Tensor] | None  # what was called; of a product, with the activation that it is to end in
     value: Tensor | None
     kept_dtype: torch.dtype
     is_linear: bool
@@ -190,8 +188,7 @@ def put_off_linear(x: Tensor, outputs: int, compute: Callable[[str | None], Tens
     takes = x.kept_dtype == BF16 if isinstance(x, Pending) else _takes(x)
     if not _inside.blocks or not takes:
         return None
-    reads = () if isinstance(x, Pending) else (x,)
-    return _pending(torch.Size((*x.shape[:-1], outputs)), BF16, None, compute, x.device, reads)
+    return _pending(torch.Size((*x.shape[:-1], outputs)), BF16, None, compute, x.device, (x,))
 
 
 def put_off_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
@@ -230,7 +227,7 @@ class Between(TorchFunctionMode):
 def taken(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     """What a call gives if it is a step of a form; None if torch is to compute it."""
     step = STEPS.get(func)
-    return None if step is None else step(func, *args, **kwargs)
+    return None if step is None or "out" in kwargs else step(func, *args, **kwargs)
 
 
 @lru_cache(4096)
@@ -241,12 +238,17 @@ def _changes(func: Any) -> bool:
 
 
 def _settle_what_reads(x: Tensor) -> None:
-    if isinstance(x, Pending):
-        return
-    place = x.untyped_storage().data_ptr()
+    """x: about to be written into."""
+    place = _place(x)
     for each in list(_open.values()):
-        if any(read.untyped_storage().data_ptr() == place for read in each.reads):
+        if any(read is x or (place is not None and _place(read) == place) for read in each.reads):
             each.settle()
+
+
+def _place(x: Tensor) -> int | None:
+    """Of its values, where it has any yet."""
+    value = x.value if isinstance(x, Pending) else x
+    return None if value is None else value.untyped_storage().data_ptr()
 
 
 def _form(x: Any) -> Form | None:
@@ -280,8 +282,8 @@ def _row(x: Any, of: Tensor) -> Tensor | None:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _multiplied(func: Any, a: Any, b: Any) -> Tensor | None:
-    for wide, narrow in ((a, b), (b, a)):
+def _multiplied(func: Any, input: Any, other: Any) -> Tensor | None:
+    for wide, narrow in ((input, other), (other, input)):
         form = _form(wide)
         if form is None or form.base is not None or (form.x.shape[1] == 1 and form.is_x):
             continue
@@ -290,35 +292,40 @@ def _multiplied(func: Any, a: Any, b: Any) -> Tensor | None:
             factor = row if form.factor is None else form.factor.float() * row
             shift = None if form.shift is None else form.shift.float() * row
             dtype, whole = torch.promote_types(wide.dtype, narrow.dtype), replace(form, factor=factor, shift=shift)
-            return _pending(form.x.shape, dtype, whole, lambda: func(*settled((a, b))), form.x.device)
+            again = partial(_again, func, input, other)
+            return _pending(form.x.shape, dtype, whole, again, form.x.device, (wide,))
     return None
 
 
-def _added(func: Any, a: Any, b: Any, alpha: float = 1) -> Tensor | None:
-    if alpha != 1 or not (isinstance(a, Pending) or isinstance(b, Pending)):
+def _again(func: Any, *args: Any) -> Tensor:
+    return func(*settled(args))
+
+
+def _added(func: Any, input: Any, other: Any, alpha: float = 1) -> Tensor | None:
+    if alpha != 1 or not (isinstance(input, Pending) or isinstance(other, Pending)):
         return None
-    for wide, other in ((a, b), (b, a)):
+    again = partial(_again, func, input, other)
+    for wide, narrow in ((input, other), (other, input)):
         form = _form(wide)
-        if form is None or form.base is not None:
+        if form is None or form.base is not None or not isinstance(narrow, Tensor):
             continue
-        dtype = torch.promote_types(wide.dtype, other.dtype) if isinstance(other, Tensor) else None
-        if form.norm is not None and (row := _row(other, form.x)) is not None:
+        dtype = torch.promote_types(wide.dtype, narrow.dtype)
+        if form.norm is not None and (row := _row(narrow, form.x)) is not None:
             shift = row if form.shift is None else form.shift.float() + row
-            return _pending(form.x.shape, dtype, replace(form, shift=shift), lambda: func(*settled((a, b))), row.device)  # type: ignore[arg-type]
-        base = _form(other) if form.is_product else None
+            return _pending(form.x.shape, dtype, replace(form, shift=shift), again, row.device, (wide,))
+        base = _form(narrow) if form.is_product else None
         if base is not None and base.is_x and base.x.shape == form.x.shape:
-            whole = replace(form, base=base.x)
-            return _when_whole(whole, dtype, lambda: func(*settled((a, b))))  # type: ignore[arg-type]
+            return _when_whole(replace(form, base=base.x), dtype, again, (wide, narrow))
     return None
 
 
-def _when_whole(form: Form, dtype: torch.dtype, again: Callable[[], Tensor]) -> Tensor:
+def _when_whole(form: Form, dtype: torch.dtype, again: Callable[[], Tensor], reads: tuple[Tensor, ...]) -> Tensor:
     """What nothing more can be put to is computed as soon as it is in bfloat16."""
     if dtype == BF16 and (form.base is not None or form.is_x):
         value = form.computed()
         assert value is not None
         return value
-    return _pending(form.x.shape, dtype, form, again, form.x.device)
+    return _pending(form.x.shape, dtype, form, again, form.x.device, reads)
 
 
 def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -326,12 +333,13 @@ def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
     if form is None or not (isinstance(x, Pending) or func is not Tensor.type_as):
         return None
     wanted = F32 if func is Tensor.float else args[0] if args else kwargs.get("dtype")
-    wanted = wanted.dtype if isinstance(wanted, Tensor) else wanted
+    if isinstance(wanted, Tensor):
+        wanted = wanted.dtype if wanted.device == x.device else None
     if len(args) + len(kwargs) != (func is not Tensor.float) or wanted not in (BF16, F32):
         return None
     if wanted == x.dtype:
         return x
-    return _when_whole(form, wanted, lambda: func(*settled((x, *args)), **kwargs))
+    return _when_whole(form, wanted, lambda: func(*settled((x, *args)), **kwargs), (x,))
 
 
 def _layer_norm(
@@ -358,15 +366,11 @@ def _norm(
         return None
     if of_heads:
         return normed(form.x, norm, *rows).view(x.shape)
-    return _pending(form.x.shape, x.dtype, Form(form.x, norm, *rows), again, form.x.device)
+    return _pending(form.x.shape, x.dtype, Form(form.x, norm, *rows), again, form.x.device, (x,))
 
 
-def _gelu(func: Any, x: Any, *, approximate: str = "none") -> Tensor | None:
-    return _activated(x, GELU_TANH if approximate == "tanh" else GELU_ERF)
-
-
-def _silu(func: Any, x: Any, inplace: bool = False) -> Tensor | None:
-    return _activated(x, SILU)
+def _gelu(func: Any, input: Any, *, approximate: str = "none") -> Tensor | None:
+    return _activated(input, GELU_TANH if approximate == "tanh" else GELU_ERF)
 
 
 def _activated(x: Any, activation: str) -> Tensor | None:
@@ -381,7 +385,7 @@ STEPS: dict[Any, Callable[..., Tensor | None]] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     **dict.fromkeys((F.gelu, torch._C._nn.gelu), _gelu),
-    F.silu: _silu,
+    F.silu: lambda func, input, inplace=False: _activated(input, SILU),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiplied),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _added),
     **dict.fromkeys((Tensor.float, Tensor.to, Tensor.type_as), _cast),

@@ -8,6 +8,7 @@ from ditbench.harness.common.errors import unknown_name
 
 def command(arguments: list[str]) -> int:
     from ditbench.harness.bench import Options, bench, plot, shown
+    from ditbench.harness.bench.candidates import MODES
     from ditbench.harness.bench.engines.base import known_engines
 
     usual = Options()
@@ -16,7 +17,7 @@ def command(arguments: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration: model=… method=…")
     parser.add_argument("--formats", nargs="+", default=usual.formats, metavar="BITS", help="w8a8 w4a8 …")
-    parser.add_argument("--modes", nargs="+", default=usual.modes, choices=usual.modes)
+    parser.add_argument("--modes", nargs="+", default=usual.modes, choices=MODES)
     parser.add_argument("--batches", nargs="+", type=at_least(1), default=usual.batches, help="rows of one call")
     parser.add_argument(
         "--others",

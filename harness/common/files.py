@@ -66,7 +66,11 @@ def file_name(text: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    """Raises ValueError where it is no JSON, also for one that is nested without end."""
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested without end") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def wraps_others(tensor: Tensor) -> bool:
+    return hasattr(tensor, "__tensor_flatten__")
+
+
 def plain_tensors(tensor: Tensor) -> list[Tensor]:
     """The tensors inside one that wraps others, down to those that wrap none; the tensor itself where it wraps none."""
     flatten = getattr(tensor, "__tensor_flatten__", None)

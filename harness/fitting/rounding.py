@@ -111,7 +111,10 @@ def static_ranges(
     if bits.act is None or bits.act.dynamic:
         return {}
     if bits.act.granularity != "per_tensor" and not bits.act.in_blocks:  # whose second scale is of the tensor
-        raise UserError(f"bits.act: static activations are per_tensor here, got {bits.act.granularity}")
+        raise UserError(
+            f"bits.act: static activations are per_tensor here, got {bits.act.granularity}; set "
+            "bits.act.granularity=per_tensor, or bits.act.dynamic=true"
+        )
     layers = {name: LayerRecipe(transform=t) for name, t in (transforms or {}).items()}
     layers = {name: LayerRecipe() for name in target.layers} | layers
     model = build(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.plain_tensors import wraps_others
 
 PLAIN = (bool, int, float, str, type(None))
 KEEP_PRECISION = ("timestep", "timesteps", "t", "sigma", "guidance")  # embedded in float32 whatever the model's dtype
@@ -269,9 +270,13 @@ def said(dims: RowDims, path: str, otherwise: int | None) -> int | None:
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of most of the model's float values (some classes keep their norms in float32); float32 if it has none."""
+    """The dtype of most of the model's float values (some classes keep their norms in float32); float32 if it has none.
+
+    Codes that another library wraps have whatever dtype they were saved in, and count only where there is nothing else.
+    """
     counts: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
+    parameters = list(model.parameters())
+    for parameter in [each for each in parameters if not wraps_others(each)] or parameters:
         if parameter.is_floating_point():
             counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)

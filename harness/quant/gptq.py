@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.quant.block_scales import stored
 from ditbench.harness.quant.quantizers import QuantizedWeight, from_codes, quantize_weight, to_codes
 from ditbench.harness.quant.spec import QuantSpec
@@ -55,7 +56,7 @@ def gptq(
         else torch.arange(width, device=weight.device)
     )
     weight, hessian = weight[:, order], hessian[order][:, order]
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    inverse = _upper_factor_of_inverse(hessian, damp)
 
     group_size = spec.group_size or width
     group_of_column = (order // group_size).tolist()
@@ -81,6 +82,18 @@ def gptq(
         weight[:, stop:] -= errors @ inverse[start:stop, stop:]
     back = torch.argsort(order)
     return replace(scales.weight, codes_OC=stored(codes[:, back], spec).contiguous())
+
+
+def _upper_factor_of_inverse(hessian: Tensor, damp: float) -> Tensor:
+    try:
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    except torch.linalg.LinAlgError as error:
+        if not bool(hessian.isfinite().all()):
+            raise UserError("what a layer reads in the calibration is not finite, so GPTQ cannot round it") from error
+        raise UserError(
+            f"damp={damp} is too little for GPTQ of a layer with {len(hessian)} inputs: the second moment of what it reads "
+            "cannot be inverted; set method.damp=0.01, or a larger calibration.n"
+        ) from error
 
 
 def _ahead(weight: Tensor, inverse: Tensor, errors: Tensor, start: int, column: int, group_size: int) -> Tensor:

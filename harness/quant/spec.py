@@ -58,6 +58,7 @@ RULES = {
 
 FP8, NVFP4, FP8_BLOCK = "fp8", "nvfp4", "fp8_block"
 _BLOCK = {"granularity": PER_BLOCK}
+MOST_IN_BLOCK = 2**16  # rows or channels: a tensor is filled up with zeros to whole blocks
 _NVFP4 = {"bits": 4, "number": E2M1, **_BLOCK, "group_size": 16, "scale": E4M3, "rule": DIVIDE, "four_over_six": False}
 _MX = {**_BLOCK, "group_size": 32, "scale": E8M0, "rule": RCEIL}
 _FP8_BLOCK = {"bits": 8, "number": E4M3, **_BLOCK, "group_size": 128}
@@ -142,6 +143,9 @@ class QuantSpec:
             )
         if self.block_rows < 1:
             raise UserError(f"bits: block_rows must be at least 1, got {self.block_rows}")
+        for name, value in (("block_rows", self.block_rows), ("group_size", self.group_size or 1)):
+            if value > MOST_IN_BLOCK:
+                raise UserError(f"bits: {name} must be at most {MOST_IN_BLOCK:,}, got {value}")
         if self.scale in RULES and (self.number == INT or self.block_rows != 1):
             raise UserError(
                 f"bits: a scale in {self.scale} is of floats in rows; got {self.number}, block_rows {self.block_rows}"

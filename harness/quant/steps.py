@@ -93,7 +93,8 @@ class StepTable(nn.Module):
             return self.rows[0]
         if step is None:
             raise ValueError("this table depends on the denoising step, and no step was given")
-        return self.rows[self.group_of_step[step]]
+        group = self.group_of_step.index_select(0, step.reshape(1))
+        return self.rows.index_select(0, group)[0]  # not by a tensor in brackets: that waits for its value
 
     def map(self, function: Callable[[Tensor], Tensor]) -> StepTable:
         """Apply function to all rows (G, …) at once."""

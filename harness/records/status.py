@@ -8,7 +8,6 @@ folder's lock: what a killed process said of itself says nothing.
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
@@ -25,6 +24,8 @@ from ditbench.harness.records import attempts
 
 FILE = "status.json"
 EVERY_S = 1.0
+FAR = 1e12  # seconds or counts; no run is at more
+LONGEST = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -102,27 +103,33 @@ def under_way(home: Path) -> list[Status]:
     found = []
     for folder in attempts.under_way(home):
         try:
-            found.append(_checked(read_json(folder / FILE)))
+            found.append(_checked(read_json(folder / FILE), _run_id(folder)))
         except (OSError, *UNREADABLE):
             try:
                 since = folder.stat().st_mtime
             except OSError:  # done by now
                 continue
-            found.append(Status(folder.name[1:13], "", "", "", 0, since, since))
+            found.append(Status(_run_id(folder), "", "", "", 0, since, since))
     return found
 
 
-def _checked(raw: dict[str, Any]) -> Status:
-    """Raises TypeError or ValueError where a file says what no run would say of itself."""
+def _run_id(scratch: Path) -> str:
+    return scratch.name[1:13]
+
+
+def _checked(raw: dict[str, Any], run_id: str) -> Status:
+    """Raises TypeError or ValueError where a file says what no run would say of itself, or what a terminal would obey."""
     status = Status(**raw)
+    if status.run_id != run_id:
+        raise ValueError(f"run_id: {status.run_id!r} in the folder of {run_id}")
     for field in fields(Status):
         value = getattr(status, field.name)
         if field.type == "str":
-            good = isinstance(value, str)
+            good = isinstance(value, str) and len(value) <= LONGEST and value.isprintable()
         elif value is None:
             good = field.name == "total"
         else:
-            good = isinstance(value, int | float) and math.isfinite(value)
+            good = isinstance(value, int | float) and abs(value) < FAR  # not so where it is NaN
         if not good:
             raise ValueError(f"{field.name}: {value!r}")
     return status

@@ -39,10 +39,11 @@ from ditbench.harness.samples.noise import OWN, Noise
 from ditbench.harness.samples.samples import Prompt
 from ditbench.harness.stages.noise import load_noise
 from ditbench.harness.stages.prompt_sets import load_prompts
-from ditbench.harness.stages.values import check_sweep, check_values
+from ditbench.harness.stages.values import check_parameters, check_sweep, check_values
 
 # What can change a number; everything else (where results go, who is told) cannot.
 IDENTITY = ("model", "method", "bits", "protocol", "calibration", "generate", "measure", "metrics", "seed", "backend")
+AS_IT_IS = (registry.FLOAT, registry.EXTERNAL)  # rows that nothing is calibrated for, whatever bits a sweep is at
 AS_STORED = "as stored"  # bits.label of what somebody else quantized, until its tensors are read
 
 
@@ -115,7 +116,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     sweep, _ = raw.pop("sweep", {}), raw.pop("launcher", None)  # no part of what a run is
     check_sweep(sweep)
     check_values(raw)
-    if raw["method"]["name"] in (registry.FLOAT, registry.EXTERNAL):  # one run, whatever bits a sweep is at
+    if raw["method"]["name"] in AS_IT_IS:  # one run, whatever bits a sweep is at
         raw["bits"] = {key: raw["bits"][key] for key in ("weight", "act")} | {"label": "w16a16"}
         for side in ("weight", "act"):
             raw["bits"][side] = _in_float(raw["bits"][side], side)
@@ -128,6 +129,12 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         _check_attention(raw["protocol"]["attention"], each)
     _check_given(raw, bits)
     params = registry.params_of(raw["method"])
+    check_parameters(raw["method"])
+    if raw["calibration"]["n"] == 0 and raw["calibration"]["select"] != ALL and raw["method"]["name"] not in AS_IT_IS:
+        raise UserError(
+            f"calibration.select={raw['calibration']['select']} chooses among what is recorded, and calibration.n=0 records "
+            "nothing; set calibration.n to at least 1, or calibration.select=all"
+        )
     if raw["method"]["name"] == registry.EXTERNAL:
         registry.method(registry.EXTERNAL).place_of(params)
     protocol = raw["protocol"]

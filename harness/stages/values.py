@@ -94,6 +94,17 @@ OUTLIERS_OF = ("kind", "unstressed")  # of model.outliers
 SIZES = ("height", "width", "num_frames")  # of model.size
 LONGEST = 4096  # characters: of a path, or of anything else that is told
 FREE_TEXT = ("model.note",)  # may have several lines
+# Parameters that mean the same in every method that has them, and the least that each may be; FLOORS lie above it.
+OF_METHODS = {
+    "seed": 0,
+    "damp": 0,
+    "learning_rate": 0,
+    "scale_learning_rate": 0,
+    "scale_iterations": 0,
+    "regulariser": 0,
+}
+OF_METHODS |= {"max_bytes": 1, "block": 1, "mutations": 0, "crossovers": 0, "floor": 0}
+FLOORS = ("floor",)  # what keeps a dead channel from dividing by zero
 
 
 def check_values(raw: dict[str, Any]) -> None:
@@ -170,6 +181,17 @@ def value_of(raw: dict[str, Any], name: str) -> Any:
     return value
 
 
+def check_parameters(params: Mapping[str, Any]) -> None:
+    """Raise UserError for a method's parameter that is out of what its name means everywhere; types are the dataclass's."""
+    for name in OF_METHODS.keys() & params.keys():
+        value, least = params[name], OF_METHODS[name]
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if value < least or (name in FLOORS and value == least):
+            wanted = f"above {least}" if name in FLOORS else f"at least {least}"
+            raise UserError(f"method.{name} must be {wanted}, got {value}")
+
+
 def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """(name with dots, value) of all that is neither section nor list."""
     if isinstance(node, dict):
@@ -221,6 +243,10 @@ def _check_leaves(raw: dict[str, Any]) -> None:
     for name, value in _leaves(raw):
         if isinstance(value, float) and not isfinite(value):
             raise UserError(f"{name} must be finite, got {value}")
+        if isinstance(value, int) and abs(value) > MOST_SEED:
+            raise UserError(
+                f"{name} must be at most {MOST_SEED:,} (or as far below 0), got a number of {value.bit_length()} bits"
+            )
         if isinstance(value, str) and name not in FREE_TEXT:
             if len(value) > LONGEST:
                 raise UserError(f"{name} has {len(value):,} characters; at most {LONGEST:,} are taken")

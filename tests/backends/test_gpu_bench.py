@@ -3,6 +3,7 @@ import os
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -36,9 +37,52 @@ def test_the_gpu_bench_runs_dry_with_every_format_compiled_in_one_graph(tmp_path
 def test_candidates_that_the_time_does_not_suffice_for_are_named_and_the_table_is_there(tmp_path):
     pytest.importorskip("triton")
     bench = SimpleNamespace(**runpy.run_path(str(CONF.parent / "bench" / "gpu_blocks.py")))
-    rows = bench.block_times(bench.DRY_SHAPES["tiny"], torch.device("cpu"), 1, limit_s=0, timed=False)
+    rows: dict = {}
+    list(bench.block_times(rows, bench.DRY_SHAPES["tiny"], torch.device("cpu"), 1, limit_s=0, timed=False))
     bench.write({"device": "dry", "torch": "", "repeats": 1, "blocks": {"tiny": rows}, "roofline": {}}, tmp_path)
     assert "| W4A16 | not reached in 0 s |" in (tmp_path / "gpu_blocks.md").read_text()
+
+
+def test_a_candidate_has_its_times_in_the_table_before_the_next_is_made(tmp_path, monkeypatch):
+    """So that a run that is cut off keeps them. No device here: the clock, graphs and the compiler are stand-ins."""
+    pytest.importorskip("triton")
+    bench = SimpleNamespace(**runpy.run_path(str(CONF.parent / "bench" / "gpu_blocks.py")))
+    outside = bench.keep.__globals__
+    turns: list[list] = []
+    monkeypatch.setitem(
+        outside, "interleaved", lambda calls, repeats: turns.append([*calls]) or dict.fromkeys(calls, 2.0)
+    )
+    monkeypatch.setitem(outside, "captured", lambda call: call)
+    monkeypatch.setitem(outside, "replaced", lambda block, make: block)
+    monkeypatch.setattr(torch, "compile", lambda module, **settings: module)
+    rows: dict = {}
+    made = bench.block_times(rows, bench.DRY_SHAPES["tiny"], torch.device("cpu"), 1, limit_s=60, timed=True)
+    kinds = ("eager_ms", "graph_ms", "compiled_ms")
+    for count in (1, 2):
+        next(made)
+        assert len(rows) == count and all(row[kind] == 2.0 for row in rows.values() for kind in kinds)
+        bench.write({"device": "", "torch": "", "repeats": 1, "blocks": {"tiny": rows}, "roofline": {}}, tmp_path)
+        assert (tmp_path / "gpu_blocks.md").read_text().count("| 2.000 | 1.00 | 2.000 | 1.00 | 2.000 | 1.00 |") == count
+    assert turns == [[("bf16", kind) for kind in kinds], [(name, kind) for name in ("bf16", "W8A8") for kind in kinds]]
+    *_, _ = made
+    assert len(turns[-1]) == 3 * len(rows) == 3 * 9
+
+
+def test_the_small_family_of_the_gpu_bench_is_drawn_outside_of_pytest_and_its_table_is_kept(tmp_path):
+    """Its pipeline comes from the tests' modules; the first that imports transformers must find torchvision mended."""
+    found = subprocess.run(
+        ["bash", "bench/gpu.sh", str(tmp_path), "--dry", "family"],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        cwd=CONF.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    summary = (tmp_path / "summary.md").read_text()
+    assert "## family: done" in summary and "## tests" not in summary
+    assert all(
+        f"| {method} | {label} |" in summary for method in ("rtn", "quarot") for label in ("W8A8", "W4A8", "FP8")
+    )
 
 
 ABSENT = ("plotly", "jinja2", "markupsafe", "pandas", "sklearn", "wandb", "torch_fidelity", "cleanfid")

@@ -115,6 +115,7 @@ WORDS = {
     "gate and residual": lambda: X + ROW * Y,
     "residual last": lambda: ROW * Y + X,
     "gate in float32": lambda: (X.float() + Y * ROW.float()).type_as(X),
+    "by the names of the arguments": lambda: torch.add(torch.mul(F.layer_norm(X, (16,)), other=1 + ROW), other=ROW),
     # What no kernel computes.
     "no residual": lambda: ROW * Y,
     "per token": lambda: F.layer_norm(X, (16,)) * Y,
@@ -122,9 +123,10 @@ WORDS = {
     "twice": lambda: X + ROW * Y + ROW * X,
     "stays in float32": lambda: F.layer_norm(X.float(), (16,)) * ROW,
     "a number": lambda: F.layer_norm(X, (16,)) * 2 + 1,
+    "into another tensor": lambda: torch.mul(F.layer_norm(X, (16,)), 1 + ROW, out=torch.empty_like(X)),
     "reads parts": lambda: torch.cat([F.layer_norm(X, (16,))[:, :2], Y[:, 2:] * ROW], dim=1),
 }
-KERNELS = list(WORDS)[:8]
+KERNELS = list(WORDS)[:9]
 
 
 @pytest.mark.parametrize("words", list(WORDS))
@@ -155,17 +157,36 @@ def test_what_is_pending_is_of_the_values_that_it_was_told_and_not_of_what_they_
         torch.testing.assert_close(settled(found), expected, rtol=2**-6, atol=2**-6)
 
 
-def test_a_layer_that_is_put_off_reads_what_its_input_was_when_it_was_called():
+def a_layer() -> QuantLinear:
     effective = EffectiveLinear(torch.empty(8, 16), None)
     recipe = LayerRecipe(weight=quantize_weight(drawn(8, 16).float(), QuantSpec(8, "per_channel")), act=ACT)
     settings = {"folded": False, "clock": StepClock(None), "dtype": torch.bfloat16, "device": torch.device("cpu")}
-    layer, x = QuantLinear(recipe, effective, **settings), X.clone()
+    return QuantLinear(recipe, effective, **settings)
+
+
+def test_a_layer_that_is_put_off_reads_what_its_input_was_when_it_was_called():
+    layer, x = a_layer(), X.clone()
     expected = layer(X)
     with torch.no_grad(), Between():
         found = layer(x)
         assert isinstance(found, Pending)
         x[:, 0].mul_(2)
         assert torch.equal(settled(found), expected)
+
+
+def test_a_layer_that_is_put_off_reads_what_a_norm_was_before_it_was_changed():
+    """In place, whether or not anybody had asked for the norm, and by a view."""
+    layer, x = a_layer(), X.clone()
+    with torch.no_grad():
+        normed = settled(F.layer_norm(x, (16,)))
+        expected = layer(normed)
+        for change in (lambda y: y.mul_(5), lambda y: (y.sum(), y.mul_(5)), lambda y: y[:, 1:].mul_(5)):
+            with Between():
+                given = F.layer_norm(x, (16,))
+                found = layer(given)
+                change(given)
+                torch.testing.assert_close(settled(found), expected, rtol=2**-5, atol=2**-5)
+                assert (given.float() - normed.float()).abs().max() > 4
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])

@@ -27,6 +27,20 @@ CASES = [
     ("retry nope --failed --missing", "--missing"),
     ("RUN launcher.per_run=2", "launcher=local is one process"),
     ("RUN sweep.of=../../x", "sweep.of"),
+    ("RUN method=dvd_quant method.seed=-1", "method.seed must be at least 0"),
+    ("RUN method=dvd_quant method.seed=99999999999999999999", "method.seed must be at most", "67 bits"),
+    ("RUN method=svdquant method.rank=99999999999999999999", "method.rank must be at most"),
+    ("RUN method=quarot method.damp=-5", "method.damp must be at least 0, got -5"),
+    ("RUN method=segquant method.floor=0", "method.floor must be above 0, got 0"),
+    ("RUN method=htg method.floor=-1e-9", "method.floor must be above 0"),
+    ("RUN method=flatquant method.learning_rate=-1", "method.learning_rate must be at least 0"),
+    ("RUN method=gptq method.max_bytes=0", "method.max_bytes must be at least 1"),
+    ("RUN method=q_dit method.block=0", "method.block must be at least 1"),
+    ("RUN method=q_dit method.crossovers=-2", "method.crossovers must be at least 0"),
+    ("RUN method=q_diffusion method.scale_iterations=-2", "method.scale_iterations must be at least 0"),
+    ("RUN calibration.select=salient calibration.n=0", "calibration.n=0 records nothing", "calibration.select=all"),
+    ("RUN bits=fp8_block bits.weight.block_rows=1000000", "block_rows", "65,536"),
+    ("RUN bits=nvfp4 bits.act.group_size=99999999", "group_size", "65,536"),
 ]
 
 

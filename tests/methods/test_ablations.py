@@ -43,7 +43,11 @@ def test_every_job_is_a_valid_run_on_the_model_with_outliers(composed, name):
         run = parse(
             {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key != "hydra"}
         )
-        assert (run.method, run.model.name, run.protocol.n) == (name.removesuffix("_ablation"), "small-dit-outliers", 500)
+        assert (run.method, run.model.name, run.protocol.n) == (
+            name.removesuffix("_ablation"),
+            "small-dit-outliers",
+            500,
+        )
         assert isinstance(run.bits, Bits)
 
 

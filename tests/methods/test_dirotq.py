@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ditbench.harness.build.build import build, float_copy, quant_layers
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.fitting.conformance import DYNAMIC, STATIC, relative_error
 from ditbench.harness.quant.accounting import account
 from ditbench.harness.quant.quantizers import quantize_weight
@@ -160,6 +161,14 @@ def test_a_branch_of_no_axes_is_left_out(small_target, small_calibration):
     recipe = recipe_of(small_target, small_calibration, params=Params(share=0.0, weights="nearest"))
     assert not len(recipe.layers[LAYER].low_rank.down_rC)
     build(small_target, recipe, dtype=torch.float32)
+
+
+def test_a_share_that_leaves_no_axis_to_round_is_refused():
+    """0.999 of 96 is 96; 0.9 of 512, up to whole groups, is 512."""
+    for width, share in ((96, 0.999), (512, 0.9)):
+        with pytest.raises(UserError, match=f"share={share} leaves none of {width} axes to round; set method.share"):
+            dirotq.low_channels(width, Params(share=share))
+    assert dirotq.low_channels(512, Params(share=0.875)) == 64
 
 
 @pytest.mark.parametrize(

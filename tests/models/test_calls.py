@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.models.calls import (
@@ -165,3 +166,12 @@ def test_a_models_dtype_is_that_of_most_of_its_values():
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4).to(torch.bfloat16), nn.LayerNorm(4))
     assert float_dtype(model) == torch.bfloat16
     assert float_dtype(nn.Identity()) == torch.float32
+
+
+def test_codes_that_another_library_wraps_do_not_say_a_models_dtype():
+    """They keep the dtype that they were quantized in, whatever the rest was loaded in."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).to(torch.bfloat16)
+    codes = torch.zeros(8, 8)
+    model[0].weight = nn.Parameter(TwoTensor(codes, codes.clone()), requires_grad=False)
+    assert model[0].weight.dtype == torch.float32
+    assert float_dtype(model) == torch.bfloat16

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.quant.gptq import gptq
 from ditbench.harness.quant.quantizers import quantize_weight
 from ditbench.harness.quant.spec import QuantSpec
@@ -119,3 +120,13 @@ def test_the_two_agree_where_a_group_is_a_block_or_there_are_none(normal):
     for spec in (QuantSpec(3, "per_group", group_size=8), QuantSpec(3, "per_channel")):
         one, other = (gptq(weight, x.T @ x, spec, block=8, ahead=ahead) for ahead in (True, False))
         assert torch.equal(one.codes_OC, other.codes_OC) and torch.equal(one.scale_OG, other.scale_OG)
+
+
+def test_a_second_moment_that_cannot_be_inverted_is_said_with_what_mends_it(normal):
+    """Two rows of eight inputs: without damping there is no inverse."""
+    x = normal(2, 8)
+    with pytest.raises(UserError, match=r"damp=0 is too little .* 8 inputs.* set method.damp=0.01"):
+        gptq(normal(4, 8, seed=1), x.T @ x, SPECS["per_channel"], damp=0)
+    assert gptq(normal(4, 8, seed=1), x.T @ x, SPECS["per_channel"], damp=0.01).dequantize().isfinite().all()
+    with pytest.raises(UserError, match="is not finite"):
+        gptq(normal(4, 8, seed=1), torch.full((8, 8), torch.nan), SPECS["per_channel"])

@@ -65,7 +65,23 @@ def test_who_is_killed_is_not_running_whatever_it_said(sweep, quick, home, tmp_p
 
 @pytest.mark.parametrize(
     "said",
-    [{"done": "many"}, {"started": None}, {"total": [1]}, {"updated": 1e400}, {"title": 7}, {"more": 1}, "[]", "{"],
+    [
+        {"done": "many"},
+        {"started": None},
+        {"total": [1]},
+        {"updated": 1e400},
+        {"updated": -1e300},
+        {"done": 10**400},
+        {"title": 7},
+        {"stage": "\x1b[2J"},
+        {"what": "x" * 5000},
+        {"run_id": "another"},
+        {"more": 1},
+        "[]",
+        "{",
+        "[" * 100_000,
+    ],
+    ids=lambda each: str(each)[:30],
 )
 def test_a_status_file_that_no_run_wrote_is_as_good_as_none(said, sweep, quick, home, tmp_path, capsys):
     def happens(config):
@@ -79,7 +95,8 @@ def test_a_status_file_that_no_run_wrote_is_as_good_as_none(said, sweep, quick, 
 
     quick(happens)
     assert sweep("method=rtn", "bits=w8a8") == 0
-    assert "1 running" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 running" in out and "begins" in out and "a chip" not in out
 
 
 def test_what_a_run_says_of_itself_is_no_part_of_its_record(tmp_path):

@@ -109,6 +109,7 @@ void pack_values(const Half* from, int64_t row, int64_t keys, int64_t width, int
 }
 
 // One row of scores against a block of keys → probabilities that are not yet divided by their sum, in bfloat16.
+// Scores are counted in powers of two: `scale` has log₂ e in it, and so have `largest` and the mask once it is added.
 // → the factor by which what was summed of earlier blocks has to shrink.
 float softmax_block(float* scores, int64_t keys, float scale, const float* mask, float& largest, float& sum, Half* probabilities) {
   __m512 most = _mm512_set1_ps(NOTHING);
@@ -116,7 +117,7 @@ float softmax_block(float* scores, int64_t keys, float scale, const float* mask,
   for (int64_t k = 0; k < keys; k += LANES) {
     const __mmask16 here = first(keys - k);
     __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + k), scales);
-    if (mask) score = _mm512_add_ps(score, _mm512_maskz_loadu_ps(here, mask + k));
+    if (mask) score = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(here, mask + k), _mm512_set1_ps(LOG2_E), score);
     score = _mm512_mask_mov_ps(_mm512_set1_ps(NOTHING), here, score);
     _mm512_storeu_ps(scores + k, score);
     most = _mm512_max_ps(most, score);
@@ -127,11 +128,11 @@ float softmax_block(float* scores, int64_t keys, float scale, const float* mask,
   const __m512 bases = _mm512_set1_ps(base);
   __m512 sums = _mm512_setzero_ps();
   for (int64_t k = 0; k < keys; k += LANES) {
-    const __m512 p = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + k), bases));
+    const __m512 p = power_of_two(_mm512_sub_ps(_mm512_loadu_ps(scores + k), bases));
     sums = _mm512_add_ps(sums, p);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(probabilities + k), (__m256i)_mm512_cvtneps_pbh(p));
   }
-  const float shrink = std::exp(before - base);
+  const float shrink = std::exp2(before - base);
   sum = sum * shrink + _mm512_reduce_add_ps(sums);
   return shrink;
 }
@@ -213,7 +214,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   Problem problem{
       rows_of(q), keys_at, values_at, mask ? mask->const_data_ptr<float>() : nullptr, mask ? mask->stride(0) : 0,
       mask ? mask->stride(1) : 0, mask ? mask->stride(2) : 0, heads, queries, num_keys, width, key_panels, value_pairs,
-      float(scale), out.data_ptr<Half>()};
+      float(scale) * LOG2_E, out.data_ptr<Half>()};
   at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t b = at / heads, n = at % heads;

@@ -1,6 +1,6 @@
 // x wᵀ + b in bfloat16 for a few rows (one timestep per sample) on CPUs with AVX512-BF16, with float32 sums.
 //
-// Weights are read once, as they lie; that is what it costs. Every sum runs along the channels in one order, so that a row comes
+// Weights are read once, as they lie; that is what it costs, however few the rows. Every sum runs along the channels in one order, so that a row comes
 // out the same however many there are.
 
 #include "common.h"
@@ -15,7 +15,7 @@ using Half = at::BFloat16;
 
 constexpr int64_t CHANNELS = 32;        // of a register
 constexpr int64_t ROWS = 4, OUTPUTS = 4; // multiplied together: 16 sums stay in registers
-constexpr int64_t AHEAD = 2;            // weights are fetched so many groups of outputs before they are multiplied
+constexpr int64_t AHEAD = 16384;         // so many weights before they are multiplied they are fetched, one line for each that is read
 
 __m512i load32(const Half* p, int64_t count) {
   const __mmask32 mask = count >= CHANNELS ? 0xFFFFFFFF : (1u << count) - 1;
@@ -32,7 +32,10 @@ void multiply(const Half* x, const Half* w, int64_t channels, float (*out)[OUTPU
   for (int64_t c = 0; c < channels; c += CHANNELS) {
     __m512i weights[O];
 #pragma GCC unroll 4
-    for (int o = 0; o < O; ++o) weights[o] = load32(w + o * channels + c, channels - c);
+    for (int o = 0; o < O; ++o) {
+      weights[o] = load32(w + o * channels + c, channels - c);
+      _mm_prefetch(reinterpret_cast<const char*>(w + o * channels + c + AHEAD), _MM_HINT_T0);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const __m512i values = load32(x + r * channels + c, channels - c);
@@ -67,9 +70,6 @@ Tensor few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   at::parallel_for(0, ceil_div(outputs, OUTPUTS), 16, [&](int64_t begin, int64_t end) {
     float sums[ROWS][OUTPUTS];
     for (int64_t o = begin * OUTPUTS; o < std::min(end * OUTPUTS, outputs); o += OUTPUTS) {
-      const Half *soon = w_at + (o + AHEAD * OUTPUTS) * channels, *last = w_at + outputs * channels;
-      for (const Half* line = soon; line < std::min(last, soon + OUTPUTS * channels); line += CHANNELS)
-        _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
       const int64_t together = std::min(OUTPUTS, outputs - o);
       for (int64_t m = 0; m < rows; m += ROWS) {
         const int64_t few = std::min(ROWS, rows - m);

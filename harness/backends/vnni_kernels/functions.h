@@ -3,11 +3,14 @@
 
 #include "common.h"
 
+#include <type_traits>
+
 namespace ditbench {
 
-// e^x to 4·10⁻⁶, 500 times finer than the rounding to bfloat16 that follows: 2ⁿ · 2ʳ with a polynomial on −½ … ½. 0 at −∞.
-inline __m512 exponential(__m512 x) {
-  const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^y to 4·10⁻⁶, 500 times finer than the rounding to bfloat16 that follows: 2ⁿ · 2ʳ with a polynomial on −½ … ½. 0 at −∞.
+inline __m512 power_of_two(__m512 y) {
   const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 r = _mm512_sub_ps(y, n);
   __m512 p = _mm512_set1_ps(9.66636837e-3f);
@@ -17,6 +20,8 @@ inline __m512 exponential(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(p, n);
 }
+
+inline __m512 exponential(__m512 x) { return power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E))); }
 
 // What may follow a product. The numbers are those of `backends/activations.py`.
 enum class Activation : int64_t { none = 0, gelu_tanh = 1, silu = 2, gelu_erf = 3, last = gelu_erf };
@@ -50,12 +55,24 @@ inline __m512 gelu_erf(__m512 x) {
   return _mm512_mul_ps(x, _mm512_mask_mov_ps(_mm512_sub_ps(one, half), negative, half));
 }
 
-inline __m512 activated(Activation activation, __m512 x) {
+template <Activation activation>
+inline __m512 activated(__m512 x) {
   switch (activation) {
     case Activation::gelu_tanh: return gelu_tanh(x);
     case Activation::silu: return times_logistic(x, x);
     case Activation::gelu_erf: return gelu_erf(x);
     default: return x;
+  }
+}
+
+// run(std::integral_constant of the activation): what is compiled for each of them.
+template <typename F>
+inline void with_activation(Activation activation, F&& run) {
+  switch (activation) {
+    case Activation::gelu_tanh: return run(std::integral_constant<Activation, Activation::gelu_tanh>());
+    case Activation::silu: return run(std::integral_constant<Activation, Activation::silu>());
+    case Activation::gelu_erf: return run(std::integral_constant<Activation, Activation::gelu_erf>());
+    default: return run(std::integral_constant<Activation, Activation::none>());
   }
 }
 

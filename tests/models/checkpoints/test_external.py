@@ -222,6 +222,7 @@ def test_what_would_end_the_process_is_refused(folders, tmp_path):
     [
         ("/nowhere/at/all", "no such folder or file"),
         ("", "needs method.path="),
+        ("''", "needs method.path="),
         ("{flux}/vae", "the model has a FluxTransformer2DModel"),
     ],
 )
@@ -247,6 +248,9 @@ def altered(folders, tmp_path, **values) -> RunConfig:
         ),
         ({"axes_dims_rope": [8, 4, 4]}, r"has axes_dims_rope=\[8, 4, 4\], the model has"),
         ({"num_layers": 3}, "no weights for"),
+        ({"quantization_config": "torchao"}, "quantization_config must be an object with quant_method.*got 'torchao'"),
+        ({"quantization_config": {"quant_method": ["torchao", 1]}}, "quantization_config must be an object"),
+        ({"_class_name": None}, "has no _class_name in its config.json, the model has a FluxTransformer2DModel"),
     ],
 )
 def test_another_architecture_or_a_library_that_is_missing_is_refused_in_a_line(values, words, folders, tmp_path):
