@@ -47,6 +47,7 @@ INTERVALS = RESULTS / "intervals"
 ORACLES = RESULTS / "formats" / "oracles.csv"
 MARKED = re.compile(r"(?P<open><!-- (?P<what>[a-z ]+)(?:: (?P<of>.+?))? -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 FID = "torchmetrics/fid_judge"
+LOPSIDED = 0.1  # of an interval: where one side is so much longer than the other, its ends are said
 COLUMNS = {  # metric: (heading, decimals); a table has those that its runs have
     FID: ("FID (judge) ↓", 1),
     "psnr": ("PSNR dB ↑", 2),
@@ -237,9 +238,12 @@ def comparisons(name: str, metrics: Iterable[str]) -> str:
 
 
 def with_interval(run: pd.Series, metric: str, decimals: int, tested: bool) -> str:
-    half = (run[f"{metric}.ci95_high"] - run[f"{metric}.ci95_low"]) / 2
+    low, high = run[f"{metric}.ci95_low"], run[f"{metric}.ci95_high"]
     inside = " ~" if run.get(f"{metric}.inside_noise_floor") is True else ""
-    text = f"{run[metric]:.{decimals}f} ± {half:.{decimals}f}{inside}"
+    limits = f"± {(high - low) / 2:.{decimals}f}"
+    if metric == FID and abs(high + low - 2 * run[metric]) > LOPSIDED * (high - low):  # of its logarithm
+        limits = f"[{low:.{decimals}f}, {high:.{decimals}f}]"
+    text = f"{run[metric]:.{decimals}f} {limits}{inside}"
     mark = run.get(f"{metric}.mark") if tested else None
     return {"best": f"**{text}**", "second": f"<ins>{text}</ins>"}.get(str(mark), text)
 

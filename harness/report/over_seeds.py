@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ditbench.eval.seed_differences import mean_over_seeds
+from ditbench.eval.seed_differences import OF_LOGARITHMS, logarithms_over_seeds, mean_over_seeds
+from ditbench.eval.statistics import INFLUENCE_OF_LOG
 from ditbench.harness.records.record import Record
 
 _NO_NUMBER_DEPENDS_ON = ("seed", "name", "tracker", "results_dir", "cache_dir", "force", "strict", "debug")
@@ -18,7 +19,8 @@ _NO_NUMBER_DEPENDS_ON = ("seed", "name", "tracker", "results_dir", "cache_dir", 
 def over_seeds(records: Iterable[Record]) -> list[Record]:
     """One record for every set of finished runs that share all but the seed; what has no twin stays as it is.
 
-    Metrics: mean, 95 % interval of the mean over seeds (n stays that of one seed; the largest noise floor counts).
+    Metrics: mean, 95 % interval of the mean over seeds, of FID that of its logarithm (n stays that of one seed; the largest noise
+    floor counts).
     Other numbers: mean. All the rest: as in the first seed's record; the runs themselves are the row's `members`.
     """
     alike: dict[str, dict[Any, Record]] = {}
@@ -58,14 +60,25 @@ def _metric(entries: list[dict[str, Any]]) -> dict[str, Any]:
     if None in values:
         return next(entry for entry in entries if entry.get("value") is None)
     floors = [entry["noise_floor"] for entry in entries if entry.get("noise_floor") is not None]
-    found = mean_over_seeds(values, [_error(entry) for entry in entries])
-    passport = (entries[0].get("passport") or {}) | {"ci_method": found.method, "seeds": len(entries)}
+    if of_logs := _of_logarithms(entries):
+        found, ci95 = logarithms_over_seeds(values, [entry["ci95"] for entry in entries])
+    else:
+        found = mean_over_seeds(values, [_error(entry) for entry in entries])
+        ci95 = found.ci95
+    method = found.method + OF_LOGARITHMS * of_logs
+    passport = (entries[0].get("passport") or {}) | {"ci_method": method, "seeds": len(entries)}
     return entries[0] | {
-        "value": found.value,
-        "ci95": list(found.ci95) if found.error or np.isfinite(found.freedom) else None,
+        "value": float(np.mean(values)),
+        "ci95": list(ci95) if found.error or np.isfinite(found.freedom) else None,
         "noise_floor": max(floors, default=None),
         "passport": passport,
     }
+
+
+def _of_logarithms(entries: Sequence[dict[str, Any]]) -> bool:
+    """Whether each seed's own interval is one of a logarithm (FID)."""
+    told = [((entry.get("passport") or {}).get("ci_method"), (entry.get("ci95") or [0])[0]) for entry in entries]
+    return all(method == INFLUENCE_OF_LOG and low > 0 for method, low in told)
 
 
 def _error(entry: dict[str, Any]) -> float:

@@ -7,14 +7,14 @@ to it, where that was kept. Runs recorded without them take no part, and neither
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from ditbench.eval.base import PerSample
 from ditbench.eval.paired_differences import Difference, differences, holm
 from ditbench.eval.passport import scored_alike
-from ditbench.eval.seed_differences import differences_over_seeds, is_positive, logarithm
+from ditbench.eval.seed_differences import differences_over_seeds, is_positive, logarithm, of_the_ratio
 from ditbench.eval.statistics import INFLUENCE_OF_LOG
 from ditbench.harness.records.record import Record
 from ditbench.harness.records.sample_values import Values
@@ -203,4 +203,9 @@ def _differences(candidates: Sequence[Sequence[Pair]], of_logarithm: bool) -> li
     logs = [[(logarithm(first), logarithm(second)) for first, second in pairs] for pairs in candidates]
     of_logs = [differences([pairs[seed] for pairs in logs]) for seed in range(len(by_seed))]
     tests = differences_over_seeds(list(zip(*of_logs, strict=True)))
-    return [replace(each, p=its.p, test=f"{its.test}, of logarithms") for each, its in zip(found, tests, strict=True)]
+    means = [[_mean_over_seeds(runs) for runs in zip(*pairs, strict=True)] for pairs in candidates]
+    return [of_the_ratio(each, its, *both) for each, its, both in zip(found, tests, means, strict=True)]
+
+
+def _mean_over_seeds(runs: Sequence[PerSample]) -> float:
+    return float(np.mean([np.nanmean(run.values_N) for run in runs]))

@@ -12,7 +12,9 @@ from ditbench.eval.seed_differences import (
     differences_over_seeds,
     is_positive,
     logarithm,
+    logarithms_over_seeds,
     mean_over_seeds,
+    of_the_ratio,
     usual_variance,
 )
 
@@ -95,3 +97,62 @@ def test_paired_logarithms_are_the_logarithm_of_the_ratio():
     twice = PerSample(2 * run.values_N, pseudo=True)
     (found,) = differences([(logarithm(twice), logarithm(run))])
     assert found.value == pytest.approx(np.log(2.0)) and np.ptp(found.ci95) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_interval_of_a_positive_number_over_seeds_is_students_of_its_logarithm_carried_back():
+    values_S = [1341.0, 1415.0, 1154.0]
+    mean, (low, high) = logarithms_over_seeds(values_S, [(value * 0.99, value * 1.01) for value in values_S])
+    expected = np.exp(stats.t.interval(0.95, 2, loc=np.log(values_S).mean(), scale=stats.sem(np.log(values_S))))
+    assert (low, high) == pytest.approx(tuple(expected)) and mean.method == OVER_SEEDS
+    _, (low, high) = logarithms_over_seeds([20.0, 20.0, 20.0], [(19.0, 20.0**2 / 19.0)] * 3)
+    assert (
+        high / 20
+        == pytest.approx(20 / low)
+        == pytest.approx((20 / 19) ** (stats.t.ppf(0.975, 2) / 1.96 / 3**0.5), rel=1e-4)
+    )
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3, 0.6])
+def test_that_interval_is_positive_holds_the_mean_and_covers_where_the_numbers_own_does_not(spread):
+    random, covered, plainly, draws = np.random.default_rng(7), 0, 0, 3000
+    expected = 20 * np.exp(spread**2 / 2)
+    for _ in range(draws):
+        values_S = 20 * np.exp(spread * random.normal(size=5))
+        _, (low, high) = logarithms_over_seeds(values_S, [(value, value) for value in values_S])
+        assert 0 < low <= values_S.mean() <= high
+        covered += low <= expected <= high
+        low, high = mean_over_seeds(values_S, [0.0] * 5).ci95
+        plainly += low <= expected <= high
+    assert covered / draws > 0.91 and covered >= plainly
+    assert (plainly / draws < 0.91) == (spread > 0.5)
+
+
+def test_the_interval_of_a_difference_holds_zero_just_where_its_test_does_not_tell_two_apart():
+    random = np.random.default_rng(8)
+    for _ in range(200):
+        first_S, second_S = 20 * np.exp(random.normal([[0.5], [0.0]], 0.25, (2, 3)))
+        plain = over_seeds([of_seed(one - other, 0) for one, other in zip(first_S, second_S, strict=True)])
+        logs = over_seeds([of_seed(x, 0) for x in np.log(first_S / second_S)])
+        back = over_seeds([of_seed(x, 0) for x in np.log(second_S / first_S)])
+        means = float(first_S.mean()), float(second_S.mean())
+        found = of_the_ratio(plain, logs, *means)
+        low, high = found.ci95
+        assert (low > 0 or high < 0) == (found.p < 0.05) and found.p == logs.p
+        assert low < found.value == plain.value < high
+        assert of_the_ratio(plain, back, *means[::-1]).ci95 == pytest.approx((-high, -low))
+
+
+def test_an_end_of_that_interval_is_the_difference_of_two_numbers_with_its_ratio_the_smaller_held():
+    logs = Difference(np.log(2.0), (np.log(1.5), np.log(3.0)), 0.01, 3, "t", "t", 2.0)
+    found = of_the_ratio(of_seed(10.0, 1.0), logs, 20.0, 10.0)
+    assert found.ci95 == pytest.approx((5.0, 20.0)) and found.freedom == 2.0 and found.ci_method == "t, of logarithms"
+
+
+def test_the_interval_of_a_difference_of_two_that_are_far_apart_is_as_wide_as_the_larger_ones_own():
+    random, covered, draws = np.random.default_rng(9), 0, 1000
+    for _ in range(draws):
+        first_S, second_S = np.array([[1300.0], [20.0]]) * np.exp(0.15 * random.normal(size=(2, 3)))
+        logs = over_seeds([of_seed(x, 0) for x in np.log(first_S / second_S)])
+        low, high = of_the_ratio(of_seed(0.0, 1.0), logs, first_S.mean(), second_S.mean()).ci95
+        covered += low <= 1280 * np.exp(0.15**2 / 2) <= high
+    assert covered / draws > 0.94

@@ -7,6 +7,7 @@ from scipy import stats
 from ditbench.eval.base import PerSample
 from ditbench.eval.paired_differences import holm
 from ditbench.eval.seed_differences import OF_THE_SAMPLES, OVER_SEEDS
+from ditbench.eval.statistics import INFLUENCE_OF_LOG
 from ditbench.harness.records.attempts import read_all
 from ditbench.harness.report import compare, paired, report
 from ditbench.harness.report.marks import verdicts
@@ -153,6 +154,22 @@ def test_a_run_that_is_far_worse_is_told_apart_though_its_seeds_lie_far_apart():
     good = [of_seeds(20 * np.exp(0.02 * random.normal(size=3))) for _ in range(5)]
     runs = [*good, of_seeds([1341.0, 1415.0, 1154.0])]
     candidates = [list(zip(runs[i], runs[j], strict=True)) for i in range(6) for j in range(i)]
-    of_logarithms, plain = (holm([each.p for each in paired._differences(candidates, how)]) for how in (True, False))
+    found = {how: paired._differences(candidates, how) for how in (True, False)}
+    of_logarithms, plain = (holm([each.p for each in found[how]]) for how in (True, False))
     assert max(of_logarithms[-5:]) < 0.001 < 0.01 < max(plain[-5:])
     assert min(of_logarithms[:-5]) > 0.05, "the good ones are equally good"
+    assert all((low > 0 or high < 0) == (each.p < 0.05) for each in found[True] for low, high in [each.ci95])
+
+
+def test_a_row_of_seeds_that_lie_far_apart_has_a_positive_interval_where_each_seeds_own_is_of_the_logarithm(
+    seeded, metric
+):
+    runs = seeded("rtn", [20.0, 50.0, 130.0], metric)
+    (plain,) = over_seeds(runs)
+    of_logs = {"passport": {"ci_method": INFLUENCE_OF_LOG}}
+    (row,) = over_seeds([replace(run, metrics={"psnr": run.metrics["psnr"] | of_logs}) for run in runs])
+    low, high = row.metrics["psnr"]["ci95"]
+    logs = np.log([20.0, 50.0, 130.0])
+    assert [low, high] == pytest.approx(np.exp(stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))))
+    assert plain.metrics["psnr"]["ci95"][0] < 0 < low < row.metrics["psnr"]["value"] == pytest.approx(200 / 3)
+    assert row.metrics["psnr"]["passport"]["ci_method"] == f"{OVER_SEEDS}, of logarithms"
