@@ -253,8 +253,12 @@ class ExpressedLinear(nn.Module):
         assert self.act.scale is not None
         scale = float(self.act.scale.at(self.step))
         zero_point = 0 if self.act.zero_point is None else int(self.act.zero_point.at(self.step))
-        spec = self.act.spec
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, int(spec.quant_min), int(spec.quant_max))
+        least, most = int(self.act.spec.quant_min), int(self.act.spec.quant_max)
+        if (
+            most - least == 14
+        ):  # 15 values OpenVINO would spread over 255 codes, which fall between; of 16 one stays unused
+            x, least = x.clamp(least * scale, most * scale), least - 1
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, least, most)
 
 
 def _pack_four_bits(model: Any) -> None:

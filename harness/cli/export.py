@@ -33,6 +33,7 @@ from ditbench.harness.records.tracking import keep
 from ditbench.harness.stages.config import RunConfig, parse
 from ditbench.harness.stages.loaded import model_of
 from ditbench.harness.stages.quantize import account, calibrate, planned, target_of, unreached_layers
+from ditbench.harness.stages.states import with_attention_given
 from ditbench.harness.sweep.compose import composed
 
 
@@ -103,7 +104,7 @@ def export_run(run: Record, out: Path, form: str = DIFFUSERS) -> Exported:
         raise UserError(f"{where}: method {config.method} was edited since; run it again")
     with _of_a_record(run):
         target = target.without(run.bits.get("unreached_layers", ()))
-        recipe = recipe_of(config, target, state_of(run), run.bits.get("mixed"))
+        recipe = with_attention_given(target, recipe_of(config, target, state_of(run), run.bits.get("mixed")))
     plan = {key: run.bits[key] for key in ("label", "mixed") if "mixed" in run.bits}
     plan |= {key: run.bits[key] for key in ("unreached_layers",) if key in run.bits}
     return replace(_written(config, model, target, recipe, out, form, run_id=run.run_id, plan=plan), run=run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ from diffusers import AutoencoderKL
 
 from ditbench.harness.build.build import build
 from ditbench.harness.build.flat_calls import leaves, output_of, relative_error, with_leaves
-from ditbench.harness.build.openvino_export import expressible, save_openvino, why_not, without_activations
+from ditbench.harness.build.layer import QuantLinear
+from ditbench.harness.build.openvino_export import converted, expressible, save_openvino, why_not, without_activations
 from ditbench.harness.build.openvino_run import ROUNDS_BY_ITSELF, OpenVINOTransformer, Runner, load_openvino
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.extras import installed
@@ -19,9 +21,11 @@ from ditbench.harness.fitting import registry
 from ditbench.harness.fitting.conformance import DYNAMIC, SMALL_DIT, STATIC
 from ditbench.harness.models.base import ModelSpec
 from ditbench.harness.models.loading import load_model
-from ditbench.harness.quant.quantizers import ActQuant
+from ditbench.harness.quant.effective import EffectiveLinear
+from ditbench.harness.quant.quantizers import ActQuant, quantize_weight
 from ditbench.harness.quant.recipe import AttentionRecipe, LayerRecipe, ModelRecipe
 from ditbench.harness.quant.spec import Bits, QuantSpec, bits_of
+from ditbench.harness.quant.steps import StepClock, StepTable
 
 needs_openvino = pytest.mark.skipif(not installed("openvino"), reason="the extra ditbench[openvino] is not installed")
 STATIC_8 = STATIC.with_widths(8, 8)
@@ -86,6 +90,25 @@ def test_an_export_loads_and_agrees_with_simulate(tmp_path, made, examples, meth
     errors = [relative_error(run(each), output_of(simulated(**each))) for each in examples]
     assert max(errors) == pytest.approx(described["error_to_simulate"], rel=0.01)
     assert max(errors) < (2e-2 if bits.act else 1e-5)
+
+
+@needs_openvino
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("act_bits", [3, 4, 8])
+@torch.no_grad()
+def test_activations_of_any_width_are_rounded_as_simulate_rounds_them(act_bits, symmetric, normal):
+    """Of 15 levels OpenVINO made others. Here no value lies on an edge between two codes."""
+    spec, scale = QuantSpec(act_bits, "per_tensor", symmetric), 1 / 16
+    zero_point = None if symmetric else StepTable.constant(torch.tensor(1.0))
+    act = ActQuant(spec, StepTable.constant(torch.tensor(scale)), zero_point)
+    weight_OC = normal(24, 32).float()
+    recipe = LayerRecipe(weight=quantize_weight(weight_OC, QuantSpec(8, "per_channel")), act=act)
+    settings = {"folded": False, "clock": StepClock(None), "dtype": torch.float32, "device": torch.device("cpu")}
+    layer = QuantLinear(recipe, EffectiveLinear(weight_OC, None), **settings, backend="simulate")
+    x = ((2**act_bits * normal(3, 5, 32, seed=1)).round() + 0.25).float() * scale  # codes and what is beyond them
+    model = converted(torch.nn.Sequential(OrderedDict(input=layer)), ({"input": x[:2]}, {"input": x}))
+    run = Runner(model, precision="f32", options={ROUNDS_BY_ITSELF: 0})
+    assert relative_error(run({"input": x}), layer(x)) < 1e-5
 
 
 @needs_openvino

@@ -59,6 +59,17 @@ def test_a_configuration_is_exported_as_its_run_would_be(ditbench, smoothed, tmp
     assert not (tmp_path / "none" / "runs").exists()
 
 
+def test_what_the_protocol_puts_on_attention_is_in_the_export_of_a_run(ditbench, run, tmp_path):
+    """It is no part of what the method learned, and of the model that was measured."""
+    assert run("method=rtn", "bits=w8a8", "protocol.attention=int8", "name=attention").code == 0
+    folder, out = next(tmp_path.glob("runs/attention/*/record.json")).parent, tmp_path / "export"
+    assert ditbench("export", str(folder), "--out", str(out)).code == 0
+    described = read_recipe(out)
+    assert described["attention"] and described["bits"] == read(folder / "record.json").bits
+    saved, again = samples_of(read(folder / "record.json")), drawn_again(out, folder)
+    assert torch.equal(saved.pixels[:], again.pixels)
+
+
 def test_tables_by_step_are_exported_with_the_timesteps_of_their_run(ditbench, run, tmp_path):
     assert run("method=htg", "bits=w8a8", "name=steps").code == 0
     folder, out = next(tmp_path.glob("runs/steps/*/record.json")).parent, tmp_path / "export"

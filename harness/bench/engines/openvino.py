@@ -19,6 +19,7 @@ from ditbench.harness.bench.profiles import Profile
 from ditbench.harness.build.build import build, float_copy
 from ditbench.harness.build.openvino_export import converted, without_activations
 from ditbench.harness.build.openvino_run import ROUNDS_BY_ITSELF, Runner
+from ditbench.harness.common.extras import needed
 from ditbench.harness.models.calls import placed
 from ditbench.harness.quant.quantizers import quantize_weight, static_quant
 from ditbench.harness.quant.recipe import LayerRecipe, ModelRecipe
@@ -67,9 +68,8 @@ class Once:
 
 
 def best_precision() -> str:
-    from openvino import Core
-
-    return "bf16" if "BF16" in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    core = needed("openvino", "openvino", "--others openvino").Core()
+    return "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
 @torch.no_grad()
