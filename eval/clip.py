@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ditbench.eval.base import MetricSkipped, Need
@@ -23,6 +22,7 @@ from ditbench.eval.features import channels_first, device_of, full_precision
 from ditbench.eval.video_judges import judge_folder
 from ditbench.eval.weights import stored_sha256
 from ditbench.harness.common.devices import CPU
+from ditbench.harness.common.files import NOT_WHOLE
 from ditbench.harness.samples.samples import Rows, Samples
 
 HUB = {
@@ -63,7 +63,7 @@ def load_clip(name_or_folder: str, device: torch.device) -> Clip:
     try:
         module = CLIPModel.from_pretrained(weights.parent, local_files_only=True).float().eval()
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except NOT_WHOLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise MetricSkipped(
             f"CLIP {name_or_folder} is here but cannot be read ({reason}); fetch it again with "

@@ -11,6 +11,7 @@ from typing import Any
 
 from ditbench.eval.base import MetricSkipped
 from ditbench.eval.video_judges import judge_folder
+from ditbench.harness.common.files import NOT_WHOLE
 
 NAME = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # any of them: a fast tokenizer's, or the words of a slow one
@@ -39,6 +40,6 @@ def load_tokenizer(home: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(home, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except NOT_WHOLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise MetricSkipped(f"{home}: not a whole tokenizer ({reason}); `ditbench data fetch clip-h14`") from error

@@ -28,6 +28,7 @@ from ditbench.eval.fidelity import paired_measurement, pixel_pairs
 from ditbench.eval.video_judges import DINO, IMAGENET, judge_here, load_judge, standardised
 from ditbench.eval.video_judges import judge_folder as folder_of
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.common.files import NOT_WHOLE
 from ditbench.harness.samples.samples import Rows
 
 DINOV2 = "facebook/dinov2-base"
@@ -91,7 +92,7 @@ def load_dinov2(folder: Path, device: torch.device) -> tuple[Any, dict[str, Any]
     try:
         network = Dinov2Model.from_pretrained(folder, local_files_only=True).float().eval().requires_grad_(False)
         weights = next(folder / file for file in WEIGHT_FILES if (folder / file).is_file())
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration) as error:
+    except (*NOT_WHOLE, StopIteration) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise MetricSkipped(
             f"{folder}: not a whole {DINOV2} ({reason}); fetch it with: hf download {DINOV2}"

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
@@ -32,6 +31,7 @@ from ditbench.eval.geneval import Found, measured, need_objects
 from ditbench.eval.video_judges import CLIP_LARGE, IMAGENET, judge_folder, judge_here, standardised
 from ditbench.eval.weights import stored_sha256
 from ditbench.harness.common.devices import CPU
+from ditbench.harness.common.files import NOT_WHOLE
 from ditbench.harness.models.zoo.shapes import KINDS
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
@@ -164,7 +164,7 @@ def load_detector(folder: Path, clip_folder: Path, device: torch.device) -> Dete
         raise MetricSkipped(f"{folder}: no {' or '.join(WEIGHT_FILES)}; {again}")
     try:
         network = Mask2FormerForUniversalSegmentation.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except NOT_WHOLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise MetricSkipped(f"{folder}: not a whole {DETECTOR} ({reason}); {again}") from error
     if network.config.num_labels != len(CLASSES):

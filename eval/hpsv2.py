@@ -18,7 +18,6 @@ ftfy, which changes nothing in ASCII: `prompts_not_ascii` in the passport counts
 from __future__ import annotations
 
 import html
-import pickle
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from ditbench.eval.per_sample import mean_or_share
 from ditbench.eval.prompt_lengths import cut_off
 from ditbench.eval.video_judges import judge_folder
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.common.files import NOT_WHOLE
 from ditbench.harness.samples.samples import Rows
 
 HUB, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
@@ -108,7 +108,7 @@ def load(weights: Path, home: Path, device: torch.device) -> Clip:
         config = CLIPConfig.from_pretrained(home, local_files_only=True)
         module = CLIPModel(config).requires_grad_(False)
         module.load_state_dict(as_transformers(state))
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except NOT_WHOLE as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MetricSkipped(
             f"{weights}: not HPSv2.1's checkpoint ({reason}); fetch it again with `hf download {HUB} {FILE} --force-download`"

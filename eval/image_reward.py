@@ -25,6 +25,7 @@ from ditbench.eval.passport import need_samples
 from ditbench.eval.per_sample import mean_or_share
 from ditbench.eval.prompt_lengths import cut_off
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.common.files import NOT_WHOLE
 from ditbench.harness.samples.samples import Rows
 
 PACKAGE = "ImageReward"
@@ -83,9 +84,9 @@ def load_model(weights: Path, config: Path, device: torch.device) -> Any:
 
     try:
         return ImageReward.load(str(weights), device=str(device), med_config=str(config))
-    except (OSError, RuntimeError, KeyError) as error:  # its tokenizer is BERT's, from the hub
+    except NOT_WHOLE as error:  # its tokenizer is BERT's, from the hub
         raise MetricSkipped(
-            f"ImageReward could not be loaded ({str(error).splitlines()[0][:200]}); "
+            f"ImageReward could not be loaded ({(str(error) or type(error).__name__).splitlines()[0][:200]}); "
             f"`hf download {TOKENIZER}` fetches its tokenizer"
         ) from error
 

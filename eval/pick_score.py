@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from ditbench.eval import clip_h14
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, metric
@@ -24,6 +23,7 @@ from ditbench.eval.per_sample import mean_or_share
 from ditbench.eval.prompt_lengths import cut_off
 from ditbench.eval.video_judges import judge_folder
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.common.files import NOT_WHOLE
 
 HUB = "yuvalkirstain/PickScore_v1"
 NOT_HERE = "PickScore's weights are not here; `ditbench data fetch pick-score`"
@@ -58,7 +58,7 @@ def load(weights: Path, tokenizer: Path, device: torch.device) -> Clip:
 
     try:
         module = CLIPModel.from_pretrained(weights.parent, local_files_only=True).float().eval()
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+    except NOT_WHOLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise MetricSkipped(
             f"PickScore is here but cannot be read ({reason}); fetch it again with `hf download {HUB} --force-download`"

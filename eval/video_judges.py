@@ -20,6 +20,7 @@ from ditbench.eval.base import MetricSkipped, Need
 from ditbench.eval.batches import remembered
 from ditbench.eval.features import channels_first, device_of, full_precision
 from ditbench.eval.weights import stored_sha256
+from ditbench.harness.common.files import NOT_WHOLE
 from ditbench.harness.samples.samples import Rows
 
 DINO = "facebook/dino-vitb16"
@@ -129,7 +130,7 @@ def judge_folder(name: str) -> Path:
 def _load(name: str, folder: Path, device: torch.device) -> Any:
     try:
         judge = DinoJudge(folder) if name == DINO else ClipJudge(folder)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except NOT_WHOLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise MetricSkipped(f"{folder}: not a whole {name} ({reason}); fetch it with: hf download {name}") from error
     return judge.float().eval().requires_grad_(False).to(device)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ditbench.harness.build.openvino_run import WEIGHTS
 from ditbench.harness.cli.flags import Parser, folder
 from ditbench.harness.common.artifacts import Damaged
 from ditbench.harness.common.errors import UserError
+from ditbench.harness.common.extras import needed
 from ditbench.harness.common.tensor_files import load_hashed
 from ditbench.harness.fitting import mixed_precision, registry
 from ditbench.harness.models.base import LoadedModel
@@ -82,8 +84,23 @@ def export(wanted: list[str], out: Path, results_dir: Path, form: str = DIFFUSER
     return [export_run(run, out / folder_name(run), form) for run in runs]
 
 
+def check_place(out: Path, form: str) -> None:
+    """Raise UserError, before hours of calibration, for what would be refused after them."""
+    if out.exists():
+        raise UserError(f"{out} exists; an export overwrites nothing, choose another --out")
+    try:
+        existing = next(each for each in out.absolute().parents if each.exists())
+        with TemporaryDirectory(dir=existing, prefix=".export-"):
+            pass
+    except OSError as error:
+        raise UserError(f"export: {out} cannot be made ({error.strerror or error}); choose another --out") from error
+    if form != DIFFUSERS:
+        needed("openvino", "openvino", f"export --format {form}")
+
+
 def export_config(config: RunConfig, out: Path, form: str = DIFFUSERS) -> Exported:
     """Calibrate, quantize, write; nothing is drawn or recorded."""
+    check_place(out, form)
     model, target = _model_and_target(config)
     recording = calibrate(config, model)
     target = target.without(recording.unreached)
@@ -93,6 +110,7 @@ def export_config(config: RunConfig, out: Path, form: str = DIFFUSERS) -> Export
 
 def export_run(run: Record, out: Path, form: str = DIFFUSERS) -> Exported:
     """Write what a recorded run had quantized, from the state that it saved."""
+    check_place(out, form)
     where = f"run {run.run_id} ({run.method}, {run.model})"
     with _of_a_record(run):
         _check_fields(run)

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import time
@@ -29,6 +30,8 @@ from ditbench.harness.common.watch import say
 T = TypeVar("T")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNREADABLE = (ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error, SafetensorError)
+# What libraries raise of a network's or a tokenizer's folder that is damaged, or another's.
+NOT_WHOLE = (*UNREADABLE, OSError, RuntimeError, AttributeError, LookupError, pickle.UnpicklingError)
 STALE_S = 24 * 3600.0
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 

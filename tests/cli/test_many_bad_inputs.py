@@ -27,6 +27,13 @@ CASES = [
     ("retry nope --failed --missing", "--missing"),
     ("RUN launcher.per_run=2", "launcher=local is one process"),
     ("RUN sweep.of=../../x", "sweep.of"),
+    ("export method=rtn bits=w4a8 --out .", "exists; an export overwrites nothing"),
+    (
+        "export method=rtn bits=w4a8 --out /proc/nowhere/export",
+        "/proc/nowhere/export cannot be made",
+        "choose another --out",
+    ),
+    ("export method=rtn bits=w4a8 --out /dev/null/export", "--out", "/dev/null"),
     ("RUN method=dvd_quant method.seed=-1", "method.seed must be at least 0"),
     ("RUN method=dvd_quant method.seed=99999999999999999999", "method.seed must be at most", "67 bits"),
     ("RUN method=svdquant method.rank=99999999999999999999", "method.rank must be at most"),

@@ -146,3 +146,16 @@ def test_both_are_distances_to_the_float_model(given):
     alone = evaluate(["dinov2_similarity"], Evidence(given.generated))["dinov2_similarity"]
     assert "no samples of the float model" in alone["reason"]
     assert dino_similarity.SHORT_SIDE == 256 and dino_similarity.SIDE == 224
+
+
+@pytest.mark.parametrize("weights", [b"", b"zz", b"\xff" * 64], ids=["empty", "short", "garbage"])
+@pytest.mark.parametrize("metric", BOTH)
+def test_weights_that_are_damaged_are_skipped_with_what_fetches_them(given, tmp_path, monkeypatch, metric, weights):
+    folder = tmp_path / BOTH[metric]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    monkeypatch.setenv("DITBENCH_JUDGES", str(tmp_path))
+    found = evaluate([metric], given)[metric]
+    assert found["status"] == "skipped", found
+    assert "not a whole" in found["reason"] and f"hf download {BOTH[metric]}" in found["reason"]
