@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ditbench.harness.backends import between, cuda_fp8, cuda_int8, cuda_w4a4_on_int8, cuda_w4a8, cuda_w4a16
 from ditbench.harness.build.fusion import fuse
+from ditbench.harness.build.graphs import captured
 from ditbench.harness.build.layer import QuantLinear
 from ditbench.harness.build.shared_inputs import share_inputs
 from ditbench.harness.common.devices import device_name
@@ -167,7 +168,7 @@ def block_times(
         if timed:
             calls[name, "eager_ms"] = eager = lambda candidate=candidate: candidate(x)
             try:
-                calls[name, "graph_ms"] = captured(eager)
+                calls[name, "graph_ms"] = captured(eager, device)[0].replay
             except Exception as failure:
                 found[name]["no_graph"] = short(failure)
         try:
@@ -183,19 +184,6 @@ def block_times(
         yield
     keep(found, interleaved(calls, repeats))
     yield
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """A replay of what the call launches; it has been called before, so that no kernel is compiled while it is captured."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        call()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def keep(found: dict[str, dict[str, Any]], times: dict[tuple[str, str], float]) -> None:

@@ -81,21 +81,28 @@ def _traced(call: Recording, tensors: Sequence[Tensor]) -> Recording:
 
 
 def _captured(call: Recording, tensors: Sequence[Tensor]) -> Recording:
-    device, places = tensors[0].device, [tensor.clone() for tensor in tensors]
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            call(*places)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call(*places)
+    places = [tensor.clone() for tensor in tensors]
+    graph, output = captured(lambda: call(*places), tensors[0].device)
 
     def play(*given: Tensor) -> Tensor:
         for place, tensor in zip(places, given, strict=True):
             place.copy_(tensor)
         graph.replay()
-        return output.clone()  # the next call writes over it
+        return output.clone()  # type: ignore[no-any-return]  # the next call writes over it
 
     return play
+
+
+def captured(call: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """What the call launches on a CUDA device, and what it returned, which every replay writes over."""
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                call()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = call()
+    return graph, output

@@ -52,7 +52,7 @@ def test_a_candidate_has_its_times_in_the_table_before_the_next_is_made(tmp_path
     monkeypatch.setitem(
         outside, "interleaved", lambda calls, repeats: turns.append([*calls]) or dict.fromkeys(calls, 2.0)
     )
-    monkeypatch.setitem(outside, "captured", lambda call: call)
+    monkeypatch.setitem(outside, "captured", lambda call, device: (SimpleNamespace(replay=call), None))
     monkeypatch.setitem(outside, "replaced", lambda block, make: block)
     monkeypatch.setattr(torch, "compile", lambda module, **settings: module)
     rows: dict = {}
