@@ -33,13 +33,19 @@ def shown(record: dict[str, Any]) -> str:
     parts += [f"{name} did not run: {why}" for name, why in record["refused"].items()]
     for label, found in record["shares"].items():
         parts.append(f"{label} eager: " + ", ".join(f"{name} {share:.0%}" for name, share in found.items()))
-    if profile := record.get("profile"):
+    if (profile := record.get("profile")) and _beside_others(record):
         parts.append(profile_table(profile))
     for label, found in record["components"].items():
         parts.append(f"{label}, one sample: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.items()))
     if peaks := record["roofline"]:
         parts.append("measured peaks: " + ", ".join(f"{name} {value:.3g}" for name, value in peaks.items()))
     return "\n\n".join(parts)
+
+
+def _beside_others(record: dict[str, Any]) -> bool:
+    """Node by node there is something to compare; else the page has it. What other engines hold is not known."""
+    others = {row["format"] for row in record["rows"] if row["held_bytes"] is None}
+    return bool(others & record["profile"]["of"].keys())
 
 
 def profile_table(profile: dict[str, Any]) -> str:

@@ -172,7 +172,12 @@ def solve(
     error_N = np.concatenate([errors_RUK.ravel(), np.zeros(len(costs.held))])
     least = costs.of(_milp(cost_N, shape, rules))
     if least - budget > ROUNDING * budget:
-        raise UserError(f"the least that these candidates can take is {least:.6g}, above the budget of {budget:.6g}")
+        left = (
+            f"the budget leaves {budget:.6g}"
+            if budget >= 0
+            else f"what is not theirs takes {-budget:.6g} more than it has"
+        )
+        raise UserError(f"bits.budget is too small: these candidates take {least:.6g} at least, and {left}")
     limit = budget
     while True:
         within = LinearConstraint(cost_N[None] / costs.largest, -np.inf, limit / costs.largest)

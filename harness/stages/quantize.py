@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from ditbench.harness.calibration import recording as recordings
 from ditbench.harness.calibration.recording import Calibration
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.common.memory import PeakMemory
+from ditbench.harness.common.watch import say
 from ditbench.harness.fitting import mixed_precision, registry
 from ditbench.harness.models.base import LoadedModel
 from ditbench.harness.quant.accounting import account as account_of
@@ -42,6 +44,10 @@ def target_of(config: RunConfig, model: LoadedModel) -> Target:
     if config.method == registry.FLOAT and isinstance(attention, str):
         attention = False  # what the others are compared with stays in float
     target = model.target(config.protocol.scope, config.protocol.skip, attention)
+    names = [name for name, _ in model.transformer.named_modules()]
+    for pattern in config.protocol.skip:
+        if not any(re.search(pattern, name) for name in names):
+            say(f"{model.spec.name}: protocol.skip={pattern} leaves nothing in float, since no layer has such a name")
     return target.on(config.device)
 
 

@@ -25,7 +25,7 @@ from ditbench.harness.bench.profiles import (
     profiled,
     within_block,
 )
-from ditbench.harness.bench.show import profile_table
+from ditbench.harness.bench.show import profile_table, shown
 from ditbench.harness.bench.workers import answer
 from ditbench.harness.build.build import build
 from ditbench.harness.common.extras import installed
@@ -165,3 +165,28 @@ def test_a_benchmark_beside_openvino_says_where_the_time_of_both_goes(ditbench, 
     assert set(ours[QUANTIZED]) == set(profile["of"][theirs][QUANTIZED])
     assert {QUANTIZED, FLOAT, ATTENTION, NORMS, GATES} <= set(profile["of"][theirs]) & set(ours)
     assert QUANTIZED in done.out and theirs.split(",")[0] in done.out
+
+
+def test_nodes_are_printed_beside_those_of_others_and_are_in_the_record_either_way():
+    row = {
+        "mode": "eager",
+        "backend": "vnni",
+        "rows": 2,
+        "latency_ms": {"median": 1.0, "p10": 1.0, "p90": 1.0},
+        "speedup": None,
+    }
+    ours = row | {"format": "W8A8", "error": 0.0, "held_bytes": 1, "peak_bytes": None}
+    theirs = ours | {"format": "theirs", "held_bytes": None}
+    of = {label: {FLOAT: {"norm1.linear": 3.0}} for label in ("W8A8", "theirs")}
+    record = {
+        "model": "m",
+        "method": "rtn",
+        "env": {"device": "CPU", "packages": {"torch": "2"}},
+        "refused": {},
+        "shares": {},
+        "components": {},
+        "roofline": {},
+    }
+    for rows, printed in (([ours], False), ([ours, theirs], True)):
+        profile = {"rows": 2, "calls": 5, "of": {each["format"]: of[each["format"]] for each in rows}}
+        assert ("norm1.linear" in shown(record | {"rows": rows, "profile": profile})) == printed

@@ -238,3 +238,11 @@ def test_the_keys_of_two_recordings_are_two(fitted):
     target = target_of(config, model_of(config.model))
     keys = {states.key_of(config, target, each, config.bits) for each in (recording, replace(recording, key="other"))}
     assert len(keys) == 2
+
+
+def test_a_name_to_skip_that_no_layer_has_is_said(capsys):
+    model = model_of(config_of().model)
+    target_of(config_of("protocol.skip=[to_q]"), model)
+    assert "protocol.skip" not in capsys.readouterr().err
+    target_of(config_of("protocol.skip=[to_w]"), model)
+    assert "protocol.skip=to_w leaves nothing in float" in capsys.readouterr().err
