@@ -50,7 +50,8 @@ def test_an_exported_run_computes_in_openvino_nearly_what_the_float_model_comput
 
 
 def test_a_recipe_without_a_form_is_refused_with_the_reason(ditbench, recorded, tmp_path, monkeypatch):
-    monkeypatch.setattr("ditbench.harness.build.openvino_export.needed", lambda *_: None)
+    for module in ("build.openvino_export", "cli.export"):
+        monkeypatch.setattr(f"ditbench.harness.{module}.needed", lambda *_: None)
     folder = recorded("bits=w8a8")
     done = ditbench("export", str(folder), "--format", "openvino", "--out", str(tmp_path / "ov"))
     assert done.code == 2 and not (tmp_path / "ov").exists()
