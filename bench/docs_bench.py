@@ -45,7 +45,8 @@ def step_times(name: str) -> str:
             held = f"{row['error']:.3f} | {held}"
             speedup += f" {row['baseline'].removeprefix('bf16 ')}" if row["baseline"] else ""
         step = f"{row['rows']} | " if counts[1:] else ""
-        step += f"{row['latency_ms']['median']:.0f}"
+        median = row["latency_ms"]["median"]
+        step += f"{median:.0f}" if median >= 10 else f"{median:.1f}"
         lines.append(f"| {row['format']} | `{row['backend']}` | {row['mode']} | {step} | {speedup} | {held} |")
     changed = " ".join(each for each in record.get("overrides", ()) if not each.startswith(("model=", "method=")))
     lines += [
