@@ -83,6 +83,17 @@ def test_a_row_that_may_see_nothing_is_zero_and_the_others_do_not_notice(torch_i
 
 
 @needs_kernel
+@pytest.mark.parametrize("keys", [40, 300])
+def test_a_row_whose_keys_all_have_the_lowest_number_gets_their_mean_as_torch_gives_it(keys, torch_is_not_asked):
+    """So diffusers writes masks of padded prompts; no infinity among them."""
+    q, k, v = operands(1, 2, 3, keys, 32)
+    mask = torch.zeros(1, 1, 3, keys)
+    mask[:, :, 1] = torch.finfo(torch.float32).min
+    y = attention(q, k, v, mask)
+    assert error(y[:, :, 1], v.float().mean(2)) < 0.01
+    assert error(y[:, :, 0], attention(q, k, v)[:, :, 0].float()) < 0.01
+
+
 def test_a_scale_is_taken(torch_is_not_asked):
     q, k, v = operands(1, 2, 6, 40, 8)
     exact = (q.double() @ k.double().mT * 0.7).softmax(-1) @ v.double()

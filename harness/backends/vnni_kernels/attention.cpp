@@ -108,6 +108,13 @@ void pack_values(const Half* from, int64_t row, int64_t keys, int64_t width, int
   }
 }
 
+// A mask times log₂ e; what is finite stays so: a row whose keys all have the lowest number has their mean, with −∞ it has nothing.
+__m512 in_powers_of_two(__m512 mask) {
+  const __m512 scaled = _mm512_mul_ps(mask, _mm512_set1_ps(LOG2_E));
+  const __mmask16 finite = _mm512_cmp_ps_mask(mask, _mm512_set1_ps(NOTHING), _CMP_GT_OQ);
+  return _mm512_mask_max_ps(scaled, finite, scaled, _mm512_set1_ps(std::numeric_limits<float>::lowest()));
+}
+
 // One row of scores against a block of keys → probabilities that are not yet divided by their sum, in bfloat16.
 // Scores are counted in powers of two: `scale` has log₂ e in it, and so have `largest` and the mask once it is added.
 // → the factor by which what was summed of earlier blocks has to shrink.
@@ -117,7 +124,7 @@ float softmax_block(float* scores, int64_t keys, float scale, const float* mask,
   for (int64_t k = 0; k < keys; k += LANES) {
     const __mmask16 here = first(keys - k);
     __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + k), scales);
-    if (mask) score = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(here, mask + k), _mm512_set1_ps(LOG2_E), score);
+    if (mask) score = _mm512_add_ps(score, in_powers_of_two(_mm512_maskz_loadu_ps(here, mask + k)));
     score = _mm512_mask_mov_ps(_mm512_set1_ps(NOTHING), here, score);
     _mm512_storeu_ps(scores + k, score);
     most = _mm512_max_ps(most, score);
