@@ -186,8 +186,11 @@ def _put_back(metrics: dict[str, Metric]) -> None:
 
 
 def no_metric(name: str) -> UserError:
-    """Why there is no such metric: its plugin is broken, or the name is misspelt."""
-    return _broken.error(name, unknown_name("metric", name, known_metrics()))
+    """Why there is no such metric: its plugin is broken, or the name is misspelt, or it is one of those that VBench's own code gives."""
+    error = unknown_name("metric", name, known_metrics())
+    if "vbench" in name:
+        error = UserError(f"{error}. VBench's own scores, and the totals of them, come from `ditbench vbench`")
+    return _broken.error(name, error)
 
 
 def plugin_sources(names: Iterable[str]) -> dict[str, str]:

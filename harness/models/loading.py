@@ -67,6 +67,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         if spec.fuse_qkv:
             fuse_qkv(pipe.transformer)
         check_only_one_denoises(pipe)
+        _check_size(spec, pipe)
         pipe.transformer.eval().requires_grad_(False)
         _check_values(pipe)
     model = LoadedModel(spec, pipe, adapter, extras, parts)
@@ -246,6 +247,13 @@ def check_only_one_denoises(pipe: Any) -> None:
         raise UserError(
             f"a {type(pipe).__name__} with two denoising networks, transformer and {' and '.join(others)}; "
             "only transformer would be quantized and the samples would be half the float model's, so it is refused"
+        )
+
+
+def _check_size(spec: ModelSpec, pipe: Any) -> None:
+    if spec.size and spec.random is None and getattr(pipe, "vae", None) is None:
+        raise UserError(
+            f"a {type(pipe).__name__} without a VAE draws the one size it was trained on; leave model.size out"
         )
 
 

@@ -130,7 +130,7 @@ def check_values(raw: dict[str, Any]) -> None:
     }
     for name, known in choices.items():
         if value_of(raw, name) not in known:
-            raise unknown_name(name, str(value_of(raw, name)), known)
+            raise UserError(f"{unknown_name(name, str(value_of(raw, name)), known)}{_whose(name, raw)}")
     guidance = value_of(raw, GUIDANCE)
     if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
         raise UserError(f"{GUIDANCE} must be a number such as 1.5, got {guidance!r}")
@@ -152,6 +152,13 @@ def check_values(raw: dict[str, Any]) -> None:
     runs = Path(raw["results_dir"]).expanduser().absolute() / "runs"
     if Path(raw["cache_dir"]).expanduser().absolute().is_relative_to(runs):
         raise UserError(f"cache_dir={raw['cache_dir']} lies where runs are recorded ({runs}); set it to another folder")
+
+
+def _whose(name: str, raw: dict[str, Any]) -> str:
+    """Who asks for a sampler, and whose samplers are the known ones."""
+    if name != SAMPLER:
+        return ""
+    return f" (protocol {raw['protocol'].get('name')} asks for it, and model {raw['model']['name']} is of family {raw['model']['family']})"
 
 
 def check_sweep(section: Any) -> None:

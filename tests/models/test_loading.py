@@ -57,6 +57,16 @@ def test_a_pipeline_without_a_vae_loads_too(own_model, tmp_path):
     assert weights(loaded) == weights(own_model) and loaded.pipe.vae is None
 
 
+def test_a_pipeline_without_a_vae_draws_one_size():
+    """Of model.size the pipeline would make latents an eighth as large, where the pixels are what it denoises."""
+    asked = ModelSpec("tiny-t2i", "pixart", source="zoo:tiny-t2i", size={"height": 24, "width": 24})
+    with pytest.raises(
+        UserError,
+        match="model tiny-t2i: a PixArtAlphaPipeline without a VAE draws the one size .*; leave model.size out",
+    ):
+        load_model(asked)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_loaded_in_the_dtype_asked_for(dtype, latent_folder):
     loaded = load_model(spec(latent_folder, dtype=dtype))
