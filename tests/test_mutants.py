@@ -21,7 +21,7 @@ def test_every_mutant_changes_a_text_that_stands_once_and_leaves_python():
     for number, mutant in enumerate(bench.mutants(), 1):
         source = (ROOT / mutant.file).read_text(encoding="utf-8")
         changed = mutant.changed(source)
-        assert changed != source and ast.parse(changed), number
+        assert changed != source and (not mutant.file.endswith(".py") or ast.parse(changed)), number
 
 
 def test_every_mutant_says_what_it_breaks_and_names_tests_that_are_there():

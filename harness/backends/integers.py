@@ -49,6 +49,11 @@ def not_w8a8(name: str, recipe: LayerRecipe) -> str | None:
     return None
 
 
+def stored_bits(bits: int) -> int:
+    """Of a code on a CPU, where kernels read half bytes and bytes: codes of 2 and 3 bits take four, those of 5 to 7 take eight."""
+    return 4 if bits <= 4 else 8
+
+
 def weight_lacks(name: str, weight: QuantizedWeight) -> str | None:
     if problem := not_even(name, weight.spec):
         return problem

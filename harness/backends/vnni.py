@@ -19,7 +19,7 @@ from ditbench.harness.backends.activations import NUMBERS
 from ditbench.harness.backends.alike import quantizers_alike
 from ditbench.harness.backends.base import FusedKernel, Kernel
 from ditbench.harness.backends.few_rows import linear
-from ditbench.harness.backends.integers import act_lacks, not_integers, weight_lacks
+from ditbench.harness.backends.integers import act_lacks, not_integers, stored_bits, weight_lacks
 from ditbench.harness.backends.rotations import all_but_last, as_rows, transformed
 from ditbench.harness.backends.vnni_extension import DEPTH, LANES, LIBRARY, cpu_lacks, load_extension
 from ditbench.harness.quant.quantizers import ActQuant, QuantizedWeight, activation_affine
@@ -30,7 +30,7 @@ from ditbench.harness.quant.transforms import Transform
 NAME = "vnni"
 KIND = "measured"
 PRIORITY = 5 if torch.cpu._is_amx_tile_supported() else 20  # with AMX, oneDNN's int8 is the faster one where it runs
-SUMMARY = "W8 and W4 with activations of 2 to 8 bits in int8 on x86 CPUs with AVX512-VNNI; every granularity"
+SUMMARY = "weights and activations of 2 to 8 bits in int8 on x86 CPUs with AVX512-VNNI; every granularity"
 
 OPERATORS = {
     f"{LIBRARY}::quantize_rows": "quantize activations",
@@ -48,8 +48,6 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
     assert isinstance(weight, QuantizedWeight) and act is not None
     if problem := weight_lacks(NAME, weight) or act_lacks(NAME, act):
         return problem
-    if weight.spec.bits not in (8, 4):
-        return f"{NAME} stores weights in 8 or 4 bits, these have {weight.spec.bits}"
     channels = weight.codes_OC.shape[1]
     sizes = {spec.group_size or channels for spec in (weight.spec, act.spec)}
     if len(sizes - {channels}) > 1:
@@ -87,7 +85,7 @@ class VnniKernel(FusedKernel):
     def __init__(self, weight: QuantizedWeight, act: ActQuant) -> None:
         super().__init__()
         load_extension()
-        self.act, self.bits = act, weight.spec.bits
+        self.act, self.bits = act, stored_bits(weight.spec.bits)
         if act.scale is not None:
             self.act_scale, self.act_zero_point = act.scale, act.zero_point  # counted, and moved with us
         self.outputs, self.channels = weight.codes_OC.shape

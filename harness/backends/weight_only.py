@@ -11,7 +11,7 @@ from torch import Tensor
 from ditbench.harness.backends import vnni_extension
 from ditbench.harness.backends.base import Kernel
 from ditbench.harness.backends.few_rows import linear
-from ditbench.harness.backends.integers import not_even
+from ditbench.harness.backends.integers import not_even, stored_bits
 from ditbench.harness.quant.packing import pack
 from ditbench.harness.quant.quantizers import LookupWeight, QuantizedWeight
 from ditbench.harness.quant.recipe import LayerRecipe
@@ -33,8 +33,6 @@ def unsupported(recipe: LayerRecipe, device: torch.device) -> str | None:
         return f"{NAME} unpacks integers; these weights are looked up in a table of uneven levels"
     if problem := not_even(NAME, weight.spec):
         return problem
-    if weight.spec.bits not in (8, 4):
-        return f"{NAME} stores weights in 8 or 4 bits, these have {weight.spec.bits}"
     width = weight.codes_OC.shape[1] // weight.scale_OG.shape[1]
     if width % vnni_extension.LANES:
         return f"{NAME} takes channels (of a group) in multiples of {vnni_extension.LANES}, these are {width}"
@@ -55,7 +53,7 @@ class WeightOnlyKernel(Kernel):
 
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
-        self.bits, self.is_signed = weight.spec.bits, weight.spec.symmetric
+        self.bits, self.is_signed = stored_bits(weight.spec.bits), weight.spec.symmetric
         codes_OC = weight.codes_OC.to(torch.int16) & (2**self.bits - 1)  # two's complement, as the operator reads it
         self.register_buffer("packed", pack(codes_OC, self.bits))
         self.register_buffer("scale_OG", weight.scale_OG.float().contiguous())

@@ -24,6 +24,7 @@ WEIGHTS = [
     QuantSpec(bits, granularity, symmetric, group_size=GROUP if granularity == "per_group" else None)
     for bits, granularity, symmetric in product((8, 4), ("per_channel", "per_tensor", "per_group"), (True, False))
 ]
+BETWEEN = [QuantSpec(bits, "per_channel", symmetric) for bits, symmetric in product((7, 6, 5, 3, 2), (True, False))]
 ACTS = [
     QuantSpec(bits, granularity, symmetric, dynamic=True, group_size=GROUP if granularity == "per_group" else None)
     for bits, granularity, symmetric in product((8, 4), ("per_token", "per_tensor", "per_group"), (True, False))
@@ -74,7 +75,7 @@ def kernels(recipe: LayerRecipe):
     ("weight", "act", "shape"),
     [
         pytest.param(weight, act, shape, id=f"{describe(weight)}-{describe(act)}-{shape}")
-        for weight, act, shape in product(WEIGHTS, ACTS, SHAPES)
+        for weight, act, shape in (*product(WEIGHTS, ACTS, SHAPES), *product(BETWEEN, ACTS[:2], SHAPES))
         if shape[1] % GROUP == 0 or "per_group" not in (weight.granularity, act.granularity)
     ],
 )
@@ -218,8 +219,8 @@ def test_it_survives_saving_and_copying(weight):
 
 
 @needs_vnni
-@pytest.mark.parametrize(("bits", "bytes_per_weight"), [(8, 1), (4, 0.5)])
-def test_weights_are_held_once_in_their_own_bits(bits, bytes_per_weight):
+@pytest.mark.parametrize(("bits", "bytes_per_weight"), [(8, 1), (5, 1), (4, 0.5), (3, 0.5)])
+def test_weights_are_held_once_in_bytes_or_half_bytes(bits, bytes_per_weight):
     kernel = kernels(recipe_for(QuantSpec(bits, "per_channel"), ACTS[0], 256, 128))[0]
     kernel(normal(4, 256), None)
     per_channel = 4 + 4  # a float32 scale and the sum of the codes
@@ -249,7 +250,6 @@ def test_it_is_chosen_on_the_cpu(weight, act, monkeypatch):
     ("recipe", "device", "reason"),
     [
         (LayerRecipe(), "cpu", "stays in float"),
-        (recipe_for(replace(WEIGHTS[0], bits=3), ACTS[0], 16, 4), "cpu", "these have 3"),
         (recipe_for(replace(WEIGHTS[4], group_size=8), replace(ACTS[4], group_size=16), 32, 4), "cpu", r"\[8, 16\]"),
         (recipe_for(replace(WEIGHTS[4], group_size=2), ACTS[0], 16, 4), "cpu", "multiple of 4"),
         (recipe_for(WEIGHTS[0], ACTS[0], 33_004, 1), "cpu", "33004 input channels could overflow"),

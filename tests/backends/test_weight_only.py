@@ -16,7 +16,7 @@ from ditbench.harness.quant.spec import QuantSpec
 CPU = torch.device("cpu")
 SPECS = [
     QuantSpec(bits, granularity, symmetric, group_size=32 if granularity == "per_group" else None)
-    for bits, granularity, symmetric in product((8, 4), ("per_channel", "per_tensor", "per_group"), (True, False))
+    for bits, granularity, symmetric in product((8, 4, 5, 3), ("per_channel", "per_tensor", "per_group"), (True, False))
 ]
 needs_vnni = pytest.mark.skipif(vnni.cpu_lacks() is not None, reason=str(vnni.cpu_lacks()))
 
@@ -61,7 +61,6 @@ def test_a_compiled_layer_has_no_graph_break():
     [
         (LayerRecipe(), "cpu", "activations in float"),
         (LayerRecipe(weight=recipe_for(SPECS[0]).weight, act=ActQuant(QuantSpec(8, "per_token", dynamic=True))), "cpu", "in float"),
-        (recipe_for(QuantSpec(3, "per_channel")), "cpu", "these have 3"),
         (recipe_for(SPECS[0], width=40), "cpu", "multiples of 16"),
         (recipe_for(SPECS[0]), "meta", "the device is meta"),
     ],
