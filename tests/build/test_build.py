@@ -56,6 +56,16 @@ def test_a_copy_with_nothing_quantized_is_the_float_model_bit_for_bit(dtype, sma
     assert torch.equal(run(float_copy(small_target, dtype=dtype), inputs, dtype), expected)
 
 
+def test_a_bias_has_the_models_dtype_whatever_its_kernel_keeps_it_in(small_target):
+    """A kernel that adds it in float32 keeps it so; its values are those of the model."""
+    weight = {n: quantize_weight(small_target.weight(n), QuantSpec(8, "per_channel")) for n in small_target.layers}
+    recipe = ModelRecipe({n: LayerRecipe(weight=weight[n], act=TOKEN_A8) for n in small_target.layers})
+    for layer in quant_layers(build(small_target, recipe, dtype=torch.bfloat16)).values():
+        bias = layer.bias.rows
+        assert torch.equal(bias, bias.bfloat16().to(bias.dtype))
+        assert bias.dtype == (layer.kernel.bias_dtype or torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_building_and_running_leave_the_original_alone(dtype, own_model, inputs):
     own_model.transformer.to(dtype)

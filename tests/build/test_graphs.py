@@ -67,6 +67,24 @@ def test_the_step_is_looked_up_at_every_call(small_model):
 
 
 @torch.no_grad()
+def test_each_range_of_steps_is_recorded(small_model):
+    """Layers may be others in each range (DVD-Quant's bits, plans by step)."""
+    target = small_model.target()
+    first, second = (
+        {n: LayerRecipe(weight=quantize_weight(target.weight(n), QuantSpec(bits, "per_channel"))) for n in target.layers}
+        for bits in (8, 3)
+    )
+    variants = {n: (first[n], second[n]) for n in target.layers}
+    model = build(target, ModelRecipe(first, num_steps=2, variants=variants, starts=(0, 1)), dtype=torch.bfloat16)
+    graph, inputs, outputs = Graphed(model), inputs_of(small_model), []
+    for step in (0, 1, 0):
+        clock_of(model).set(step, 2)
+        outputs.append(graph(**inputs))
+        assert torch.equal(outputs[-1], output_of(model(**inputs)))
+    assert not torch.equal(*outputs[:2]) and len(graph._recordings) == 2
+
+
+@torch.no_grad()
 def test_weights_that_change_in_place_are_read_again(small_model):
     model = w8a8(small_model)
     graph, inputs = Graphed(model), inputs_of(small_model)
@@ -83,4 +101,25 @@ def test_other_shapes_are_recorded_anew(small_model):
     for rows in (2, 3, 2):
         inputs = inputs_of(small_model, rows)
         assert torch.equal(graph(**inputs), output_of(model(**inputs)))
+    assert len(graph._recordings) == 2
+
+
+@torch.no_grad()
+def test_other_dtypes_are_recorded_anew(small_model):
+    model = w8a8(small_model)
+    graph, inputs = Graphed(model), inputs_of(small_model)
+    for dtype in (torch.long, torch.float32, torch.long):
+        graph(**inputs | {"timestep": inputs["timestep"].to(dtype)})
+    assert len(graph._recordings) == 2
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor, by: float) -> tuple[torch.Tensor]:
+        return (x * by,)
+
+
+@torch.no_grad()
+def test_what_is_no_tensor_is_part_of_a_recording():
+    graph, x = Graphed(Scaled()), torch.ones(3)
+    assert [float(graph(x=x, by=by)[0]) for by in (2.0, 5.0, 2.0)] == [2.0, 5.0, 2.0]
     assert len(graph._recordings) == 2
