@@ -74,17 +74,20 @@ def _why_not(layer: LayerRecipe, weights_only: bool) -> str | None:
         return why
     if layer.act is None or weights_only:
         return None
-    if why := uneven("FakeQuantize", layer.act):
+    return uneven("FakeQuantize", layer.act) or why_not_activations(layer.act.spec)
+
+
+def why_not_activations(spec: QuantSpec) -> str | None:
+    """Why OpenVINO has no form for activations that are so quantized, or None; known before anything is."""
+    if why := _not_integers(spec, "its activations are"):
         return why
-    if why := _not_integers(layer.act.spec, "its activations are"):
-        return why
-    if layer.act.spec.dynamic:
+    if spec.dynamic:
         return (
             "its activations find their range in each call, and FakeQuantize has one that was found before; quantize with "
             f"{STATIC}, or take --format openvino-weights"
         )
-    if layer.act.spec.granularity != "per_tensor":
-        return f"its activations have a range {layer.act.spec.granularity}, and an int8 product takes one of the tensor; quantize with {STATIC}"
+    if spec.granularity != "per_tensor":
+        return f"its activations have a range {spec.granularity}, and an int8 product takes one of the tensor; quantize with {STATIC}"
     return None
 
 

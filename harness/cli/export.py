@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditbench.harness.build.export import save_quantized
-from ditbench.harness.build.openvino_export import save_openvino
+from ditbench.harness.build.openvino_export import save_openvino, why_not_activations
 from ditbench.harness.build.openvino_run import WEIGHTS
 from ditbench.harness.cli.flags import Parser, folder
 from ditbench.harness.common.artifacts import Damaged
@@ -98,9 +98,18 @@ def check_place(out: Path, form: str) -> None:
         needed("openvino", "openvino", f"export --format {form}")
 
 
+def _check_form(config: RunConfig, form: str) -> None:
+    """Raise UserError, before hours of calibration, for activations that the format has no form for, whatever the method finds."""
+    if form != OPENVINO or isinstance(config.bits, MixedBits) or config.bits.act is None:
+        return
+    if why := why_not_activations(config.bits.act):
+        raise UserError(f"export --format openvino: OpenVINO has no form for bits={config.bits.label.lower()}: {why}")
+
+
 def export_config(config: RunConfig, out: Path, form: str = DIFFUSERS) -> Exported:
     """Calibrate, quantize, write; nothing is drawn or recorded."""
     check_place(out, form)
+    _check_form(config, form)
     model, target = _model_and_target(config)
     recording = calibrate(config, model)
     target = target.without(recording.unreached)

@@ -71,7 +71,10 @@ def test_each_range_of_steps_is_recorded(small_model):
     """Layers may be others in each range (DVD-Quant's bits, plans by step)."""
     target = small_model.target()
     first, second = (
-        {n: LayerRecipe(weight=quantize_weight(target.weight(n), QuantSpec(bits, "per_channel"))) for n in target.layers}
+        {
+            n: LayerRecipe(weight=quantize_weight(target.weight(n), QuantSpec(bits, "per_channel")))
+            for n in target.layers
+        }
         for bits in (8, 3)
     )
     variants = {n: (first[n], second[n]) for n in target.layers}

@@ -58,6 +58,13 @@ def test_a_recipe_without_a_form_is_refused_with_the_reason(ditbench, recorded, 
     assert "find their range in each call" in done.err and "--format openvino-weights" in done.err
 
 
+def test_activations_without_a_form_are_refused_before_anything_is_calibrated(ditbench, tmp_path, monkeypatch):
+    monkeypatch.setattr("ditbench.harness.cli.export.needed", lambda *_: None)
+    monkeypatch.setattr("ditbench.harness.cli.export.calibrate", lambda *_: pytest.fail("calibrated"))
+    done = ditbench("export", "bits=w4a8", "--format", "openvino", "--out", str(tmp_path / "ov"))
+    assert done.code == 2 and "bits=w4a8: its activations find their range in each call" in done.err
+
+
 @needs_openvino
 def test_weights_alone_of_the_same_run_are_written_and_said_to_be_so(ditbench, recorded, tmp_path):
     folder = recorded("bits=w8a8")
