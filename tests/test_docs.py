@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def test_every_module_and_file_that_is_named_exists():
             if not (ROOT / path).exists():
                 missing.append(f"{page.relative_to(ROOT)}: {path}")
     assert not missing, "\n".join(missing)
+
+
+def test_every_extra_that_is_named_can_be_installed():
+    """In pages and messages: pip install 'ditbench[ray]'."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))]
+    named = {(page.name, extra) for page in pages for extra in re.findall(r"ditbench\[(\w+)\]", page.read_text())}
+    assert len(named) > 10 and not [each for each in named if each[1] not in extras]
 
 
 @pytest.mark.parametrize("page", ["add-a-method.md", "add-a-metric.md", "add-a-model.md"])
