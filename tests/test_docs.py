@@ -53,6 +53,18 @@ def test_every_extra_that_is_named_can_be_installed():
     assert len(named) > 10 and not [each for each in named if each[1] not in extras]
 
 
+def test_every_link_leads_to_a_page_and_a_heading_of_it():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    lost = []
+    for page, link in links:
+        place, _, heading = link.partition("#")
+        there = (page.parent / place).resolve() if place else page
+        if "://" not in link and (not there.exists() or heading and heading not in anchors(there)):
+            lost.append(f"{page.name}: {link}")
+    assert len(links) > 100 and not lost, "\n".join(lost)
+
+
 @pytest.mark.parametrize("page", ["add-a-method.md", "add-a-metric.md", "add-a-model.md"])
 def test_what_a_plugin_may_import_can_be_imported(page):
     rows = re.findall(r"^\| (`(?:harness|eval)\.[^|]+) \| ([^|]+) \|", (ROOT / "docs" / page).read_text(), re.MULTILINE)
@@ -61,6 +73,14 @@ def test_what_a_plugin_may_import_can_be_imported(page):
         found = [importlib.import_module(f"ditbench.{module}") for module in re.findall(r"`([\w.]+)`", modules)]
         for name in re.findall(r"`(\w+)`", names):
             assert any(hasattr(module, name) for module in found), f"{modules} has no {name}"
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of a page's headings."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return {
+        re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    }
 
 
 def named(parts: list[str]) -> bool:
