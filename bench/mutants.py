@@ -5,7 +5,8 @@
     python bench/mutants.py --file eval/flow.py  # those of one file
 
 A mutant is killed if the tests that it names fail. That they pass without it is looked at first, since a test that always fails kills
-everything. Exits with 1 if one survived, or if its tests could not run.
+everything. Tests of a library that is not installed are skipped, and what they alone see survives. Exits with 1 if one survived, or if its
+tests could not run.
 """
 
 from __future__ import annotations

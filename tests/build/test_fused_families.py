@@ -122,6 +122,7 @@ WORDS = {
     "of a norm": lambda: X + F.layer_norm(Y, (16,)),
     "twice": lambda: X + ROW * Y + ROW * X,
     "stays in float32": lambda: F.layer_norm(X.float(), (16,)) * ROW,
+    "a multiple": lambda: torch.add(F.layer_norm(X, (16,)) * ROW, ROW, alpha=2),
     "a number": lambda: F.layer_norm(X, (16,)) * 2 + 1,
     "into another tensor": lambda: torch.mul(F.layer_norm(X, (16,)), 1 + ROW, out=torch.empty_like(X)),
     "reads parts": lambda: torch.cat([F.layer_norm(X, (16,))[:, :2], Y[:, 2:] * ROW], dim=1),
@@ -138,6 +139,12 @@ def test_what_is_put_off_is_what_was_asked_for(words):
     torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6)
     if words in KERNELS:
         assert sum(counted.runs.values()) == 1
+
+
+def test_a_cast_to_another_device_goes_there():
+    with Between():
+        found = settled((F.layer_norm(X.float(), (16,)) * ROW).type_as(X.to("meta")))
+    assert found.device.type == "meta" and found.dtype == torch.bfloat16
 
 
 def test_what_is_pending_answers_without_being_computed_and_counts_once():

@@ -12,7 +12,7 @@ from small_pipelines import SIZES, wan_of_two_experts
 
 from ditbench.harness.build.attention import Sage
 from ditbench.harness.build.build import build, clock_of, float_copy
-from ditbench.harness.build.export import load_quantized, save_quantized
+from ditbench.harness.build.export import load_quantized, read_recipe, save_quantized
 from ditbench.harness.calibration import recording as recordings
 from ditbench.harness.calibration.recording import calibrate
 from ditbench.harness.cli import main
@@ -281,3 +281,12 @@ def test_an_export_goes_back_into_the_pipeline_of_two_transformers(model, checkp
     loaded = load_quantized(tmp_path / "export", pipe)
     assert pipe.transformer is loaded and pipe.transformer_2 is loaded and clock_of(loaded).num_steps == STEPS
     torch.testing.assert_close(drawn(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_export_of_a_run_has_the_attention_of_both(run, tmp_path):
+    """It is the protocol's, and no part of what the method learned."""
+    done = run("name=attention-exported", "method=rtn", "bits=w8a8", "protocol.attention=int8")
+    assert done.code == 0 and main(["export", str(done.folder), "--out", str(tmp_path / "export")]) == 0
+    described = read_recipe(tmp_path / "export")
+    assert {name.split(".")[0] for name in described["attention"]} == {FIRST, SECOND}
+    assert len(described["attention"]) == 8, "two blocks of each, with self- and cross-attention"
