@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,26 @@ def test_every_module_and_file_that_is_named_exists():
     assert not missing, "\n".join(missing)
 
 
+def test_every_extra_that_is_named_can_be_installed():
+    """In pages and messages: pip install 'ditbench[ray]'."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))]
+    named = {(page.name, extra) for page in pages for extra in re.findall(r"ditbench\[(\w+)\]", page.read_text())}
+    assert len(named) > 10 and not [each for each in named if each[1] not in extras]
+
+
+def test_every_link_leads_to_a_page_and_a_heading_of_it():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    lost = []
+    for page, link in links:
+        place, _, heading = link.partition("#")
+        there = (page.parent / place).resolve() if place else page
+        if "://" not in link and (not there.exists() or heading and heading not in anchors(there)):
+            lost.append(f"{page.name}: {link}")
+    assert len(links) > 100 and not lost, "\n".join(lost)
+
+
 @pytest.mark.parametrize("page", ["add-a-method.md", "add-a-metric.md", "add-a-model.md"])
 def test_what_a_plugin_may_import_can_be_imported(page):
     rows = re.findall(r"^\| (`(?:harness|eval)\.[^|]+) \| ([^|]+) \|", (ROOT / "docs" / page).read_text(), re.MULTILINE)
@@ -52,6 +73,14 @@ def test_what_a_plugin_may_import_can_be_imported(page):
         found = [importlib.import_module(f"ditbench.{module}") for module in re.findall(r"`([\w.]+)`", modules)]
         for name in re.findall(r"`(\w+)`", names):
             assert any(hasattr(module, name) for module in found), f"{modules} has no {name}"
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of a page's headings."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return {
+        re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    }
 
 
 def named(parts: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Weights of 8 or 4 bits with activations in float, on x86 CPUs with AVX-512: they are unpacked right before each product.
+"""Weights of 2 to 8 bits with activations in float, on x86 CPUs with AVX512-VNNI: they are unpacked right before each product.
 
 One layer's weight exists in bfloat16 (float32 for float32 inputs) at a time. It saves memory, not time.
 """
@@ -20,7 +20,7 @@ NAME = "weight_only"
 KIND = "measured"
 PRIORITY = 15
 SUMMARY = (
-    "W8A16 and W4A16 on x86 CPUs with AVX-512: stored in their bits, unpacked before each product; memory, not speed"
+    "W2…8 A16 on x86 CPUs with AVX512-VNNI: stored in 4 or 8 bits, unpacked before each product; memory, not speed"
 )
 OPERATORS = {f"{vnni_extension.LIBRARY}::dequantize": "unpack weights"}
 

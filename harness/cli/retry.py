@@ -13,9 +13,7 @@ def command(arguments: list[str]) -> int:
         description="Run again what failed in a sweep, and what never came; overrides behind it (name=value) count for all.",
     )
     parser.add_argument("experiment")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="name=value", help="such as hydra/launcher=joblib or memory=offload"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="such as launcher=joblib or memory=offload")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--failed", action="store_true", help="only what failed")
     which.add_argument("--missing", action="store_true", help="only what left no record")

@@ -161,7 +161,7 @@ def export_videos(samples: Samples, folder: Path) -> list[Path]:
     try:
         import av
     except ImportError as error:
-        raise UserError("writing .mp4 needs PyAV: pip install 'ditbench[vbench]'") from error
+        raise UserError("writing .mp4 needs PyAV, which comes with ditbench: pip install av") from error
 
     if not samples.prompts:
         raise UserError("vbench takes videos by their prompts; these were made without")

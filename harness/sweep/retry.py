@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ditbench.harness.common.errors import EXIT_FAILED_RUNS, UserError, shortened
+from ditbench.harness.common.errors import EXIT_FAILED_RUNS, EXIT_USER, UserError, shortened
 from ditbench.harness.common.paths import configurations_in
 from ditbench.harness.common.watch import say
 from ditbench.harness.records import attempts, sweeps
-from ditbench.harness.records.sweeps import DONE, FAILED, MISSING
+from ditbench.harness.records.sweeps import DONE, FAILED, MISSING, REFUSED
 from ditbench.harness.sweep.launch import launch
 from ditbench.harness.sweep.overview import no_experiment
 
@@ -39,10 +39,12 @@ def retry(
         )
     if sweep.sweeper is not None:
         raise UserError(f"{experiment}: {sweep.sweeper} chose the jobs of sweep {sweep.stamp}; give its command again")
-    chosen = [each for each in sweeps.outcomes(sweep) if each.state in states]
+    found = sweeps.outcomes(sweep)
+    chosen = [each for each in found if each.state in states]
     if not chosen:
         say(f"sweep {sweep.stamp} of {experiment}: nothing {' or '.join(states)}")
-        return 0 if all(each.state == DONE for each in sweeps.outcomes(sweep)) else EXIT_FAILED_RUNS
+        left = {each.state for each in found} - {DONE}
+        return EXIT_USER if REFUSED in left else EXIT_FAILED_RUNS if left else 0
     say(f"sweep {sweep.stamp} of {experiment}: {len(chosen)} of {len(sweep.jobs)} jobs again")
     for each in chosen:
         say(f"  {each.state}: {each.job.title}{f': {shortened(each.why, 160)}' if each.why else ''}")

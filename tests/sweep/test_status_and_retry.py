@@ -169,6 +169,14 @@ def test_retry_does_again_what_failed_and_what_never_came(sweep, quick, home, tm
     assert "nothing failed or missing" in capsys.readouterr().err
 
 
+def test_retry_of_a_sweep_that_lacks_only_what_was_refused_ends_as_the_sweep_did(sweep, quick, tmp_path, capsys):
+    quick()
+    assert sweep("method=rtn,ptq4dit", "bits=fp8") == 2
+    capsys.readouterr()
+    assert main(["retry", "swept", "--results-dir", str(tmp_path)]) == 2
+    assert "nothing failed or missing" in capsys.readouterr().err
+
+
 def test_retry_takes_more_overrides_in_the_place_of_earlier_ones(sweep, quick, home, tmp_path):
     quick(lambda config: "failed")
     assert sweep("method=rtn", "bits=w8a8", "memory=resident") == 3
