@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ditbench.harness.quant import spec
@@ -102,5 +103,7 @@ def label_of(group: Group, at: str = BITS) -> dict[int, str]:
 
 
 def _sizes(least: float, most: float) -> str:
-    low, high = (f"{size / MIB:.2f}" for size in (least, most))
+    """Two digits at least: sizes that open a contest are 10 % apart, and no two contests may be called the same."""
+    digits = max(2, 1 - math.floor(math.log10(least / MIB)))
+    low, high = (f"{size / MIB:.{digits}f}" for size in (least, most))
     return f"{low} MiB" if low == high else f"{low}–{high} MiB"

@@ -78,7 +78,8 @@ def _untested(group: Group, metrics: Sequence[str], at: str) -> list[str]:
         if where := tuple(marks.untested(group, name, at)):
             lacking.setdefault(where, []).append(names[name])
     return [
-        f"No marks on {', '.join(metrics)} ({', '.join(where)}): what a paired test needs was not kept beside these runs."
+        f"No marks on {', '.join(metrics)} ({', '.join(where)}): not every two of these runs can be tested, since values per sample were not "
+        "kept, or are of other prompts, seeds, code or weights."
         for where, metrics in lacking.items()
     ]
 
