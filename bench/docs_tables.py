@@ -241,7 +241,8 @@ def with_interval(run: pd.Series, metric: str, decimals: int, tested: bool) -> s
     low, high = run[f"{metric}.ci95_low"], run[f"{metric}.ci95_high"]
     inside = " ~" if run.get(f"{metric}.inside_noise_floor") is True else ""
     limits = f"± {(high - low) / 2:.{decimals}f}"
-    if metric == FID and abs(high + low - 2 * run[metric]) > LOPSIDED * (high - low):  # of its logarithm
+    ends_somewhere = metric == FID or high <= 1  # of a logarithm, or of a share
+    if ends_somewhere and abs(high + low - 2 * run[metric]) > LOPSIDED * (high - low):
         limits = f"[{low:.{decimals}f}, {high:.{decimals}f}]"
     text = f"{run[metric]:.{decimals}f} {limits}{inside}"
     mark = run.get(f"{metric}.mark") if tested else None

@@ -60,7 +60,9 @@ def groups(records: Iterable[Record], any_seed: bool = False) -> list[Group]:
         shared = _comparable_by(record) | ({"seed": "any"} if any_seed else {})
         by_key.setdefault(json.dumps(shared, sort_keys=True), []).append(record)
     found = sorted(by_key.values(), key=lambda members: _group_order(members[0]))
-    labels = _unique_labels([max(members, key=lambda one: len(seeds(one))) for members in found])
+    labels = _unique_labels(
+        [max(members, key=lambda one: (one.method != FLOAT_METHOD, len(seeds(one)))) for members in found]
+    )
     return [_group(label, sorted(members, key=_row_order)) for label, members in zip(labels, found, strict=True)]
 
 

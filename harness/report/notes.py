@@ -99,17 +99,22 @@ def _above_label(group: Group, at: str) -> list[str]:
 
 
 def _seeds(group: Group) -> list[str]:
-    most = max(len(compare.seeds(record)) for record in group.records)
+    most = contests.most_seeds(group)
+    of_float = [len(compare.seeds(record)) for record in group.records if record.method == FLOAT_METHOD]
+    rest = [f"{its} seed{'s' * (its > 1)}" for its in of_float if its != most]
+    beside = [f"The float row is of {' and '.join(rest)}, and its interval of these."] if rest else []
     if most == 1:
-        return []
+        return beside
     if most < FEWEST_SEEDS:
         return [
             f"{most} seeds: intervals and tests are of the samples of these seeds. How far another seed (another calibration) would move "
-            f"a method cannot be known from fewer than {FEWEST_SEEDS}."
+            f"a method cannot be known from fewer than {FEWEST_SEEDS}.",
+            *beside,
         ]
     return [
         f"{most} seeds: intervals and tests are over seeds, and never narrower than the samples within the seeds allow. So few seeds "
-        "prove large differences only: not to be told apart is not to be the same."
+        "prove large differences only: not to be told apart is not to be the same.",
+        *beside,
     ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ditbench.harness.report import compare, marks, paired
 from ditbench.harness.report.compare import Group, short_names
-from ditbench.harness.report.contests import BITS, contests
+from ditbench.harness.report.contests import BITS, contests, most_seeds
 from ditbench.harness.report.paired import FLOAT, Comparison
 from ditbench.harness.report.table import decimals_for
 
@@ -55,13 +55,27 @@ def _row(each: Comparison, decimals: int) -> tuple[str, ...]:
 
 
 def _how(group: Group, found: Sequence[Comparison]) -> str:
-    one, sizes = found[0].difference, sorted({each.difference.n for each in found})
+    sizes = sorted({each.difference.n for each in found})
     n = "–".join(map(str, sizes[:: max(len(sizes) - 1, 1)]))
-    seeds = max(len(compare.seeds(record)) for record in group.records)
+    seeds = most_seeds(group)
     over = f" of {seeds} seeds" if seeds > 1 else ""
     families = [sum(each.contest == contest for each in found) for contest in dict.fromkeys(e.contest for e in found)]
     holm = "–".join(map(str, sorted({min(families), max(families)})))
-    return f"n = {n} pairs of samples{over}; p: {one.test}, Holm over {holm} comparisons; interval: {one.ci_method}"
+    p, interval = (
+        _by_contest([(each.contest, how(each)) for each in found])
+        for how in (lambda each: each.difference.test, lambda each: each.difference.ci_method)
+    )
+    return f"n = {n} pairs of samples{over}; p: {p}, Holm over {holm} comparisons; interval: {interval}"
+
+
+def _by_contest(told: Sequence[tuple[str, str]]) -> str:
+    """What all comparisons share is said once, else with the contests where it holds (over seeds large ones are moderated)."""
+    where: dict[str, list[str]] = {}
+    for contest, how in told:
+        where.setdefault(how, []).append(contest)
+    if len(where) == 1:
+        return next(iter(where))
+    return " or ".join(f"{how} ({', '.join(dict.fromkeys(labels))})" for how, labels in where.items())
 
 
 def _verdicts(group: Group, metric: str, found: Sequence[Comparison], at: str) -> list[str]:
