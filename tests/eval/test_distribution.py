@@ -128,6 +128,17 @@ def test_every_judge_metric_has_a_finite_value_an_interval_around_it_and_a_full_
     assert passport["reference"] == (None if "/is_" in name else "bright")
 
 
+@pytest.mark.parametrize("library", libraries.FID)
+def test_fid_of_the_references_own_images_is_zero_within_a_finite_interval(library, evidence):
+    """A hair above 0, it had a logarithm whose interval reached to infinity, and the metric failed."""
+    name, own = f"{library}/fid_judge", evidence.generated.images_NHWC
+    same = Reference("the same", own, hashlib.sha256(own.numpy().tobytes()).hexdigest())
+    entry = evaluate([name], replace(evidence, reference=same))[name]
+    low, high = entry["ci95"]
+    assert entry["status"] == "ok" and abs(entry["value"]) < 1e-4
+    assert low <= entry["value"] <= high < 1.0 and "logarithm" not in entry["passport"]["ci_method"]
+
+
 TO_FLOAT = [f"{library}/fid_judge_to_float" for library in libraries.FID]
 
 
