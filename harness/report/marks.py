@@ -19,10 +19,14 @@ BEST, SECOND = "best", "second"
 
 @dataclass(frozen=True)
 class Verdict:
-    """mark: "best" | "second" | "". inside: of the metric's noise around the float row's value; None: cannot be asked."""
+    """mark: "best" | "second" | "". inside: of the metric's noise around the float row's value; None: cannot be asked.
+
+    tested: whether a paired test says so, and not the noise floor.
+    """
 
     mark: str = ""
     inside: bool | None = None
+    tested: bool = False
 
 
 def verdicts(group: Group, metric: str, at: str = contests.BITS) -> list[Verdict]:
@@ -36,7 +40,7 @@ def verdicts(group: Group, metric: str, at: str = contests.BITS) -> list[Verdict
             return None
         return not apart[place] if place in apart else _within_floor(group.records[place], metric, center)
 
-    return [Verdict(marks.get(place, ""), inside(place)) for place in range(len(group.records))]
+    return [Verdict(marks.get(place, ""), inside(place), place in apart) for place in range(len(group.records))]
 
 
 def untested(group: Group, metric: str, at: str = contests.BITS) -> list[str]:

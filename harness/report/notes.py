@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ditbench.eval.seed_differences import FEWEST_SEEDS
-from ditbench.harness.report import compare, contests, marks, paired
+from ditbench.harness.report import compare, contests, marks
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names
 
 CHECKED_FROM = 64  # samples: the least that bench/intervals.py draws
@@ -36,13 +36,14 @@ def _like_float(group: Group, metrics: Sequence[str], at: str) -> list[str]:
     """What ~ means at the numbers where it stands: a test's answer, or a noise floor where nothing was kept to test."""
     names, floors, tested = short_names(group.metrics), [], False
     for name in metrics:
-        pairs = zip(group.records, marks.verdicts(group, name, at), strict=True)
-        if not (inside := [record.metrics[name] for record, verdict in pairs if verdict.inside]):
-            continue
-        if any(each.second == paired.FLOAT for each in paired.comparisons(group, name, at)):
-            tested = True
-        else:
-            floors.append(f"{names[name]} ±{max(entry['noise_floor'] for entry in inside):.4g}")
+        inside = [
+            (record.metrics[name], verdict)
+            for record, verdict in zip(group.records, marks.verdicts(group, name, at), strict=True)
+            if verdict.inside
+        ]
+        tested |= any(verdict.tested for _, verdict in inside)
+        if own := [entry["noise_floor"] for entry, verdict in inside if not verdict.tested]:
+            floors.append(f"{names[name]} ±{max(own):.4g}")
     found = ["the paired tests (Holm) do not tell it apart from the float model"] if tested else []
     found += [f"inside the noise floor around the float row, which is {', '.join(floors)} at most"] if floors else []
     return [f"~: {'; or '.join(found)}."] if found else []
