@@ -9,9 +9,10 @@ from scipy import linalg
 from scipy.stats import t
 
 from ditbench.eval import batches, features, frechet, libraries
-from ditbench.eval.base import Reference, evaluate, known_metrics
+from ditbench.eval.base import Reference, evaluate, evaluate_samples, known_metrics
 from ditbench.eval.features import judge_pair, outputs
-from ditbench.eval.influence import spread
+from ditbench.eval.influence import spread, spread_within
+from ditbench.eval.set_scores import recall_spread
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.samples.samples import Samples
 
@@ -317,3 +318,13 @@ def test_a_judge_left_in_training_mode_is_read_in_eval_mode_and_left_as_it_was(e
 def test_an_unknown_metric_is_answered_with_the_nearest_name(evidence):
     with pytest.raises(UserError, match="did you mean 'torchmetrics/fid_judge'"):
         evaluate(["torchmetric/fid_judge"], evidence)
+
+
+def test_runs_are_told_apart_by_recall_as_well_as_its_own_interval_knows_it(evidence):
+    """The spread of what each sample contributes is that of the interval, not that of leaving out one at a time."""
+    entries, samples = evaluate_samples(["torch_fidelity/recall_judge"], evidence)
+    pair, strata_N = judge_pair(evidence), evidence.design.strata_N
+    expected = recall_spread(pair.generated_NF, pair.reference_MF, 3, strata_N, evidence.seed).sd
+    kept_N = samples["torch_fidelity/recall_judge"].values_N
+    assert kept_N.mean() == pytest.approx(entries["torch_fidelity/recall_judge"]["value"])
+    assert spread_within(kept_N, strata_N).sd == pytest.approx(expected) and expected > 0
