@@ -294,15 +294,20 @@ def _where_twins_lie(called: Sequence[str], records: Sequence[Record]) -> list[s
         if record.status == "ok":
             twins.setdefault((called[place], bits_label(record)), []).append(place)
     for places in twins.values():
-        values: dict[str, set[float]] = {}
-        for name, entry in ((name, entry) for place in places for name, entry in records[place].metrics.items()):
-            values.setdefault(name, set()).update({entry["value"]} if entry.get("value") is not None else ())
-        if any(len(its) > 1 for its in values.values()):
+        if numbers_differ([records[place] for place in places]):
             experiments = [records[place].experiment for place in places]
             for place, experiment in zip(places, experiments, strict=True):
                 own = experiment if experiments.count(experiment) == 1 else f"{experiment}/{records[place].run_id}"
                 found[place] = f" in {printable(own, 40)}"
     return found
+
+
+def numbers_differ(records: Sequence[Record]) -> bool:
+    """Whether any metric has several values among them; what some lack does not count."""
+    values: dict[str, set[float]] = {}
+    for name, entry in ((name, entry) for record in records for name, entry in record.metrics.items()):
+        values.setdefault(name, set()).update({entry["value"]} if entry.get("value") is not None else ())
+    return any(len(its) > 1 for its in values.values())
 
 
 def printable(text: str, limit: int = 60) -> str:

@@ -20,6 +20,7 @@ from ditbench.eval.statistics import (
     Interval,
 )
 from ditbench.harness.records.record import Record
+from ditbench.harness.report import compare
 
 # By how each seed's own interval was made: where the number cannot lie beyond, nor does the interval over seeds.
 _SHARES = (WILSON, WILSON_BY_DESIGN, WILSON_OF_GROUPS, DELETE_QUARTER)
@@ -35,15 +36,29 @@ def over_seeds(records: Iterable[Record]) -> list[Record]:
     floor counts).
     Other numbers: mean. All the rest: as in the first seed's record; the runs themselves are the row's `members`.
     """
-    alike: dict[str, dict[Any, Record]] = {}
+    alike: dict[str, list[Record]] = {}
     alone = []
     for record in records:
         if record.status == "ok":
-            alike.setdefault(_all_but_the_seed(record), {})[record.config.get("seed")] = record
+            alike.setdefault(_all_but_the_seed(record), []).append(record)
         else:
             alone.append(record)
-    sets = [[found[seed] for seed in sorted(found, key=str)] for found in alike.values()]
+    sets = [part for found in alike.values() for part in _once_each(found)]
     return [_merged(members) if len(members) > 1 else members[0] for members in sets] + alone
+
+
+def _once_each(alike: Sequence[Record]) -> list[list[Record]]:
+    """Each seed once. Where a seed is there twice with other numbers (another version made them), no row mixes the two: one for each
+    experiment.
+    """
+    by_seed: dict[str, list[Record]] = {}
+    for record in alike:
+        by_seed.setdefault(str(record.config.get("seed")), []).append(record)
+    experiments = list(dict.fromkeys(record.experiment for record in alike))
+    if len(experiments) > 1 and any(compare.numbers_differ(twins) for twins in by_seed.values()):
+        of_each = [[record for record in alike if record.experiment == name] for name in experiments]
+        return [part for own in of_each for part in _once_each(own)]
+    return [[by_seed[seed][-1] for seed in sorted(by_seed)]]
 
 
 def _all_but_the_seed(record: Record) -> str:

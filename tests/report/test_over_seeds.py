@@ -238,3 +238,15 @@ def test_how_tests_were_made_is_said_of_each_contest_where_they_differ(add_run, 
     (group,) = compare.groups(over_seeds(read_all(results_dir)), any_seed=True)
     (tests,) = paired_text.tests(group)
     assert f"p: {MODERATED} (W8A8) or {OVER_SEEDS} (W4A8), Holm over 1–15 comparisons" in tests.how
+
+
+def test_seeds_of_two_versions_are_not_mixed_into_one_row(add_run, results_dir, metric):
+    """The same command in two experiments: the newer one has two of the three seeds, with other numbers for one run."""
+    for experiment, seeds, value in (("new", 2, 30.0), ("old", 3, 10.0)):
+        for seed in range(seeds):
+            add_run("a", metrics={"psnr": metric(value + seed, 0.1)}, experiment=experiment, seed=seed)
+            add_run("b", metrics={"psnr": metric(20.0 + seed, 0.1)}, experiment=experiment, seed=seed)
+    found = {
+        (row.method, row.config["seed"], row.metrics["psnr"]["value"]) for row in over_seeds(read_all(results_dir))
+    }
+    assert found == {("a", "0, 1", 30.5), ("a", "0, 1, 2", 11.0), ("b", "0, 1, 2", 21.0)}
