@@ -202,7 +202,7 @@ def external(name: str) -> str:
         ]
         lines.append([run["run"].removeprefix("external "), run.bits, *numbers])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{text}\n\n{caption(runs, None)}"
+    return f"{text}\n\n{caption(runs, None, signs=False)}"
 
 
 def told(value: float, form: str) -> str:
@@ -241,18 +241,19 @@ def with_interval(run: pd.Series, metric: str, decimals: int, tested: bool) -> s
     low, high = run[f"{metric}.ci95_low"], run[f"{metric}.ci95_high"]
     inside = " ~" if run.get(f"{metric}.inside_noise_floor") is True else ""
     limits = f"± {(high - low) / 2:.{decimals}f}"
-    if metric == FID and abs(high + low - 2 * run[metric]) > LOPSIDED * (high - low):  # of its logarithm
+    ends_somewhere = metric == FID or high <= 1  # of a logarithm, or of a share
+    if ends_somewhere and abs(high + low - 2 * run[metric]) > LOPSIDED * (high - low):
         limits = f"[{low:.{decimals}f}, {high:.{decimals}f}]"
     text = f"{run[metric]:.{decimals}f} {limits}{inside}"
     mark = run.get(f"{metric}.mark") if tested else None
     return {"best": f"**{text}**", "second": f"<ins>{text}</ins>"}.get(str(mark), text)
 
 
-def caption(runs: pd.DataFrame, compared: str | None) -> str:
-    """compared: the number of comparisons behind the marks; None: their tests were not kept."""
+def caption(runs: pd.DataFrame, compared: str | None, signs: bool = True) -> str:
+    """compared: the number of comparisons behind the marks; None: their tests were not kept. signs: the table can have marks or ~."""
     first = runs.iloc[0]
     seeds = len(str(first.seed).split(","))
-    one_seed = "over the samples" if compared else "over bootstrap resamples"
+    one_seed = "over the samples" if compared or not signs else "over bootstrap resamples"
     over = f"over {seeds} seeds" if seeds > 1 else one_seed
     marks = (
         "~: paired tests do not tell it apart from the float model; **best** and <ins>second</ins> of their bits where they tell them apart "
@@ -262,7 +263,7 @@ def caption(runs: pd.DataFrame, compared: str | None) -> str:
     )
     return (
         f"{first.model}, n = {first.n:,} samples × {seeds} seed{'s' * (seeds > 1)}, {first.steps} steps, guidance {first.guidance}; "
-        f"95 % intervals {over}; {marks}; {first.device}, {commits(runs)}."
+        f"95 % intervals {over}; {f'{marks}; ' if signs else ''}{first.device}, {commits(runs)}."
     )
 
 

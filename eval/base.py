@@ -233,6 +233,7 @@ def _evaluated(metric: Metric, evidence: Evidence) -> tuple[dict[str, Any], PerS
         result = metric.compute(evidence)
         entry = _entry(metric, result)
         json.dumps(entry, allow_nan=False)  # as the record is written
+        _need_one_per_sample(metric, result.per_sample, len(evidence.generated))
         return entry, result.per_sample
     except (MetricSkipped, OtherKind) as skipped:
         return _without_value(metric, "skipped", str(skipped)), None
@@ -260,6 +261,19 @@ def _entry(metric: Metric, result: Measurement) -> dict[str, Any]:
         "reason": None,
         "passport": result.passport,
     } | _constant(metric)
+
+
+def _need_one_per_sample(metric: Metric, found: PerSample | None, n: int) -> None:
+    """Raises ValueError: what runs are compared by later, where nobody would catch it, is no value for each sample."""
+    if found is None:
+        return
+    for name, each in (("values_N", found.values_N), ("strata_N", found.strata_N), ("design_N", found.design_N)):
+        if each is not None and np.shape(each) != (n,):
+            raise ValueError(
+                f"{metric.name}: per_sample.{name} is of shape {np.shape(each)}, expected ({n},): a value per sample"
+            )
+    if np.isinf(found.values_N).any():
+        raise ValueError(f"{metric.name}: per_sample.values_N has infinities; cap them, or NaN for what does not count")
 
 
 def _without_value(metric: Metric, status: str, why: str) -> dict[str, Any]:

@@ -32,10 +32,18 @@ from torch import Tensor
 from ditbench.eval import frechet, kernel_distance, libraries, set_scores
 from ditbench.eval.base import Evidence, Measurement, MetricSkipped, Need, metric
 from ditbench.eval.features import Pair, against_float, judge_pair, need_judge, one_thread, outputs
-from ditbench.eval.influence import Influence, counted_once, spread
+from ditbench.eval.influence import Influence, counted_once, spread, spread_as
 from ditbench.eval.passport import need_samples, passport
 from ditbench.eval.per_sample import mean_or_share, pseudo_values
-from ditbench.eval.statistics import INFLUENCE, INFLUENCE_OF_LOG, INFLUENCE_OF_PAIRS, Interval, student, student_of_log
+from ditbench.eval.statistics import (
+    INFLUENCE,
+    INFLUENCE_OF_LOG,
+    INFLUENCE_OF_PAIRS,
+    Interval,
+    has_a_logarithm,
+    student,
+    student_of_log,
+)
 
 FALLS_WITH_N = "biased upwards by about b / n, b unknown: compare at equal n and design, or read fd_infinity"
 PAIRS_FALL_WITH_N = "biased upwards by about b / n, b unknown: compare at equal n and design"
@@ -72,8 +80,9 @@ def fid(library: str, view: View, evidence: Evidence, pairs: bool = False) -> Me
         settings["reference_moments"] = f"of the reference batch's {m} images"
     settings |= {"estimator": "moments of the samples, covariance over n − 1"}
     settings |= {"n_dependence": PAIRS_FALL_WITH_N if pairs else FALLS_WITH_N}
-    settings |= {"ci_method": INFLUENCE_OF_PAIRS if pairs else INFLUENCE_OF_LOG}
     found = spread(influence, evidence.design.strata_N)
+    own = INFLUENCE_OF_LOG if has_a_logarithm(value, found) else INFLUENCE
+    settings |= {"ci_method": INFLUENCE_OF_PAIRS if pairs else own}
     low, high = (student if pairs else student_of_log)(value, found)
     ci95 = max(low, min(value, 0.0)), high
     kept = frechet.contributed(influence, width, evidence.design.strata_N)
@@ -132,8 +141,11 @@ def recall(library: str, view: View, evidence: Evidence) -> Measurement:
         settings |= {"ci_method": f"none: without one of {n} images the others lack a neighbour"}
         return _measurement(library, "recall", view, evidence, value, None, settings)
     given = pair.generated_NF, pair.reference_MF, settings["neighbours"]
-    low, high = student(value, set_scores.recall_spread(*given, evidence.design.strata_N, evidence.seed))
-    influence = set_scores.recall_influence(*given)
+    strata_N = evidence.design.strata_N
+    found = set_scores.recall_spread(*given, strata_N, evidence.seed)
+    low, high = student(value, found)
+    # Leaving out one at a time says who contributes, and badly how much: up to 1.7 times too much, and near 1 next to nothing.
+    influence = spread_as(set_scores.recall_influence(*given), found.sd, strata_N)
     settings |= {"ci_method": set_scores.DELETE_QUARTER}
     ci95 = max(low, 0.0), min(high, 1.0)
     return _measurement(library, "recall", view, evidence, value, ci95, settings, influence)

@@ -91,6 +91,12 @@ def counted_once(influence: Influence, strata_N: np.ndarray) -> Influence:
     return Influence(influence.first_N * (spread(influence, strata_N).sd / blind if blind > 0 else 1.0))
 
 
+def spread_as(influence: Influence, sd: float, strata_N: np.ndarray) -> Influence:
+    """φ so that its spread is what is known of the number's from elsewhere; what contributes nothing stays so."""
+    own = spread_within(influence.first_N, strata_N).sd
+    return influence.times(sd / own) if own > 0 else influence
+
+
 def jackknife(without_one: Callable[[int], float], n: int) -> Influence:
     """Of a number that has no derivative: (n − 1) · (mean − the number without sample i)."""
     values_N = np.array([without_one(index) for index in range(n)])

@@ -34,7 +34,7 @@ from ditbench.eval.influence import spread
 from ditbench.eval.passport import need_samples, passport
 from ditbench.eval.per_sample import mean_or_share, pseudo_values
 from ditbench.eval.prompt_lengths import cut_off
-from ditbench.eval.statistics import INFLUENCE_OF_LOG, student_of_log
+from ditbench.eval.statistics import INFLUENCE, INFLUENCE_OF_LOG, has_a_logarithm, student_of_log
 from ditbench.eval.weights import find_weights, stored_sha256, weights_folder
 from ditbench.harness.samples.samples import Rows
 
@@ -81,10 +81,12 @@ def fid(evidence: Evidence) -> Measurement:
         raise MetricSkipped(f"{MOMENTS_FILE} has moments of {len(reference[0])} features, and Inception gives {width}")
     value, influence = frechet.distance_to(generated_NF, reference), frechet.influence_to(generated_NF, reference)
     strata_N = evidence.design.strata_N
-    low, high = student_of_log(value, spread(influence, strata_N))
+    found = spread(influence, strata_N)
+    low, high = student_of_log(value, found)
     settings: dict[str, Any] = {"reference_moments": f"mu and sigma of {MOMENTS_FILE}", "reference_sha256": sha256}
     settings |= {"estimator": "moments of the samples, covariance over n − 1", "design": evidence.design.name}
-    settings |= {"n_dependence": "biased upwards by about b / n: MLPerf's n is 5,000", "ci_method": INFLUENCE_OF_LOG}
+    settings |= {"n_dependence": "biased upwards by about b / n: MLPerf's n is 5,000"}
+    settings |= {"ci_method": INFLUENCE_OF_LOG if has_a_logarithm(value, found) else INFLUENCE}
     if n <= width:
         settings["note"] = f"n = {n} is not above the feature width {width}: compare at equal n only"
     card = passport(

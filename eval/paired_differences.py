@@ -42,6 +42,8 @@ AGRESTI_MIN_OF_GROUPS = "Agresti & Min 2005 of each category, combined (MOVER)"
 FLIPS = 9999
 EXACT_UP_TO = 13  # 2^13 = 8,192 swaps: no more than FLIPS
 BLOCK = 500  # rows of random signs held at once
+ROUNDING = 1e-12
+UNKNOWN = (-np.inf, np.inf)
 _Z95 = 1.959963984540054
 
 
@@ -90,6 +92,9 @@ def differences(pairs: Sequence[tuple[PerSample, PerSample]], seed: int = 0) -> 
     intervals = [_interval(*each) for each in zip(values, spreads, sizes, strict=True)]
     if one.pseudo:
         p_P, test = [_student_p(*each) for each in zip(values, spreads, sizes, strict=True)], T_TEST
+        silent = [_nobody_contributes(*pair) for pair in pairs]
+        p_P = [1.0 if each else own for each, own in zip(silent, p_P, strict=True)]
+        intervals = [UNKNOWN if each else own for each, own in zip(silent, intervals, strict=True)]
     else:
         swapped_PN = np.stack([_without_strata(delta_N, one.design_N) for delta_N in deltas])
         p_P, test = sign_flip_p(swapped_PN, seed).tolist(), FLIP_TEST
@@ -165,7 +170,7 @@ def _spread(delta_N: np.ndarray, design_N: np.ndarray | None) -> Spread:
 
 def _interval(value: float, spread: Spread, n: int) -> Interval:
     """Without limits where one pair is all there is."""
-    return student(value, spread) if n > 1 else (-np.inf, np.inf)
+    return student(value, spread) if n > 1 else UNKNOWN
 
 
 def _student_p(value: float, spread: Spread, n: int) -> float:
@@ -173,6 +178,14 @@ def _student_p(value: float, spread: Spread, n: int) -> float:
     if n < 2 or value == 0:
         return 1.0
     return float(2 * t.sf(abs(value) / spread.sd, spread.freedom)) if spread.sd > 0 else 0.0
+
+
+def _nobody_contributes(first: PerSample, second: PerSample) -> bool:
+    """Numbers of the set that differ though no sample contributes to either (recall, where other balls cover what one leaves): they say
+    nothing of how far chance moves them.
+    """
+    spans = [float(np.nanmax(run.values_N) - np.nanmin(run.values_N)) for run in (first, second)]
+    return max(spans) <= ROUNDING < abs(float(np.nanmean(first.values_N - second.values_N)))
 
 
 def _without_strata(delta_N: np.ndarray, design_N: np.ndarray | None) -> np.ndarray:

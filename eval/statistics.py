@@ -86,11 +86,19 @@ def student(value: float, spread: Spread) -> Interval:
 
 
 def student_of_log(value: float, spread: Spread) -> Interval:
-    """Of a number that is positive and whose spread grows with it; where it is not above 0, around the number itself."""
-    if value <= 0:
+    """Of a number that is positive and whose spread grows with it; where it is not above its spread, around the number itself.
+
+    So small is an FID of images that are the reference's own: its logarithm moves by thousands, and e to that is no number.
+    """
+    if not has_a_logarithm(value, spread):
         return student(value, spread)
     half = float(t.ppf(0.975, spread.freedom)) * spread.sd / value
     return value * float(np.exp(-half)), value * float(np.exp(half))
+
+
+def has_a_logarithm(value: float, spread: Spread) -> bool:
+    """Whether the interval of a positive number can be one of its logarithm."""
+    return value > spread.sd
 
 
 def around(value: float, spread: float) -> Interval:

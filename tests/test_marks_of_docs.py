@@ -118,3 +118,11 @@ def test_a_mark_that_no_test_gives_is_noticed():
     assert problems("x", ROWS.format(a="**31.00 ± 0.10 ~**", b="**30.00 ± 0.10**"), beside_float) == []
     apart = TESTS.assign(p_holm=0.01)
     assert problems("x", ROWS.format(a="**31.00 ± 0.10**", b="<ins>30.00 ± 0.10</ins>"), apart) == []
+
+
+def test_no_caption_speaks_of_resamples_that_were_not_drawn_or_of_signs_that_its_rows_cannot_have():
+    """Rows of other libraries: intervals are Student's, in the middle of which the value lies."""
+    found = re.compile(r"<!-- external: \S+ -->\n(?:\|.*\n)+\n(?P<caption>.*)\n")
+    (caption,) = found.findall((ROOT / "docs" / "external.md").read_text())
+    assert "95 % intervals over the samples; " in caption
+    assert not any(word in caption for word in ("bootstrap", "~", "marks"))

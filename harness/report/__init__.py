@@ -113,7 +113,8 @@ def comparisons(
 ) -> Report:
     """Paired tests of every two runs that are ranked together, and of each against the float model: what the marks of a report rest on.
 
-    metrics: default all that can be tested. bits: only runs of these labels. merge_seeds, equal_bytes: as of `report`.
+    metrics: default all that can be tested. bits: only of runs of these labels, which changes no p. merge_seeds, equal_bytes: as of
+    `report`.
 
     Raises:
         UserError: unknown format, experiment, metric or bits; nothing to compare.
@@ -126,10 +127,10 @@ def comparisons(
     for label in bits or ():
         if label.upper() not in known:
             raise unknown_name("recorded bits", label.upper(), known)
-    chosen = [r for r in records if not bits or compare.bits_label(r) in [label.upper() for label in bits]]
-    groups = compare.groups(over_seeds(chosen) if merge_seeds else chosen, merge_seeds)
+    groups = compare.groups(over_seeds(records) if merge_seeds else records, merge_seeds)
     wanted = compare.headline(groups, metrics) if metrics else None
-    shown = [(group, tests) for group in groups if (tests := paired_text.tests(group, wanted, at))]
+    only = [label.upper() for label in bits or known]
+    shown = [(group, tests) for group in groups if (tests := paired_text.tests(group, wanted, at, only))]
     if not shown:
         if damaged:
             raise UserError(damaged[0])
@@ -138,7 +139,7 @@ def comparisons(
             "runs of the same bits (or one and the float model), and records that hold its values per sample"
         )
     if format == "csv":
-        rendered = inert(tests_frame([group for group, _ in shown], wanted, at)).to_csv(index=False)
+        rendered = inert(tests_frame([group for group, _ in shown], wanted, at, only)).to_csv(index=False)
     else:
         rendered = "\n\n".join(text.comparisons(group, tests) for group, tests in shown)
     if out is None:

@@ -60,7 +60,9 @@ def groups(records: Iterable[Record], any_seed: bool = False) -> list[Group]:
         shared = _comparable_by(record) | ({"seed": "any"} if any_seed else {})
         by_key.setdefault(json.dumps(shared, sort_keys=True), []).append(record)
     found = sorted(by_key.values(), key=lambda members: _group_order(members[0]))
-    labels = _unique_labels([max(members, key=lambda one: len(seeds(one))) for members in found])
+    labels = _unique_labels(
+        [max(members, key=lambda one: (one.method != FLOAT_METHOD, len(seeds(one)))) for members in found]
+    )
     return [_group(label, sorted(members, key=_row_order)) for label, members in zip(labels, found, strict=True)]
 
 
@@ -266,7 +268,7 @@ def group_label(record: Record) -> str:
 
 
 def run_names(records: Sequence[Record]) -> list[str]:
-    """The method of each run, followed by the settings that tell it from a run with the same method and bits."""
+    """The method of each run, followed by the settings that tell it from a run with the same method and bits, or by where it lies."""
     settings = [_flat({part: record.config.get(part) for part in _TOLD_APART_BY}) for record in records]
     kinds = [(record.method, bits_label(record)) for record in records]
     for kind in set(kinds):
@@ -277,10 +279,35 @@ def run_names(records: Sequence[Record]) -> list[str]:
     for own, kind in zip(settings, kinds, strict=True):
         twins.setdefault(kind, []).append(own)
     differing = {kind: _differing(its) for kind, its in twins.items()}
-    return [
+    called = [
         " ".join([printable(kind[0]), *(_setting(key, own[key]) for key in own if key in differing[kind])])
         for own, kind in zip(settings, kinds, strict=True)
     ]
+    return [f"{name}{where}" for name, where in zip(called, _where_twins_lie(called, records), strict=True)]
+
+
+def _where_twins_lie(called: Sequence[str], records: Sequence[Record]) -> list[str]:
+    """What follows the names of runs that no setting tells apart and whose numbers differ all the same (another version made them)."""
+    found = [""] * len(records)
+    twins: dict[tuple[str, str], list[int]] = {}
+    for place, record in enumerate(records):
+        if record.status == "ok":
+            twins.setdefault((called[place], bits_label(record)), []).append(place)
+    for places in twins.values():
+        if numbers_differ([records[place] for place in places]):
+            experiments = [records[place].experiment for place in places]
+            for place, experiment in zip(places, experiments, strict=True):
+                own = experiment if experiments.count(experiment) == 1 else f"{experiment}/{records[place].run_id}"
+                found[place] = f" in {printable(own, 40)}"
+    return found
+
+
+def numbers_differ(records: Sequence[Record]) -> bool:
+    """Whether any metric has several values among them; what some lack does not count."""
+    values: dict[str, set[float]] = {}
+    for name, entry in ((name, entry) for record in records for name, entry in record.metrics.items()):
+        values.setdefault(name, set()).update({entry["value"]} if entry.get("value") is not None else ())
+    return any(len(its) > 1 for its in values.values())
 
 
 def printable(text: str, limit: int = 60) -> str:

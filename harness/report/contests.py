@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ditbench.harness.quant import spec
@@ -55,8 +56,7 @@ def names(group: Group, at: str = BITS) -> list[str]:
 
 def unranked(group: Group) -> dict[int, str]:
     """{place: why} of the runs that have no rank, whatever their numbers: nobody is better than them, and they are better than nobody."""
-    most = max((len(compare.seeds(record)) for record in group.records if record.method != FLOAT_METHOD), default=1)
-    found = {}
+    most, found = most_seeds(group), {}
     for place, record in enumerate(group.records):
         if record.method == FLOAT_METHOD:
             continue
@@ -67,6 +67,12 @@ def unranked(group: Group) -> dict[int, str]:
         elif (its := len(compare.seeds(record))) < most:
             found[place] = f"{its} of {most} seeds"
     return found
+
+
+def most_seeds(group: Group) -> int:
+    """Of those that compete, whatever the float row has; where that is all there is, its own."""
+    competing = [record for record in group.records if record.method != FLOAT_METHOD]
+    return max(len(compare.seeds(record)) for record in competing or group.records)
 
 
 def above_label(record: Record) -> float | None:
@@ -102,5 +108,7 @@ def label_of(group: Group, at: str = BITS) -> dict[int, str]:
 
 
 def _sizes(least: float, most: float) -> str:
-    low, high = (f"{size / MIB:.2f}" for size in (least, most))
+    """Two digits at least: sizes that open a contest are 10 % apart, and no two contests may be called the same."""
+    digits = max(2, 1 - math.floor(math.log10(least / MIB)))
+    low, high = (f"{size / MIB:.{digits}f}" for size in (least, most))
     return f"{low} MiB" if low == high else f"{low}–{high} MiB"

@@ -9,7 +9,7 @@ from ditbench.harness.records.record import Record
 from ditbench.harness.report import compare, contests
 from ditbench.harness.report.compare import Group, value
 from ditbench.harness.report.marks import verdicts
-from ditbench.harness.report.paired import comparisons
+from ditbench.harness.report.paired import comparisons, of_bits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,8 +50,13 @@ def frame(groups: Sequence[Group], at: str = contests.BITS) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def tests_frame(groups: Sequence[Group], metrics: Sequence[str] | None = None, at: str = contests.BITS) -> pd.DataFrame:
-    """One row per comparison of the paired tests."""
+def tests_frame(
+    groups: Sequence[Group],
+    metrics: Sequence[str] | None = None,
+    at: str = contests.BITS,
+    bits: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """One row per comparison of the paired tests; bits: of runs of these labels."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -74,7 +79,7 @@ def tests_frame(groups: Sequence[Group], metrics: Sequence[str] | None = None, a
         for group in groups
         for metric in group.metrics
         if metrics is None or metric in metrics
-        for each in comparisons(group, metric, at)
+        for each in of_bits(group, comparisons(group, metric, at), bits, at)
     )
 
 

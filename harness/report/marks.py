@@ -19,46 +19,49 @@ BEST, SECOND = "best", "second"
 
 @dataclass(frozen=True)
 class Verdict:
-    """mark: "best" | "second" | "". inside: of the metric's noise around the float row's value; None: cannot be asked."""
+    """mark: "best" | "second" | "". inside: of the metric's noise around the float row's value; None: cannot be asked.
+
+    tested: whether a paired test says so, and not the noise floor.
+    """
 
     mark: str = ""
     inside: bool | None = None
+    tested: bool = False
 
 
 def verdicts(group: Group, metric: str, at: str = contests.BITS) -> list[Verdict]:
     """One per record of the group."""
     marks = _marks(group, metric, at)
     center = compare.float_value(group.records, metric)
-    apart = _apart_from_float(group, metric, at)
-    return [
-        Verdict(marks.get(place, ""), not apart[place] if place in apart else _within_floor(record, metric, center))
-        for place, record in enumerate(group.records)
-    ]
+    apart, out = _apart_from_float(group, metric, at), contests.unranked(group)
+
+    def inside(place: int) -> bool | None:
+        if place in out:  # not tested, and no good samples
+            return None
+        return not apart[place] if place in apart else _within_floor(group.records[place], metric, center)
+
+    return [Verdict(marks.get(place, ""), inside(place), place in apart) for place in range(len(group.records))]
 
 
 def untested(group: Group, metric: str, at: str = contests.BITS) -> list[str]:
     """The labels of the contests in which at least two runs have the metric, and not all of them could be tested."""
     if compare.better(group, metric) == "none":
         return []
-    out = contests.unranked(group)
-    found = []
-    for contest in contests.contests(group, at):
-        able = [p for p in contest.places if p not in out and compare.value(group.records[p], metric) is not None]
-        ranks, called = paired.ranks(group, metric, contest, at), contests.names(group, at)
-        tested = set() if ranks is None else {*ranks.best, *ranks.behind}
-        if len(able) > 1 and any(called[place] not in tested for place in able):
-            found.append(contest.label)
-    return found
+    return [
+        contest.label
+        for contest in contests.contests(group, at)
+        if len(paired.able(group, metric, contest, at)) > 1 and paired.ranks(group, metric, contest, at) is None
+    ]
 
 
 def _marks(group: Group, metric: str, at: str) -> dict[int, str]:
     if compare.better(group, metric) == "none":
         return {}
     found: dict[int, str] = {}
-    out, without_rank = untested(group, metric, at), contests.unranked(group)
+    without_rank = contests.unranked(group)
     for contest in contests.contests(group, at):
         ranks = paired.ranks(group, metric, contest, at)
-        if ranks is None or not ranks.behind or contest.label in out:
+        if ranks is None or not ranks.behind:
             continue
         marked = dict.fromkeys(ranks.best, BEST) | dict.fromkeys(ranks.second, SECOND)
         names = contests.names(group, at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ditbench.eval.seed_differences import FEWEST_SEEDS
-from ditbench.harness.report import compare, contests, marks, paired
+from ditbench.harness.report import compare, contests, marks
 from ditbench.harness.report.compare import FLOAT_METHOD, Group, short_names
 
 CHECKED_FROM = 64  # samples: the least that bench/intervals.py draws
@@ -36,13 +36,14 @@ def _like_float(group: Group, metrics: Sequence[str], at: str) -> list[str]:
     """What ~ means at the numbers where it stands: a test's answer, or a noise floor where nothing was kept to test."""
     names, floors, tested = short_names(group.metrics), [], False
     for name in metrics:
-        pairs = zip(group.records, marks.verdicts(group, name, at), strict=True)
-        if not (inside := [record.metrics[name] for record, verdict in pairs if verdict.inside]):
-            continue
-        if any(each.second == paired.FLOAT for each in paired.comparisons(group, name, at)):
-            tested = True
-        else:
-            floors.append(f"{names[name]} ±{max(entry['noise_floor'] for entry in inside):.4g}")
+        inside = [
+            (record.metrics[name], verdict)
+            for record, verdict in zip(group.records, marks.verdicts(group, name, at), strict=True)
+            if verdict.inside
+        ]
+        tested |= any(verdict.tested for _, verdict in inside)
+        if own := [entry["noise_floor"] for entry, verdict in inside if not verdict.tested]:
+            floors.append(f"{names[name]} ±{max(own):.4g}")
     found = ["the paired tests (Holm) do not tell it apart from the float model"] if tested else []
     found += [f"inside the noise floor around the float row, which is {', '.join(floors)} at most"] if floors else []
     return [f"~: {'; or '.join(found)}."] if found else []
@@ -78,7 +79,8 @@ def _untested(group: Group, metrics: Sequence[str], at: str) -> list[str]:
         if where := tuple(marks.untested(group, name, at)):
             lacking.setdefault(where, []).append(names[name])
     return [
-        f"No marks on {', '.join(metrics)} ({', '.join(where)}): what a paired test needs was not kept beside these runs."
+        f"No marks on {', '.join(metrics)} ({', '.join(where)}): not every two of these runs can be tested, since values per sample were not "
+        "kept, or are of other prompts, seeds, code or weights."
         for where, metrics in lacking.items()
     ]
 
@@ -98,17 +100,22 @@ def _above_label(group: Group, at: str) -> list[str]:
 
 
 def _seeds(group: Group) -> list[str]:
-    most = max(len(compare.seeds(record)) for record in group.records)
+    most = contests.most_seeds(group)
+    of_float = [len(compare.seeds(record)) for record in group.records if record.method == FLOAT_METHOD]
+    rest = [f"{its} seed{'s' * (its > 1)}" for its in of_float if its != most]
+    beside = [f"The float row is of {' and '.join(rest)}, and its interval of these."] if rest else []
     if most == 1:
-        return []
+        return beside
     if most < FEWEST_SEEDS:
         return [
             f"{most} seeds: intervals and tests are of the samples of these seeds. How far another seed (another calibration) would move "
-            f"a method cannot be known from fewer than {FEWEST_SEEDS}."
+            f"a method cannot be known from fewer than {FEWEST_SEEDS}.",
+            *beside,
         ]
     return [
         f"{most} seeds: intervals and tests are over seeds, and never narrower than the samples within the seeds allow. So few seeds "
-        "prove large differences only: not to be told apart is not to be the same."
+        "prove large differences only: not to be told apart is not to be the same.",
+        *beside,
     ]
 
 

@@ -78,6 +78,16 @@ def comparisons(group: Group, metric: str, at: str = BITS) -> list[Comparison]:
     return group.once(("comparisons", metric, at), all_contests)
 
 
+def of_bits(group: Group, found: Sequence[Comparison], bits: Sequence[str] | None, at: str = BITS) -> list[Comparison]:
+    """Those between runs of these labels only (or one of them and the float model), corrected for all comparisons of their contest."""
+    if bits is None:
+        return list(found)
+    label = {name: compare.bits_label(record) for name, record in zip(names(group, at), group.records, strict=True)}
+    if at == BITS:
+        return [each for each in found if each.contest in bits]
+    return [each for each in found if all(name == FLOAT or label[name] in bits for name in (each.first, each.second))]
+
+
 def between(group: Group, metric: str, first: int, second: int) -> Difference | None:
     """first − second, two places of the group whatever their contests; None where their samples do not pair.
 
@@ -93,10 +103,10 @@ def between(group: Group, metric: str, first: int, second: int) -> Difference | 
 
 
 def ranks(group: Group, metric: str, contest: Contest, at: str = BITS) -> Ranks | None:
-    """None where fewer than two runs of the contest were tested, or not all of them against each other."""
+    """None where fewer than two runs of the contest were tested, or not all that have the metric against each other."""
     found = [each for each in comparisons(group, metric, at) if each.contest == contest.label and each.second != FLOAT]
     runs = list(dict.fromkeys(name for each in found for name in (each.first, each.second)))
-    if not runs or len(found) < len(runs) * (len(runs) - 1) // 2:
+    if not runs or len(found) < len(runs) * (len(runs) - 1) // 2 or not able(group, metric, contest, at) <= set(runs):
         return None  # who is best of some is not best of all
     beaten_by: dict[str, set[str]] = {name: set() for name in runs}
     for each in found:
@@ -105,6 +115,13 @@ def ranks(group: Group, metric: str, contest: Contest, at: str = BITS) -> Ranks 
     best = [name for name in runs if not beaten_by[name]]
     second = [name for name in runs if beaten_by[name] == set(best)] if len(best) == 1 else []
     return Ranks(best, second, [name for name in runs if beaten_by[name]])
+
+
+def able(group: Group, metric: str, contest: Contest, at: str = BITS) -> set[str]:
+    """The names of the contest's runs that could have a rank: those that have the metric, and nothing that takes their rank."""
+    out, called = unranked(group), names(group, at)
+    places = [place for place in contest.places if place not in out]
+    return {called[place] for place in places if compare.value(group.records[place], metric) is not None}
 
 
 def _of_contest(group: Group, metric: str, contest: Contest, at: str) -> list[Comparison]:

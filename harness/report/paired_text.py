@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ditbench.harness.report import compare, paired
+from ditbench.harness.report import compare, marks, paired
 from ditbench.harness.report.compare import Group, short_names
-from ditbench.harness.report.contests import BITS, contests
+from ditbench.harness.report.contests import BITS, contests, most_seeds
 from ditbench.harness.report.paired import FLOAT, Comparison
 from ditbench.harness.report.table import decimals_for
 
@@ -26,17 +26,25 @@ class PairedTests:
     told_apart: list[bool]
 
 
-def tests(group: Group, metrics: Sequence[str] | None = None, at: str = BITS) -> list[PairedTests]:
-    """Of the group's metrics (or those of them that are named) which have something to compare, headline ones first."""
+def tests(
+    group: Group, metrics: Sequence[str] | None = None, at: str = BITS, bits: Sequence[str] | None = None
+) -> list[PairedTests]:
+    """Of the group's metrics (or those of them that are named) which have something to compare, headline ones first.
+
+    bits: rows of runs of these labels only; what is said of their contests is of all that compete in them.
+    """
     names, made = short_names(group.metrics), []
     for metric in compare.headline_first(group):
-        found = paired.comparisons(group, metric, at) if metrics is None or metric in metrics else []
-        if found:
+        whole = paired.comparisons(group, metric, at) if metrics is None or metric in metrics else []
+        if found := paired.of_bits(group, whole, bits, at):
+            contests_shown = {each.contest for each in found}
+            of_contests = [each for each in whole if each.contest in contests_shown]
             title = names[metric] + (" (closeness to float)" if compare.is_closeness(group, metric) else "")
             decimals = decimals_for(group, metric) + 1
             rows = [_row(each, decimals) for each in found]
-            verdicts = _verdicts(group, metric, found, at)
-            made.append(PairedTests(metric, title, _how(group, found), verdicts, rows, [e.told_apart for e in found]))
+            verdicts = _verdicts(group, metric, of_contests, at)
+            how = _how(group, of_contests)
+            made.append(PairedTests(metric, title, how, verdicts, rows, [each.told_apart for each in found]))
     return made
 
 
@@ -47,21 +55,37 @@ def _row(each: Comparison, decimals: int) -> tuple[str, ...]:
 
 
 def _how(group: Group, found: Sequence[Comparison]) -> str:
-    one, sizes = found[0].difference, sorted({each.difference.n for each in found})
+    sizes = sorted({each.difference.n for each in found})
     n = "–".join(map(str, sizes[:: max(len(sizes) - 1, 1)]))
-    seeds = max(len(compare.seeds(record)) for record in group.records)
+    seeds = most_seeds(group)
     over = f" of {seeds} seeds" if seeds > 1 else ""
     families = [sum(each.contest == contest for each in found) for contest in dict.fromkeys(e.contest for e in found)]
     holm = "–".join(map(str, sorted({min(families), max(families)})))
-    return f"n = {n} pairs of samples{over}; p: {one.test}, Holm over {holm} comparisons; interval: {one.ci_method}"
+    p, interval = (
+        _by_contest([(each.contest, how(each)) for each in found])
+        for how in (lambda each: each.difference.test, lambda each: each.difference.ci_method)
+    )
+    return f"n = {n} pairs of samples{over}; p: {p}, Holm over {holm} comparisons; interval: {interval}"
+
+
+def _by_contest(told: Sequence[tuple[str, str]]) -> str:
+    """What all comparisons share is said once, else with the contests where it holds (over seeds large ones are moderated)."""
+    where: dict[str, list[str]] = {}
+    for contest, how in told:
+        where.setdefault(how, []).append(contest)
+    if len(where) == 1:
+        return next(iter(where))
+    return " or ".join(f"{how} ({', '.join(dict.fromkeys(labels))})" for how, labels in where.items())
 
 
 def _verdicts(group: Group, metric: str, found: Sequence[Comparison], at: str) -> list[str]:
     """A line per contest: who is best and second as the tables mark it, who is behind, and where each stands to the float model."""
-    lines = []
+    lines, untested = [], marks.untested(group, metric, at)
     for contest in contests(group, at):
         its = [each for each in found if each.contest == contest.label]
         said, better = [], compare.better(group, metric)
+        if its and contest.label in untested:
+            said.append("nobody is ranked, since not every two runs could be tested")
         ranks = None if better == "none" else paired.ranks(group, metric, contest, at)
         if ranks is not None and not ranks.behind:
             said.append(f"nobody told apart: {', '.join(ranks.best)}")

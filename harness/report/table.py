@@ -225,7 +225,8 @@ def _metric_cells(group: Group, metric: str, at: str) -> list[Cell]:
         if x is None:
             cells.append(Cell(MISSING, tip=entry.get("reason") or reason(record) or "not asked for in this run"))
             continue
-        tip = f"n = {entry['n']}" + ("; not told apart from the float model" if verdict.inside else "")
+        like_float = "not told apart from the float model" if verdict.tested else "inside the noise floor"
+        tip = f"n = {entry['n']}" + (f"; {like_float}" if verdict.inside else "")
         band = interval(x, entry.get("ci95"), decimals)
         cells.append(Cell(number(x, decimals), band, verdict.mark, bool(verdict.inside), x, tip))
     return cells

@@ -56,8 +56,8 @@ def hold_against_float(
     so no other seeds are needed; metrics that have nothing per sample get theirs from `add_noise_floor`.
     """
     for name, one in found.items():
-        if name not in of_float:
-            continue
+        if name not in of_float or np.isnan(one.values_N - of_float[name].values_N).all():
+            continue  # no sample counts on both sides
         (difference,) = differences([(one, of_float[name])])
         if np.isfinite(difference.ci95).all():
             low, high = difference.ci95

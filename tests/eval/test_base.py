@@ -40,6 +40,9 @@ def test_a_metric_that_breaks_has_failed_and_the_others_keep_their_numbers(plugi
         Measurement(1.0, (float("-inf"), 2.0), 3),
         Measurement(1.0, (0.0, 2.0), 3, {"side": np.int64(8)}),
         Measurement(1.0, (0.0, 2.0), 3, {"per_frame": [float("nan")]}),
+        Measurement(1.0, (0.0, 2.0), 3, {}, PerSample(np.ones(3))),
+        Measurement(1.0, (0.0, 2.0), 96, {}, PerSample(np.ones(96), strata_N=np.zeros(95, int))),
+        Measurement(1.0, (0.0, 2.0), 96, {}, PerSample(np.append(np.ones(95), np.inf))),
     ],
 )
 def test_what_a_record_cannot_hold_fails_here_and_not_when_the_run_is_written(plugin, evidence, measurement):

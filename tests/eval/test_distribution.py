@@ -9,9 +9,10 @@ from scipy import linalg
 from scipy.stats import t
 
 from ditbench.eval import batches, features, frechet, libraries
-from ditbench.eval.base import Reference, evaluate, known_metrics
+from ditbench.eval.base import Reference, evaluate, evaluate_samples, known_metrics
 from ditbench.eval.features import judge_pair, outputs
-from ditbench.eval.influence import spread
+from ditbench.eval.influence import spread, spread_within
+from ditbench.eval.set_scores import recall_spread
 from ditbench.harness.common.errors import UserError
 from ditbench.harness.samples.samples import Samples
 
@@ -126,6 +127,17 @@ def test_every_judge_metric_has_a_finite_value_an_interval_around_it_and_a_full_
     assert passport.keys() >= PASSPORT | {"ci_method"}
     assert passport["weights_sha256"] == "0" * 64 and passport["features"] == "judge random"
     assert passport["reference"] == (None if "/is_" in name else "bright")
+
+
+@pytest.mark.parametrize("library", libraries.FID)
+def test_fid_of_the_references_own_images_is_zero_within_a_finite_interval(library, evidence):
+    """A hair above 0, it had a logarithm whose interval reached to infinity, and the metric failed."""
+    name, own = f"{library}/fid_judge", evidence.generated.images_NHWC
+    same = Reference("the same", own, hashlib.sha256(own.numpy().tobytes()).hexdigest())
+    entry = evaluate([name], replace(evidence, reference=same))[name]
+    low, high = entry["ci95"]
+    assert entry["status"] == "ok" and abs(entry["value"]) < 1e-4
+    assert low <= entry["value"] <= high < 1.0 and "logarithm" not in entry["passport"]["ci_method"]
 
 
 TO_FLOAT = [f"{library}/fid_judge_to_float" for library in libraries.FID]
@@ -306,3 +318,13 @@ def test_a_judge_left_in_training_mode_is_read_in_eval_mode_and_left_as_it_was(e
 def test_an_unknown_metric_is_answered_with_the_nearest_name(evidence):
     with pytest.raises(UserError, match="did you mean 'torchmetrics/fid_judge'"):
         evaluate(["torchmetric/fid_judge"], evidence)
+
+
+def test_runs_are_told_apart_by_recall_as_well_as_its_own_interval_knows_it(evidence):
+    """The spread of what each sample contributes is that of the interval, not that of leaving out one at a time."""
+    entries, samples = evaluate_samples(["torch_fidelity/recall_judge"], evidence)
+    pair, strata_N = judge_pair(evidence), evidence.design.strata_N
+    expected = recall_spread(pair.generated_NF, pair.reference_MF, 3, strata_N, evidence.seed).sd
+    kept_N = samples["torch_fidelity/recall_judge"].values_N
+    assert kept_N.mean() == pytest.approx(entries["torch_fidelity/recall_judge"]["value"])
+    assert spread_within(kept_N, strata_N).sd == pytest.approx(expected) and expected > 0

@@ -214,3 +214,15 @@ def test_numbers_of_the_whole_set_are_compared_by_students_t_of_what_each_sample
     assert found.value == pytest.approx(first.mean() - second.mean())
     same = one(PerSample(first, pseudo=True), PerSample(first, pseudo=True))
     assert (same.value, same.p, same.ci95) == (0.0, 1.0, (0.0, 0.0))
+
+
+def test_numbers_of_the_set_to_which_no_sample_contributes_are_not_told_apart():
+    """Recall of few samples: without any one of them others cover what it covered. That says nothing of other samples."""
+    found = paired_differences.differences(
+        [(PerSample(np.full(24, 0.9), pseudo=True), PerSample(np.ones(24), pseudo=True))]
+    )[0]
+    assert found.value == pytest.approx(-0.1) and found.p == 1.0 and found.ci95 == (-np.inf, np.inf)
+    same = paired_differences.differences([(PerSample(np.ones(24), pseudo=True), PerSample(np.ones(24), pseudo=True))])[
+        0
+    ]
+    assert same.p == 1.0 and same.ci95 == (0.0, 0.0)

@@ -139,7 +139,8 @@ def test_the_interval_of_a_difference_holds_zero_just_where_its_test_does_not_te
         low, high = found.ci95
         assert (low > 0 or high < 0) == (found.p < 0.05) and found.p == logs.p
         assert low < found.value == plain.value < high
-        assert of_the_ratio(plain, back, *means[::-1]).ci95 == pytest.approx((-high, -low))
+        turned = over_seeds([of_seed(other - one, 0) for one, other in zip(first_S, second_S, strict=True)])
+        assert of_the_ratio(turned, back, *means[::-1]).ci95 == pytest.approx((-high, -low))
 
 
 def test_an_end_of_that_interval_is_the_difference_of_two_numbers_with_its_ratio_the_smaller_held():
@@ -156,3 +157,12 @@ def test_the_interval_of_a_difference_of_two_that_are_far_apart_is_as_wide_as_th
         low, high = of_the_ratio(of_seed(0.0, 1.0), logs, first_S.mean(), second_S.mean()).ci95
         covered += low <= 1280 * np.exp(0.15**2 / 2) <= high
     assert covered / draws > 0.94
+
+
+def test_a_difference_keeps_its_own_test_where_the_logarithms_say_that_the_other_run_is_better():
+    """Four seeds at 10 and 27, one at 1,105 and 1,000: the mean of the first is larger, that of its logarithms smaller."""
+    first_S, second_S = np.array([10.0, 10.1, 9.9, 10.0, 1105.0]), np.array([27.0, 27.2, 26.8, 27.0, 1000.0])
+    plain = over_seeds([of_seed(x, 0) for x in first_S - second_S])
+    logs = over_seeds([of_seed(x, 0) for x in np.log(first_S / second_S)])
+    assert plain.value > 0 > logs.value and logs.p < 0.05 < plain.p
+    assert of_the_ratio(plain, logs, first_S.mean(), second_S.mean()) == plain

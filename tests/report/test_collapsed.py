@@ -60,3 +60,13 @@ def test_without_its_videos_a_run_shows_its_animation_beside_the_float_models(ad
     (run,) = gallery.gallery(group, PageFiles(tmp_path / "page.html"))["runs"].values()
     pictures = [run[name]["picture"] for name in ("overview", "float_overview")]
     assert all(name.endswith(".gif") for name in pictures) and len(set(pictures)) == 2
+
+
+def test_a_collapsed_run_is_never_called_like_the_float_model(add_run, results_dir, metric, fid):
+    """Whether its number lies inside the noise floor or not."""
+    add_run("fp", "W16A16", metrics={"fid": fid(20.0)})
+    for method, share in (("good", 0.0), ("blank", 0.75)):
+        add_run(method, metrics={"fid": fid(20.5, floor=4.0), "collapse": collapse(metric, blank=share)})
+    (group,) = compare.groups(read_all(results_dir))
+    found = {run.method: its.inside for run, its in zip(group.records, marks.verdicts(group, "fid"), strict=True)}
+    assert found == {"fp": None, "good": True, "blank": None}

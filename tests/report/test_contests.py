@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from ditbench.harness.common.errors import UserError
 from ditbench.harness.records.attempts import read_all
-from ditbench.harness.report import compare, comparisons, contests, report
+from ditbench.harness.report import compare, comparisons, contests, paired_text, report
+from ditbench.harness.report.conclusions import conclusions
 from ditbench.harness.report.marks import untested, verdicts
 from ditbench.harness.report.table import table
 
@@ -144,3 +146,59 @@ def test_a_run_without_a_collapse_alarm_is_said(add_run, results_dir, metric):
     assert any(
         "No collapse alarm was computed for a W4A8" in note for note in table(only_group(results_dir), ["psnr"]).notes
     )
+
+
+def test_tests_and_sentences_rank_nobody_where_the_marks_do_not(add_run, results_dir, metric):
+    """The run that cannot be tested has the best number."""
+    for method, value, tested in (("a", 20.0, True), ("b", 30.0, True), ("c", 40.0, False)):
+        add_run(method, metrics={"psnr": metric(value, unit="dB")}, tested=tested)
+    (tests,) = paired_text.tests(only_group(results_dir))
+    assert tests.verdicts == ["W4A8: nobody is ranked, since not every two runs could be tested"]
+    assert len(tests.rows) == 1 and conclusions(only_group(results_dir)) == []
+
+
+def test_runs_that_no_setting_tells_apart_are_marked_by_their_own_tests(add_run, results_dir, metric):
+    """The same command in two experiments, where another version of a method gave other numbers; the plain run is the same in both."""
+    for experiment, value in (("new", 30.0), ("old", 10.0)):
+        add_run("a", metrics={"psnr": metric(value)}, experiment=experiment)
+        add_run("b", metrics={"psnr": metric(20.0)}, experiment=experiment)
+    group = only_group(results_dir)
+    found = {
+        (name, record.experiment): verdict.mark
+        for name, record, verdict in zip(group.run_names, group.records, verdicts(group, "psnr"), strict=True)
+    }
+    assert found == {
+        ("a in new", "new"): "best",
+        ("a in old", "old"): "",
+        ("b", "new"): "second",
+        ("b", "old"): "second",
+    }
+
+
+def test_contests_of_small_models_have_labels_of_their_own(of_sizes):
+    group = of_sizes(
+        [("a", "W4A8", 20.0, 20.2), ("b", "W4A8", 21.0, 20.3), ("c", "W4A8", 22.0, 22.6), ("d", "W4A8", 23.0, 22.7)]
+    )
+    assert [each.label for each in contests.contests(group, "bytes")] == ["0.020 MiB", "0.022 MiB"]
+    assert marks(group, "bytes") == {"a W4A8": "second", "b W4A8": "best", "c W4A8": "second", "d W4A8": "best"}
+
+
+def test_bits_that_compare_is_asked_for_change_neither_contest_nor_p(of_sizes, results_dir):
+    of_sizes([("a", "W4A8", 20.0, 500), ("b", "W4A4", 21.0, 510), ("c", "W4A8", 22.0, 520), ("d", "W4A4", 22.5, 560)])
+    whole = comparisons(results_dir, equal_bytes=True, format="csv").text.splitlines()
+    asked = comparisons(results_dir, equal_bytes=True, format="csv", bits=["W4A8"]).text.splitlines()
+    assert len(whole) == 4 and asked == [whole[0], *(line for line in whole if ",a W4A8,c W4A8," in line)]
+    shown = comparisons(results_dir, equal_bytes=True, bits=["W4A8"]).text
+    assert "Holm over 3 comparisons" in shown and "best c W4A8; second b W4A4; behind a W4A8" in shown
+    assert "a W4A8 − b W4A4" not in shown
+
+
+def test_bits_that_compare_is_asked_for_give_no_rank_to_a_run_that_lacks_seeds(add_run, results_dir, metric):
+    for seed in range(3):
+        add_run("a", "W8A8", metrics={"psnr": metric(30.0)}, seed=seed)
+        add_run("b", "W8A8", metrics={"psnr": metric(31.0)}, seed=seed)
+    for seed in range(2):
+        add_run("a", "W4A4", metrics={"psnr": metric(20.0)}, seed=seed)
+        add_run("b", "W4A4", metrics={"psnr": metric(21.0)}, seed=seed)
+    with pytest.raises(UserError, match="nothing to compare"):
+        comparisons(results_dir, bits=["W4A4"], merge_seeds=True)

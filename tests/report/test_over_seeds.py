@@ -6,10 +6,11 @@ from scipy import stats
 
 from ditbench.eval.base import PerSample
 from ditbench.eval.paired_differences import holm
-from ditbench.eval.seed_differences import OF_THE_SAMPLES, OVER_SEEDS
-from ditbench.eval.statistics import INFLUENCE_OF_LOG
-from ditbench.harness.records.attempts import read_all
-from ditbench.harness.report import compare, paired, report
+from ditbench.eval.seed_differences import MODERATED, OF_THE_SAMPLES, OVER_SEEDS
+from ditbench.eval.statistics import INFLUENCE_OF_LOG, INFLUENCE_OF_PAIRS, WILSON
+from ditbench.harness.records.attempts import experiment_folder, read_all
+from ditbench.harness.records.record import add_metric
+from ditbench.harness.report import compare, paired, paired_text, report
 from ditbench.harness.report.marks import verdicts
 from ditbench.harness.report.over_seeds import over_seeds
 from ditbench.harness.report.table import table
@@ -173,3 +174,79 @@ def test_a_row_of_seeds_that_lie_far_apart_has_a_positive_interval_where_each_se
     assert [low, high] == pytest.approx(np.exp(stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))))
     assert plain.metrics["psnr"]["ci95"][0] < 0 < low < row.metrics["psnr"]["value"] == pytest.approx(200 / 3)
     assert row.metrics["psnr"]["passport"]["ci_method"] == f"{OVER_SEEDS}, of logarithms"
+
+
+@pytest.mark.parametrize("form", ["text", "md", "csv", "latex", "html"])
+def test_a_metric_computed_later_for_some_of_the_seeds_is_named_with_those_that_lack_it(
+    add_run, results_dir, metric, form
+):
+    for seed in range(3):
+        record = add_run("a", metrics={"psnr": metric(20.0 + seed, 0.1)}, seed=seed)
+        if seed == 1:
+            later = metric(0.5, 0.1, paired=False) | {"unit": ""}
+            add_metric(experiment_folder(results_dir, "demo") / record.run_id, "later", later)
+    made = report(results_dir, None, form, merge_seeds=True)
+    text = made.path.read_text() if made.path else made.text
+    assert "not computed for seed 0, 2" in text
+    (row,) = over_seeds(read_all(results_dir))
+    assert row.metrics["later"]["value"] is None and row.metrics["later"]["better"] == "higher"
+
+
+@pytest.mark.parametrize(
+    ("values", "method", "bounds"),
+    [
+        ([1.0, 1.0, 0.998], WILSON, (None, 1.0)),
+        ([0.0, 0.0, 0.002], WILSON, (0.0, None)),
+        ([1.0, 2.0, 6.0], INFLUENCE_OF_PAIRS, (0.0, None)),
+        ([1.0, 2.0, 6.0], "another", (None, None)),
+    ],
+)
+def test_an_interval_over_seeds_holds_nothing_that_the_number_cannot_be(seeded, metric, values, method, bounds):
+    """A share above 1 or below 0, a distance below 0."""
+    runs = seeded("rtn", values, metric)
+    plain = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    tight = [run.metrics["psnr"]["value"] + np.array([-1e-3, 1e-3]) for run in runs]
+    its = [{"ci95": list(ends), "passport": {"ci_method": method}} for ends in tight]
+    (row,) = over_seeds(
+        [replace(run, metrics={"psnr": run.metrics["psnr"] | own}) for run, own in zip(runs, its, strict=True)]
+    )
+    expected = [own if bound is None else bound for own, bound in zip(plain, bounds, strict=True)]
+    assert row.metrics["psnr"]["ci95"] == pytest.approx(expected)
+
+
+def test_what_is_said_of_seeds_is_of_those_that_compete_whatever_the_float_row_has(add_run, results_dir, metric):
+    for seed in range(3):
+        add_run("fp", "W16A16", metrics={"psnr": metric(52.0, 0.1)}, seed=seed)
+    for seed in range(2):
+        for method, value in (("a", 20.0), ("b", 30.0)):
+            add_run(method, metrics={"psnr": metric(value, 0.1)}, seed=seed)
+    (group,) = compare.groups(over_seeds(read_all(results_dir)), any_seed=True)
+    notes = table(group, ["psnr"]).notes
+    assert any(note.startswith("2 seeds") for note in notes) and not any(note.startswith("3 seeds") for note in notes)
+    assert "The float row is of 3 seeds, and its interval of these." in notes and "seeds 0, 1 ·" in f"{group.label} ·"
+    (tests,) = paired_text.tests(group)
+    assert tests.how.startswith("n = 128 pairs of samples of 2 seeds")
+
+
+def test_how_tests_were_made_is_said_of_each_contest_where_they_differ(add_run, results_dir, metric):
+    """Fifteen comparisons are moderated, one is not."""
+    for seed in range(3):
+        for place in range(6):
+            add_run(f"m{place}", "W8A8", metrics={"psnr": metric(20.0 + place + 0.1 * seed * place, 0.1)}, seed=seed)
+        for place in range(2):
+            add_run(f"m{place}", "W4A8", metrics={"psnr": metric(20.0 + place + 0.1 * seed * place, 0.1)}, seed=seed)
+    (group,) = compare.groups(over_seeds(read_all(results_dir)), any_seed=True)
+    (tests,) = paired_text.tests(group)
+    assert f"p: {MODERATED} (W8A8) or {OVER_SEEDS} (W4A8), Holm over 1–15 comparisons" in tests.how
+
+
+def test_seeds_of_two_versions_are_not_mixed_into_one_row(add_run, results_dir, metric):
+    """The same command in two experiments: the newer one has two of the three seeds, with other numbers for one run."""
+    for experiment, seeds, value in (("new", 2, 30.0), ("old", 3, 10.0)):
+        for seed in range(seeds):
+            add_run("a", metrics={"psnr": metric(value + seed, 0.1)}, experiment=experiment, seed=seed)
+            add_run("b", metrics={"psnr": metric(20.0 + seed, 0.1)}, experiment=experiment, seed=seed)
+    found = {
+        (row.method, row.config["seed"], row.metrics["psnr"]["value"]) for row in over_seeds(read_all(results_dir))
+    }
+    assert found == {("a", "0, 1", 30.5), ("a", "0, 1, 2", 11.0), ("b", "0, 1, 2", 21.0)}

@@ -12,6 +12,7 @@ from ditbench.harness.records import sample_values
 from ditbench.harness.records.attempts import experiment_folder, read_all
 from ditbench.harness.records.record import write
 from ditbench.harness.report import compare, comparisons, marks, paired, paired_text, report
+from ditbench.harness.report.table import table
 
 N = 64
 NOISE_N = np.random.default_rng(0).normal(0, 1, N)
@@ -145,3 +146,23 @@ def test_the_sign_of_a_cell_says_what_the_sentence_below_says(add, results_dir):
     assert pairs(results_dir, "accuracy")["W4A8", "a", paired.FLOAT].difference.p < paired.ALPHA
     (tests,) = paired_text.tests(group, ["accuracy"])
     assert any("not told apart from the float model: a, ccc" in line for line in tests.verdicts)
+
+
+def test_what_a_tilde_rests_on_is_said_of_the_runs_where_it_stands(add_run, results_dir, fid):
+    """Of one contest nothing was kept to test, of the other values per sample beside both models."""
+    add_run("fp", "W16A16", metrics={"fid": fid(20.0)})
+    add_run("old", "W8A8", metrics={"fid": fid(20.5)}, tested=False)
+    for method, apart in (("a", 0.0), ("b", 9.0)):
+        record = add_run(method, "W4A8", metrics={"fid": fid(20.0 + apart)})
+        values_N = np.sin(np.arange(64))
+        values = sample_values.Values(
+            {"fid": PerSample(20.0 + apart + values_N)}, {"fid": PerSample(20.0 + values_N[::-1])}, "seed 0"
+        )
+        sample_values.save(values, experiment_folder(results_dir, "demo") / record.run_id / "per_sample.npz")
+    (group,) = compare.groups(read_all(results_dir))
+    built = table(group, ["fid"])
+    cells = {row.cells[0].text: row.cells[3] for row in built.rows}
+    assert {name: cell.inside for name, cell in cells.items()} == {"fp": False, "old": True, "a": True, "b": False}
+    assert "noise floor" in cells["old"].tip and "not told apart" in cells["a"].tip
+    (note,) = [note for note in built.notes if note.startswith("~")]
+    assert "paired tests" in note and "fid ±4 at most" in note

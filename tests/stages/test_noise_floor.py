@@ -30,3 +30,11 @@ def test_seeds_set_the_floor_by_how_far_two_of_them_lie_apart():
     values = [3.0, 5.0, 4.5]
     assert apart(values) == pytest.approx(t.ppf(0.975, 2) * np.sqrt(2) * np.std(values, ddof=1))
     assert apart([3.0, None, 4.5]) is None
+
+
+def test_a_metric_that_counts_other_samples_of_each_model_is_held_against_nothing():
+    """A stranger's may measure only what it finds: no pair is left, and the run goes on."""
+    ours, theirs = np.array([1.0, 2.0, np.nan, np.nan]), np.array([np.nan, np.nan, 1.0, 2.0])
+    entries = {"m": {}}
+    hold_against_float(entries, {"m": PerSample(ours)}, {"m": PerSample(theirs)})
+    assert entries == {"m": {}}
