@@ -39,12 +39,13 @@ PLAIN |= {"accuracy": "right class", "collapse": "collapsed samples"}
 
 @dataclass(frozen=True)
 class Group:
-    """Comparable runs: fp first, then more bits first, then by method. label: unique within a report."""
+    """Comparable runs: fp first, then more bits first, then by method. label: unique within a report. over_seeds: rows are over seeds."""
 
     label: str
     records: list[Record]
     metrics: list[str]  # every metric any of them has
     run_names: list[str]  # one per record
+    over_seeds: bool = False
     shared: dict[Any, Any] = field(default_factory=dict, compare=False)  # what several parts of a report need
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
@@ -63,7 +64,7 @@ def groups(records: Iterable[Record], any_seed: bool = False) -> list[Group]:
     labels = _unique_labels(
         [max(members, key=lambda one: (one.method != FLOAT_METHOD, len(seeds(one)))) for members in found]
     )
-    return [_group(label, sorted(members, key=_row_order)) for label, members in zip(labels, found, strict=True)]
+    return [_group(label, sorted(each, key=_row_order), any_seed) for label, each in zip(labels, found, strict=True)]
 
 
 def seeds(record: Record) -> list[str]:
@@ -329,9 +330,9 @@ def _setting(key: str, value: Any) -> str:
     return printable(f"{key.rsplit('.', 1)[-1]}={value}", 40)
 
 
-def _group(label: str, records: list[Record]) -> Group:
+def _group(label: str, records: list[Record], over_seeds: bool) -> Group:
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics))
-    return Group(label, records, metrics, run_names(records))
+    return Group(label, records, metrics, run_names(records), over_seeds)
 
 
 def _group_order(record: Record) -> tuple:

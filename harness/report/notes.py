@@ -104,11 +104,16 @@ def _seeds(group: Group) -> list[str]:
     of_float = [len(compare.seeds(record)) for record in group.records if record.method == FLOAT_METHOD]
     rest = [f"{its} seed{'s' * (its > 1)}" for its in of_float if its != most]
     beside = [f"The float row is of {' and '.join(rest)}, and its interval of these."] if rest else []
-    if most == 1:
+    if most == 1 and not group.over_seeds:
         return beside
     if most < FEWEST_SEEDS:
+        told = (
+            "1 seed: intervals and tests are of its samples"
+            if most == 1
+            else f"{most} seeds: intervals and tests are of the samples of these seeds"
+        )
         return [
-            f"{most} seeds: intervals and tests are of the samples of these seeds. How far another seed (another calibration) would move "
+            f"{told}. How far another seed (another calibration) would move "
             f"a method cannot be known from fewer than {FEWEST_SEEDS}.",
             *beside,
         ]

@@ -109,6 +109,12 @@ def test_marks_are_those_of_the_paired_tests_over_the_seeds(of_seeds):
     assert not found["a", "c"].told_apart and marks(group) == {"fp": "", "a": "best", "b": "", "c": "best"}
 
 
+def test_one_seed_of_which_rows_over_seeds_are_asked_says_what_it_cannot_know(of_seeds):
+    notes = table(of_seeds({"a": [30.0], "b": [20.0]}), ["psnr"]).notes
+    (note,) = [note for note in notes if note.startswith("1 seed: intervals and tests are of its samples")]
+    assert "cannot be known from fewer than 3" in note
+
+
 def test_two_seeds_say_what_they_cannot_know(of_seeds):
     group = of_seeds({"a": [30.0, 30.0], "b": [20.0, 29.0]})
     (note,) = [note for note in table(group, ["psnr"]).notes if note.startswith("2 seeds")]
@@ -134,10 +140,10 @@ def test_a_collapse_at_one_seed_takes_the_rank_at_all(add_run, results_dir, metr
     assert compare.alarms(row) == ["blank 50%"]
 
 
-def test_a_report_without_twins_is_the_same_with_and_without_merging(add_run, results_dir):
+def test_a_report_without_twins_has_the_same_numbers_with_and_without_merging(add_run, results_dir):
     add_run("fp", "W16A16")
     add_run("rtn")
-    assert report(results_dir, merge_seeds=True).text == report(results_dir).text
+    assert report(results_dir, format="csv", merge_seeds=True).text == report(results_dir, format="csv").text
 
 
 def test_seeds_of_other_weights_are_not_averaged(seeded, metric):
