@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS, Namespace
 from pathlib import Path
 
 from ditbench.harness.cli.flags import Parser, days, folder
@@ -10,21 +11,24 @@ from ditbench.harness.common.text_table import table
 
 
 def command(arguments: list[str]) -> int:
-    parser = Parser(prog="ditbench cache", description="What runs keep so that nothing is made twice.")
-    parser.add_argument("--results-dir", type=folder, default=Path("results"), help="default: ./results")
-    parser.add_argument("--cache-dir", type=folder, help="default: <results-dir>/cache")
-    parser.add_argument("--debug", action="store_true")
+    where = Parser(add_help=False, argument_default=SUPPRESS)  # before or behind the action
+    where.add_argument("--results-dir", type=folder, help="default: ./results")
+    where.add_argument("--cache-dir", type=folder, help="default: <results-dir>/cache")
+    where.add_argument("--debug", action="store_true")
+    parser = Parser(prog="ditbench cache", description="What runs keep so that nothing is made twice.", parents=[where])
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("ls", help="every artifact: its kind, size, and what it is")
-    actions.add_parser("size", help="bytes by kind")
-    actions.add_parser("verify", help="read every file and compare it with the SHA-256 that it was written with")
+    actions.add_parser("ls", parents=[where], help="every artifact: its kind, size, and what it is")
+    actions.add_parser("size", parents=[where], help="bytes by kind")
+    actions.add_parser(
+        "verify", parents=[where], help="read every file and compare it with the SHA-256 that it was written with"
+    )
     prune = actions.add_parser(
-        "prune", help="remove what no finished run was made from, and what killed processes left"
+        "prune", parents=[where], help="remove what no finished run was made from, and what killed processes left"
     )
     prune.add_argument("--all", action="store_true", help="everything, also the samples of finished runs")
     prune.add_argument("--older-than", type=days, default=1.0, metavar="DAYS", help="keep what is younger (default: 1)")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(arguments, Namespace(results_dir=Path("results"), cache_dir=None))
     from ditbench.harness.records import cached
 
     cache = options.cache_dir or options.results_dir / "cache"

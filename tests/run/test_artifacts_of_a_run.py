@@ -215,6 +215,15 @@ def test_every_kind_of_file_with_one_flipped_bit_is_named_by_verify(run, tmp_pat
     assert cache(tmp_path, "verify") == 0
 
 
+def test_the_folder_stands_before_or_behind_what_is_asked_of_the_cache(run, tmp_path, no_second_draw, capsys):
+    said = []
+    for arguments in (["--results-dir", str(tmp_path), "ls"], ["ls", "--results-dir", str(tmp_path)]):
+        capsys.readouterr()
+        assert main(["cache", *arguments]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
 def test_pruning_keeps_what_records_were_made_from(run, tmp_path, no_second_draw, capsys):
     unfinished = tmp_path / "cache" / "samples" / ("f" * 32)
     unfinished.mkdir()
