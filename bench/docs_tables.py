@@ -120,7 +120,9 @@ def forms(*names: str) -> str:
     measured = {method for (_, method), values in found.items() if any(form == PUBLISHED for _, form in values)}
     left = sorted(differing - measured)
     said = f"\n\nNot measured in their published form: {', '.join(left)}." if left else ""
-    return f"{text}\n\nPSNR to the float model, dB. {' '.join(caption(runs, None, signs=False) for runs in tables)}{said}"
+    return (
+        f"{text}\n\nPSNR to the float model, dB. {' '.join(caption(runs, None, signs=False) for runs in tables)}{said}"
+    )
 
 
 def difference(name: str, metric: str, one: str, other: str) -> str:

@@ -109,8 +109,8 @@ def test_a_view_of_the_time_that_fails_costs_no_latency(ditbench, tmp_path, monk
 
 
 def test_a_simulated_format_has_no_speed_to_measure(ditbench, tmp_path):
-    outcome = ditbench("bench", *SMALL, f"results_dir={tmp_path}", "--formats", "w3a4")
-    assert outcome.code == 2 and "W3A4 is simulated on cpu" in outcome.err
+    outcome = ditbench("bench", *SMALL, f"results_dir={tmp_path}", "--formats", "fp8")
+    assert outcome.code == 2 and "FP8 is simulated on cpu" in outcome.err
     assert not (tmp_path / "bench").exists()
 
 

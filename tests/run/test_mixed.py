@@ -229,8 +229,8 @@ def test_what_is_no_budget_or_no_candidate_is_refused(run, capsys, case):
 FAILED = {
     "too little": (["bits.budget.average_weight_bits=2"], "bits.budget is too small: these candidates take"),
     "simulated": (
-        ["bits.budget.latency_ms=1e9", "bits.candidates=[w3a3,w8a8]"],
-        "as w3a3 is simulated on this device .backend simulate., so its latency is not known",
+        ["bits.budget.latency_ms=1e9", "bits.candidates=[fp8,w8a8]"],
+        "as fp8 is simulated on this device .backend simulate., so its latency is not known",
     ),
     "corrected": (["bits.budget.average_weight_bits=9", "method=ptqd"], "ptqd corrects the sampler"),
 }

@@ -29,7 +29,7 @@ def logged(tmp_path_factory, tiny) -> Path:
     """A sweep of two runs with the W&B tracker, offline."""
     folder = tmp_path_factory.mktemp("logged")
     rest = [argument for argument in tiny if not argument.startswith("tracker")]
-    more = ("tracker.mode=offline", "name=widths", f"results_dir={folder}", "bits=w8a8,w3a4")
+    more = ("tracker.mode=offline", "name=widths", f"results_dir={folder}", "bits=w8a8,fp8")
     assert main(["run", "-m", *rest, *more]) == 0
     return folder
 
@@ -71,7 +71,7 @@ def test_latency_is_logged_where_it_was_measured_and_nowhere_else(pairs):
         assert logged["summary"].get("efficiency/speedup") == record["efficiency"]["speedup"]
     assert (
         "efficiency/speedup"
-        not in next(logged for record, logged, _ in pairs if record["bits"]["label"] == "W3A4")["summary"]
+        not in next(logged for record, logged, _ in pairs if record["bits"]["label"] == "FP8")["summary"]
     )
 
 
@@ -104,7 +104,7 @@ def test_the_error_atlas_is_logged_layer_by_step(pairs):
 def test_the_runs_of_a_sweep_share_the_experiments_group_and_have_names_of_their_own(pairs):
     assert {logged["group"] for _, logged, _ in pairs} == {"widths"}
     assert {logged["project"] for _, logged, _ in pairs} == {"ditbench"}
-    assert sorted(logged["name"] for _, logged, _ in pairs) == ["tiny-dit rtn W3A4 seed 0", "tiny-dit rtn W8A8 seed 0"]
+    assert sorted(logged["name"] for _, logged, _ in pairs) == ["tiny-dit rtn FP8 seed 0", "tiny-dit rtn W8A8 seed 0"]
     for record, logged, _ in pairs:
         assert logged["run_id"] == record["run_id"]
         assert logged["job_type"] == "quantize"
